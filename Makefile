@@ -1,0 +1,42 @@
+# Everything happens in one virtual environment, made and kept up to date by the targets themselves.
+#   PYTHON       the Python, 3.10 or later, that makes the environment
+#   VENV         the environment: `make test VENV=path` uses, and installs into, the one at path
+#   CONSTRAINTS  the versions to install, a pip constraints file
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+
+BIN := $(VENV)/bin
+# Made when the installation is complete; older than one of the files that describe it, it is made again.
+INSTALLED := $(VENV)/.crsam_ext-installed
+
+.PHONY: help train test lint bench clean
+
+help:  ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+train: $(INSTALLED)  ## Train a network on the digits data with CR-SAM; results and the picture in runs/digits
+	$(BIN)/crsam-train --data digits --optimizer crsam --output runs/digits --overwrite
+
+test: $(INSTALLED)  ## Run all tests; a test that cannot run here is listed with its reason
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)  ## Measure the time of a step
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:  ## Remove build outputs and caches; .venv and runs/ stay
+	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS) | $(BIN)/python
+	@echo 'Installing into $(VENV): the first time, PyTorch and all, this takes some minutes.'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,450 @@
+"""The operators in PyTorch: for a CPU, for devices without kernels of their own, and as the form that is compiled.
+
+On a CPU these operators are bound by memory, and an eager expression such as ``g + a * d`` would stream every
+intermediate through memory once more. So each row is worked through in blocks that fit into the cache, with scratch
+blocks that are allocated once; only gradients, parameters and state travel. With ``compile=True`` the same bodies are
+fused by ``torch.compile`` instead, a row at a time.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import AdamOptions, Coefficients, Operators, SGDOptions, compute_dtype
+
+__all__ = ["TorchOperators"]
+
+# Elements in a block. On a CPU the eight or so blocks in use should stay in the last-level cache, while the cost of a
+# call (1 to 2 us) is spread over many elements; measured flat from 2^17 to 2^19. Elsewhere a block only bounds scratch.
+_CPU_BLOCK = 2**18
+_DEVICE_BLOCK = 2**22
+
+Scratch = Callable[..., Tensor]
+
+
+def _block(device: torch.device) -> int:
+    return _CPU_BLOCK if device.type == "cpu" else _DEVICE_BLOCK
+
+
+def _up(x: Tensor, scratch: Scratch, index: int) -> Tensor:
+    """``x`` in the compute dtype, without a copy if it has it already."""
+    return x if x.dtype == compute_dtype(x.dtype) else scratch(index).copy_(x)
+
+
+def _differences(grads: Sequence[Tensor], scratch: Scratch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """g0, g+ in the compute dtype, d1 in scratch 3 and d2 in scratch 4; scratch 0 to 2 may hold the gradients."""
+    g0, gp, gm = (_up(g, scratch, i) for i, g in enumerate(grads))
+    d1, d2 = scratch(3), scratch(4)
+    torch.sub(gp, g0, out=d2)
+    torch.sub(gm, g0, out=d1)
+    d2.add_(d1)
+    torch.sub(gp, gm, out=d1)
+    return g0, gp, d1, d2
+
+
+def _regularized(grads: Sequence[Tensor], a: Tensor, b: Tensor, factor: Tensor | None, scratch: Scratch) -> Tensor:
+    """factor * (g+ + a d2 + b d1) in scratch 4; or of the last pass's gradient, which may then be returned itself."""
+    if len(grads) == 3:
+        _, gp, d1, d2 = _differences(grads, scratch)
+        torch.addcmul(gp, d2, a, out=d2)
+        g = d2.addcmul_(d1, b)
+    else:
+        g = _up(grads[-1], scratch, 0)
+    return g if factor is None else torch.mul(g, factor, out=scratch(4))
+
+
+def _write(live: Tensor, saved: Tensor, new: Tensor, ok: Tensor | None) -> None:
+    """Make ``new`` the parameter, where ``ok``, and ``saved`` elsewhere. ``new`` may be ``saved``."""
+    if live.dtype == saved.dtype:
+        live.copy_(new) if ok is None else torch.where(ok, new, saved, out=live)
+    else:
+        if ok is not None:
+            torch.where(ok, new, saved, out=saved)
+        elif new is not saved:
+            saved.copy_(new)
+        live.copy_(saved)
+
+
+def _perturb(
+    live: Tensor, saved: Tensor, g: Tensor, *, scalars: Sequence[Tensor], scratch: Scratch, save: bool, adaptive: bool
+) -> None:
+    scale, one = scalars
+    same = live.dtype == saved.dtype
+    if save and same:
+        # Not a copy_: torch.compile may order the copy of an input after the write to that input (seen in torch 2.14).
+        torch.mul(live, one, out=saved)
+    elif save:
+        rounded = scratch(0, live.dtype).copy_(saved)
+        unchanged = torch.eq(rounded, live, out=scratch(1, torch.bool))
+        torch.where(unchanged, saved, scratch(2).copy_(live), out=saved)
+    g = _up(g, scratch, 0)
+    if adaptive:
+        g = torch.mul(saved, saved, out=scratch(1)).mul_(g)
+    w = torch.addcmul(saved, g, scale, out=live if same else scratch(2))
+    if not same:
+        live.copy_(w)
+
+
+def _sum_of_products(x: Tensor, y: Tensor) -> Tensor:
+    return (x.double() * y.double()).sum()
+
+
+def _gram(
+    g0: Tensor,
+    gp: Tensor,
+    gm: Tensor,
+    w: Tensor | None,
+    *,
+    scalars: Sequence[Tensor],
+    scratch: Scratch,
+    inner: Callable[[Tensor, Tensor], Tensor],
+) -> list[Tensor]:
+    g0, _, d1, d2 = _differences((g0, gp, gm), scratch)
+    products = [inner(x, y) for x, y in ((g0, g0), (g0, d1), (g0, d2), (d1, d1), (d1, d2), (d2, d2))]
+    if w is None:
+        return products + products[:3]
+    h = torch.mul(w, w, out=scratch(1)).mul_(g0)
+    return products + [inner(h, x) for x in (g0, d1, d2)]
+
+
+def _sgd(
+    live: Tensor,
+    saved: Tensor,
+    buffer: Tensor | None,
+    *grads: Tensor,
+    scalars: Sequence[Tensor],
+    scratch: Scratch,
+    clip: bool,
+    decay: bool,
+    dampen: bool,
+    nesterov: bool,
+    select: bool,
+) -> None:
+    a, b, factor, weight_decay, momentum, undamped, neg_lr, ok = scalars
+    keep = ok != 0 if select else None
+    g = _regularized(grads, a, b, factor if clip else None, scratch)
+    if decay:
+        g = torch.addcmul(g, saved, weight_decay, out=scratch(4))
+    if buffer is not None:
+        m = buffer.mul_(momentum) if keep is None else torch.mul(buffer, momentum, out=scratch(3))
+        m = m.addcmul_(g, undamped) if dampen else m.add_(g)
+        if keep is not None:
+            torch.where(keep, m, buffer, out=buffer)
+        g = torch.addcmul(g, m, momentum, out=scratch(4)) if nesterov else m
+    in_place = keep is None and live.dtype == saved.dtype
+    w = torch.addcmul(saved, g, neg_lr, out=live if in_place else scratch(3))
+    if not in_place:
+        _write(live, saved, w, keep)
+
+
+def _adamw(
+    live: Tensor,
+    saved: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *grads: Tensor,
+    scalars: Sequence[Tensor],
+    scratch: Scratch,
+    clip: bool,
+    decay: bool,
+    decoupled: bool,
+    select: bool,
+) -> None:
+    a, b, factor, weight_decay, rest1, beta2, rest2, root_correction2, eps, neg_step_size, ok = scalars
+    keep = ok != 0 if select else None
+    g = _regularized(grads, a, b, factor if clip else None, scratch)
+    if decay and not decoupled:
+        g = torch.addcmul(g, saved, weight_decay, out=scratch(4))
+    # scratch 0 to 3 are free from here on: only g, in scratch 4 or in scratch 0, is still needed, and only until v.
+    m = exp_avg.lerp_(g, rest1) if keep is None else torch.lerp(exp_avg, g, rest1, out=scratch(1))
+    v = exp_avg_sq.mul_(beta2) if keep is None else torch.mul(exp_avg_sq, beta2, out=scratch(2))
+    v.addcmul_(torch.mul(g, g, out=scratch(3)), rest2)
+    if keep is not None:
+        torch.where(keep, m, exp_avg, out=exp_avg)
+        torch.where(keep, v, exp_avg_sq, out=exp_avg_sq)
+    denominator = torch.sqrt(v, out=scratch(3)).div_(root_correction2).add_(eps)
+    update = torch.div(m, denominator, out=scratch(3))
+    w = torch.mul(saved, weight_decay, out=scratch(4)) if decay and decoupled else saved
+    _write(live, saved, torch.addcmul(w, update, neg_step_size, out=scratch(3)), keep)
+
+
+def _combine(
+    live: Tensor, saved: Tensor, *grads: Tensor, scalars: Sequence[Tensor], scratch: Scratch, clip: bool
+) -> None:
+    a, b, factor = scalars
+    if len(grads) == 3 or clip:
+        grads[-1].copy_(_regularized(grads, a, b, factor if clip else None, scratch))
+    if live is not saved:
+        live.copy_(saved)
+
+
+class TorchOperators(Operators):
+    """See :class:`crsam_ext.ops.Operators`.
+
+    Args:
+        compile: fuse the bodies with ``torch.compile`` rather than working through blocks.
+    """
+
+    name = "torch"
+    gather_below = 2**14
+
+    def __init__(self, compile: bool = False) -> None:
+        self.compile = compile
+        self._scratch: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+        self._views: dict[tuple[torch.device, torch.dtype, int, int], Tensor] = {}
+        self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    # How a body is run over a row ------------------------------------------------------------------------------------
+
+    def _scratch_of(self, device: torch.device, dtype: torch.dtype, size: int) -> Scratch:
+        """Scratch blocks by number, each of ``size`` elements, allocated when first asked for."""
+
+        def scratch(index: int, dtype: torch.dtype = dtype) -> Tensor:
+            key = (device, dtype, size, index)
+            view = self._views.get(key)
+            if view is None:
+                block = self._scratch.get((device, dtype, index))
+                if block is None:
+                    block = torch.empty(_block(device), dtype=dtype, device=device)
+                    self._scratch[device, dtype, index] = block
+                view = self._views[key] = block[:size]
+            return view
+
+        return scratch
+
+    def _run(
+        self, body: Callable[..., Any], tensors: Sequence[Tensor | None], scalars: Tensor, **static: Any
+    ) -> list[Any]:
+        """Apply ``body`` to one row: compiled in one piece, or block by block; what it returned for each piece."""
+        first = next(t for t in tensors if t is not None)
+        device, dtype, size = first.device, compute_dtype(first.dtype), first.numel()
+        if self.compile:
+            key = (body, device.type, tuple(None if t is None else t.dtype for t in tensors), tuple(static.items()))
+            compiled = self._compiled.get(key) or self._compiled.setdefault(key, _compile(body, static))
+            return [compiled(tensors, scalars)]
+        block = _block(device)
+        values = scalars.unbind()
+        if size <= block:
+            return [body(*tensors, scalars=values, scratch=self._scratch_of(device, dtype, size), **static)]
+        pieces = [[None] * -(-size // block) if t is None else t.split(block) for t in tensors]
+        return [
+            body(*piece, scalars=values, scratch=self._scratch_of(device, dtype, piece[0].numel()), **static)
+            for piece in zip(*pieces, strict=True)
+        ]
+
+    @staticmethod
+    def _table(columns: Sequence[Tensor], row: Tensor) -> list[Tensor]:
+        """Per-group float64 columns as one vector a group, in the compute dtype and on the device of ``row``."""
+        table = torch.stack([c.expand(columns[0].shape) for c in columns], 1)
+        return list(table.to(row.device, compute_dtype(row.dtype), non_blocking=True).unbind())
+
+    def _skips(self, ok: Tensor, live: Sequence[Tensor], saved: Sequence[Tensor]) -> bool:
+        """Whether the step was skipped here and now.
+
+        On a CPU the flag can be read for free, and a branch saves two selections an element. On other devices, and
+        compiled, the flag stays where it is, and the bodies select.
+        """
+        if self._selects(live[0]) or bool(ok):
+            return False
+        for p, w in zip(live, saved, strict=True):
+            p.copy_(w)
+        return True
+
+    def _selects(self, row: Tensor) -> bool:
+        return self.compile or row.device.type != "cpu"
+
+    # The operators ---------------------------------------------------------------------------------------------------
+
+    def grad_norm(
+        self, grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
+    ) -> Tensor:
+        sums: list[list[Tensor]] = [[] for _ in range(num_groups)]
+        for g, group, w in zip(grads, groups, weights, strict=True):
+            block = _block(g.device)
+            for i, x in enumerate(g.split(block)):
+                scratch = self._scratch_of(x.device, compute_dtype(x.dtype), x.numel())
+                x = _up(x, scratch, 0)
+                if w is not None:
+                    x = torch.mul(x, w[i * block : i * block + x.numel()], out=scratch(1))
+                sums[group].append(torch.dot(x, x))
+        device = grads[0].device
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        return torch.stack([torch.stack(s).sum(dtype=torch.float64) if s else zero for s in sums])
+
+    def perturb_(
+        self,
+        live: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        groups: Sequence[int],
+        scale: Tensor,
+        adaptive: Sequence[bool],
+        sign: int,
+    ) -> None:
+        table = self._table([scale * sign, torch.ones_like(scale)], live[0])
+        for p, w, g, group in zip(live, saved, grads, groups, strict=True):
+            self._run(_perturb, (p, w, g), table[group], save=sign > 0, adaptive=adaptive[group])
+
+    def fd_gram(
+        self,
+        grad: Sequence[Tensor],
+        grad_ascent: Sequence[Tensor],
+        grad_descent: Sequence[Tensor],
+        groups: Sequence[int],
+        num_groups: int,
+        weights: Sequence[Tensor | None],
+    ) -> Tensor:
+        inner = _sum_of_products if self.compile else torch.dot
+        products: list[list[Tensor]] = [[] for _ in range(num_groups)]
+        no_scalars = torch.empty(0)
+        for *gradients, w, group in zip(grad, grad_ascent, grad_descent, weights, groups, strict=True):
+            for piece in self._run(_gram, (*gradients, w), no_scalars, inner=inner):
+                products[group] += piece
+        zero = torch.zeros(9, dtype=torch.float64, device=grad[0].device)
+        return torch.stack([torch.stack(p).view(-1, 9).sum(0, dtype=torch.float64) if p else zero for p in products])
+
+    def sgd_step_(
+        self,
+        live: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        momentum_buffer: Sequence[Tensor | None],
+        grads: Sequence[Sequence[Tensor]],
+        groups: Sequence[int],
+        steps: Sequence[Tensor],
+        options: Sequence[SGDOptions],
+        coefficients: Coefficients,
+    ) -> None:
+        if self._skips(coefficients.ok, live, saved):
+            return
+        c = coefficients
+        tables: dict[int, list[Tensor]] = {}
+        for row, (p, w, m, group, step) in enumerate(zip(live, saved, momentum_buffer, groups, steps, strict=True)):
+            if id(step) not in tables:
+                # torch's first momentum is the gradient itself, undamped.
+                undamped = [torch.where(step > 1, 1.0 - o.dampening, 1.0) for o in options]
+                columns = [
+                    c.a,
+                    c.b,
+                    _signed_factor(c, options),
+                    _column([o.weight_decay for o in options], c.a),
+                    _column([o.momentum for o in options], c.a),
+                    torch.stack(undamped).to(c.a),
+                    -_column([o.lr for o in options], c.a),
+                    c.ok.to(c.a),
+                ]
+                tables[id(step)] = self._table(columns, p)
+            o = options[group]
+            self._run(
+                _sgd,
+                (p, w, m, *(g[row] for g in grads)),
+                tables[id(step)][group],
+                clip=c.factor is not None or o.maximize,
+                decay=o.weight_decay != 0,
+                dampen=o.dampening != 0,
+                nesterov=o.nesterov,
+                select=self._selects(p),
+            )
+
+    def adamw_step_(
+        self,
+        live: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        exp_avg: Sequence[Tensor],
+        exp_avg_sq: Sequence[Tensor],
+        grads: Sequence[Sequence[Tensor]],
+        groups: Sequence[int],
+        steps: Sequence[Tensor],
+        options: Sequence[AdamOptions],
+        coefficients: Coefficients,
+    ) -> None:
+        if self._skips(coefficients.ok, live, saved):
+            return
+        c = coefficients
+        lr, beta1, beta2, weight_decay, eps = (
+            _column(values, c.a)
+            for values in zip(*((o.lr, *o.betas, o.weight_decay, o.eps) for o in options), strict=True)
+        )
+        decay = torch.where(
+            torch.tensor([o.decoupled_weight_decay for o in options]).to(c.a) != 0, 1 - lr * weight_decay, weight_decay
+        )
+        tables: dict[int, list[Tensor]] = {}
+        for row, (p, w, m, v, group, step) in enumerate(
+            zip(live, saved, exp_avg, exp_avg_sq, groups, steps, strict=True)
+        ):
+            if id(step) not in tables:
+                t = step.to(c.a)
+                correction1, correction2 = 1 - beta1**t, 1 - beta2**t
+                columns = [
+                    c.a,
+                    c.b,
+                    _signed_factor(c, options),
+                    decay,
+                    1 - beta1,
+                    beta2,
+                    1 - beta2,
+                    correction2.sqrt(),
+                    eps,
+                    -lr / correction1,
+                    c.ok.to(c.a),
+                ]
+                tables[id(step)] = self._table(columns, p)
+            o = options[group]
+            self._run(
+                _adamw,
+                (p, w, m, v, *(g[row] for g in grads)),
+                tables[id(step)][group],
+                clip=c.factor is not None or o.maximize,
+                decay=o.weight_decay != 0,
+                decoupled=o.decoupled_weight_decay,
+                select=self._selects(p),
+            )
+
+    def combine_(
+        self,
+        live: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        grads: Sequence[Sequence[Tensor]],
+        groups: Sequence[int],
+        coefficients: Coefficients,
+    ) -> None:
+        a, b, factor = coefficients.a, coefficients.b, coefficients.factor
+        table = self._table([a, b, torch.ones_like(a) if factor is None else factor], live[0])
+        for row, (p, w, group) in enumerate(zip(live, saved, groups, strict=True)):
+            self._run(_combine, (p, w, *(g[row] for g in grads)), table[group], clip=factor is not None)
+
+
+def _column(values: Sequence[float | Tensor], like: Tensor) -> Tensor:
+    """One number or 0-dim tensor a group as a tensor like ``like`` (dtype, device)."""
+    if any(isinstance(v, Tensor) for v in values):
+        return torch.stack([torch.as_tensor(v).to(like, non_blocking=True).reshape(()) for v in values])
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
+def _signed_factor(coefficients: Coefficients, options: Sequence[SGDOptions | AdamOptions]) -> Tensor:
+    """The clip factor of each group, negative where the objective is maximized."""
+    sign = _column([-1.0 if o.maximize else 1.0 for o in options], coefficients.a)
+    return sign if coefficients.factor is None else sign * coefficients.factor
+
+
+def _compile(body: Callable[..., Any], static: dict[str, Any]) -> Callable[..., Any]:
+    """``body`` fused by torch.compile for rows of any length, its scratch blocks turned into registers."""
+
+    def whole_row(tensors: Sequence[Tensor | None], scalars: Tensor) -> Any:
+        like = next(t for t in tensors if t is not None)
+        dtype = compute_dtype(like.dtype)
+
+        def scratch(_: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(like.shape, dtype=dtype, device=like.device)
+
+        return body(*tensors, scalars=scalars.unbind(), scratch=scratch, **static)
+
+    # Dynamo keeps what it compiled, and its limit on recompilations, by code object: each variant gets one of its own.
+    variant = types.FunctionType(
+        whole_row.__code__.replace(co_name=body.__name__), globals(), body.__name__, None, whole_row.__closure__
+    )
+    return torch.compile(variant, dynamic=True, fullgraph=True)

@@ -1,0 +1,413 @@
+"""Flat buffers: parameters and optimizer state as views of a few long tensors, gradients where autograd left them.
+
+A :class:`Bucket` holds all parameters of one device and dtype in one 1-D tensor, each in a 16-byte aligned segment and
+with its shape and dense strides (channels_last included); w and every buffer of the optimizer state lie in further flat
+tensors with the same offsets. Gradients are not flattened: autograd hands over a fresh tensor per parameter and pass at
+no cost, whereas accumulating into a flat buffer costs a fill and a read-modify-write.
+
+Operators work on *rows*, contiguous runs of these tensors. A large parameter is a row; small ones that lie next to each
+other share one, into which their gradients are gathered. Which parameters take part can change from step to step
+(frozen layers, untaken branches), so a :class:`Plan` is made for each set of participants and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops import AdamOptions, SGDOptions, compute_dtype
+
+__all__ = ["FlatParameters", "Options", "check_parameter"]
+
+_ALIGNMENT = 16  # bytes: the widest load of a GPU
+_MAX_PLANS = 64  # sets of participants that are remembered: layers dropped at random make ever new ones
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+Options = SGDOptions | AdamOptions | None  # None: another optimizer makes the update and owns its state
+Gradients = Sequence[Tensor | None]  # one 1-D tensor for each slot of a bucket, in memory order
+
+
+@dataclass(eq=False)
+class Slot:
+    """Where one parameter lies in its bucket."""
+
+    param: Tensor
+    group: int
+    index: int
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    numel: int
+    pointer: int = 0
+    views: dict[str, Tensor] = field(default_factory=dict)  # what belongs into the optimizer's state
+    published: bool = False  # whether the state holds the views
+
+    def view(self, flat: Tensor) -> Tensor:
+        """The parameter's segment of ``flat``, with its shape and strides."""
+        return flat.as_strided(self.shape, self.stride, self.offset)
+
+    def matches_layout(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` has the elements of the parameter in the same memory order, without gaps."""
+        if tensor.stride() == self.stride:
+            return True
+        pairs = zip(self.shape, tensor.stride(), self.stride, strict=True)
+        return all(a == b for size, a, b in pairs if size > 1)
+
+
+@dataclass(eq=False)
+class Row:
+    """A contiguous run of a bucket's tensors: one large slot, or several small neighbours."""
+
+    slots: list[Slot]
+    staging: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
+
+    @property
+    def start(self) -> int:
+        return self.slots[0].offset
+
+    @property
+    def stop(self) -> int:
+        return self.slots[-1].offset + self.slots[-1].numel
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat[self.start : self.stop]
+
+    def gather(self, grads: Gradients, index: int) -> Tensor:
+        """The gradient of pass ``index`` over the row; a pass that gave a parameter none counts as zero there."""
+        flat = [grads[slot.index] for slot in self.slots]
+        if len(flat) == 1 and flat[0] is not None:
+            return flat[0]
+        if index not in self.staging:
+            like = self.slots[0].param
+            row = torch.zeros(self.stop - self.start, dtype=like.dtype, device=like.device)
+            parts = [row[s.offset - self.start : s.offset - self.start + s.numel] for s in self.slots]
+            self.staging[index] = row, parts
+        row, parts = self.staging[index]
+        given = [(part, g) for part, g in zip(parts, flat, strict=True) if g is not None]
+        if len(given) < len(parts):
+            row.zero_()
+        if given:
+            torch._foreach_copy_([part for part, _ in given], [g for _, g in given])
+        return row
+
+
+class Plan:
+    """The rows of a bucket for one set of participating parameters."""
+
+    def __init__(self, bucket: Bucket, rows: list[Row]) -> None:
+        self.rows = rows
+        self.groups = [row.slots[0].group for row in rows]
+        self.live = [row.of(bucket.live) for row in rows]
+        self.saved = [row.of(bucket.saved) for row in rows]
+        self.buffers: dict[str, list[Any]] = {
+            name: [row.of(flat) if name in row.slots[0].views else None for row in rows]
+            for name, flat in bucket.buffers.items()
+        }
+        self.published = False
+        if bucket.steps is not None:
+            slots = [slot for row in rows for slot in row.slots]
+            mask = torch.zeros(len(bucket.slots))
+            mask[[slot.index for slot in slots]] = 1
+            self.mask = mask.to(bucket.steps.device)
+            # One tensor object for all rows with the same history, so that operators can tell by identity.
+            by_history = {row: bucket.history[row.slots[0].index] for row in rows}
+            counters = {h: bucket.steps[row.slots[0].index] for row, h in by_history.items()}
+            self.steps = [counters[by_history[row]] for row in rows]
+
+    def gather(self, grads: Gradients, index: int) -> list[Tensor]:
+        """Rows of the gradients of pass ``index``."""
+        return [row.gather(grads, index) for row in self.rows]
+
+    def scatter(self, rows: Sequence[Tensor]) -> None:
+        """Make each parameter's part of ``rows`` its gradient."""
+        for row, g in zip(self.rows, rows, strict=True):
+            for slot in row.slots:
+                offset = g.storage_offset() + slot.offset - row.start
+                slot.param.grad = g.as_strided(slot.shape, slot.stride, offset)
+
+
+class Bucket:
+    """All parameters of one device and dtype. See the module's docstring.
+
+    Attributes:
+        slots: in the order in which they lie in memory: by group, small parameters first.
+        live: what the model reads.
+        saved: w in the compute dtype, a master copy for float16 and bfloat16 where the update is computed here.
+        buffers: the optimizer's buffers by name, in the compute dtype.
+        steps: float32, for each slot the steps it has taken; None where another optimizer makes the update.
+        history: for each slot a number, equal for slots that have taken part in the same steps and so count alike.
+    """
+
+    def __init__(self, members: list[tuple[Tensor, int]], options: Sequence[Options], gather_below: int) -> None:
+        first = members[0][0]
+        self.device, self.dtype = first.device, first.dtype
+        self._gather_below = gather_below
+        align = _ALIGNMENT // first.element_size()
+        self.slots: list[Slot] = []
+        offset = 0
+        for param, group in sorted(members, key=lambda m: (m[1], m[0].numel() >= gather_below)):
+            stride = torch.empty_like(param, device="meta").stride()  # dense, in the parameter's own order
+            self.slots.append(Slot(param, group, len(self.slots), offset, param.shape, stride, param.numel()))
+            offset += -(-param.numel() // align) * align
+
+        def flat(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(offset, dtype=dtype, device=self.device)
+
+        wide = compute_dtype(self.dtype)
+        self.live, self.saved = flat(self.dtype), flat(wide)
+        names = {name for slot in self.slots if (o := options[slot.group]) is not None for name in o.buffers}
+        self.buffers = {name: flat(wide) for name in sorted(names)}
+        self.steps = None if options[0] is None else torch.zeros(len(self.slots), device=self.device)
+        self.history: list[float] = []
+        self._plans: dict[tuple[bool, ...], Plan] = {}
+
+    @property
+    def has_master(self) -> bool:
+        """Whether ``saved`` is wider than the parameters, and kept from step to step."""
+        return self.saved.dtype != self.dtype
+
+    def count_step(self, plan: Plan, ok: Tensor) -> None:
+        """Count a step of the plan's parameters, where ``ok``."""
+        assert self.steps is not None
+        self.steps.addcmul_(plan.mask, ok.to(plan.mask))
+
+    def adopt(self, state: Mapping[Tensor, dict[str, Any]], options: Sequence[Options]) -> None:
+        """Move parameters and state into the flat buffers, and point the parameters at them."""
+        for slot in self.slots:
+            live, saved = slot.view(self.live), slot.view(self.saved)
+            live.copy_(slot.param.detach())
+            slot.param.data = live
+            slot.pointer = slot.param.data_ptr()
+            option = options[slot.group]
+            if option is None:
+                continue
+            assert self.steps is not None
+            slot.views = {name: slot.view(self.buffers[name]) for name in option.buffers}
+            if self.has_master:
+                slot.views["master_param"] = saved.copy_(live)
+            if option.counts_steps:
+                slot.views["step"] = self.steps[slot.index]
+            kept = state.get(slot.param, {})
+            for name, view in slot.views.items():
+                if kept.get(name) is not None:
+                    value = torch.as_tensor(kept[name])
+                    if value.shape != view.shape:
+                        raise ValueError(
+                            f"state {name!r} has shape {tuple(value.shape)} but its parameter has shape "
+                            f"{tuple(view.shape)}: a parameter that changes shape needs a new optimizer"
+                        )
+                    kept[name] = view.copy_(value)
+            if kept.get("momentum_buffer") is not None and not option.counts_steps:
+                self.steps[slot.index] = 1.0
+            if kept:
+                kept.pop("master_param", None)
+                kept.update(slot.views)
+                slot.published = True
+        self.history = [] if self.steps is None else self.steps.tolist()
+
+    def plan(self, active: tuple[bool, ...]) -> Plan:
+        """The rows for the slots that are ``active``."""
+        if active not in self._plans:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            if self.steps is not None:
+                self._split_histories(active)
+            self._plans[active] = Plan(self, list(self._rows(active)))
+        return self._plans[active]
+
+    def _split_histories(self, active: tuple[bool, ...]) -> None:
+        """Give the active slots histories of their own; plans whose rows would now mix histories are dropped."""
+        pairs = list(zip(self.history, active, strict=True))
+        numbers = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
+        if len(numbers) > len(set(self.history)):
+            self._plans.clear()
+        self.history = [numbers[pair] for pair in pairs]
+
+    def _rows(self, active: tuple[bool, ...]) -> Iterator[Row]:
+        row: Row | None = None
+        for slot in self.slots:
+            if not active[slot.index]:
+                continue
+            if row is not None and self._joins(slot, row.slots[-1]):
+                row.slots.append(slot)
+                continue
+            if row is not None:
+                yield row
+            row = Row([slot])
+        if row is not None:
+            yield row
+
+    def _joins(self, slot: Slot, last: Slot) -> bool:
+        return (
+            slot.index == last.index + 1
+            and slot.group == last.group
+            and max(slot.numel, last.numel) < self._gather_below
+            and (self.steps is None or self.history[slot.index] == self.history[last.index])
+        )
+
+    def publish(self, plan: Plan, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Enter the buffers of the plan's parameters into the optimizer's state, after their first good step."""
+        for row in plan.rows:
+            for slot in row.slots:
+                if slot.views:
+                    state[slot.param].update(slot.views)
+                    slot.published = True
+        plan.published = True
+
+
+class FlatParameters:
+    """All buckets of an optimizer.
+
+    Args:
+        param_groups: the optimizer's; those parameters are adopted that require a gradient, have one, or have state.
+        state: the optimizer's; what it holds is carried over.
+        options: for each group, how its update is computed, or None for all where another optimizer computes it.
+        gather_below: see :class:`crsam_ext.ops.Operators`.
+    Raises:
+        ValueError: for parameters that cannot be made views of a flat buffer; the message says why.
+    """
+
+    def __init__(
+        self,
+        param_groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Tensor, dict[str, Any]],
+        options: Sequence[Options],
+        gather_below: int,
+    ) -> None:
+        self._names = [None if o is None else o.buffers for o in options]
+        members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int]]] = {}
+        for group, param in _members(param_groups):
+            if _wanted(param, state):
+                check_parameter(param)
+                _check_device(param)
+                members.setdefault((param.device, param.dtype), []).append((param, group))
+        _check_sharing([param for bucket in members.values() for param, _ in bucket])
+        self.buckets = [Bucket(bucket, options, gather_below) for bucket in members.values()]
+        self._slots = {slot.param: slot for bucket in self.buckets for slot in bucket.slots}
+        self._copies: dict[tuple[Slot, int], Tensor] = {}
+        for bucket in self.buckets:
+            bucket.adopt(state, options)
+
+    def matches(
+        self,
+        param_groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Tensor, dict[str, Any]],
+        options: Sequence[Options],
+    ) -> bool:
+        """Whether parameters and state are still where they were put, and no others have joined or left."""
+        if self._names != [None if o is None else o.buffers for o in options]:
+            return False
+        found = 0
+        for group, param in _members(param_groups):
+            slot = self._slots.get(param)
+            if slot is None:
+                if _wanted(param, state):
+                    return False
+                continue
+            found += 1
+            if slot.group != group or not self._in_place(slot):
+                return False
+            kept = state.get(param, {})
+            if kept and any(kept.get(name) is not view for name, view in slot.views.items()):
+                return False
+            if slot.published and not kept:
+                return False
+        return found == len(self._slots)
+
+    @staticmethod
+    def _in_place(slot: Slot) -> bool:
+        return slot.param.data_ptr() == slot.pointer and slot.param.shape == slot.shape
+
+    def check_in_place(self) -> None:
+        """Raise RuntimeError if a parameter was re-pointed while a step is in progress."""
+        if not all(map(self._in_place, self._slots.values())):
+            raise RuntimeError(
+                "a parameter was moved or re-pointed between the passes of a step; call restore() before moving the "
+                "model, then begin a new step"
+            )
+
+    def take_gradients(self, index: int, keep: bool) -> list[list[Tensor | None]]:
+        """The gradients of pass ``index``, for each bucket and slot, shaped and laid out as the parameter.
+
+        A gradient is autograd's own tensor, taken out of ``p.grad``, wherever that is ours to hold; it is copied when
+        ``keep`` leaves it in ``p.grad``, when it is a view whose memory the next backward may write again, and when its
+        dtype or memory order differ from the parameter's.
+
+        Raises:
+            RuntimeError: for a sparse gradient.
+        """
+        return [[self._take(slot, index, keep) for slot in bucket.slots] for bucket in self.buckets]
+
+    def _take(self, slot: Slot, index: int, keep: bool) -> Tensor | None:
+        g = slot.param.grad
+        if g is None:
+            return None
+        if g.layout != torch.strided:
+            raise RuntimeError(
+                f"the gradient of a parameter of shape {tuple(slot.shape)} is sparse; CRSAM takes dense gradients only"
+            )
+        g = g.detach()
+        is_view = g.untyped_storage().nbytes() != g.numel() * g.element_size()
+        if keep or is_view or g.dtype != slot.param.dtype or not slot.matches_layout(g):
+            key = (slot, index)
+            if key not in self._copies:
+                self._copies[key] = torch.empty_strided(
+                    slot.shape, slot.stride, dtype=slot.param.dtype, device=g.device
+                )
+            g = self._copies[key].copy_(g)
+        if not keep:
+            slot.param.grad = None
+        return g
+
+
+def _members(param_groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Tensor]]:
+    for index, group in enumerate(param_groups):
+        for param in group["params"]:
+            yield index, param
+
+
+def _wanted(param: Tensor, state: Mapping[Tensor, dict[str, Any]]) -> bool:
+    return param.numel() > 0 and (param.requires_grad or param.grad is not None or bool(state.get(param)))
+
+
+def check_parameter(param: Tensor) -> None:
+    """Raise ValueError if ``param`` cannot live in a flat buffer."""
+    what = f"parameter of shape {tuple(param.shape)}"
+    if param.dtype not in _DTYPES:
+        raise ValueError(f"{what} has dtype {param.dtype}; CRSAM takes float64, float32, float16 and bfloat16")
+    if param.layout != torch.strided or type(param.data) is not Tensor:
+        raise ValueError(
+            f"{what} is a {type(param.data).__name__} of layout {param.layout}; CRSAM takes plain strided tensors"
+        )
+    if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
+        raise ValueError(f"{what} is expanded: several of its elements share memory; make it contiguous first")
+
+
+def _check_device(param: Tensor) -> None:
+    """Raise ValueError if memory on the parameter's device cannot be adopted."""
+    what = f"parameter of shape {tuple(param.shape)}"
+    if param.device.type == "meta":
+        raise ValueError(f"{what} is on the meta device; materialize the model before the first step")
+    if param.device.type == "mps":
+        raise ValueError(f"{what} is on MPS, which has no float64; CRSAM's sums end in float64")
+
+
+def _check_sharing(params: Iterable[Tensor]) -> None:
+    """Raise ValueError if two parameters overlap in memory: in a flat buffer they would silently part."""
+    spans = []
+    for p in params:
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+        if extent == p.numel():  # views with gaps may interleave; only dense ones can be told apart by their bounds
+            spans.append((str(p.device), p.data_ptr(), p.data_ptr() + extent * p.element_size(), tuple(p.shape)))
+    spans.sort()
+    for (device, _, stop, shape), (next_device, start, _, next_shape) in pairwise(spans):
+        if device == next_device and start < stop:
+            raise ValueError(
+                f"parameters of shapes {shape} and {next_shape} share memory without being the same object; "
+                "tie them by assigning one Parameter to both modules (b.weight = a.weight)"
+            )

@@ -1,0 +1,324 @@
+r"""The seven operators between the gradients of a CR-SAM step: their signatures and their mathematics.
+
+Notation, as in the paper (Wu, Luo, Wunsch, AAAI 2024, arXiv 2312.13555). All parameters together are :math:`w`, and
+
+.. math::
+    g_0 = \nabla L(w), \quad g_+ = \nabla L(w + e), \quad g_- = \nabla L(w - e), \qquad
+    d_1 = g_+ - g_-, \quad d_2 = (g_+ - g_0) + (g_- - g_0)
+
+are ``grad``, ``grad_ascent``, ``grad_descent`` and the first and second difference. The base optimizer receives
+:math:`\hat g = c\,(g_+ + a\,d_2 + b\,d_1)`, where ``c`` is the clip factor.
+
+Conventions that hold for every operator:
+
+- Tensors come as lists of *rows*: 1-D, contiguous, all of one device and one dtype (float64, float32, float16 or
+  bfloat16). ``groups[i]`` says which parameter group row ``i`` belongs to; every per-group quantity is a sequence or a
+  tensor with one entry a group.
+- ``live`` is what the model reads. ``saved`` is :math:`w`, in the compute dtype: float64 for float64 rows, else
+  float32. For float16 and bfloat16 it is the master copy, which outlives the step; for the others it is valid
+  from ``perturb_(sign=+1)`` to the end of the step.
+- Arithmetic is done in the compute dtype; sums over elements end in float64.
+- An underscore ends the name of an operator that writes into its arguments; it returns nothing.
+- Nothing here synchronises with the host: what is computed on the device stays there.
+
+Bytes moved, in units of N = the parameters once in fp32: ``grad_norm`` 1, ``perturb_`` 4 (sign +1, which saves) and
+3 (sign -1), ``fd_gram`` 3, ``sgd_step_`` with momentum 7, ``adamw_step_`` 9, ``combine_`` 6. Saving :math:`w` at the
+beginning of each step rather than keeping a copy from the last one costs nothing in total (the step need not write
+the copy) and honours every change that the user makes to a parameter between steps, also through ``p.data``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["EPSILON", "AdamOptions", "Coefficients", "Operators", "SGDOptions", "compute_dtype"]
+
+#: What is added to the gradient norm before dividing by it, as in the published SAM and CR-SAM implementations.
+EPSILON = 1e-12
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which rows of ``dtype`` are computed: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class SGDOptions:
+    """One parameter group's options of :class:`torch.optim.SGD`, under torch's names."""
+
+    lr: float | Tensor
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+    counts_steps: ClassVar[bool] = False
+
+    @classmethod
+    def from_group(cls, group: Mapping[str, Any]) -> SGDOptions:
+        return cls(**{name: group[name] for name in cls.__dataclass_fields__ if name != "counts_steps"})
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        """Names of the model-size buffers that the state of a parameter holds."""
+        return ("momentum_buffer",) if self.momentum else ()
+
+
+@dataclass(frozen=True)
+class AdamOptions:
+    """One parameter group's options of :class:`torch.optim.Adam` or, with ``decoupled_weight_decay``, AdamW."""
+
+    lr: float | Tensor
+    betas: tuple[float | Tensor, float | Tensor]
+    eps: float
+    weight_decay: float
+    decoupled_weight_decay: bool
+    maximize: bool
+    counts_steps: ClassVar[bool] = True
+
+    @classmethod
+    def from_group(cls, group: Mapping[str, Any]) -> AdamOptions:
+        return cls(**{name: group[name] for name in cls.__dataclass_fields__ if name != "counts_steps"})
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        """Names of the model-size buffers that the state of a parameter holds."""
+        return ("exp_avg", "exp_avg_sq")
+
+
+class Coefficients(NamedTuple):
+    """What :meth:`Operators.coefficients` decides for a step; every tensor float64 on one device, unless noted."""
+
+    a: Tensor  #: [groups], weight of the second difference
+    b: Tensor  #: [groups], weight of the first difference
+    factor: Tensor | None  #: 0-dim, the clip factor; None when gradients are not clipped
+    ok: Tensor  #: 0-dim bool, False when a gradient held a NaN or an infinity: the step is skipped
+    kappa: Tensor | None = None  #: 0-dim, curvature along e, of the log regularizer
+    sigma: Tensor | None = None  #: 0-dim, loss difference along e, of the log regularizer
+    regularizer_ratio: Tensor | None = None  #: 0-dim, norm of a d2 + b d1 over the norm of g+, before the cap
+    capped: Tensor | None = None  #: 0-dim bool, whether the cap acted
+
+
+def _quadratic_form(gram: Tensor, x: float, y: Tensor | float, z: Tensor | float) -> Tensor:
+    """Squared norm of x g0 + y d1 + z d2 over all groups, from the [groups, >=6] Gram matrix."""
+    g00, g01, g02, g11, g12, g22 = gram[:, :6].unbind(1)
+    form = x * x * g00 + y * y * g11 + z * z * g22 + 2 * (x * y * g01 + x * z * g02 + y * z * g12)
+    return form.sum().clamp(min=0)
+
+
+class Operators(ABC):
+    """The operators. A backend implements them; :mod:`crsam_ext.backends` chooses the backend."""
+
+    name: ClassVar[str]
+    #: Rows of parameters with fewer elements than this are merged with their neighbours, their gradients gathered.
+    gather_below: int
+
+    @abstractmethod
+    def grad_norm(
+        self, grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
+    ) -> Tensor:
+        r"""Squared norm of the gradient per group: :math:`\|g\|^2`, or :math:`\||w|\,g\|^2` where weights are given.
+
+        Args:
+            grads: rows of a gradient.
+            groups: the group of each row.
+            num_groups: how many groups there are.
+            weights: for each row None, or the row of :math:`w` that it is weighted with (ASAM).
+        Returns:
+            float64 tensor [num_groups]. Squared, so that groups, devices and processes add up.
+        """
+
+    def perturbation_scale(self, squared_norm: Tensor, rho: Tensor) -> Tensor:
+        r""":math:`\rho / (\|g_0\| + \varepsilon)` per group, with one norm over all groups.
+
+        Args:
+            squared_norm: float64 [groups], from :meth:`grad_norm` (weighted where the group is adaptive).
+            rho: float64 [groups], the radius of each group.
+        Returns:
+            float64 tensor [groups].
+        """
+        return rho / (squared_norm.sum().sqrt() + EPSILON)
+
+    @abstractmethod
+    def perturb_(
+        self,
+        live: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        groups: Sequence[int],
+        scale: Tensor,
+        adaptive: Sequence[bool],
+        sign: int,
+    ) -> None:
+        r"""Write :math:`w \pm e` into ``live``, absolutely, from the saved :math:`w`.
+
+        :math:`e = s\,g_0` (SAM, Foret et al. 2021) or :math:`e = s\,w^2 g_0` (ASAM, Kwon et al. 2021), elementwise,
+        where :math:`s` is :meth:`perturbation_scale`. ``sign=+1`` begins a step and saves first: float64 and float32
+        rows copy ``live`` into ``saved``; for the others ``saved`` is the master, and takes the value of ``live``
+        only where it no longer rounds to it, that is, where someone changed the parameter since the last step.
+
+        Args:
+            live: rows of the parameters, written.
+            saved: rows of w, written when ``sign`` is +1.
+            grads: rows of g0.
+            groups: the group of each row.
+            scale: float64 [groups], s; negative for a group that is maximized.
+            adaptive: for each group, whether e is that of ASAM.
+            sign: +1 for w + e, -1 for w - e.
+        """
+
+    @abstractmethod
+    def fd_gram(
+        self,
+        grad: Sequence[Tensor],
+        grad_ascent: Sequence[Tensor],
+        grad_descent: Sequence[Tensor],
+        groups: Sequence[int],
+        num_groups: int,
+        weights: Sequence[Tensor | None],
+    ) -> Tensor:
+        r"""Gram matrix of :math:`(g_0, d_1, d_2)` per group, in one pass over the three gradients.
+
+        The differences are formed elementwise before the products: subtracting inner products afterwards would lose
+        all digits, since the differences are small against the gradients.
+
+        Returns:
+            float64 tensor [num_groups, 9]: :math:`g_0 g_0, g_0 d_1, g_0 d_2, d_1 d_1, d_1 d_2, d_2 d_2`, then
+            :math:`h g_0, h d_1, h d_2` with :math:`e = s h`; h is g0, or :math:`w^2 g_0` where weights are given.
+        """
+
+    def coefficients(
+        self,
+        gram: Tensor | None,
+        squared_norms: Sequence[Tensor],
+        scale: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        *,
+        passes: int,
+        regularizer: str,
+        losses: tuple[Tensor, Tensor, Tensor] | None,
+        max_regularizer_ratio: float,
+        max_grad_norm: float | None,
+    ) -> Coefficients:
+        r"""Decide a, b, the clip factor and whether the step is sound, from sums that are already on the device.
+
+        ``linear``: :math:`a = \alpha, b = \beta`. ``log``: :math:`a = \alpha/\kappa, b = \beta/\sigma`, the gradient of
+        :math:`\alpha \log \mathrm{Tr}\nabla^2 L + \beta \log \|\nabla L\|` with the trace along the gradient and
+
+        .. math::
+            \kappa &= L(w+e) + L(w-e) - 2L(w) \approx \tfrac12\, e \cdot d_1 \quad\text{(trapezoid)} \\
+            \sigma &= L(w+e) - L(w-e) \approx 2\, e \cdot g_0 + \tfrac13\, e \cdot d_2 \quad\text{(Simpson)}
+
+        A term whose logarithm does not exist (:math:`\kappa \le 0`, :math:`\sigma \le 0`) is dropped for the step. The
+        regularizer's gradient :math:`a d_2 + b d_1` is capped at ``max_regularizer_ratio`` times :math:`\|g_+\|`.
+        :math:`\|\hat g\|` is a quadratic form in the Gram matrix, since
+        :math:`\hat g = g_0 + (\tfrac12 + b) d_1 + (\tfrac12 + a) d_2`: clipping costs no pass over the gradients.
+
+        Args:
+            gram: from :meth:`fd_gram`, or None where nothing asked for it.
+            squared_norms: from :meth:`grad_norm`, one [groups] tensor for each pass that was reduced so.
+            scale: float64 [groups], from :meth:`perturbation_scale`, not negative.
+            alpha, beta: float64 [groups].
+            passes: 3, 2 (plain SAM) or 1 (the base optimizer alone).
+            regularizer: "linear" or "log".
+            losses: L(w), L(w+e), L(w-e) as 0-dim float64 tensors to take kappa and sigma from, or None: from gradients.
+            max_regularizer_ratio: the cap; ``math.inf`` for none. A finite one needs ``gram``.
+            max_grad_norm: the largest norm of :math:`\hat g`, or None. Needs ``gram`` when ``passes`` is 3.
+        """
+        a, b = alpha, beta
+        kappa = sigma = ratio = capped = factor = norm_hat = None
+        sums = [norm.sum() for norm in squared_norms] + ([] if gram is None else [gram.sum()])
+        ok = torch.isfinite(torch.stack(sums)).all()
+        if passes == 3 and regularizer == "log":
+            if losses is not None:
+                loss, ascent, descent = losses
+                kappa, sigma = ascent + descent - 2 * loss, ascent - descent
+            else:
+                assert gram is not None
+                kappa = (scale * gram[:, 7]).sum() / 2
+                sigma = (scale * (2 * gram[:, 6] + gram[:, 8] / 3)).sum()
+            a = torch.where(kappa > 0, alpha / kappa, 0.0)
+            b = torch.where(sigma > 0, beta / sigma, 0.0)
+        if gram is not None:
+            ratio = (_quadratic_form(gram, 0.0, b, a) / _quadratic_form(gram, 1.0, 0.5, 0.5)).sqrt()
+            capped = ratio > max_regularizer_ratio
+            cap = torch.where(capped, max_regularizer_ratio / ratio, 1.0)
+            a, b = a * cap, b * cap
+            norm_hat = _quadratic_form(gram, 1.0, b + 0.5, a + 0.5).sqrt()
+        elif passes < 3:
+            norm_hat = squared_norms[-1].sum().sqrt()
+        if max_grad_norm is not None:
+            assert norm_hat is not None
+            # The same expression as torch.nn.utils.clip_grad_norm_, so that the two can be exchanged.
+            factor = (max_grad_norm / (norm_hat + 1e-6)).clamp(max=1.0)
+        return Coefficients(a, b, factor, ok, kappa, sigma, ratio, capped)
+
+    @abstractmethod
+    def sgd_step_(
+        self,
+        live: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        momentum_buffer: Sequence[Tensor | None],
+        grads: Sequence[Sequence[Tensor]],
+        groups: Sequence[int],
+        steps: Sequence[Tensor],
+        options: Sequence[SGDOptions],
+        coefficients: Coefficients,
+    ) -> None:
+        r"""One step of :class:`torch.optim.SGD` from w with :math:`\hat g`; where not ``ok``, ``live`` becomes w.
+
+        .. math::
+            g &= \pm\hat g + \lambda w, \quad m \leftarrow \mu m + (1 - \tau) g \;(m \leftarrow g \text{ first}), \\
+            w &\leftarrow w - \gamma\, m \quad\text{or, nesterov,}\quad w \leftarrow w - \gamma\,(g + \mu m)
+
+        Args:
+            live: rows of the parameters, written.
+            saved: rows of w; written for float16 and bfloat16. May be ``live`` itself when nothing was perturbed.
+            momentum_buffer: rows of m, written; None where momentum is 0.
+            grads: the rows of g0, of (g0, g+) or of (g0, g+, g-): one list for each pass that was run.
+            groups: the group of each row.
+            steps: for each row a 0-dim tensor on its device, how many steps it has taken, this one included.
+            options: for each group.
+            coefficients: of this step.
+        """
+
+    @abstractmethod
+    def adamw_step_(
+        self,
+        live: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        exp_avg: Sequence[Tensor],
+        exp_avg_sq: Sequence[Tensor],
+        grads: Sequence[Sequence[Tensor]],
+        groups: Sequence[int],
+        steps: Sequence[Tensor],
+        options: Sequence[AdamOptions],
+        coefficients: Coefficients,
+    ) -> None:
+        r"""One step of :class:`torch.optim.AdamW`, or Adam, from w with :math:`\hat g`; arguments as above.
+
+        .. math::
+            m &\leftarrow \beta_1 m + (1-\beta_1) g, \quad v \leftarrow \beta_2 v + (1-\beta_2) g^2, \\
+            w &\leftarrow (1 - \gamma\lambda)\,w - \frac{\gamma}{1-\beta_1^t}\,
+                \frac{m}{\sqrt{v}/\sqrt{1-\beta_2^t} + \epsilon}
+
+        with :math:`g = \pm\hat g`; Adam has :math:`g = \pm\hat g + \lambda w` instead of the factor on w.
+        """
+
+    @abstractmethod
+    def combine_(
+        self,
+        live: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        grads: Sequence[Sequence[Tensor]],
+        groups: Sequence[int],
+        coefficients: Coefficients,
+    ) -> None:
+        r"""For any other base optimizer: write :math:`\hat g` over the rows of the last pass, and w into ``live``."""

@@ -1,0 +1,428 @@
+"""The optimizer: groups, options and state, and the order in which the operators are called."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from . import backends
+from .flat import FlatParameters, Options, check_parameter
+from .ops import AdamOptions, Operators, SGDOptions
+from .passes import RandomState, RunningStatistics, Step
+from .stats import Stats
+
+__all__ = ["CRSAM"]
+
+_NATIVE: dict[type[Optimizer], type[SGDOptions] | type[AdamOptions]] = {
+    SGD: SGDOptions,
+    Adam: AdamOptions,
+    AdamW: AdamOptions,
+}
+# What a copy or a pickle of the optimizer leaves behind: it is made again when needed. (A scheduler puts a function
+# named ``step`` on the instance, which refers to that very instance.)
+_TRANSIENT = ("operators", "_flat", "_step", "_last_loss", "step")
+
+
+class CRSAM(Optimizer):
+    r"""Curvature regularized sharpness-aware minimization (Wu, Luo, Wunsch, AAAI 2024, arXiv 2312.13555).
+
+    .. math::
+        \begin{aligned}
+        e &= \rho\, g_0 / (\|g_0\| + \varepsilon), \quad g_0 = \nabla L(w),
+            \quad g_+ = \nabla L(w + e), \quad g_- = \nabla L(w - e) \\
+        \hat g &= g_+ + a\,(g_+ + g_- - 2 g_0) + b\,(g_+ - g_-) \\
+        w &\leftarrow \text{base optimizer}(w, \hat g)
+        \end{aligned}
+
+    ``alpha = beta = 0`` is SAM and takes two passes; ``rho = 0`` is the base optimizer and takes one.
+
+    Args:
+        params: parameters, named parameters or group dictionaries, as for any torch optimizer.
+        base_optimizer: a class or an instance of :class:`torch.optim.Optimizer`. SGD, Adam and AdamW are computed here,
+            on flat state; any other optimizer receives :math:`\hat g` as the gradient at w.
+        rho: radius of the perturbation. Per group, as are alpha, beta and adaptive.
+        alpha: weight of the curvature term; default 0.1 for the linear and 0.01 for the log regularizer.
+        beta: weight of the gradient-norm term; default 0.01.
+        gamma: another name of alpha, the one that the authors' code uses.
+        regularizer: "linear", a = alpha and b = beta, as the authors' code computes it; or "log", the regularizer
+            :math:`\alpha \log \mathrm{Tr}\nabla^2 L + \beta \log\|\nabla L\|` of the paper, a = alpha / kappa and
+            b = beta / sigma, see :meth:`crsam_ext.ops.Operators.coefficients`.
+        estimator: where the log regularizer takes kappa and sigma from: "gradient" (no cancellation, no losses needed)
+            or "loss".
+        adaptive: perturb as ASAM does (Kwon et al., ICML 2021):
+            :math:`e = \rho\, w^2 g_0 / (\||w| g_0\| + \varepsilon)`.
+        max_grad_norm: clip :math:`\hat g` to this norm.
+        max_regularizer_ratio: cap the norm of :math:`a d_2 + b d_1` at this multiple of :math:`\|g_+\|`; default 1 for
+            the log regularizer, whose weights are unbounded near kappa = 0, and no cap for the linear one.
+        model: if given, the running statistics of its normalization layers follow the first pass only.
+        replay_rng: give every pass of ``step(closure)`` the same random numbers (dropout masks, for instance).
+        backend: "cuda", "triton", "torch", or "auto" for the first that is available.
+        compile: run the torch backend through ``torch.compile``.
+        **base_kwargs: lr, momentum and whatever else the base optimizer takes.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: for arguments that make no sense, saying which; for an unavailable backend.
+
+    Example::
+
+        optimizer = CRSAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9, model=model)
+
+        def closure():
+            loss = criterion(model(x), y)
+            loss.backward()
+            return loss
+
+        loss = optimizer.step(closure)
+
+    Note:
+        From the first step on, parameters are views of flat buffers (:mod:`crsam_ext.flat`), and ``p.grad`` holds
+        :math:`g_0` between steps. A wrapped base optimizer costs one synchronisation a step: whether to call it is
+        decided on the device.
+    """
+
+    operators: Operators
+    _flat: FlatParameters | None
+    _step: Step | None
+    _last_loss: Any  # what the last call of a step was given: step() takes no such argument
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: type[Optimizer] | Optimizer = SGD,
+        *,
+        rho: float | Tensor = 0.1,
+        alpha: float | None = None,
+        beta: float | None = None,
+        gamma: float | None = None,
+        regularizer: str = "linear",
+        estimator: str = "gradient",
+        adaptive: bool = False,
+        max_grad_norm: float | None = None,
+        max_regularizer_ratio: float | None = None,
+        model: torch.nn.Module | None = None,
+        replay_rng: bool = True,
+        backend: str = "auto",
+        compile: bool = False,
+        **base_kwargs: Any,
+    ) -> None:
+        _check_choice("regularizer", regularizer, ("linear", "log"))
+        _check_choice("estimator", estimator, ("gradient", "loss"))
+        if gamma is not None and alpha is not None:
+            raise TypeError("gamma is another name of alpha: give one of them")
+        alpha = gamma if alpha is None else alpha
+        if alpha is None:
+            alpha = 0.01 if regularizer == "log" else 0.1
+        if max_regularizer_ratio is None:
+            max_regularizer_ratio = 1.0 if regularizer == "log" else math.inf
+        if not max_regularizer_ratio >= 0:
+            raise ValueError(f"max_regularizer_ratio must be at least 0, but is {max_regularizer_ratio}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive or None, but is {max_grad_norm}")
+        self.regularizer, self.estimator = regularizer, estimator
+        self.max_grad_norm, self.max_regularizer_ratio = max_grad_norm, max_regularizer_ratio
+        self.replay_rng, self.compile = replay_rng, compile
+        self.stats = Stats()
+        self._requested_backend = backend
+        self.statistics = None if model is None else RunningStatistics(model)
+        self._reset()
+
+        self._own = {"rho": rho, "alpha": alpha, "beta": 0.01 if beta is None else beta, "adaptive": adaptive}
+        base = _make_base(params, base_optimizer, base_kwargs)
+        super().__init__(base.param_groups, {**base.defaults, **self._own})
+        self.base_optimizer = base
+        self.param_groups, self.state = base.param_groups, base.state
+
+    # What the optimizer is -------------------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that runs the operators."""
+        return self.operators.name
+
+    @property
+    def passes(self) -> int:
+        """How many times ``step(closure)`` calls the closure: 3, 2 where alpha = beta = 0, 1 where rho = 0."""
+        return self._calls if any(_nonzero(group["rho"]) for group in self.param_groups) else 1
+
+    @property
+    def _calls(self) -> int:
+        """How many of first_step, second_step, third_step make a step."""
+        return 3 if any(_nonzero(group[name]) for group in self.param_groups for name in ("alpha", "beta")) else 2
+
+    def __repr__(self) -> str:
+        head, _, groups = super().__repr__().partition("(")
+        base = type(self.base_optimizer).__name__
+        return f"{head}(base_optimizer={base}, regularizer={self.regularizer}, backend={self.backend},{groups}"
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as for any torch optimizer; it may have its own rho, alpha (or gamma), beta and adaptive.
+
+        Raises:
+            ValueError: for a rho, alpha or beta that is negative or not finite, and for parameters that are complex,
+                not floating point, expanded, or no plain tensors.
+        """
+        if isinstance(param_group, dict):
+            if "gamma" in param_group:
+                param_group["alpha"] = param_group.pop("gamma")
+            for name, default in self._own.items():
+                value = param_group.setdefault(name, default)
+                if name != "adaptive" and not isinstance(value, Tensor) and not 0 <= value < math.inf:
+                    raise ValueError(f"{name} must be a finite number that is not negative, but is {value}")
+        super().add_param_group(param_group)
+        for param in param_group["params"]:
+            check_parameter(param)
+
+    # A step ---------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step.
+
+        Args:
+            closure: computes the loss of the batch, calls ``backward()`` on it and returns it. It is called once for
+                each pass, at w, w + e and w - e, with gradients cleared and the same random numbers. Without a closure,
+                the step that ``first_step`` began is finished.
+        Returns:
+            What the closure returned at w; None without a closure.
+        Raises:
+            RuntimeError: if no gradient was computed, a gradient is sparse, or a step is in progress already.
+            ValueError: if ``estimator="loss"`` needs a loss and the closure returned none.
+
+        Whatever the closure raises passes through, after the parameters are bit for bit w again.
+        """
+        if closure is None:
+            return self._finish()
+        if self._step is not None:
+            raise RuntimeError(f"step(closure) called in the middle of a step: {self._due()}")
+        closure = torch.enable_grad()(closure)
+        with self._restoring():
+            step = self._begin(self.passes)
+            devices = {bucket.device for bucket in step.flat.buckets}
+            replay = self.replay_rng and step.passes > 1
+            before = RandomState(devices) if replay else None
+            after = None
+            for index in range(step.passes):
+                self._clear_gradients()
+                if index and before is not None:
+                    before.replay()
+                loss = closure()
+                if index == 0 and replay:
+                    after = RandomState(devices)
+                step.collect(loss, keep=False)
+                if index < step.passes - 1:
+                    step.move()
+            if after is not None:
+                after.replay()
+            step.update()
+        self._step = None
+        return step.losses[0]
+
+    def first_step(self, zero_grad: bool = False, loss: Any = None) -> None:
+        """After ``backward()`` at w: save w and move the parameters to w + e.
+
+        Args:
+            zero_grad: clear the gradients. Otherwise they stay in ``p.grad``, which costs a copy of them.
+            loss: the loss of this pass, needed where the log regularizer has ``estimator="loss"``.
+        Raises:
+            RuntimeError: if another call is due, or no gradient was computed.
+        """
+        if self._step is not None:
+            raise RuntimeError(f"first_step() called in the middle of a step: {self._due()}")
+        with self._restoring():
+            self._begin(self._calls)
+            self._call(zero_grad, loss)
+
+    def second_step(self, zero_grad: bool = False, loss: Any = None) -> None:
+        """After ``backward()`` at w + e: move to w - e; with alpha = beta = 0, update w instead.
+
+        Arguments and errors as for :meth:`first_step`.
+        """
+        self._require("second_step", 1)
+        self._call(zero_grad, loss)
+
+    def third_step(self, zero_grad: bool = False, loss: Any = None) -> None:
+        """After ``backward()`` at w - e: update w. Arguments and errors as for :meth:`first_step`."""
+        self._require("third_step", 2)
+        self._call(zero_grad, loss)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Abandon the step in progress, if there is one: the parameters are bit for bit w again."""
+        if self._step is not None:
+            self._step.restore()
+            self._step = None
+
+    def _begin(self, passes: int) -> Step:
+        """Begin a step, with parameters and state in the flat buffers."""
+        options = self._options()
+        if self._flat is None or not self._flat.matches(self.param_groups, self.state, options):
+            self._flat = FlatParameters(self.param_groups, self.state, options, self.operators.gather_below)
+        self._step = Step(self, self._flat, options, passes)
+        return self._step
+
+    @contextmanager
+    def _restoring(self) -> Iterator[None]:
+        """Restore the parameters if anything goes wrong within."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
+    @torch.no_grad()
+    def _call(self, zero_grad: bool, loss: Any) -> None:
+        step = self._step
+        assert step is not None
+        if step.collected < step.passes - 1:
+            with self._restoring():
+                step.collect(loss, keep=not zero_grad)
+                step.move()
+        else:
+            self._last_loss = loss
+            self.step()  # through the public method: hooks and schedulers watch it
+        if zero_grad:
+            self.zero_grad()
+
+    def _finish(self) -> None:
+        """Take the last pass of a step of calls, and make the update."""
+        if self._step is None:
+            if self.passes > 1:
+                raise RuntimeError(
+                    "step() without a closure finishes what first_step() began: call first_step(), or step(closure)"
+                )
+            self._begin(1)
+        step = self._step
+        assert step is not None
+        if step.collected != step.passes - 1:
+            raise RuntimeError(f"step() called too early: {self._due()}")
+        loss, self._last_loss = self._last_loss, None
+        with self._restoring():
+            step.collect(loss, keep=False)
+            step.update()
+        self._step = None
+
+    def _due(self) -> str:
+        assert self._step is not None
+        call = ("first_step", "second_step", "third_step")[self._step.collected]
+        return f"{call}() or restore() is due"
+
+    def _require(self, call: str, collected: int) -> None:
+        if self._step is None:
+            sam = " (with alpha = beta = 0, second_step() makes the update)" if call == "third_step" else ""
+            raise RuntimeError(f"{call}() called outside a step: first_step() is due{sam}")
+        if self._step.collected != collected:
+            raise RuntimeError(f"{call}() called out of order: {self._due()}")
+
+    def _options(self) -> list[Options]:
+        """For each group, how its update is computed here; None for all if the base optimizer makes it."""
+        native = _NATIVE.get(type(self.base_optimizer))
+        if native is None or any(g.get("amsgrad") or g.get("differentiable") for g in self.param_groups):
+            return [None] * len(self.param_groups)
+        return [native.from_group(group) for group in self.param_groups]
+
+    def _clear_gradients(self) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = None
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, here or of torch's SGD, Adam or AdamW.
+
+        Options that the groups of ``state_dict`` lack (rho, say) stay as they are.
+        """
+        loaded: dict[str, Any] = {}
+
+        def complete(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            pairs = zip(self.param_groups, given["param_groups"], strict=False)
+            filled = [{**{k: v for k, v in own.items() if k != "params"}, **group} for own, group in pairs]
+            loaded.update(given, param_groups=filled + given["param_groups"][len(filled) :])
+            return loaded
+
+        self.restore()
+        hook = self.register_load_state_dict_pre_hook(complete)  # the last to run: after the user's own
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        # torch casts floating state to the parameter's dtype; ours is float32 where that is float16 or bfloat16.
+        for own, group in zip(self.param_groups, loaded["param_groups"], strict=True):
+            for param, key in zip(own["params"], group["params"], strict=True):
+                for name, value in loaded["state"].get(key, {}).items():
+                    if param.dtype.itemsize == 2 and isinstance(value, Tensor) and value.is_floating_point():
+                        self.state[param][name] = value.detach().clone().to(param.device)
+
+    def _reset(self) -> None:
+        self.operators = backends.load(self._requested_backend, compile=self.compile)
+        self._flat = self._step = self._last_loss = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        hooks = ("_optimizer_", "_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured")
+        return {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT and not k.startswith(hooks)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        self._reset()
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
+
+
+def _nonzero(value: float | Tensor) -> bool:
+    """Whether a hyper-parameter can be nonzero: a tensor may change on its device, so it is not asked."""
+    return isinstance(value, Tensor) or value != 0
+
+
+def _make_base(params: Any, base: type[Optimizer] | Optimizer, kwargs: dict[str, Any]) -> Optimizer:
+    """The base optimizer over ``params``, with its own checks of its own arguments."""
+    if isinstance(base, type) and issubclass(base, Optimizer):
+        accepted = inspect.signature(base.__init__).parameters
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
+            for name in kwargs.keys() - accepted.keys():
+                raise TypeError(f"unexpected keyword argument {name!r}: neither CRSAM nor {base.__name__} takes it")
+        made = base(_without_duplicates(params), **kwargs)
+    elif isinstance(base, Optimizer):
+        if kwargs:
+            raise TypeError(f"{', '.join(kwargs)} given with an instance of {type(base).__name__}: set them there")
+        given = {id(p) for p in _flatten(params)}
+        if given != {id(p) for group in base.param_groups for p in group["params"]}:
+            raise ValueError("params are not the parameters of the base optimizer that was given")
+        made = base
+    else:
+        raise TypeError(f"base_optimizer must be a class or an instance of torch.optim.Optimizer, but is {base!r}")
+    if isinstance(made, torch.optim.LBFGS):
+        raise ValueError("LBFGS evaluates the loss within its step and cannot be a base optimizer")
+    return made
+
+
+def _without_duplicates(params: Any) -> Any:
+    """``params`` as lists, each tensor once: a tied parameter is one parameter."""
+    if isinstance(params, (Tensor, str, set)):
+        return params  # torch's own errors say best what is wrong with these
+    items = list(params)
+    if items and isinstance(items[0], dict):
+        return [{**group, "params": _without_duplicates(group["params"])} for group in items]
+    return list({id(p[1] if isinstance(p, tuple) else p): p for p in items}.values())
+
+
+def _flatten(params: Iterable[Any]) -> list[Tensor]:
+    """All tensors of a list of parameters, of named parameters or of groups."""
+    tensors: list[Tensor] = []
+    for item in params:
+        if isinstance(item, dict):
+            group = item["params"]
+            tensors += _flatten([group] if isinstance(group, Tensor) else group)
+        else:
+            tensors.append(item[1] if isinstance(item, tuple) else item)
+    return tensors

@@ -1,0 +1,272 @@
+"""The passes of a step: what must be equal in all of them, and what happens between and after them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .flat import FlatParameters, Options, Plan
+from .ops import AdamOptions, Coefficients, SGDOptions
+
+if TYPE_CHECKING:
+    from .optimizer import CRSAM
+
+__all__ = ["RandomState", "RunningStatistics", "Step"]
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class RandomState:
+    """State of torch's random number generators, on the CPU and on the devices of the parameters.
+
+    Replaying it gives every pass the same dropout masks: otherwise the finite differences would measure the masks.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._accelerators = {
+            device: torch.get_device_module(device).get_rng_state(device) for device in devices if device.type != "cpu"
+        }
+
+    def replay(self) -> None:
+        """Put the generators back to where they were."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._accelerators.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+class RunningStatistics:
+    """Running statistics of a model's normalization layers, kept as the first pass left them.
+
+    Works on the buffers themselves rather than on ``momentum`` or ``track_running_stats``: exact for every momentum
+    (also None, the cumulative average), for SyncBatchNorm, InstanceNorm and layers of other libraries, and invisible
+    to ``torch.compile``. Any module with buffers named as in torch.nn's is one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
+        self._kept: list[Tensor] = []
+
+    def _buffers(self) -> list[Tensor]:
+        buffers = (getattr(module, name, None) for module in self._modules for name in _STATISTICS)
+        return [buffer for buffer in buffers if isinstance(buffer, Tensor)]
+
+    def keep(self) -> None:
+        """Remember the statistics as they are now."""
+        buffers = self._buffers()
+        if [(k.shape, k.dtype, k.device) for k in self._kept] != [(b.shape, b.dtype, b.device) for b in buffers]:
+            self._kept = [torch.empty_like(b) for b in buffers]
+        if buffers:
+            torch._foreach_copy_(self._kept, buffers)
+
+    def put_back(self) -> None:
+        """Undo what later passes did to them."""
+        if self._kept:
+            torch._foreach_copy_(self._buffers(), self._kept)
+
+
+class Step:
+    """One step in progress: the gradients of its passes so far, and what to do with them.
+
+    The order of calls is ``collect, move`` (to w + e), ``collect, move`` (to w - e), ``collect, update``; with fewer
+    passes, moves are left out. ``restore`` may come at any time instead.
+
+    Args:
+        optimizer: whose groups, state and settings apply.
+        flat: its parameters.
+        options: for each group, how its update is computed.
+        passes: how many there will be, 1 to 3.
+    """
+
+    def __init__(self, optimizer: CRSAM, flat: FlatParameters, options: list[Options], passes: int) -> None:
+        self.optimizer, self.flat, self.options, self.passes = optimizer, flat, options, passes
+        self.groups, self.operators = optimizer.param_groups, optimizer.operators
+        self.home = flat.buckets[0].device  # where the few numbers are kept that belong to all parameters
+        self.losses: list[Any] = []
+        self._first: list[list[Tensor | None]] = []  # bucket, slot: what p.grad held in the first pass
+        self._grads: list[list[list[Tensor | None]]] = []  # pass, bucket, slot: 1-D, in memory order
+        self._squared_norms: list[Tensor] = []
+        self._scale: Tensor | None = None  # of the perturbation, once there is one
+
+    @property
+    def collected(self) -> int:
+        """How many passes have been collected."""
+        return len(self._grads)
+
+    def collect(self, loss: Any, keep: bool) -> None:
+        """Take over the gradients that autograd left in this pass; ``keep`` leaves them in ``p.grad`` as well."""
+        index = self.collected
+        if index:
+            self.flat.check_in_place()
+        grads = self.flat.take_gradients(index, keep)
+        if not any(g is not None for bucket in grads for g in bucket):
+            raise RuntimeError(f"pass {index + 1} left no gradient in any parameter: has loss.backward() been called?")
+        if index == 0:
+            self._first = grads
+        self._grads.append([[None if g is None else g.as_strided((g.numel(),), (1,)) for g in gs] for gs in grads])
+        self.losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
+
+    def move(self) -> None:
+        """Move the parameters to w + e, or from there to w - e."""
+        adaptive = [bool(group["adaptive"]) for group in self.groups]
+        plans = self._plans([tuple(g is not None for g in grads) for grads in self._grads[0]])
+        rows = [plan.gather(grads, 0) for plan, grads in zip(plans, self._grads[0], strict=True)]
+        sign = 1 if self._scale is None else -1
+        if self._scale is None:
+            weights = [
+                [w if adaptive[g] else None for w, g in zip(plan.live, plan.groups, strict=True)] for plan in plans
+            ]
+            self._squared_norms.append(self._squared_norm(plans, rows, weights))
+            rho = self._vector([group["rho"] for group in self.groups])
+            self._scale = self.operators.perturbation_scale(self._squared_norms[0], rho)
+            if self.optimizer.statistics is not None:
+                self.optimizer.statistics.keep()
+        uphill = self._scale * self._vector([-1.0 if group.get("maximize") else 1.0 for group in self.groups])
+        for plan, grads in zip(plans, rows, strict=True):
+            if plan.rows:
+                self.operators.perturb_(plan.live, plan.saved, grads, plan.groups, uphill, adaptive, sign)
+        # Autocast keeps low-precision copies of the weights until its outermost context ends: they are stale now.
+        torch.clear_autocast_cache()
+
+    def update(self) -> None:
+        """Make the update of w with the gradients of all passes."""
+        by_bucket = list(zip(*self._grads, strict=True))
+        active = [tuple(any(g is not None for g in of_slot) for of_slot in zip(*gs, strict=True)) for gs in by_bucket]
+        plans = self._plans(active)
+        rows = [
+            [plan.gather(grads, index) for index, grads in enumerate(gs)]
+            for plan, gs in zip(plans, by_bucket, strict=True)
+        ]
+        self._save_late(active)
+        c = self._coefficients(plans, rows)
+        self._apply(plans, rows, c)
+        for bucket, first in zip(self.flat.buckets, self._first, strict=True):
+            for slot, g in zip(bucket.slots, first, strict=True):
+                slot.param.grad = g
+        if self._scale is not None:
+            self._leave()
+        self.optimizer.stats.record(self.losses, self._squared_norms[0], c)
+
+    def restore(self) -> None:
+        """Abandon the step: the parameters are bit for bit w again."""
+        if self._scale is None:
+            return
+        for bucket, grads in zip(self.flat.buckets, self._grads[0], strict=True):
+            for slot, g in zip(bucket.slots, grads, strict=True):
+                if g is not None:
+                    slot.view(bucket.live).copy_(slot.view(bucket.saved))
+        self._leave()
+
+    def _leave(self) -> None:
+        """What is to be done wherever parameters come back from a perturbation."""
+        torch.clear_autocast_cache()
+        if self.optimizer.statistics is not None:
+            self.optimizer.statistics.put_back()
+
+    def _plans(self, active: Iterable[tuple[bool, ...]]) -> list[Plan]:
+        return [bucket.plan(mask) for bucket, mask in zip(self.flat.buckets, active, strict=True)]
+
+    def _save_late(self, active: list[tuple[bool, ...]]) -> None:
+        """Save w of parameters that were not moved: without a gradient in the first pass, or all in a single pass."""
+        moved = self._scale is not None
+        nothing = torch.zeros(len(self.groups), dtype=torch.float64, device=self.home)
+        for bucket, mask, first in zip(self.flat.buckets, active, self._grads[0], strict=True):
+            late = tuple(a and not (moved and g is not None) for a, g in zip(mask, first, strict=True))
+            # In a single pass, w is where the parameters are, unless there is a master.
+            if any(late) and (moved or bucket.has_master):
+                plan = bucket.plan(late)
+                zeros = [torch.zeros_like(row) for row in plan.live]
+                not_adaptive = [False] * len(self.groups)
+                self.operators.perturb_(plan.live, plan.saved, zeros, plan.groups, nothing, not_adaptive, 1)
+
+    def _coefficients(self, plans: Sequence[Plan], rows: list[list[list[Tensor]]]) -> Coefficients:
+        settings, groups = self.optimizer, self.groups
+        log = settings.regularizer == "log" and self.passes == 3
+        losses = self._losses() if log and settings.estimator == "loss" else None
+        clips, caps = settings.max_grad_norm is not None, settings.max_regularizer_ratio < math.inf
+        gram = None
+        if self.passes == 3 and (clips or caps or (log and losses is None)):
+            gram = torch.zeros(len(groups), 9, dtype=torch.float64, device=self.home)
+            for plan, (grad, ascent, descent) in zip(plans, rows, strict=True):
+                if plan.rows:
+                    weights = [
+                        w if groups[g]["adaptive"] else None for w, g in zip(plan.saved, plan.groups, strict=True)
+                    ]
+                    part = self.operators.fd_gram(grad, ascent, descent, plan.groups, len(groups), weights)
+                    gram += part.to(self.home, non_blocking=True)
+        else:
+            for index in range(len(self._squared_norms), self.passes):
+                unweighted: list[list[Tensor | None]] = [[None] * len(plan.rows) for plan in plans]
+                norm = self._squared_norm(plans, [r[index] for r in rows], unweighted)
+                self._squared_norms.append(norm)
+        alpha, beta = (self._vector([group[name] for group in groups]) for name in ("alpha", "beta"))
+        return self.operators.coefficients(
+            gram,
+            self._squared_norms,
+            torch.zeros_like(alpha) if self._scale is None else self._scale,
+            alpha,
+            beta,
+            passes=self.passes,
+            regularizer=settings.regularizer,
+            losses=losses,
+            max_regularizer_ratio=settings.max_regularizer_ratio,
+            max_grad_norm=settings.max_grad_norm,
+        )
+
+    def _losses(self) -> tuple[Tensor, Tensor, Tensor]:
+        if any(loss is None for loss in self.losses):
+            raise ValueError(
+                'estimator="loss" needs the loss of every pass: return it from the closure, or pass it as loss='
+            )
+        maximize = {bool(group.get("maximize")) for group in self.groups}
+        if len(maximize) > 1:
+            raise ValueError('estimator="loss" needs one objective: set maximize alike in all groups')
+        at_w, ascent, descent = (self._vector(self.losses) * (-1.0 if maximize.pop() else 1.0)).unbind()
+        return at_w, ascent, descent
+
+    def _apply(self, plans: Sequence[Plan], rows: list[list[list[Tensor]]], c: Coefficients) -> None:
+        """Run the base optimizer's operator on every bucket, or the base optimizer itself."""
+        for bucket, plan, grads in zip(self.flat.buckets, plans, rows, strict=True):
+            if not plan.rows:
+                continue
+            saved = plan.saved if self._scale is not None or bucket.has_master else plan.live
+            sgd = [o for o in self.options if isinstance(o, SGDOptions)]
+            adam = [o for o in self.options if isinstance(o, AdamOptions)]
+            if sgd or adam:
+                bucket.count_step(plan, c.ok)
+            if sgd:
+                m = plan.buffers.get("momentum_buffer") or [None] * len(plan.rows)
+                self.operators.sgd_step_(plan.live, saved, m, grads, plan.groups, plan.steps, sgd, c)
+            elif adam:
+                m, v = plan.buffers["exp_avg"], plan.buffers["exp_avg_sq"]
+                self.operators.adamw_step_(plan.live, saved, m, v, grads, plan.groups, plan.steps, adam, c)
+            elif self.passes > 1 or c.factor is not None:
+                self.operators.combine_(plan.live, saved, grads, plan.groups, c)
+            # The flag is read in the first step of a plan only: what enters the state must have been used.
+            if (sgd or adam) and not plan.published and bool(c.ok):
+                bucket.publish(plan, self.optimizer.state)
+        if self.options[0] is None and bool(c.ok):
+            for plan, grads in zip(plans, rows, strict=True):
+                plan.scatter(grads[-1])
+            self.optimizer.base_optimizer.step()
+
+    def _squared_norm(
+        self, plans: Sequence[Plan], rows: list[list[Tensor]], weights: Sequence[Sequence[Tensor | None]]
+    ) -> Tensor:
+        total = torch.zeros(len(self.groups), dtype=torch.float64, device=self.home)
+        for plan, r, w in zip(plans, rows, weights, strict=True):
+            if r:
+                part = self.operators.grad_norm(r, plan.groups, len(self.groups), w)
+                total += part.to(self.home, non_blocking=True)
+        return total
+
+    def _vector(self, values: Sequence[Any]) -> Tensor:
+        """Numbers or 0-dim tensors as one float64 tensor on the home device."""
+        if any(isinstance(v, Tensor) for v in values):
+            columns = [torch.as_tensor(v).to(self.home, torch.float64, non_blocking=True) for v in values]
+            return torch.stack([column.reshape(()) for column in columns])
+        return torch.tensor(values, dtype=torch.float64).to(self.home, non_blocking=True)
