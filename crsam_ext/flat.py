@@ -25,6 +25,7 @@ from .ops import AdamOptions, SGDOptions, compute_dtype
 __all__ = ["FlatParameters", "Options", "check_parameter"]
 
 _ALIGNMENT = 16  # bytes: the widest load of a GPU
+_MAX_CONSTANTS = 64  # tuples of numbers that are kept on the device
 _MAX_PLANS = 64  # sets of participants that are remembered: layers dropped at random make ever new ones
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -171,11 +172,6 @@ class Bucket:
         """Whether ``saved`` is wider than the parameters, and kept from step to step."""
         return self.saved.dtype != self.dtype
 
-    def count_step(self, plan: Plan, ok: Tensor) -> None:
-        """Count a step of the plan's parameters, where ``ok``."""
-        assert self.steps is not None
-        self.steps.addcmul_(plan.mask, ok.to(plan.mask))
-
     def adopt(self, state: Mapping[Tensor, dict[str, Any]], options: Sequence[Options]) -> None:
         """Move parameters and state into the flat buffers, and point the parameters at them."""
         for slot in self.slots:
@@ -290,6 +286,7 @@ class FlatParameters:
         self.buckets = [Bucket(bucket, options, gather_below) for bucket in members.values()]
         self._slots = {slot.param: slot for bucket in self.buckets for slot in bucket.slots}
         self._copies: dict[tuple[Slot, int], Tensor] = {}
+        self._constants: dict[tuple[float, ...], Tensor] = {}
         for bucket in self.buckets:
             bucket.adopt(state, options)
 
@@ -322,6 +319,15 @@ class FlatParameters:
     @staticmethod
     def _in_place(slot: Slot) -> bool:
         return slot.param.data_ptr() == slot.pointer and slot.param.shape == slot.shape
+
+    def constants(self, values: tuple[float, ...]) -> Tensor:
+        """Numbers as a float64 tensor on the device of the first bucket, kept: the same ones come step after step."""
+        if values not in self._constants:
+            if len(self._constants) >= _MAX_CONSTANTS:
+                self._constants.clear()
+            tensor = torch.tensor(values, dtype=torch.float64)
+            self._constants[values] = tensor.to(self.buckets[0].device, non_blocking=True)
+        return self._constants[values]
 
     def check_in_place(self) -> None:
         """Raise RuntimeError if a parameter was re-pointed while a step is in progress."""

@@ -37,10 +37,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["EPSILON", "AdamOptions", "Coefficients", "Operators", "SGDOptions", "compute_dtype"]
+__all__ = ["COUNTERS", "EPSILON", "AdamOptions", "Coefficients", "Operators", "SGDOptions", "compute_dtype"]
 
 #: What is added to the gradient norm before dividing by it, as in the published SAM and CR-SAM implementations.
 EPSILON = 1e-12
+
+#: What is counted over the steps, in the order of the counters that :meth:`Operators.coefficients` advances.
+COUNTERS = ("skipped", "curvature_dropped", "gradient_norm_dropped", "capped")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -201,13 +204,15 @@ class Operators(ABC):
         alpha: Tensor,
         beta: Tensor,
         *,
+        counters: Tensor,
+        steps: Sequence[tuple[Tensor, Tensor]],
         passes: int,
         regularizer: str,
         losses: tuple[Tensor, Tensor, Tensor] | None,
         max_regularizer_ratio: float,
         max_grad_norm: float | None,
     ) -> Coefficients:
-        r"""Decide a, b, the clip factor and whether the step is sound, from sums that are already on the device.
+        r"""Decide a, b, the clip factor and whether the step is sound, from sums that are already on the device; count.
 
         ``linear``: :math:`a = \alpha, b = \beta`. ``log``: :math:`a = \alpha/\kappa, b = \beta/\sigma`, the gradient of
         :math:`\alpha \log \mathrm{Tr}\nabla^2 L + \beta \log \|\nabla L\|` with the trace along the gradient and
@@ -226,6 +231,9 @@ class Operators(ABC):
             squared_norms: from :meth:`grad_norm`, one [groups] tensor for each pass that was reduced so.
             scale: float64 [groups], from :meth:`perturbation_scale`, not negative.
             alpha, beta: float64 [groups].
+            counters: int64 [4], advanced: see :data:`COUNTERS`.
+            steps: for each bucket, float32 [parameters] how many steps each has taken and float32 [parameters] 1 for
+                those that take part in this one; advanced unless the step is skipped.
             passes: 3, 2 (plain SAM) or 1 (the base optimizer alone).
             regularizer: "linear" or "log".
             losses: L(w), L(w+e), L(w-e) as 0-dim float64 tensors to take kappa and sigma from, or None: from gradients.
@@ -258,6 +266,12 @@ class Operators(ABC):
             assert norm_hat is not None
             # The same expression as torch.nn.utils.clip_grad_norm_, so that the two can be exchanged.
             factor = (max_grad_norm / (norm_hat + 1e-6)).clamp(max=1.0)
+        for taken, part in steps:
+            taken.addcmul_(part, ok.to(part))
+        never = torch.zeros_like(ok)
+        dropped = [never, never] if kappa is None or sigma is None else [kappa <= 0, sigma <= 0]
+        events = (*dropped, never if capped is None else capped)
+        counters += torch.stack([~ok, *(ok & event for event in events)])
         return Coefficients(a, b, factor, ok, kappa, sigma, ratio, capped)
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,7 +125,9 @@ class Step:
             self._scale = self.operators.perturbation_scale(self._squared_norms[0], rho)
             if self.optimizer.statistics is not None:
                 self.optimizer.statistics.keep()
-        uphill = self._scale * self._vector([-1.0 if group.get("maximize") else 1.0 for group in self.groups])
+        uphill = self._scale
+        if any(group.get("maximize") for group in self.groups):
+            uphill = uphill * self._vector([-1.0 if group.get("maximize") else 1.0 for group in self.groups])
         for plan, grads in zip(plans, rows, strict=True):
             if plan.rows:
                 self.operators.perturb_(plan.live, plan.saved, grads, plan.groups, uphill, adaptive, sign)
@@ -173,7 +175,7 @@ class Step:
     def _save_late(self, active: list[tuple[bool, ...]]) -> None:
         """Save w of parameters that were not moved: without a gradient in the first pass, or all in a single pass."""
         moved = self._scale is not None
-        nothing = torch.zeros(len(self.groups), dtype=torch.float64, device=self.home)
+        nothing = self._vector([0.0] * len(self.groups))
         for bucket, mask, first in zip(self.flat.buckets, active, self._grads[0], strict=True):
             late = tuple(a and not (moved and g is not None) for a, g in zip(mask, first, strict=True))
             # In a single pass, w is where the parameters are, unless there is a master.
@@ -190,14 +192,13 @@ class Step:
         clips, caps = settings.max_grad_norm is not None, settings.max_regularizer_ratio < math.inf
         gram = None
         if self.passes == 3 and (clips or caps or (log and losses is None)):
-            gram = torch.zeros(len(groups), 9, dtype=torch.float64, device=self.home)
+            parts = []
             for plan, (grad, ascent, descent) in zip(plans, rows, strict=True):
                 if plan.rows:
-                    weights = [
-                        w if groups[g]["adaptive"] else None for w, g in zip(plan.saved, plan.groups, strict=True)
-                    ]
-                    part = self.operators.fd_gram(grad, ascent, descent, plan.groups, len(groups), weights)
-                    gram += part.to(self.home, non_blocking=True)
+                    pairs = zip(plan.saved, plan.groups, strict=True)
+                    weights = [w if groups[g]["adaptive"] else None for w, g in pairs]
+                    parts.append(self.operators.fd_gram(grad, ascent, descent, plan.groups, len(groups), weights))
+            gram = self._total(parts)
         else:
             for index in range(len(self._squared_norms), self.passes):
                 unweighted: list[list[Tensor | None]] = [[None] * len(plan.rows) for plan in plans]
@@ -210,12 +211,20 @@ class Step:
             torch.zeros_like(alpha) if self._scale is None else self._scale,
             alpha,
             beta,
+            counters=settings.stats.counters(self.home),
+            steps=list(self._counted(plans)),
             passes=self.passes,
             regularizer=settings.regularizer,
             losses=losses,
             max_regularizer_ratio=settings.max_regularizer_ratio,
             max_grad_norm=settings.max_grad_norm,
         )
+
+    def _counted(self, plans: Sequence[Plan]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Step counters and participants of each bucket whose update is made here."""
+        for bucket, plan in zip(self.flat.buckets, plans, strict=True):
+            if bucket.steps is not None and plan.rows:
+                yield bucket.steps, plan.mask
 
     def _losses(self) -> tuple[Tensor, Tensor, Tensor]:
         if any(loss is None for loss in self.losses):
@@ -236,8 +245,6 @@ class Step:
             saved = plan.saved if self._scale is not None or bucket.has_master else plan.live
             sgd = [o for o in self.options if isinstance(o, SGDOptions)]
             adam = [o for o in self.options if isinstance(o, AdamOptions)]
-            if sgd or adam:
-                bucket.count_step(plan, c.ok)
             if sgd:
                 m = plan.buffers.get("momentum_buffer") or [None] * len(plan.rows)
                 self.operators.sgd_step_(plan.live, saved, m, grads, plan.groups, plan.steps, sgd, c)
@@ -257,16 +264,21 @@ class Step:
     def _squared_norm(
         self, plans: Sequence[Plan], rows: list[list[Tensor]], weights: Sequence[Sequence[Tensor | None]]
     ) -> Tensor:
-        total = torch.zeros(len(self.groups), dtype=torch.float64, device=self.home)
-        for plan, r, w in zip(plans, rows, weights, strict=True):
-            if r:
-                part = self.operators.grad_norm(r, plan.groups, len(self.groups), w)
-                total += part.to(self.home, non_blocking=True)
-        return total
+        parts = [
+            self.operators.grad_norm(r, plan.groups, len(self.groups), w)
+            for plan, r, w in zip(plans, rows, weights, strict=True)
+            if r
+        ]
+        return self._total(parts)
+
+    def _total(self, parts: list[Tensor]) -> Tensor:
+        """The sum over buckets, on the home device."""
+        first, *others = [part.to(self.home, non_blocking=True) for part in parts]
+        return sum(others, start=first)
 
     def _vector(self, values: Sequence[Any]) -> Tensor:
         """Numbers or 0-dim tensors as one float64 tensor on the home device."""
         if any(isinstance(v, Tensor) for v in values):
             columns = [torch.as_tensor(v).to(self.home, torch.float64, non_blocking=True) for v in values]
             return torch.stack([column.reshape(()) for column in columns])
-        return torch.tensor(values, dtype=torch.float64).to(self.home, non_blocking=True)
+        return self.flat.constants(tuple(values))

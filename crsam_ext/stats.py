@@ -2,68 +2,104 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .ops import Coefficients
+from .ops import COUNTERS, Coefficients
 
 __all__ = ["Stats"]
 
 
-@dataclass(eq=False)
 class Stats:
     """Measurements of the last step, and counters over all steps.
 
     Tensors are float64 and 0-dim unless noted, on the device of the first parameters; None is what the step did not
-    compute. Reading one with ``float()`` synchronises; :meth:`as_dict` reads all.
+    compute. Nothing is launched and nothing synchronises until a property is read.
     """
 
-    #: Steps taken or skipped. A host number: knowing it needs no device.
-    steps: int = 0
-    #: Steps skipped because a gradient held a NaN or an infinity (0-dim int64).
-    skipped: Tensor | int = 0
-    #: Steps in which kappa <= 0, so that the log regularizer went without its curvature term (0-dim int64).
-    curvature_dropped: Tensor | int = 0
-    #: Steps in which sigma <= 0, so that it went without its gradient-norm term (0-dim int64).
-    gradient_norm_dropped: Tensor | int = 0
-    #: Steps in which the cap on the regularizer's gradient acted (0-dim int64).
-    capped: Tensor | int = 0
+    def __init__(self) -> None:
+        self.steps = 0  #: Steps taken or skipped: a host number.
+        self.loss: Any = None  #: Loss at w, as the closure returned it.
+        self.loss_ascent: Any = None  #: Loss at w + e.
+        self.loss_descent: Any = None  #: Loss at w - e.
+        self._counters = torch.zeros(len(COUNTERS), dtype=torch.int64)
+        self._squared_norm: Tensor | None = None
+        self._coefficients: Coefficients | None = None
 
-    #: Losses at w, w+e, w-e, as the closure returned them.
-    loss: Tensor | float | None = None
-    loss_ascent: Tensor | float | None = None
-    loss_descent: Tensor | float | None = None
-    #: Norm of the gradient g0 at w; of |w| g0 where the perturbation is adaptive.
-    grad_norm: Tensor | None = None
-    #: Weights of the second and of the first difference, [groups].
-    a: Tensor | None = None
-    b: Tensor | None = None
-    #: Curvature and loss difference along e, of the log regularizer.
-    kappa: Tensor | None = None
-    sigma: Tensor | None = None
-    #: Norm of the regularizer's gradient over that of the gradient at w+e, before the cap.
-    regularizer_ratio: Tensor | None = None
-    #: What the gradient was multiplied with to respect max_grad_norm.
-    clip_factor: Tensor | None = None
+    def counters(self, device: torch.device) -> Tensor:
+        """The counters of all steps so far, int64, in the order of :data:`crsam_ext.ops.COUNTERS`."""
+        if self._counters.device != device:
+            self._counters = self._counters.to(device)
+        return self._counters
 
-    def record(self, losses: list[Any], squared_norm: Tensor, c: Coefficients) -> None:
-        """Enter a step. Launches a few 0-dim operations and never reads their results."""
+    def record(self, losses: list[Any], squared_norm: Tensor, coefficients: Coefficients) -> None:
+        """Enter a step."""
         self.steps += 1
         self.loss, self.loss_ascent, self.loss_descent = [*losses, None, None][:3]
-        self.grad_norm = squared_norm.sum().sqrt()
-        self.a, self.b, self.kappa, self.sigma = c.a, c.b, c.kappa, c.sigma
-        self.regularizer_ratio, self.clip_factor = c.regularizer_ratio, c.factor
-        self.skipped = self.skipped + (~c.ok).long()
-        if c.kappa is not None and c.sigma is not None:
-            self.curvature_dropped = self.curvature_dropped + (c.ok & (c.kappa <= 0)).long()
-            self.gradient_norm_dropped = self.gradient_norm_dropped + (c.ok & (c.sigma <= 0)).long()
-        if c.capped is not None:
-            self.capped = self.capped + (c.ok & c.capped).long()
+        self._squared_norm, self._coefficients = squared_norm, coefficients
+
+    @property
+    def skipped(self) -> Tensor:
+        """Steps skipped because a gradient held a NaN or an infinity (int64)."""
+        return self._counters[0]
+
+    @property
+    def curvature_dropped(self) -> Tensor:
+        """Steps in which kappa <= 0, so that the log regularizer went without its curvature term (int64)."""
+        return self._counters[1]
+
+    @property
+    def gradient_norm_dropped(self) -> Tensor:
+        """Steps in which sigma <= 0, so that the log regularizer went without its gradient-norm term (int64)."""
+        return self._counters[2]
+
+    @property
+    def capped(self) -> Tensor:
+        """Steps in which the cap on the regularizer's gradient acted (int64)."""
+        return self._counters[3]
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of the gradient g0 at w; of |w| g0 where the perturbation is adaptive."""
+        return None if self._squared_norm is None else self._squared_norm.sum().sqrt()
+
+    @property
+    def a(self) -> Tensor | None:
+        """Weight of the second difference, [groups]."""
+        return self._of("a")
+
+    @property
+    def b(self) -> Tensor | None:
+        """Weight of the first difference, [groups]."""
+        return self._of("b")
+
+    @property
+    def kappa(self) -> Tensor | None:
+        """Curvature of the loss along e, of the log regularizer."""
+        return self._of("kappa")
+
+    @property
+    def sigma(self) -> Tensor | None:
+        """Difference of the losses at w + e and w - e, of the log regularizer."""
+        return self._of("sigma")
+
+    @property
+    def regularizer_ratio(self) -> Tensor | None:
+        """Norm of a d2 + b d1 over that of the gradient at w + e, before the cap."""
+        return self._of("regularizer_ratio")
+
+    @property
+    def clip_factor(self) -> Tensor | None:
+        """What the gradient was multiplied with to respect max_grad_norm."""
+        return self._of("factor")
+
+    def _of(self, name: str) -> Tensor | None:
+        return None if self._coefficients is None else getattr(self._coefficients, name)
 
     def as_dict(self) -> dict[str, Any]:
         """All values as Python numbers, per-group ones as lists. Synchronises with the device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+        names = [name for name, member in vars(Stats).items() if isinstance(member, property)]
+        values = {name: getattr(self, name) for name in ("steps", "loss", "loss_ascent", "loss_descent", *names)}
+        return {name: v.tolist() if isinstance(v, Tensor) else v for name, v in values.items()}
