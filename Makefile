@@ -26,8 +26,8 @@ lint: $(INSTALLED)  ## Check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)  ## Measure the time of a step
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+bench: $(INSTALLED)  ## Measure the time of a step; the numbers go to benchmarks/results
+	$(BIN)/python -m benchmarks.overhead
 
 clean:  ## Remove build outputs and caches; .venv and runs/ stay
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

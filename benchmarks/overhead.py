@@ -1,8 +1,8 @@
 """Time of one CR-SAM step without its gradients: this optimizer, a loop per tensor, and a copy of the same bytes.
 
-Run ``make bench``, or ``python -m benchmarks.overhead --help``. All contestants work on the same shapes and gradients, in one
-process, in turn, so that a machine whose speed drifts favours none; ratios are taken round by round. Results are printed
-and written as JSON.
+Run ``make bench``, or ``python -m benchmarks.overhead --help``. All contestants work on the same shapes and gradients,
+in one process, in turn, so that a machine whose speed drifts favours none; ratios are taken round by round. Results are
+printed and written as JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ RHO, ALPHA, BETA = 0.1, 0.1, 0.01
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 # Parameters read or written by a step with momentum, in units of all parameters: see crsam_ext.ops.
 TRAFFIC = 18
+
+RESULTS = Path(__file__).parent / "results"
 
 Step = Callable[[list[list[Tensor]]], None]
 
@@ -131,17 +133,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "overhead-cpu.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "overhead-cpu.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     times = measure(args.rounds)
     about = {
         "what": "optimizer-only seconds of one CR-SAM step with SGD momentum on the shapes of ResNet-50, fp32",
         "command": " ".join(["python -m benchmarks.overhead", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {args.threads} threads",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
-    print(f"{about['what']}\n{about['machine']}, torch {torch.__version__}; ms\n\n{table(times)}")
+    print(f"{about['what']}\n{about['machine']}, torch {torch.__version__}; milliseconds\n\n{table(times)}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({**about, "seconds": times}, indent=1) + "\n")
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .ops import AdamOptions, SGDOptions, compute_dtype
 
@@ -110,6 +111,7 @@ class Plan:
             for name, flat in bucket.buffers.items()
         }
         self.published = False
+        self._params = [slot.param for row in rows for slot in row.slots]
         if bucket.steps is not None:
             slots = [slot for row in rows for slot in row.slots]
             mask = torch.zeros(len(bucket.slots))
@@ -123,6 +125,10 @@ class Plan:
     def gather(self, grads: Gradients, index: int) -> list[Tensor]:
         """Rows of the gradients of pass ``index``."""
         return [row.gather(grads, index) for row in self.rows]
+
+    def mark_written(self) -> None:
+        """Tell autograd that the parameters changed: a backward that still needs the old ones then raises."""
+        increment_version(self._params)
 
     def scatter(self, rows: Sequence[Tensor]) -> None:
         """Make each parameter's part of ``rows`` its gradient."""
@@ -357,7 +363,8 @@ class FlatParameters:
             raise RuntimeError(
                 f"the gradient of a parameter of shape {tuple(slot.shape)} is sparse; CRSAM takes dense gradients only"
             )
-        g = g.detach()
+        if g.requires_grad:  # after backward(create_graph=True)
+            g = g.detach()
         is_view = g.untyped_storage().nbytes() != g.numel() * g.element_size()
         if keep or is_view or g.dtype != slot.param.dtype or not slot.matches_layout(g):
             key = (slot, index)

@@ -287,8 +287,8 @@ class CRSAM(Optimizer):
         else:
             self._last_loss = loss
             self.step()  # through the public method: hooks and schedulers watch it
-        if zero_grad:
-            self.zero_grad()
+            if zero_grad:
+                self.zero_grad()
 
     def _finish(self) -> None:
         """Take the last pass of a step of calls, and make the update."""

@@ -89,6 +89,7 @@ class Step:
         self.losses: list[Any] = []
         self._first: list[list[Tensor | None]] = []  # bucket, slot: what p.grad held in the first pass
         self._grads: list[list[list[Tensor | None]]] = []  # pass, bucket, slot: 1-D, in memory order
+        self._gathered: dict[tuple[int, ...], list[list[Tensor]]] = {}
         self._squared_norms: list[Tensor] = []
         self._scale: Tensor | None = None  # of the perturbation, once there is one
 
@@ -114,7 +115,7 @@ class Step:
         """Move the parameters to w + e, or from there to w - e."""
         adaptive = [bool(group["adaptive"]) for group in self.groups]
         plans = self._plans([tuple(g is not None for g in grads) for grads in self._grads[0]])
-        rows = [plan.gather(grads, 0) for plan, grads in zip(plans, self._grads[0], strict=True)]
+        rows = self._rows(plans, 0)
         sign = 1 if self._scale is None else -1
         if self._scale is None:
             weights = [
@@ -131,6 +132,7 @@ class Step:
         for plan, grads in zip(plans, rows, strict=True):
             if plan.rows:
                 self.operators.perturb_(plan.live, plan.saved, grads, plan.groups, uphill, adaptive, sign)
+                plan.mark_written()
         # Autocast keeps low-precision copies of the weights until its outermost context ends: they are stale now.
         torch.clear_autocast_cache()
 
@@ -139,10 +141,8 @@ class Step:
         by_bucket = list(zip(*self._grads, strict=True))
         active = [tuple(any(g is not None for g in of_slot) for of_slot in zip(*gs, strict=True)) for gs in by_bucket]
         plans = self._plans(active)
-        rows = [
-            [plan.gather(grads, index) for index, grads in enumerate(gs)]
-            for plan, gs in zip(plans, by_bucket, strict=True)
-        ]
+        by_pass = [self._rows(plans, index) for index in range(self.passes)]
+        rows = [list(of_bucket) for of_bucket in zip(*by_pass, strict=True)]
         self._save_late(active)
         c = self._coefficients(plans, rows)
         self._apply(plans, rows, c)
@@ -157,10 +157,10 @@ class Step:
         """Abandon the step: the parameters are bit for bit w again."""
         if self._scale is None:
             return
-        for bucket, grads in zip(self.flat.buckets, self._grads[0], strict=True):
-            for slot, g in zip(bucket.slots, grads, strict=True):
-                if g is not None:
-                    slot.view(bucket.live).copy_(slot.view(bucket.saved))
+        for plan in self._plans([tuple(g is not None for g in grads) for grads in self._grads[0]]):
+            for live, saved in zip(plan.live, plan.saved, strict=True):
+                live.copy_(saved)
+            plan.mark_written()
         self._leave()
 
     def _leave(self) -> None:
@@ -171,6 +171,14 @@ class Step:
 
     def _plans(self, active: Iterable[tuple[bool, ...]]) -> list[Plan]:
         return [bucket.plan(mask) for bucket, mask in zip(self.flat.buckets, active, strict=True)]
+
+    def _rows(self, plans: Sequence[Plan], index: int) -> list[list[Tensor]]:
+        """The gradients of a pass as rows of each bucket, gathered once for each set of participants."""
+        key = (index, *map(id, plans))
+        if key not in self._gathered:
+            grads = self._grads[index]
+            self._gathered[key] = [plan.gather(gs, index) for plan, gs in zip(plans, grads, strict=True)]
+        return self._gathered[key]
 
     def _save_late(self, active: list[tuple[bool, ...]]) -> None:
         """Save w of parameters that were not moved: without a gradient in the first pass, or all in a single pass."""
@@ -253,6 +261,7 @@ class Step:
                 self.operators.adamw_step_(plan.live, saved, m, v, grads, plan.groups, plan.steps, adam, c)
             elif self.passes > 1 or c.factor is not None:
                 self.operators.combine_(plan.live, saved, grads, plan.groups, c)
+            plan.mark_written()
             # The flag is read in the first step of a plan only: what enters the state must have been used.
             if (sgd or adam) and not plan.published and bool(c.ok):
                 bucket.publish(plan, self.optimizer.state)
