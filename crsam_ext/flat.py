@@ -326,6 +326,10 @@ class FlatParameters:
     def _in_place(slot: Slot) -> bool:
         return slot.param.data_ptr() == slot.pointer and slot.param.shape == slot.shape
 
+    def mark_written(self) -> None:
+        """Tell autograd that all parameters may have changed."""
+        increment_version(list(self._slots))
+
     def constants(self, values: tuple[float, ...]) -> Tensor:
         """Numbers as a float64 tensor on the device of the first bucket, kept: the same ones come step after step."""
         if values not in self._constants:

@@ -158,6 +158,7 @@ class Operators(ABC):
         scale: Tensor,
         adaptive: Sequence[bool],
         sign: int,
+        undo: list[tuple[Tensor, Tensor]],
     ) -> None:
         r"""Write :math:`w \pm e` into ``live``, absolutely, from the saved :math:`w`.
 
@@ -174,6 +175,9 @@ class Operators(ABC):
             scale: float64 [groups], s; negative for a group that is maximized.
             adaptive: for each group, whether e is that of ASAM.
             sign: +1 for w + e, -1 for w - e.
+            undo: with ``sign=+1``, pairs of ``live`` and ``saved`` (rows, or pieces of them) are appended as soon as
+                the second holds w and before the first is written: copying each second into its first gives w back,
+                wherever an exception or Ctrl-C has struck.
         """
 
     @abstractmethod

@@ -50,6 +50,7 @@ class RunningStatistics:
     def __init__(self, model: nn.Module) -> None:
         self._modules = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
         self._kept: list[Tensor] = []
+        self._valid = False
 
     def _buffers(self) -> list[Tensor]:
         buffers = (getattr(module, name, None) for module in self._modules for name in _STATISTICS)
@@ -62,11 +63,13 @@ class RunningStatistics:
             self._kept = [torch.empty_like(b) for b in buffers]
         if buffers:
             torch._foreach_copy_(self._kept, buffers)
+        self._valid = True
 
     def put_back(self) -> None:
         """Undo what later passes did to them."""
-        if self._kept:
+        if self._valid and self._kept:
             torch._foreach_copy_(self._buffers(), self._kept)
+        self._valid = False
 
 
 class Step:
@@ -89,9 +92,10 @@ class Step:
         self.losses: list[Any] = []
         self._first: list[list[Tensor | None]] = []  # bucket, slot: what p.grad held in the first pass
         self._grads: list[list[list[Tensor | None]]] = []  # pass, bucket, slot: 1-D, in memory order
-        self._gathered: dict[tuple[int, ...], list[list[Tensor]]] = {}
+        self._gathered: dict[tuple[Any, ...], list[list[Tensor]]] = {}
         self._squared_norms: list[Tensor] = []
         self._scale: Tensor | None = None  # of the perturbation, once there is one
+        self._undo: list[tuple[Tensor, Tensor]] = []  # copying second into first gives w back
 
     @property
     def collected(self) -> int:
@@ -131,7 +135,7 @@ class Step:
             uphill = uphill * self._vector([-1.0 if group.get("maximize") else 1.0 for group in self.groups])
         for plan, grads in zip(plans, rows, strict=True):
             if plan.rows:
-                self.operators.perturb_(plan.live, plan.saved, grads, plan.groups, uphill, adaptive, sign)
+                self.operators.perturb_(plan.live, plan.saved, grads, plan.groups, uphill, adaptive, sign, self._undo)
                 plan.mark_written()
         # Autocast keeps low-precision copies of the weights until its outermost context ends: they are stale now.
         torch.clear_autocast_cache()
@@ -157,10 +161,9 @@ class Step:
         """Abandon the step: the parameters are bit for bit w again."""
         if self._scale is None:
             return
-        for plan in self._plans([tuple(g is not None for g in grads) for grads in self._grads[0]]):
-            for live, saved in zip(plan.live, plan.saved, strict=True):
-                live.copy_(saved)
-            plan.mark_written()
+        for live, saved in self._undo:
+            live.copy_(saved)
+        self.flat.mark_written()
         self._leave()
 
     def _leave(self) -> None:
@@ -174,7 +177,7 @@ class Step:
 
     def _rows(self, plans: Sequence[Plan], index: int) -> list[list[Tensor]]:
         """The gradients of a pass as rows of each bucket, gathered once for each set of participants."""
-        key = (index, *map(id, plans))
+        key = (index, *plans)
         if key not in self._gathered:
             grads = self._grads[index]
             self._gathered[key] = [plan.gather(gs, index) for plan, gs in zip(plans, grads, strict=True)]
@@ -191,7 +194,7 @@ class Step:
                 plan = bucket.plan(late)
                 zeros = [torch.zeros_like(row) for row in plan.live]
                 not_adaptive = [False] * len(self.groups)
-                self.operators.perturb_(plan.live, plan.saved, zeros, plan.groups, nothing, not_adaptive, 1)
+                self.operators.perturb_(plan.live, plan.saved, zeros, plan.groups, nothing, not_adaptive, 1, self._undo)
 
     def _coefficients(self, plans: Sequence[Plan], rows: list[list[list[Tensor]]]) -> Coefficients:
         settings, groups = self.optimizer, self.groups

@@ -9,7 +9,7 @@ fused by ``torch.compile`` instead, a row at a time.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,24 +70,23 @@ def _write(live: Tensor, saved: Tensor, new: Tensor, ok: Tensor | None) -> None:
         live.copy_(saved)
 
 
-def _perturb(
-    live: Tensor, saved: Tensor, g: Tensor, *, scalars: Sequence[Tensor], scratch: Scratch, save: bool, adaptive: bool
-) -> None:
-    scale, one = scalars
-    same = live.dtype == saved.dtype
-    if save and same:
-        # Not a copy_: torch.compile may order the copy of an input after the write to that input (seen in torch 2.14).
-        torch.mul(live, one, out=saved)
-    elif save:
+def _save(live: Tensor, saved: Tensor, scratch: Scratch) -> None:
+    if live.dtype == saved.dtype:
+        saved.copy_(live)
+    else:
         rounded = scratch(0, live.dtype).copy_(saved)
         unchanged = torch.eq(rounded, live, out=scratch(1, torch.bool))
         torch.where(unchanged, saved, scratch(2).copy_(live), out=saved)
+
+
+def _perturb(live: Tensor, saved: Tensor, g: Tensor, scale: Tensor, scratch: Scratch, adaptive: bool) -> None:
     g = _up(g, scratch, 0)
     if adaptive:
         g = torch.mul(saved, saved, out=scratch(1)).mul_(g)
-    w = torch.addcmul(saved, g, scale, out=live if same else scratch(2))
-    if not same:
-        live.copy_(w)
+    if live.dtype == saved.dtype:
+        torch.addcmul(saved, g, scale, out=live)
+    else:
+        live.copy_(torch.addcmul(saved, g, scale, out=scratch(2)))
 
 
 def _sum_of_products(x: Tensor, y: Tensor) -> Tensor:
@@ -217,25 +216,27 @@ class TorchOperators(Operators):
 
         return scratch
 
+    def _blocks(self, tensors: Sequence[Tensor | None]) -> Iterator[tuple[list[Any], Scratch]]:
+        """A row in blocks, each with scratch blocks of its length."""
+        like = next(t for t in tensors if t is not None)
+        block = _block(like.device)
+        pieces = [[None] * -(-like.numel() // block) if t is None else t.split(block) for t in tensors]
+        for index, sized in enumerate(like.split(block)):
+            scratch = self._scratch_of(like.device, compute_dtype(like.dtype), sized.numel())
+            yield [piece[index] for piece in pieces], scratch
+
     def _run(
         self, body: Callable[..., Any], tensors: Sequence[Tensor | None], scalars: Tensor, **static: Any
     ) -> list[Any]:
-        """Apply ``body`` to one row: compiled in one piece, or block by block; what it returned for each piece."""
-        first = next(t for t in tensors if t is not None)
-        device, dtype, size = first.device, compute_dtype(first.dtype), first.numel()
+        """Apply ``body`` to a row, compiled in one piece or block by block; what it returned for each piece."""
         if self.compile:
-            key = (body, device.type, tuple(None if t is None else t.dtype for t in tensors), tuple(static.items()))
+            like = next(t for t in tensors if t is not None)
+            dtypes = tuple(None if t is None else t.dtype for t in tensors)
+            key = (body, like.device.type, dtypes, tuple(static.items()))
             compiled = self._compiled.get(key) or self._compiled.setdefault(key, _compile(body, static))
             return [compiled(tensors, scalars)]
-        block = _block(device)
         values = scalars.unbind()
-        if size <= block:
-            return [body(*tensors, scalars=values, scratch=self._scratch_of(device, dtype, size), **static)]
-        pieces = [[None] * -(-size // block) if t is None else t.split(block) for t in tensors]
-        return [
-            body(*piece, scalars=values, scratch=self._scratch_of(device, dtype, piece[0].numel()), **static)
-            for piece in zip(*pieces, strict=True)
-        ]
+        return [body(*p, scalars=values, scratch=scratch, **static) for p, scratch in self._blocks(tensors)]
 
     @staticmethod
     def _table(columns: Sequence[Tensor], row: Tensor) -> list[Tensor]:
@@ -265,12 +266,10 @@ class TorchOperators(Operators):
     ) -> Tensor:
         sums: list[list[Tensor]] = [[] for _ in range(num_groups)]
         for g, group, w in zip(grads, groups, weights, strict=True):
-            block = _block(g.device)
-            for i, x in enumerate(g.split(block)):
-                scratch = self._scratch_of(x.device, compute_dtype(x.dtype), x.numel())
+            for (x, v), scratch in self._blocks((g, w)):
                 x = _up(x, scratch, 0)
-                if w is not None:
-                    x = torch.mul(x, w[i * block : i * block + x.numel()], out=scratch(1))
+                if v is not None:
+                    x = torch.mul(x, v, out=scratch(1))
                 sums[group].append(torch.dot(x, x))
         device = grads[0].device
         zero = torch.zeros((), dtype=torch.float64, device=device)
@@ -285,10 +284,17 @@ class TorchOperators(Operators):
         scale: Tensor,
         adaptive: Sequence[bool],
         sign: int,
+        undo: list[tuple[Tensor, Tensor]],
     ) -> None:
-        table = self._table([scale * sign, torch.ones_like(scale)], live[0])
-        for p, w, g, group in zip(live, saved, grads, groups, strict=True):
-            self._run(_perturb, (p, w, g), table[group], save=sign > 0, adaptive=adaptive[group])
+        # Never compiled: a block is still in the cache after it was saved, so fusing would gain nothing on a CPU, and
+        # ``undo`` must be told between the two.
+        table = self._table([scale * sign], live[0])
+        for *row, group in zip(live, saved, grads, groups, strict=True):
+            for (p, w, g), scratch in self._blocks(row):
+                if sign > 0:
+                    _save(p, w, scratch)
+                    undo.append((p, w))
+                _perturb(p, w, g, table[group], scratch, adaptive[group])
 
     def fd_gram(
         self,
@@ -326,14 +332,14 @@ class TorchOperators(Operators):
         for row, (p, w, m, group, step) in enumerate(zip(live, saved, momentum_buffer, groups, steps, strict=True)):
             if id(step) not in tables:
                 # torch's first momentum is the gradient itself, undamped.
-                undamped = [torch.where(step > 1, 1.0 - o.dampening, 1.0) for o in options]
+                undamped = 1 - _column([o.dampening for o in options], c.a) * (step > 1).to(c.a)
                 columns = [
                     c.a,
                     c.b,
                     _signed_factor(c, options),
                     _column([o.weight_decay for o in options], c.a),
                     _column([o.momentum for o in options], c.a),
-                    torch.stack(undamped).to(c.a),
+                    undamped,
                     -_column([o.lr for o in options], c.a),
                     c.ok.to(c.a),
                 ]
