@@ -1,0 +1,41 @@
+"""The program ``crsam-train``: runs the training, and turns errors and Ctrl-C into one line and an exit code."""
+
+import sys
+from collections.abc import Sequence
+
+from .errors import TrainingError
+from .options import parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says.
+
+    Args:
+        argv: the arguments without the name of the program; those of the process by default.
+
+    Returns:
+        The exit code: 0, 2 after an error that the user can mend, 130 after Ctrl-C.
+    """
+    try:
+        options = parse(argv)
+        # Not at the top: the help and mistakes in the options need none of the packages that training needs.
+        from .loop import run
+
+        run(options)
+    except TrainingError as error:
+        return _complain(str(error), 2)
+    except ModuleNotFoundError as error:
+        package = (error.name or str(error)).partition(".")[0]
+        return _complain(f"the package {package} is missing: pip install 'crsam_ext[train]'", 2)
+    except KeyboardInterrupt:
+        return _complain("interrupted; with --resume it goes on after the last complete epoch", 130)
+    return 0
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"crsam-train: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Atomic files, random states, and loading checkpoints with checks."""
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from .errors import TrainingError
+
+FORMAT = "crsam-train 1"
+PARTIAL = ".partial"
+
+
+def write(path: Path, content: Callable[[IO[bytes]], object]) -> None:
+    """Write a file so that it is either complete or as it was, whenever the process is killed.
+
+    Args:
+        path: of the file; while it is being written, a file next to it has the suffix ``.partial``.
+        content: is given a binary file to write to.
+
+    Raises:
+        TrainingError: the folder or the disk does not take the file.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with open(partial, "wb") as file:
+            content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint that ``torch.load(path, weights_only=True)`` reads."""
+    write(path, lambda file: torch.save({"format": FORMAT} | state, file))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint written by :func:`save`, its tensors on the CPU.
+
+    Raises:
+        TrainingError: there is none, it is damaged, or another program wrote it.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise TrainingError(f"there is no run to resume in {path.parent}: {path.name} is missing") from error
+    except OSError as error:
+        raise TrainingError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # a damaged file raises whatever the bytes lead the unpickler to
+        raise TrainingError(f"{path} is damaged or not a checkpoint") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise TrainingError(f"{path} is not a checkpoint of crsam-train, or of another version")
+    return state
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of all random number generators, in tensors, lists and numbers only."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        device.type: None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(),
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Restore what :func:`random_state` returned; a device that the state does not know keeps its own."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state.get(device.type) is not None:
+        torch.get_device_module(device).set_rng_state(state[device.type])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy, and PyTorch on all devices."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

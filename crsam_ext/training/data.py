@@ -1,0 +1,210 @@
+"""Data sets, and the batches of an epoch.
+
+Small sets and CIFAR are kept whole on the device, in tensors: batches are cut and augmented there, without worker
+processes. Folders of images go through timm's loaders. Nothing is ever downloaded.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from .errors import TrainingError
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Data(NamedTuple):
+    """A classification problem.
+
+    Samples are float32 (N, *shape), labels int64 (N,), or, in training with mixup, float32 (N, classes).
+    """
+
+    shape: tuple[int, ...]
+    classes: int
+    steps: int  #: batches in an epoch of training
+    train: Callable[[int], Iterable[Batch]]  #: the training batches of an epoch, counted from 0
+    test: Callable[[], Iterable[Batch]]  #: all test samples, in order
+
+
+def load(options: Namespace, device: torch.device) -> Data:
+    """Load the data set of ``--data`` and lay its batches out on ``device``.
+
+    Raises:
+        TrainingError: there is no such data at the path given, or it cannot be used.
+    """
+    kind, _, path = options.data.partition(":")
+    if kind == "digits":
+        data = _tensor_data(_digits(), 10, options, device)
+    elif kind == "mnist1d":
+        data = _tensor_data(_mnist1d(), 10, options, device)
+    elif kind == "folder":
+        data = _folder_data(Path(path), options, device)
+    else:
+        data = _cifar_data(Path(path), int(kind.removeprefix("cifar")), options, device)
+    if not data.steps:
+        raise TrainingError(f"--batch-size {options.batch_size} is more than there are training samples")
+    return _with_mixup(data, options.mixup) if options.mixup else data
+
+
+def batches(
+    x: Tensor, y: Tensor, batch_size: int, order: Tensor, prepare: Callable[[Tensor], Tensor], drop_last: bool = False
+) -> Iterator[Batch]:
+    """Cut (x, y) into batches in the given order and pass the samples through ``prepare``."""
+    stop = len(order) - len(order) % batch_size if drop_last else len(order)
+    for indices in order[:stop].to(x.device).split(batch_size):
+        yield prepare(x[indices]), y[indices]
+
+
+def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
+    """The permutation of ``size`` samples in an epoch: int64 (size,), a function of the arguments and nothing else.
+
+    Epochs are a large prime apart, so that runs whose seeds are neighbours share no permutation.
+    """
+    return torch.randperm(size, generator=torch.Generator().manual_seed((seed + 1_000_003 * epoch) % 2**32))
+
+
+def crop_and_flip(x: Tensor, padding: int = 4) -> Tensor:
+    """Shift each image by up to ``padding`` pixels over black, and mirror every other one; (N, C, H, W) to the same."""
+    count, _, height, width = x.shape
+    top, left = torch.randint(2 * padding + 1, (2, count, 1), device="cpu")
+    rows = top + torch.arange(height)
+    columns = left + torch.arange(width)
+    columns = torch.where(torch.rand(count, 1, device="cpu") < 0.5, columns.flip(1), columns)
+    samples = torch.arange(count)[:, None, None]
+    padded = F.pad(x, (padding,) * 4).permute(0, 2, 3, 1)
+    return padded[samples, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _tensor_data(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    classes: int,
+    options: Namespace,
+    device: torch.device,
+    augment: Callable[[Tensor], Tensor] = _identity,
+    normalize: Callable[[Tensor], Tensor] = _identity,
+) -> Data:
+    x, y, x_test, y_test = (tensor.to(device) for tensor in tensors)
+    size, batch_size, drop_last = len(x), options.batch_size, options.mixup > 0
+
+    def train(epoch: int) -> Iterator[Batch]:
+        order = epoch_order(size, options.seed, epoch)
+        return batches(x, y, batch_size, order, lambda samples: normalize(augment(samples)), drop_last)
+
+    test = partial(batches, x_test, y_test, batch_size, torch.arange(len(x_test)), normalize)
+    steps = size // batch_size if drop_last else -(-size // batch_size)
+    return Data(tuple(x.shape[1:]), classes, steps, train, test)
+
+
+def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scikit-learn's 1797 handwritten digits in [0, 1], (N, 1, 8, 8): 1437 to train with, 360 to test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    x, x_test, y, y_test = train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
+    return (
+        torch.tensor(x, dtype=torch.float32).div(16).reshape(-1, 1, 8, 8),
+        torch.tensor(y),
+        torch.tensor(x_test, dtype=torch.float32).div(16).reshape(-1, 1, 8, 8),
+        torch.tensor(y_test),
+    )
+
+
+def _mnist1d() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """MNIST-1D as its package makes it by default, (N, 40), not normalized: 4000 to train with, 1000 to test."""
+    from mnist1d.data import get_dataset_args, make_dataset
+
+    raw = make_dataset(get_dataset_args())
+    return (
+        torch.tensor(raw["x"], dtype=torch.float32),
+        torch.tensor(raw["y"]),
+        torch.tensor(raw["x_test"], dtype=torch.float32),
+        torch.tensor(raw["y_test"]),
+    )
+
+
+CIFAR_STATISTICS = {
+    10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+
+def _cifar_data(root: Path, classes: int, options: Namespace, device: torch.device) -> Data:
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    dataset = CIFAR10 if classes == 10 else CIFAR100
+    try:
+        parts = [dataset(str(root), train=train, download=False) for train in (True, False)]
+    except (RuntimeError, OSError) as error:
+        folder = root / dataset.base_folder
+        raise TrainingError(f"--data {options.data}: the folder {folder} is missing, incomplete or damaged") from error
+    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
+    labels = [torch.tensor(part.targets) for part in parts]
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in CIFAR_STATISTICS[classes])
+
+    def normalize(x: Tensor) -> Tensor:
+        return (x.float() / 255 - mean) / std
+
+    tensors = (images[0], labels[0], images[1], labels[1])
+    return _tensor_data(tensors, classes, options, device, crop_and_flip, normalize)
+
+
+def _folder_data(root: Path, options: Namespace, device: torch.device) -> Data:
+    from timm.data.dataset_factory import create_dataset
+    from timm.data.loader import create_loader
+
+    for split in ("train", "val"):
+        if not (root / split).is_dir():
+            raise TrainingError(f"--data {options.data}: there is no folder {root / split}")
+    try:
+        train_set = create_dataset("", root=str(root / "train"), search_split=False)
+        # The training folders number the classes: a class that val/ lacks must not shift the others.
+        classes = train_set.reader.class_to_idx
+        test_set = create_dataset("", root=str(root / "val"), search_split=False, class_map=classes)
+    except (RuntimeError, OSError) as error:
+        raise TrainingError(f"--data {options.data}: {error}") from error
+    make: Callable[..., DataLoader[Batch]] = partial(
+        create_loader,
+        input_size=(3, options.image_size, options.image_size),
+        batch_size=options.batch_size,
+        num_workers=options.workers,
+        # Workers that outlive an epoch would carry random states that no checkpoint holds.
+        persistent_workers=False,
+        pin_memory=device.type == "cuda",
+        device=device,
+    )
+    try:
+        train_loader = make(train_set, is_training=True, color_jitter=None, auto_augment=options.auto_augment)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise TrainingError(f"--auto-augment {options.auto_augment}: timm has no such policy") from error
+    test_loader = make(test_set)
+    return Data(
+        (3, options.image_size, options.image_size),
+        len(classes),
+        len(train_loader),
+        lambda epoch: train_loader,
+        lambda: test_loader,
+    )
+
+
+def _with_mixup(data: Data, alpha: float) -> Data:
+    from timm.data.mixup import Mixup
+
+    mixup = Mixup(mixup_alpha=alpha, label_smoothing=0.0, num_classes=data.classes)
+
+    def train(epoch: int) -> Iterator[Batch]:
+        for x, y in data.train(epoch):
+            yield mixup(x, y)
+
+    return data._replace(train=train)

@@ -1,0 +1,212 @@
+"""Models: two for small inputs, three CIFAR networks, and everything that timm can create.
+
+The CIFAR networks follow their papers for 32x32 inputs: ResNet-18 with a 3x3 stem and no pooling (He et al. 2016),
+WRN-28-10 (Zagoruyko and Komodakis 2016), PyramidNet-110 with basic blocks and additive alpha = 270 (Han et al. 2017).
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .errors import TrainingError
+
+
+def mlp(shape: Sequence[int], classes: int) -> nn.Module:
+    """Two hidden layers of 256 units with ReLU; input (N, *shape), output (N, classes)."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(math.prod(shape), 256),
+        nn.ReLU(),
+        nn.Linear(256, 256),
+        nn.ReLU(),
+        nn.Linear(256, classes),
+    )
+
+
+def cnn(shape: Sequence[int], classes: int) -> nn.Module:
+    """Two convolutions with batch norm, then average pooling; input (N, C, H, W) or, in one dimension, (N, length)."""
+    stem: nn.Module
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+    pool: nn.Module
+    if len(shape) == 3:
+        stem, conv, norm, pool = nn.Identity(), nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d(2)
+        channels = shape[0]
+    else:
+        stem, conv, norm, pool = nn.Unflatten(1, (1, shape[0])), nn.Conv1d, nn.BatchNorm1d, nn.AdaptiveAvgPool1d(4)
+        channels = 1
+    return nn.Sequential(
+        stem,
+        conv(channels, 32, 3, padding=1, bias=False),
+        norm(32),
+        nn.ReLU(),
+        conv(32, 64, 3, stride=2, padding=1, bias=False),
+        norm(64),
+        nn.ReLU(),
+        pool,
+        nn.Flatten(),
+        nn.Linear(256, classes),
+    )
+
+
+def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+
+
+class _Residual(nn.Module):
+    """y = shortcut(x) + residual(x)."""
+
+    def __init__(self, residual: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.residual = residual
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.residual(x)
+
+
+def _resnet_block(inputs: int, outputs: int, stride: int) -> nn.Module:
+    residual = nn.Sequential(
+        _conv3x3(inputs, outputs, stride),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+        _conv3x3(outputs, outputs),
+        nn.BatchNorm2d(outputs),
+    )
+    shortcut: nn.Module = nn.Identity()
+    if stride != 1 or inputs != outputs:
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+    return nn.Sequential(_Residual(residual, shortcut), nn.ReLU())
+
+
+def cifar_resnet18(shape: Sequence[int], classes: int) -> nn.Module:
+    """ResNet-18 with a 3x3 stem, 11.17 M parameters for 10 classes; input (N, C, 32, 32)."""
+    layers: list[nn.Module] = [_conv3x3(shape[0], 64), nn.BatchNorm2d(64), nn.ReLU()]
+    inputs = 64
+    for stage, width in enumerate((64, 128, 256, 512)):
+        for block in range(2):
+            layers.append(_resnet_block(inputs, width, 2 if stage and not block else 1))
+            inputs = width
+    return _initialized(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)))
+
+
+class _WideBlock(nn.Module):
+    """Pre-activation block: where the shape changes, the shortcut starts behind the first activation."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.activation = nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU())
+        self.residual = nn.Sequential(
+            _conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs), nn.ReLU(), _conv3x3(outputs, outputs)
+        )
+        self.projection = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.activation(x)
+        shortcut = x if self.projection is None else self.projection(activated)
+        return shortcut + self.residual(activated)
+
+
+def wrn28_10(shape: Sequence[int], classes: int) -> nn.Module:
+    """Wide ResNet of depth 28 and width 10, 36.5 M parameters for 10 classes; input (N, C, 32, 32)."""
+    layers: list[nn.Module] = [_conv3x3(shape[0], 16)]
+    inputs = 16
+    for stage, width in enumerate((160, 320, 640)):
+        for block in range(4):
+            layers.append(_WideBlock(inputs, width, 2 if stage and not block else 1))
+            inputs = width
+    layers += [nn.BatchNorm2d(inputs), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
+    return _initialized(nn.Sequential(*layers))
+
+
+class _PadShortcut(nn.Module):
+    """Identity without parameters: average pooling where the block strides, zeros for the added channels."""
+
+    def __init__(self, added: int, stride: int) -> None:
+        super().__init__()
+        self.added = added
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride != 1:
+            x = F.avg_pool2d(x, self.stride, ceil_mode=True)
+        return F.pad(x, (0, 0, 0, 0, 0, self.added))
+
+
+def _pyramid_block(inputs: int, outputs: int, stride: int) -> nn.Module:
+    residual = nn.Sequential(
+        nn.BatchNorm2d(inputs),
+        _conv3x3(inputs, outputs, stride),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+        _conv3x3(outputs, outputs),
+        nn.BatchNorm2d(outputs),
+    )
+    return _Residual(residual, _PadShortcut(outputs - inputs, stride))
+
+
+def pyramidnet110(shape: Sequence[int], classes: int) -> nn.Module:
+    """PyramidNet of depth 110, additive alpha = 270, 28.5 M parameters for 10 classes; input (N, C, 32, 32)."""
+    blocks = 18
+    layers: list[nn.Module] = [_conv3x3(shape[0], 16), nn.BatchNorm2d(16)]
+    inputs = 16
+    for index in range(3 * blocks):
+        width = 16 + round(270 * (index + 1) / (3 * blocks))
+        layers.append(_pyramid_block(inputs, width, 2 if index in (blocks, 2 * blocks) else 1))
+        inputs = width
+    layers += [nn.BatchNorm2d(inputs), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
+    return _initialized(nn.Sequential(*layers))
+
+
+def _initialized(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+MODELS: dict[str, Callable[[Sequence[int], int], nn.Module]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "cifar_resnet18": cifar_resnet18,
+    "wrn28_10": wrn28_10,
+    "pyramidnet110": pyramidnet110,
+}
+
+
+def create_model(name: str, shape: Sequence[int], classes: int) -> nn.Module:
+    """Create a model on the CPU, randomly initialized from the global random state.
+
+    Args:
+        name: one of :data:`MODELS`, or a model of timm (never with pretrained weights).
+        shape: of one sample, without the batch dimension: (length,) or (channels, height, width).
+        classes: size of the output.
+
+    Raises:
+        TrainingError: the name is unknown, or the model does not take samples of this shape.
+    """
+    if name not in MODELS and not timm.is_model(name):
+        raise TrainingError(f"--model {name} is unknown{_suggestion(name)}")
+    try:
+        if name in MODELS:
+            model = MODELS[name](shape, classes)
+        else:
+            model = timm.create_model(name, num_classes=classes, in_chans=shape[0])
+        with torch.no_grad():
+            outputs = model.eval()(torch.zeros(2, *shape))
+    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrainingError(f"--model {name} does not take samples of shape {tuple(shape)}: {reason}") from error
+    if outputs.shape != (2, classes):
+        raise TrainingError(f"--model {name} is no classifier: its output has the shape {tuple(outputs.shape)}")
+    return model
+
+
+def _suggestion(name: str) -> str:
+    close = difflib.get_close_matches(name, [*MODELS, *timm.list_models()], n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -1,0 +1,198 @@
+"""Mistakes: one line on stderr, exit code 2, and not a byte on the disk has changed."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+
+from crsam_ext.training.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The results of a run of one epoch."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert main(["--model", "mlp", "--epochs", "1", "--output", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def refuse(crsam_train, here, capsys):
+    """Runs a command that must be refused, and returns what it says."""
+
+    def contents():
+        return {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} | {
+            path: None for path in here.rglob("*") if path.is_dir()
+        }
+
+    def run(command):
+        before = contents()
+        capsys.readouterr()
+        assert crsam_train(command) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("crsam-train: ")
+        assert err.count("\n") == 1
+        assert contents() == before
+        return err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("--data nothing", "--data nothing: give digits, mnist1d, cifar10:PATH"),
+        ("--data cifar10", "--data cifar10: give digits"),
+        ("--data digits:path", "--data digits:path: give digits"),
+        ("--data cifar10:missing", "folder missing/cifar-10-batches-py is missing"),
+        ("--data cifar100:missing", "folder missing/cifar-100-python is missing"),
+        ("--data folder:missing", "there is no folder missing/train"),
+        ("--model resnt18", "--model resnt18 is unknown; did you mean resnet18"),
+        ("--lr nan", "--lr: nan is not a number"),
+        ("--rho inf", "--rho: inf is not a number"),
+        ("--alpha -1", "--alpha: -1 is not a number of at least 0"),
+        ("--beta one", "--beta: invalid number value: 'one'"),
+        ("--momentum 2", "--momentum: 2 is not a number of at least 0 and at most 1"),
+        ("--epochs 0", "--epochs: 0 is not an integer"),
+        ("--mixup 1 --batch-size 2000", "--batch-size 2000 is more than"),
+        ("--warmup-epochs 20", "--warmup-epochs 20 must be less than --epochs 20"),
+        ("--mixup 1 --batch-size 63", "--batch-size 63 must be even"),
+        ("--optimizer sgd --rho 0.1", "--rho is only for --optimizer sam or crsam"),
+        ("--optimizer sam --alpha 0.1", "--alpha is only for --optimizer crsam"),
+        ("--optimizer adamw --nesterov", "--nesterov is only for --base sgd"),
+        ("--auto-augment rand-m9", "--auto-augment is only for --data folder"),
+        ("--nesterov --momentum 0", "Nesterov"),
+        ("--optimizer adam", "--optimizer: invalid choice"),
+        ("--frobnicate", "unrecognized arguments: --frobnicate"),
+        ("--device nonsense", "--device nonsense: "),
+        ("--output /dev/null/run", "--output /dev/null/run: Not a directory"),
+        ("--resume", "no run to resume in runs/digits-cnn-crsam-seed0: last.pt is missing"),
+        ("--resume --overwrite", "not allowed with"),
+    ],
+)
+def test_mistake_in_the_options(refuse, command, message):
+    assert message in refuse(command)
+
+
+def test_output_that_is_a_file(refuse, here):
+    (here / "out").write_text("mine")
+
+    assert "--output out: " in refuse("--output out")
+
+
+@pytest.mark.parametrize("option", ["", "--overwrite"])
+def test_mistake_over_an_existing_run(refuse, here, finished, option):
+    shutil.copytree(finished, here / "out")
+
+    assert "unknown" in refuse(f"--model nonsense --output out {option}")
+
+
+def test_run_in_the_way(refuse, here, finished):
+    shutil.copytree(finished, here / "out")
+
+    assert "out is not empty: give --resume, --overwrite or another --output" in refuse("--output out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--lr 0.3", "--lr 0.3: out was started with --lr 0.05"),
+        ("--epochs 2", "--epochs 2: out was started with --epochs 1"),
+        ("--optimizer sam", "--optimizer sam: out was started with --optimizer crsam"),
+        ("--ema 0.9", "--ema 0.9: out was started with --ema None"),
+    ],
+)
+def test_resume_with_other_options(refuse, here, finished, change, message):
+    shutil.copytree(finished, here / "out")
+    assert message in refuse(f"--model mlp --epochs 1 --output out --resume {change}")
+
+
+def save_foreign(path):
+    torch.save({"model": torch.zeros(3)}, path)
+
+
+def save_tensor(path):
+    torch.save(torch.zeros(3), path)
+
+
+def save_code(path):
+    torch.save(torch.nn.Linear(2, 2), path)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def write_text(path):
+    path.write_text("not a checkpoint")
+
+
+def drop_a_weight(path):
+    state = torch.load(path, weights_only=True)
+    del state["model"]["1.weight"]
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (save_foreign, "is not a checkpoint of crsam-train"),
+        (save_tensor, "is not a checkpoint of crsam-train"),
+        (save_code, "is damaged or not a checkpoint"),
+        (truncate, "is damaged or not a checkpoint"),
+        (empty, "is damaged or not a checkpoint"),
+        (write_text, "is damaged or not a checkpoint"),
+        (drop_a_weight, "does not fit this model and optimizer"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_resume_from_a_bad_checkpoint(refuse, here, finished, harm, message):
+    shutil.copytree(finished, here / "out")
+    harm(here / "out" / "last.pt")
+
+    assert f"out/last.pt {message}" in refuse("--model mlp --epochs 1 --output out --resume")
+
+
+def test_policy_that_timm_does_not_know(refuse, image_folder):
+    command = f"--data folder:{image_folder} --batch-size 4 --model test_resnet --image-size 32"
+
+    assert "--auto-augment nonsense: timm has no such policy" in refuse(f"{command} --auto-augment nonsense")
+
+
+def test_empty_image_folder(refuse, tmp_path):
+    (tmp_path / "images" / "train" / "ape").mkdir(parents=True)
+    (tmp_path / "images" / "val" / "ape").mkdir(parents=True)
+
+    assert "0 images" in refuse(f"--data folder:{tmp_path / 'images'}")
+
+
+def test_divergence_keeps_the_last_sound_epoch(crsam_train, here, capsys, read_log):
+    assert crsam_train("--model mlp --lr 1e30 --epochs 3 --output out") == 2
+    assert "diverged" in capsys.readouterr().err
+    assert len(read_log(here / "out")) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "package"), [("mnist1d.data", "mnist1d"), ("timm.scheduler.scheduler", "timm"), ("rich.console", "rich")]
+)
+def test_missing_package(refuse, monkeypatch, module, package):
+    for name in ("loop", "progress"):
+        monkeypatch.delitem(sys.modules, f"crsam_ext.training.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, module, None)
+
+    assert f"the package {package} is missing: pip install 'crsam_ext[train]'" in refuse("--data mnist1d")
+
+
+def test_help_needs_no_other_package(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "crsam_ext.training.loop", None)
+
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    assert "--regularizer" in capsys.readouterr().out

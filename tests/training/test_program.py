@@ -1,0 +1,155 @@
+"""Whole runs of crsam-train."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from crsam_ext.training.data import load
+from crsam_ext.training.loop import create_optimizer, create_schedule
+from crsam_ext.training.models import create_model
+from crsam_ext.training.options import parse
+
+RESULTS = {"config.json", "log.csv", "curves.png", "last.pt", "best.pt"}
+
+
+def test_digits_are_learned(crsam_train, here, read_log, capsys):
+    assert crsam_train("--epochs 8") == 0
+
+    output = here / "runs" / "digits-cnn-crsam-seed0"
+    log = read_log(output)
+    best = torch.load(output / "best.pt", weights_only=True)
+    printed = capsys.readouterr().out.splitlines()
+    assert {path.name for path in output.iterdir()} == RESULTS
+    assert [row["epoch"] for row in log] == [str(epoch) for epoch in range(1, 9)]
+    assert float(log[-1]["test_accuracy"]) > 0.97
+    assert float(log[-1]["grad_norm"]) > 0
+    assert best["test_accuracy"] == max(float(row["test_accuracy"]) for row in log)
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((output / "config.json").read_text())["optimizer"] == "crsam"
+    assert len(printed) == 9
+    assert printed[-1].startswith(f"test accuracy {float(log[-1]['test_accuracy']):.2%}")
+    assert printed[-1].endswith("runs/digits-cnn-crsam-seed0/curves.png")
+
+
+def test_best_weights_reach_the_accuracy_they_are_kept_for(crsam_train, here):
+    assert crsam_train("--epochs 3 --output out") == 0
+
+    best = torch.load(here / "out" / "best.pt", weights_only=True)
+    model = create_model("cnn", (1, 8, 8), 10)
+    model.load_state_dict(best["model"])
+    (x, y), *_ = load(parse(["--batch-size", "360"]), torch.device("cpu")).test()
+    assert (model.eval()(x).argmax(1) == y).float().mean().item() == pytest.approx(best["test_accuracy"])
+
+
+def test_same_seed_same_run(crsam_train, here, read_log):
+    for output, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert crsam_train(f"--epochs 2 --seed {seed} --output {output}") == 0
+
+    assert read_log(here / "a") == read_log(here / "b")
+    assert read_log(here / "a") != read_log(here / "c")
+
+
+def test_sgd_is_torch_sgd(crsam_train, here):
+    command = "--model mlp --optimizer sgd --epochs 2 --nesterov --output out"
+    options = parse(command.split())
+    data = load(options, torch.device("cpu"))
+    torch.manual_seed(0)
+    model = create_model("mlp", data.shape, data.classes)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
+    for epoch in range(2):
+        for x, y in data.train(epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        schedule.step()
+
+    assert crsam_train(command) == 0
+    trained = torch.load(here / "out" / "last.pt", weights_only=True)["model"]
+    for name, weights in model.state_dict().items():
+        torch.testing.assert_close(trained[name], weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("command", "passes", "base"),
+    [
+        ("--optimizer sgd", 1, torch.optim.SGD),
+        ("--optimizer adamw", 1, torch.optim.AdamW),
+        ("--optimizer sam --rho 0.3 --adaptive", 2, torch.optim.SGD),
+        ("--optimizer crsam", 3, torch.optim.SGD),
+        ("--optimizer crsam --regularizer log --estimator loss --base adamw", 3, torch.optim.AdamW),
+    ],
+)
+def test_optimizer_of_the_options(command, passes, base):
+    options = parse(command.split())
+    optimizer = create_optimizer(torch.nn.Linear(2, 2), options)
+
+    assert optimizer.passes == passes
+    assert type(optimizer.base_optimizer) is base
+    assert optimizer.param_groups[0]["lr"] == options.lr
+    assert optimizer.param_groups[0]["rho"] == (options.rho if passes > 1 else 0)
+
+
+@pytest.mark.parametrize(
+    ("command", "rates"),
+    [
+        ("--schedule cosine", [1, 0.75, 0.25]),
+        ("--schedule linear", [1, 2 / 3, 1 / 3]),
+        ("--schedule step", [1, 0.1, 0.01]),
+        ("--schedule constant", [1, 1, 1]),
+        ("--schedule constant --warmup-epochs 2", [1e-5, 0.500005, 1]),
+    ],
+)
+def test_schedule(command, rates):
+    options = parse(f"--epochs 3 --lr 1 {command}".split())
+    optimizer = create_optimizer(torch.nn.Linear(2, 2), options)
+    schedule = create_schedule(optimizer, options)
+    seen = []
+    for epoch in range(3):
+        schedule.step(epoch)
+        seen.append(optimizer.param_groups[0]["lr"])
+
+    assert seen == pytest.approx(rates)
+
+
+def test_moving_average_is_what_counts(crsam_train, here):
+    assert crsam_train("--epochs 1 --ema 0.99 --output out") == 0
+
+    last = torch.load(here / "out" / "last.pt", weights_only=True)
+    best = torch.load(here / "out" / "best.pt", weights_only=True)
+    assert all(best["model"][name].equal(weights) for name, weights in last["ema"].items())
+    assert not last["ema"]["1.weight"].equal(last["model"]["1.weight"])
+
+
+def test_bfloat16_and_label_smoothing(crsam_train, here, read_log):
+    for output, options in (("plain", ""), ("amp", "--amp"), ("smooth", "--label-smoothing 0.1")):
+        assert crsam_train(f"--epochs 1 --optimizer sam --output {output} {options}") == 0
+    plain, amp, smooth = (float(read_log(here / name)[0]["train_loss"]) for name in ("plain", "amp", "smooth"))
+
+    assert amp != plain
+    assert amp == pytest.approx(plain, rel=0.05)
+    assert smooth > plain + 0.01
+    weights = torch.load(here / "amp" / "last.pt", weights_only=True)["model"]
+    assert weights["1.weight"].dtype == torch.float32
+
+
+def test_cifar_trains(crsam_train, here, cifar10, read_log):
+    assert crsam_train(f"--data cifar10:{cifar10} --model cnn --epochs 1 --batch-size 32") == 0
+    assert len(read_log(here / "runs" / "cifar10-cnn-crsam-seed0")) == 1
+
+
+def test_image_folder_trains_with_workers_and_augmentation(crsam_train, here, image_folder, read_log):
+    command = f"--data folder:{image_folder} --model test_resnet --image-size 32 --batch-size 8 --epochs 1 --workers 1"
+    assert crsam_train(f"{command} --auto-augment rand-m5 --mixup 0.2") == 0
+    assert len(read_log(here / "runs" / "folder-test_resnet-crsam-seed0")) == 1
+
+
+def test_overwrite_replaces_a_run_and_leaves_other_files(crsam_train, here, read_log):
+    assert crsam_train("--epochs 2 --output out") == 0
+    (here / "out" / "notes.txt").write_text("mine")
+    assert crsam_train("--epochs 1 --output out --overwrite") == 0
+
+    assert len(read_log(here / "out")) == 1
+    assert {path.name for path in (here / "out").iterdir()} == RESULTS | {"notes.txt"}
