@@ -1,0 +1,51 @@
+"""What all tests share: seeds, two threads, repeatable Hypothesis runs, and visible skips of what a machine lacks."""
+
+import os
+import random
+from typing import NoReturn
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from crsam_ext import available_backends
+
+torch.set_num_threads(2)
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+
+def missing(reason: str) -> NoReturn:
+    """Skip the test, or fail it on a machine that promises a GPU with CRSAM_REQUIRE_CUDA=1."""
+    if os.environ.get("CRSAM_REQUIRE_CUDA") == "1":
+        pytest.fail(f"CRSAM_REQUIRE_CUDA=1, but {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def require_cuda(request):
+    if request.node.get_closest_marker("require_cuda") and not torch.cuda.is_available():
+        missing("torch finds no CUDA device")
+
+
+@pytest.fixture(params=available_backends())
+def backend(request):
+    """The name of each backend in turn."""
+    verdict = available_backends()[request.param]
+    if verdict != "available":
+        missing(f"backend {request.param} is {verdict}")
+    return request.param
+
+
+@pytest.fixture
+def device(backend):
+    """Where the tensors of `backend` live."""
+    return torch.device("cpu" if backend == "torch" else "cuda")
