@@ -326,6 +326,13 @@ class FlatParameters:
     def _in_place(slot: Slot) -> bool:
         return slot.param.data_ptr() == slot.pointer and slot.param.shape == slot.shape
 
+    def return_to_moved(self, active: Sequence[tuple[bool, ...]]) -> None:
+        """Give w to those ``active`` parameters that were re-pointed while they were perturbed, where they are now."""
+        for bucket, mask in zip(self.buckets, active, strict=True):
+            for slot in bucket.slots:
+                if mask[slot.index] and not self._in_place(slot) and slot.param.shape == slot.shape:
+                    slot.param.detach().copy_(slot.view(bucket.saved))
+
     def mark_written(self) -> None:
         """Tell autograd that all parameters may have changed."""
         increment_version(list(self._slots))

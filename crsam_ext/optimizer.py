@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -134,10 +134,12 @@ class CRSAM(Optimizer):
         self._reset()
 
         self._own = {"rho": rho, "alpha": alpha, "beta": 0.01 if beta is None else beta, "adaptive": adaptive}
-        base = _make_base(params, base_optimizer, base_kwargs)
-        super().__init__(base.param_groups, {**base.defaults, **self._own})
+        base, own_groups = _make_base(params, base_optimizer, base_kwargs, self._own.keys())
+        super().__init__(own_groups or base.param_groups, {**base.defaults, **self._own})
         self.base_optimizer = base
-        self.param_groups, self.state = base.param_groups, base.state
+        self.state = base.state
+        if own_groups is None:
+            self.param_groups = base.param_groups
 
     # What the optimizer is -------------------------------------------------------------------------------------------
 
@@ -176,6 +178,7 @@ class CRSAM(Optimizer):
                 if name != "adaptive" and not isinstance(value, Tensor) and not 0 <= value < math.inf:
                     raise ValueError(f"{name} must be a finite number that is not negative, but is {value}")
         super().add_param_group(param_group)
+        self._inform_base()
         for param in param_group["params"]:
             check_parameter(param)
 
@@ -264,6 +267,8 @@ class CRSAM(Optimizer):
         options = self._options()
         if self._flat is None or not self._flat.matches(self.param_groups, self.state, options):
             self._flat = FlatParameters(self.param_groups, self.state, options, self.operators.gather_below)
+        if not self._flat.buckets:
+            raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
         self._step = Step(self, self._flat, options, passes)
         return self._step
 
@@ -320,6 +325,22 @@ class CRSAM(Optimizer):
         if self._step.collected != collected:
             raise RuntimeError(f"{call}() called out of order: {self._due()}")
 
+    def step_base(self) -> None:
+        """Have the base optimizer make the update with the gradients that are in ``p.grad``."""
+        self._inform_base()
+        self.base_optimizer.step()
+
+    def _inform_base(self) -> None:
+        """Hand the groups to a base optimizer that does not share them, because an option of its own has our name."""
+        base = self.__dict__.get("base_optimizer")
+        if base is None or base.param_groups is self.param_groups:
+            return
+        groups = [{k: v for k, v in group.items() if k not in self._own} for group in self.param_groups]
+        for theirs, ours in zip(base.param_groups, groups, strict=False):
+            theirs.update(ours)
+        for group in groups[len(base.param_groups) :]:
+            base.add_param_group(group)
+
     def _options(self) -> list[Options]:
         """For each group, how its update is computed here; None for all if the base optimizer makes it."""
         native = _NATIVE.get(type(self.base_optimizer))
@@ -370,7 +391,10 @@ class CRSAM(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        base = self.base_optimizer
+        shares = not self._own.keys() & base.defaults.keys()
+        groups = self.param_groups if shares else base.param_groups
+        base.__setstate__({"state": self.state, "param_groups": groups})
         self._reset()
 
 
@@ -384,45 +408,54 @@ def _nonzero(value: float | Tensor) -> bool:
     return isinstance(value, Tensor) or value != 0
 
 
-def _make_base(params: Any, base: type[Optimizer] | Optimizer, kwargs: dict[str, Any]) -> Optimizer:
-    """The base optimizer over ``params``, with its own checks of its own arguments."""
+def _make_base(
+    params: Any, base: type[Optimizer] | Optimizer, kwargs: dict[str, Any], own: Set[str]
+) -> tuple[Optimizer, list[dict[str, Any]] | None]:
+    """The base optimizer over ``params``, with its own checks of its own arguments.
+
+    Returns:
+        The base optimizer, and None if its groups are to be shared. But RMSprop has an ``alpha`` of its own and
+        Adadelta a ``rho``: then the groups without them, for CRSAM.
+    """
+    given: list[dict[str, Any]] = []
     if isinstance(base, type) and issubclass(base, Optimizer):
         accepted = inspect.signature(base.__init__).parameters
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
             for name in kwargs.keys() - accepted.keys():
                 raise TypeError(f"unexpected keyword argument {name!r}: neither CRSAM nor {base.__name__} takes it")
-        made = base(_without_duplicates(params), **kwargs)
+        if not isinstance(params, (Tensor, str, set)):  # torch's own errors say best what is wrong with these
+            params = given = _groups(params)
+            params = [{k: v for k, v in group.items() if k not in own & accepted.keys()} for group in given]
+        made = base(params, **kwargs)
     elif isinstance(base, Optimizer):
         if kwargs:
             raise TypeError(f"{', '.join(kwargs)} given with an instance of {type(base).__name__}: set them there")
-        given = {id(p) for p in _flatten(params)}
-        if given != {id(p) for group in base.param_groups for p in group["params"]}:
+        wanted = {id(p) for group in base.param_groups for p in group["params"]}
+        members = [p for group in _groups(params) for p in group["params"]]
+        if {id(p[1] if isinstance(p, tuple) else p) for p in members} != wanted:
             raise ValueError("params are not the parameters of the base optimizer that was given")
         made = base
     else:
         raise TypeError(f"base_optimizer must be a class or an instance of torch.optim.Optimizer, but is {base!r}")
     if isinstance(made, torch.optim.LBFGS):
         raise ValueError("LBFGS evaluates the loss within its step and cannot be a base optimizer")
-    return made
+    clash = own & made.defaults.keys()
+    if not clash:
+        return made, None
+    groups = [{k: v for k, v in group.items() if k not in clash} for group in made.param_groups]
+    for group, original in zip(groups, given, strict=False):
+        group.update({k: original[k] for k in clash if k in original})
+    return made, groups
 
 
-def _without_duplicates(params: Any) -> Any:
-    """``params`` as lists, each tensor once: a tied parameter is one parameter."""
-    if isinstance(params, (Tensor, str, set)):
-        return params  # torch's own errors say best what is wrong with these
+def _groups(params: Any) -> list[dict[str, Any]]:
+    """``params`` as a list of groups, in each every tensor once: a tied parameter is one parameter."""
     items = list(params)
-    if items and isinstance(items[0], dict):
-        return [{**group, "params": _without_duplicates(group["params"])} for group in items]
-    return list({id(p[1] if isinstance(p, tuple) else p): p for p in items}.values())
-
-
-def _flatten(params: Iterable[Any]) -> list[Tensor]:
-    """All tensors of a list of parameters, of named parameters or of groups."""
-    tensors: list[Tensor] = []
-    for item in params:
-        if isinstance(item, dict):
-            group = item["params"]
-            tensors += _flatten([group] if isinstance(group, Tensor) else group)
-        else:
-            tensors.append(item[1] if isinstance(item, tuple) else item)
-    return tensors
+    groups = [dict(group) for group in items] if items and isinstance(items[0], dict) else [{"params": items}]
+    for group in groups if items else ():
+        members = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+        if not isinstance(members, set):
+            group["params"] = list({id(p[1] if isinstance(p, tuple) else p): p for p in members}.values())
+        if "gamma" in group:
+            group["alpha"] = group.pop("gamma")
+    return groups if items else []

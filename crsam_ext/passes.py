@@ -94,6 +94,7 @@ class Step:
         self._grads: list[list[list[Tensor | None]]] = []  # pass, bucket, slot: 1-D, in memory order
         self._gathered: dict[tuple[Any, ...], list[list[Tensor]]] = {}
         self._squared_norms: list[Tensor] = []
+        self._grad_norm: Tensor | None = None  # squared, per group, of g0; not known when only |w| g0 was reduced
         self._scale: Tensor | None = None  # of the perturbation, once there is one
         self._undo: list[tuple[Tensor, Tensor]] = []  # copying second into first gives w back
 
@@ -112,6 +113,16 @@ class Step:
             raise RuntimeError(f"pass {index + 1} left no gradient in any parameter: has loss.backward() been called?")
         if index == 0:
             self._first = grads
+        for earlier in self._grads:
+            if any(
+                g is not None and held is not None and g.data_ptr() == held.data_ptr()
+                for gs, held_ones in zip(grads, earlier, strict=True)
+                for g, held in zip(gs, held_ones, strict=True)
+            ):
+                raise RuntimeError(
+                    f"pass {index + 1} wrote a gradient into the memory of an earlier pass's, which is lost: leave p.grad "
+                    "to autograd, give each pass a tensor of its own, or call first_step(zero_grad=False), which copies"
+                )
         self._grads.append([[None if g is None else g.as_strided((g.numel(),), (1,)) for g in gs] for gs in grads])
         self.losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
 
@@ -155,7 +166,7 @@ class Step:
                 slot.param.grad = g
         if self._scale is not None:
             self._leave()
-        self.optimizer.stats.record(self.losses, self._squared_norms[0], c)
+        self.optimizer.stats.record(self.losses, self._grad_norm, c)
 
     def restore(self) -> None:
         """Abandon the step: the parameters are bit for bit w again."""
@@ -163,6 +174,7 @@ class Step:
             return
         for live, saved in self._undo:
             live.copy_(saved)
+        self.flat.return_to_moved([tuple(g is not None for g in grads) for grads in self._grads[0]])
         self.flat.mark_written()
         self._leave()
 
@@ -210,11 +222,14 @@ class Step:
                     weights = [w if groups[g]["adaptive"] else None for w, g in pairs]
                     parts.append(self.operators.fd_gram(grad, ascent, descent, plan.groups, len(groups), weights))
             gram = self._total(parts)
+            self._grad_norm = gram[:, 0]
         else:
             for index in range(len(self._squared_norms), self.passes):
                 unweighted: list[list[Tensor | None]] = [[None] * len(plan.rows) for plan in plans]
                 norm = self._squared_norm(plans, [r[index] for r in rows], unweighted)
                 self._squared_norms.append(norm)
+            if self._scale is None or not any(group["adaptive"] for group in groups):
+                self._grad_norm = self._squared_norms[0]
         alpha, beta = (self._vector([group[name] for group in groups]) for name in ("alpha", "beta"))
         return self.operators.coefficients(
             gram,
@@ -271,7 +286,7 @@ class Step:
         if self.options[0] is None and bool(c.ok):
             for plan, grads in zip(plans, rows, strict=True):
                 plan.scatter(grads[-1])
-            self.optimizer.base_optimizer.step()
+            self.optimizer.step_base()
 
     def _squared_norm(
         self, plans: Sequence[Plan], rows: list[list[Tensor]], weights: Sequence[Sequence[Tensor | None]]

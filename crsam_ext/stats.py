@@ -34,7 +34,7 @@ class Stats:
             self._counters = self._counters.to(device)
         return self._counters
 
-    def record(self, losses: list[Any], squared_norm: Tensor, coefficients: Coefficients) -> None:
+    def record(self, losses: list[Any], squared_norm: Tensor | None, coefficients: Coefficients) -> None:
         """Enter a step."""
         self.steps += 1
         self.loss, self.loss_ascent, self.loss_descent = [*losses, None, None][:3]
@@ -62,7 +62,7 @@ class Stats:
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Norm of the gradient g0 at w; of |w| g0 where the perturbation is adaptive."""
+        """Norm of the gradient at w; None for an adaptive perturbation, unless something needed the Gram matrix."""
         return None if self._squared_norm is None else self._squared_norm.sum().sqrt()
 
     @property

@@ -1,4 +1,4 @@
-"""What all tests share: seeds, two threads, repeatable Hypothesis runs, and visible skips of what a machine lacks."""
+"""What all tests share: seeds, one thread, repeatable Hypothesis runs, and visible skips of what a machine lacks."""
 
 import os
 import random
@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from crsam_ext import available_backends
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tests are small: threads would only wait for each other
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 

@@ -8,6 +8,7 @@ fused by ``torch.compile`` instead, a row at a time.
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -91,6 +92,14 @@ def _perturb(live: Tensor, saved: Tensor, g: Tensor, scale: Tensor, scratch: Scr
 
 def _sum_of_products(x: Tensor, y: Tensor) -> Tensor:
     return (x.double() * y.double()).sum()
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """x . y summed in its own dtype; on a CPU, where looking costs nothing, in float64 if that overflows."""
+    product = torch.dot(x, y)
+    if x.device.type == "cpu" and not math.isfinite(product):
+        return _sum_of_products(x, y)
+    return product
 
 
 def _gram(
@@ -270,7 +279,7 @@ class TorchOperators(Operators):
                 x = _up(x, scratch, 0)
                 if v is not None:
                     x = torch.mul(x, v, out=scratch(1))
-                sums[group].append(torch.dot(x, x))
+                sums[group].append(_dot(x, x))
         device = grads[0].device
         zero = torch.zeros((), dtype=torch.float64, device=device)
         return torch.stack([torch.stack(s).sum(dtype=torch.float64) if s else zero for s in sums])
@@ -305,7 +314,7 @@ class TorchOperators(Operators):
         num_groups: int,
         weights: Sequence[Tensor | None],
     ) -> Tensor:
-        inner = _sum_of_products if self.compile else torch.dot
+        inner = _sum_of_products if self.compile else _dot
         products: list[list[Tensor]] = [[] for _ in range(num_groups)]
         no_scalars = torch.empty(0)
         for *gradients, w, group in zip(grad, grad_ascent, grad_descent, weights, groups, strict=True):
