@@ -134,8 +134,8 @@ class Operators(ABC):
             num_groups: how many groups there are.
             weights: for each row None, or the row of :math:`w` that it is weighted with (ASAM).
         Returns:
-            float64 tensor [num_groups]. Squared, so that groups, devices and processes add up. On a GPU the first sums
-            are made in the compute dtype: an element beyond 1.8e19 counts as infinite there.
+            float64 tensor [num_groups]. Squared, so that groups, devices and processes add up. The first sums may be
+            made in the compute dtype, where an element beyond 1.8e19 counts as infinite.
         """
 
     def perturbation_scale(self, squared_norm: Tensor, rho: Tensor) -> Tensor:

@@ -120,8 +120,8 @@ class Step:
                 for g, held in zip(gs, held_ones, strict=True)
             ):
                 raise RuntimeError(
-                    f"pass {index + 1} wrote a gradient into the memory of an earlier pass's, which is lost: leave p.grad "
-                    "to autograd, give each pass a tensor of its own, or call first_step(zero_grad=False), which copies"
+                    f"pass {index + 1} wrote a gradient into the memory of an earlier pass's, which is lost: "
+                    "leave p.grad to autograd, give each pass its own tensor, or call first_step(zero_grad=False), which copies"
                 )
         self._grads.append([[None if g is None else g.as_strided((g.numel(),), (1,)) for g in gs] for gs in grads])
         self.losses.append(loss.detach() if isinstance(loss, Tensor) else loss)

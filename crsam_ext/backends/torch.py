@@ -94,12 +94,10 @@ def _sum_of_products(x: Tensor, y: Tensor) -> Tensor:
     return (x.double() * y.double()).sum()
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """x . y summed in its own dtype; on a CPU, where looking costs nothing, in float64 if that overflows."""
+def _checked_dot(x: Tensor, y: Tensor) -> Tensor:
+    """x . y summed in its own dtype, or in float64 if that overflows."""
     product = torch.dot(x, y)
-    if x.device.type == "cpu" and not math.isfinite(product):
-        return _sum_of_products(x, y)
-    return product
+    return product if math.isfinite(product) else _sum_of_products(x, y)
 
 
 def _gram(
@@ -266,6 +264,7 @@ class TorchOperators(Operators):
         return True
 
     def _selects(self, row: Tensor) -> bool:
+        """Whether numbers must stay on the device of ``row``, so that a choice between two of them is an operation."""
         return self.compile or row.device.type != "cpu"
 
     # The operators ---------------------------------------------------------------------------------------------------
@@ -274,12 +273,13 @@ class TorchOperators(Operators):
         self, grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
     ) -> Tensor:
         sums: list[list[Tensor]] = [[] for _ in range(num_groups)]
+        dot = torch.dot if self._selects(grads[0]) else _checked_dot
         for g, group, w in zip(grads, groups, weights, strict=True):
             for (x, v), scratch in self._blocks((g, w)):
                 x = _up(x, scratch, 0)
                 if v is not None:
                     x = torch.mul(x, v, out=scratch(1))
-                sums[group].append(_dot(x, x))
+                sums[group].append(dot(x, x))
         device = grads[0].device
         zero = torch.zeros((), dtype=torch.float64, device=device)
         return torch.stack([torch.stack(s).sum(dtype=torch.float64) if s else zero for s in sums])
@@ -314,7 +314,7 @@ class TorchOperators(Operators):
         num_groups: int,
         weights: Sequence[Tensor | None],
     ) -> Tensor:
-        inner = _sum_of_products if self.compile else _dot
+        inner = _sum_of_products if self.compile else torch.dot if self._selects(grad[0]) else _checked_dot
         products: list[list[Tensor]] = [[] for _ in range(num_groups)]
         no_scalars = torch.empty(0)
         for *gradients, w, group in zip(grad, grad_ascent, grad_descent, weights, groups, strict=True):
