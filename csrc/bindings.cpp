@@ -1,0 +1,25 @@
+// What the extension was built with. Everything else goes through the operators of ops.cpp.
+#include <torch/extension.h>
+
+#include <map>
+#include <string>
+
+namespace {
+
+std::map<std::string, std::string> build_info() {
+  return {
+      {"version", CRSAM_VERSION},
+      {"revision", CRSAM_REVISION},
+      {"torch", CRSAM_TORCH},
+      {"cuda", CRSAM_CUDA},
+      {"architectures", CRSAM_ARCHITECTURES},
+      {"compiler", __VERSION__},
+  };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "The operators of crsam_ext in CUDA C++, registered as torch.ops.crsam when this is imported.";
+  m.def("build_info", &build_info, "Versions of crsam_ext, its sources, torch, CUDA and the compiler; architectures.");
+}

@@ -1,0 +1,45 @@
+#pragma once
+
+#include "kernels.h"
+#include "reduce.cuh"
+#include "update_math.cuh"
+
+namespace crsam {
+
+// |g|^2 per group, or | |w| g |^2 where weighted.   Reads g, and w where weighted: 4 bytes an element in float32.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) grad_norm_kernel(Table table, double* partial, double* norms) {
+  using C = compute_t<T>;
+  const Chunk chunk = table.chunks[blockIdx.x];
+  const Row row = table.rows[chunk.row];
+  const T* grad = static_cast<const T*>(row.grad);
+  C sums[1] = {0};
+
+  auto weighted_with = [&](const auto* w) {
+    for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
+      C g[width], v[width];
+      load(grad + i, g);
+      load(w + i, v);
+#pragma unroll
+      for (int j = 0; j < width; ++j) {
+        const C x = g[j] * v[j];
+        sums[0] = fused(x, x, sums[0]);
+      }
+    });
+  };
+  if (!row.adaptive) {
+    for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
+      C g[width];
+      load(grad + i, g);
+#pragma unroll
+      for (int j = 0; j < width; ++j) sums[0] = fused(g[j], g[j], sums[0]);
+    });
+  } else if (row.live) {
+    weighted_with(static_cast<const T*>(row.live));
+  } else {
+    weighted_with(static_cast<const C*>(row.saved));
+  }
+  group_sum(table, row.group, sums, partial, norms);
+}
+
+}  // namespace crsam

@@ -1,0 +1,129 @@
+// How a kernel is launched, how a block finds its work and how it reads and writes memory.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <string.h>
+
+#include <type_traits>
+
+#include "chunk_table.h"
+
+namespace crsam {
+
+// Arithmetic is done in float64 for float64, in float32 for all others.
+template <typename T>
+using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Blocks on a multiprocessor: 64 registers a thread, or 128 where one number takes two of them.
+template <typename T>
+constexpr int kBlocks = sizeof(T) == 8 ? 2 : 4;
+
+// A number of elements as a type, so that generic lambdas can declare arrays with it.
+template <int N>
+struct Width {
+  __device__ constexpr operator int() const { return N; }
+};
+
+// Launching ----------------------------------------------------------------------------------------------------------
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  cudaLaunchKernelEx(&config, kernel, arguments...);  // the caller asks for the last error
+}
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// Calls `body` with the type of `dtype`.
+template <typename Body>
+void dispatch(Dtype dtype, Body body) {
+  switch (dtype) {
+    case Dtype::float64: return body(Type<double>{});
+    case Dtype::float32: return body(Type<float>{});
+    case Dtype::float16: return body(Type<__half>{});
+    case Dtype::bfloat16: return body(Type<__nv_bfloat16>{});
+  }
+}
+
+// Memory -------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ __forceinline__ T narrow(compute_t<T> x) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else {
+    return x;
+  }
+}
+
+template <int kBytes>
+using word_t = std::conditional_t<
+    kBytes == 16, uint4,
+    std::conditional_t<kBytes == 8, unsigned long long, std::conditional_t<kBytes == 4, unsigned, unsigned short>>>;
+
+// How N elements of T are moved: in words of at most 128 bits, the widest access there is.
+template <typename T, int N>
+struct Words {
+  static constexpr int kBytes = N * sizeof(T) < 16 ? N * sizeof(T) : 16;
+  static constexpr int kElements = kBytes / sizeof(T);  // of a word
+  static constexpr int kCount = N / kElements;
+  using type = word_t<kBytes>;
+};
+
+// Reads N elements, widened. Streaming (evict first): no operator reads an element twice.
+template <int N, typename T>
+__device__ __forceinline__ void load(const T* from, compute_t<T> (&x)[N]) {
+  using W = Words<T, N>;
+#pragma unroll
+  for (int i = 0; i < W::kCount; ++i) {
+    const typename W::type word = __ldcs(reinterpret_cast<const typename W::type*>(from) + i);
+    T elements[W::kElements];
+    memcpy(elements, &word, sizeof word);
+#pragma unroll
+    for (int j = 0; j < W::kElements; ++j) x[i * W::kElements + j] = widen(elements[j]);
+  }
+}
+
+// Writes N elements, narrowed to T.
+template <int N, typename T>
+__device__ __forceinline__ void store(T* to, const compute_t<T> (&x)[N]) {
+  using W = Words<T, N>;
+#pragma unroll
+  for (int i = 0; i < W::kCount; ++i) {
+    T elements[W::kElements];
+#pragma unroll
+    for (int j = 0; j < W::kElements; ++j) elements[j] = narrow<T>(x[i * W::kElements + j]);
+    typename W::type word;
+    memcpy(&word, elements, sizeof word);
+    __stcs(reinterpret_cast<typename W::type*>(to) + i, word);
+  }
+}
+
+// Calls body(i, Width<N>) for all elements i of a chunk, N at a time: as many as fit into 128 bits of T where the row
+// is aligned, else, and for the last few, one.
+template <typename T, typename Body>
+__device__ __forceinline__ void for_each(const Row& row, int32_t index, Body body) {
+  constexpr int kWidth = 16 / sizeof(T);
+  const int64_t begin = index * kChunk;
+  const int count = static_cast<int>(row.numel - begin < kChunk ? row.numel - begin : kChunk);
+  const int vectorized = row.aligned ? count / kWidth * kWidth : 0;
+  for (int i = threadIdx.x * kWidth; i < vectorized; i += kThreads * kWidth) body(begin + i, Width<kWidth>{});
+  for (int i = vectorized + threadIdx.x; i < count; i += kThreads) body(begin + i, Width<1>{});
+}
+
+}  // namespace crsam

@@ -1,0 +1,52 @@
+#pragma once
+
+#include "kernels.h"
+#include "launch.cuh"
+#include "update_math.cuh"
+
+namespace crsam {
+
+// live = w + s g, or w + s w^2 g (ASAM), where w is `saved`.   In float32: reads w, g, writes live: 12 bytes.
+// kSave: first saves w.   In float32: reads live, g, writes saved, live: 16 bytes.
+//
+// For float16 and bfloat16 `saved` is a master that normally rounds to `live`, and holds then more digits of w. Where
+// it does not, someone has changed the parameter since the last step, and w is `live`. Writes are rare, so they are
+// skipped where nothing has changed.
+template <typename T, bool kSave>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) perturb_kernel(Table table, const double* scale, int sign) {
+  using C = compute_t<T>;
+  const Chunk chunk = table.chunks[blockIdx.x];
+  const Row row = table.rows[chunk.row];
+  T* live = static_cast<T*>(row.live);
+  C* saved = static_cast<C*>(row.saved);
+  const T* grad = static_cast<const T*>(row.grad);
+  const C s = sign * C(scale[row.group]);
+
+  for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
+    C w[width], g[width], moved[width];
+    load(grad + i, g);
+    if constexpr (!kSave) {
+      load(saved + i, w);
+    } else if constexpr (std::is_same_v<T, C>) {
+      load(live + i, w);
+      store(saved + i, w);
+    } else {
+      C now[width];
+      load(saved + i, w);
+      load(live + i, now);
+      bool changed = false;
+#pragma unroll
+      for (int j = 0; j < width; ++j) {
+        if (widen(narrow<T>(w[j])) == now[j]) continue;
+        w[j] = now[j];
+        changed = true;
+      }
+      if (changed) store(saved + i, w);
+    }
+#pragma unroll
+    for (int j = 0; j < width; ++j) moved[j] = perturbed(w[j], g[j], s, row.adaptive);
+    store(live + i, moved);
+  });
+}
+
+}  // namespace crsam

@@ -1,0 +1,86 @@
+"""Compiles the unmodified sources of csrc/ for a CPU: as operators for CPU tensors, and as stand-alone programs.
+
+What is built lies under build/cuda_on_cpu, named after a hash of everything that went into it.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SOURCES = ROOT / "csrc"
+KERNELS = ("grad_norm.cu", "perturb.cu", "fd_gram.cu", "coefficients.cu", "step.cu")
+# Without contraction, so that only what is written as fma is one.
+FLAGS = ("-std=c++20", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas")
+
+
+def _digest(*parts):
+    sources = sorted(path for folder in (SOURCES, HERE) for path in folder.rglob("*") if path.suffix != ".pyc")
+    text = repr((parts, torch.__version__)).encode()
+    return hashlib.sha256(text + b"".join(p.read_bytes() for p in sources if p.is_file())).hexdigest()[:16]
+
+
+def _build(output, sources, compile_flags, link_flags):
+    """One g++ call a source, then the link; ``output`` appears when it is complete."""
+    compiler = os.environ.get("CXX", "g++")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        objects = []
+        for source in sources:
+            objects.append(f"{folder}/{source.name}.o")
+            command = [compiler, *FLAGS, *compile_flags, f"-I{HERE}/shim", "-c", "-x", "c++", source, "-o", objects[-1]]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, f"{source}:\n{done.stderr}"
+        linked = f"{folder}/{output.name}"
+        subprocess.run([compiler, *objects, *link_flags, "-pthread", "-o", linked], check=True)
+        os.replace(linked, output)
+
+
+def library():
+    """Loads the operators for CPU tensors into torch; the path of the library."""
+    path = ROOT / "build" / "cuda_on_cpu" / _digest("library") / "crsam_on_cpu.so"
+    schemas = path.with_name("crsam_schemas.so")
+    isystem = [f"-isystem{p}" for p in include_paths()]
+    torch_flags = ["-O1", *isystem, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    folders = library_paths()
+    link = ["-shared", *(f"-L{p}" for p in folders), *(f"-Wl,-rpath,{p}" for p in folders), "-ltorch_cpu", "-lc10"]
+    if not path.exists():
+        kernels = [SOURCES / "cuda" / name for name in KERNELS]
+        flags = [*torch_flags, "-DCRSAM_DISPATCH_KEY=CPU"]
+        _build(path, [*kernels, SOURCES / "cuda" / "ops_cuda.cpp", HERE / "control.cpp"], flags, link)
+    if not schemas.exists():
+        _build(schemas, [SOURCES / "ops.cpp"], torch_flags, link)
+    if not hasattr(torch.ops.crsam, "grad_norm"):  # the extension, where there is one, has them too
+        torch.ops.load_library(schemas)
+    torch.ops.load_library(path)
+    return path
+
+
+def program(*flags, replaced=None):
+    """A stand-alone program that runs every kernel once; the path of it.
+
+    Args:
+        flags: of the compiler and the linker.
+        replaced: (file below csrc/cuda, text, other text): a fault to plant in a copy of the sources.
+    """
+    path = ROOT / "build" / "cuda_on_cpu" / _digest("program", flags, replaced) / "program"
+    if path.exists():
+        return path
+    with tempfile.TemporaryDirectory() as copy:
+        sources = Path(copy) / "cuda"
+        shutil.copytree(SOURCES / "cuda", sources)
+        if replaced is not None:
+            name, text, other = replaced
+            original = (sources / name).read_text()
+            assert original.count(text) == 1, f"{text!r} is not once in {name}"
+            (sources / name).write_text(original.replace(text, other))
+        kernels = [sources / name for name in KERNELS]
+        _build(path, [*kernels, HERE / "program.cpp"], [f"-I{sources}", *flags], flags)
+    return path

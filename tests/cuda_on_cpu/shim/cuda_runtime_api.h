@@ -1,0 +1,12 @@
+#pragma once
+
+#include "cuda_runtime.h"
+
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
+
+// There are no graphs on a CPU.
+inline int cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long*) {
+  *status = cudaStreamCaptureStatusNone;
+  return 0;
+}
