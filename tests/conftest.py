@@ -10,6 +10,9 @@ import torch
 from hypothesis import settings
 
 from crsam_ext import available_backends
+from crsam_ext.backends import cuda
+
+from .cuda_on_cpu import build
 
 torch.set_num_threads(1)  # tests are small: threads would only wait for each other
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -36,9 +39,24 @@ def require_cuda(request):
         missing("torch finds no CUDA device")
 
 
-@pytest.fixture(params=available_backends())
+@pytest.fixture(scope="session")
+def library():
+    """The CUDA sources, compiled for a CPU and loaded as operators for CPU tensors."""
+    return build.library()
+
+
+@pytest.fixture
+def cuda_on_cpu(library, monkeypatch):
+    """Makes backend "cuda" available, for CPU tensors."""
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: None)
+
+
+@pytest.fixture(params=[*available_backends(), "cuda_on_cpu"])
 def backend(request):
-    """The name of each backend in turn."""
+    """The name of each backend in turn, among them cuda a second time, compiled for a CPU."""
+    if request.param == "cuda_on_cpu":
+        request.getfixturevalue("cuda_on_cpu")
+        return "cuda"
     verdict = available_backends()[request.param]
     if verdict != "available":
         missing(f"backend {request.param} is {verdict}")
@@ -46,6 +64,7 @@ def backend(request):
 
 
 @pytest.fixture
-def device(backend):
+def device(backend, request):
     """Where the tensors of `backend` live."""
-    return torch.device("cpu" if backend == "torch" else "cuda")
+    on_gpu = request.node.callspec.params["backend"] in ("cuda", "triton")
+    return torch.device("cuda" if on_gpu else "cpu")

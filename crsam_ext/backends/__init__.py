@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from ..ops import Operators
+from . import cuda
 from .torch import TorchOperators
 
 __all__ = ["available_backends", "load"]
 
-# In the order of preference of backend="auto".
-_UNAVAILABLE = {
-    "cuda": "the CUDA kernels are not part of this version",
-    "triton": "the Triton kernels are not part of this version",
-}
-
 
 def available_backends() -> dict[str, str]:
     """For each backend, in order of preference, "available" or "unavailable: " and the reason."""
-    return {**{name: f"unavailable: {why}" for name, why in _UNAVAILABLE.items()}, "torch": "available"}
+    reasons = {
+        "cuda": cuda.why_unavailable(),
+        "triton": "the Triton kernels are not part of this version",
+        "torch": None,
+    }
+    return {name: "available" if why is None else f"unavailable: {why}" for name, why in reasons.items()}
 
 
 def load(name: str, *, compile: bool = False) -> Operators:
@@ -37,4 +37,4 @@ def load(name: str, *, compile: bool = False) -> Operators:
         raise RuntimeError(f"backend {chosen!r} is {available[chosen]}")
     if compile and chosen != "torch":
         raise ValueError(f"compile=True is for the torch backend; {chosen!r} is compiled already")
-    return TorchOperators(compile)
+    return cuda.CudaOperators() if chosen == "cuda" else TorchOperators(compile)

@@ -7,11 +7,13 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <limits>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "../checks.h"
 #include "kernels.h"
+#include "layout.h"
 #include "table_cache.h"
 
 #ifndef CRSAM_DISPATCH_KEY  // tests/cuda_on_cpu runs this file on a CPU
@@ -96,15 +98,10 @@ class Rows {
   }
 
   Table table(cudaStream_t stream) {
-    std::stable_sort(rows_.begin(), rows_.end(), [](const Row& x, const Row& y) { return x.group < y.group; });
+    arrange(rows_);
     std::vector<int64_t> lengths = {num_groups_};
     Table table = {};
-    for (Row& row : rows_) {
-      uintptr_t bits = 0;
-      for (void* pointer : {row.live, row.saved, row.first, row.second, row.grad, row.grad_ascent, row.grad_descent}) {
-        bits |= reinterpret_cast<uintptr_t>(pointer);
-      }
-      row.aligned = bits % 16 == 0;
+    for (const Row& row : rows_) {
       lengths.push_back(row.numel);
       lengths.push_back(row.group);
       table.num_chunks += chunks_of(row);
@@ -113,8 +110,10 @@ class Rows {
     const std::string key = bytes_of(rows_);
     table.rows = static_cast<const Row*>(cache().get("rows" + key, device, stream, [&] { return key; }));
     // Lengths and groups stay from step to step, so this part, which is long, is neither built nor compared again.
-    char* layout = static_cast<char*>(
-        cache().get("layout" + bytes_of(lengths), device, stream, [&] { return this->layout(table.num_chunks); }));
+    char* layout = static_cast<char*>(cache().get("layout" + bytes_of(lengths), device, stream, [&] {
+      const Layout layout(rows_, num_groups_);
+      return bytes_of(layout.group_begin) + bytes_of(layout.chunks) + bytes_of(layout.tickets);
+    }));
     table.num_groups = static_cast<int32_t>(num_groups_);
     table.group_begin = reinterpret_cast<const int64_t*>(layout);
     layout += (num_groups_ + 1) * sizeof(int64_t);
@@ -133,25 +132,9 @@ class Rows {
   const at::ScalarType type;
 
  private:
-  static int64_t chunks_of(const Row& row) { return (row.numel + kChunk - 1) / kChunk; }
-
   void enter(void* Row::*column, size_t i, const at::Tensor& tensor, const char* name, at::ScalarType of_type) {
     check_tensor(tensor, name, device, of_type, rows_[i].numel);
     rows_[i].*column = const_cast<void*>(tensor.const_data_ptr());
-  }
-
-  // group_begin, chunks and tickets.
-  std::string layout(int64_t num_chunks) const {
-    std::vector<int64_t> group_begin(num_groups_ + 1, 0);
-    std::vector<Chunk> chunks;
-    chunks.reserve(num_chunks);
-    for (size_t i = 0; i < rows_.size(); ++i) {
-      const int32_t count = static_cast<int32_t>(chunks_of(rows_[i]));
-      for (int32_t index = 0; index < count; ++index) chunks.push_back({static_cast<int32_t>(i), index});
-      group_begin[rows_[i].group + 1] += count;
-    }
-    for (int64_t g = 0; g < num_groups_; ++g) group_begin[g + 1] += group_begin[g];
-    return bytes_of(group_begin) + bytes_of(chunks) + bytes_of(std::vector<unsigned>(num_groups_, 0));
   }
 
   const int64_t num_groups_;

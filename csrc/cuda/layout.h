@@ -1,0 +1,41 @@
+// What the host works out about the rows of a table.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "chunk_table.h"
+
+namespace crsam {
+
+// Puts rows into the order that `Table` wants, and notes which ones can be moved in words of 128 bits.
+inline void arrange(std::vector<Row>& rows) {
+  std::stable_sort(rows.begin(), rows.end(), [](const Row& x, const Row& y) { return x.group < y.group; });
+  for (Row& row : rows) {
+    uintptr_t bits = 0;
+    for (void* pointer : {row.live, row.saved, row.first, row.second, row.grad, row.grad_ascent, row.grad_descent}) {
+      bits |= reinterpret_cast<uintptr_t>(pointer);
+    }
+    row.aligned = bits % 16 == 0;
+  }
+}
+
+inline int64_t chunks_of(const Row& row) { return (row.numel + kChunk - 1) / kChunk; }
+
+// The parts of a table that depend on lengths and groups alone.
+struct Layout {
+  std::vector<int64_t> group_begin;
+  std::vector<Chunk> chunks;
+  std::vector<unsigned> tickets;
+
+  Layout(const std::vector<Row>& rows, int64_t num_groups) : group_begin(num_groups + 1), tickets(num_groups) {
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const int32_t count = static_cast<int32_t>(chunks_of(rows[i]));
+      for (int32_t index = 0; index < count; ++index) chunks.push_back({static_cast<int32_t>(i), index});
+      group_begin[rows[i].group + 1] += count;
+    }
+    for (int64_t g = 0; g < num_groups; ++g) group_begin[g + 1] += group_begin[g];
+  }
+};
+
+}  // namespace crsam

@@ -1,0 +1,148 @@
+// Every kernel once on small rows, each array an allocation of its own, for the sanitizers; and the sums against float64.
+//
+//     program [order]
+#include <cstdio>
+#include <memory>
+#include <vector>
+
+#include "cuda_bf16.h"
+#include "cuda_runtime.h"
+#include "kernels.h"
+#include "layout.h"
+
+namespace {
+
+#ifdef EMU_PARALLEL  // fewer blocks: ThreadSanitizer takes a millisecond to make a fiber
+const std::vector<int64_t> kLengths = {3, crsam::kChunk + 3};
+#else
+const std::vector<int64_t> kLengths = {1, 3, crsam::kChunk + 4097, 300};
+#endif
+constexpr int kNumGroups = 3;  // one of them empty
+
+float narrow(float x, float) { return x; }
+__nv_bfloat16 narrow(float x, __nv_bfloat16) { return __float2bfloat16_rn(x); }
+double widen(float x) { return x; }
+double widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// Arrays that end where their elements end, for AddressSanitizer.
+struct Memory {
+  std::vector<std::unique_ptr<char[]>> blocks;
+  template <class T>
+  T* make(int64_t count, auto value) {
+    blocks.emplace_back(new char[count * sizeof(T)]);
+    T* array = reinterpret_cast<T*>(blocks.back().get());
+    for (int64_t i = 0; i < count; ++i) array[i] = value(i);
+    return array;
+  }
+};
+
+int failures = 0;
+void expect_near(double found, double expected, const char* what) {
+  if (std::abs(found - expected) <= 1e-5 * (std::abs(expected) + 1)) return;
+  std::printf("%s is %.9g, not %.9g\n", what, found, expected);
+  ++failures;
+}
+
+template <class T>
+void run(crsam::Dtype dtype) {
+  using namespace crsam;
+  Memory memory;
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  const auto some = [&](int64_t) { return narrow(normal(random), T{}); };
+  const auto wide = [&](int64_t) { return std::abs(normal(random)); };
+  const auto zero = [](int64_t) { return 0; };
+
+  std::vector<Row> rows;
+  for (size_t i = 0; i < kLengths.size(); ++i) {
+    const int64_t n = kLengths[i];
+    Row row = {};
+    row.live = memory.make<T>(n, some);
+    row.saved = memory.make<float>(n, wide);
+    row.first = memory.make<float>(n, wide);
+    row.second = memory.make<float>(n, wide);
+    row.grad = memory.make<T>(n, some);
+    row.grad_ascent = memory.make<T>(n, some);
+    row.grad_descent = memory.make<T>(n, some);
+    row.step = memory.make<float>(1, [](int64_t) { return 2.0f; });
+    row.numel = n;
+    row.group = i % 2;
+    rows.push_back(row);
+  }
+  arrange(rows);
+  Layout layout(rows, kNumGroups);
+  const Table table = {rows.data(),           layout.chunks.data(), layout.group_begin.data(),
+                       layout.tickets.data(), int64_t(layout.chunks.size()), kNumGroups};
+
+  double* partial = memory.make<double>(table.num_chunks * 9, zero);
+  double* norms = memory.make<double>(kNumGroups, [](int64_t) { return -1; });
+  double* gram = memory.make<double>(kNumGroups * 9, [](int64_t) { return -1; });
+  double* half = memory.make<double>(kNumGroups, [](int64_t) { return 0.5; });
+  double* scale = memory.make<double>(kNumGroups, zero);
+  for (int repetition = 0; repetition < 2; ++repetition) {  // the tickets are 0 again
+    launch_grad_norm(dtype, table, partial, norms, nullptr);
+    launch_fd_gram(dtype, table, partial, gram, nullptr);
+    double expected[kNumGroups][2] = {};
+    for (const Row& row : rows) {
+      for (int64_t i = 0; i < row.numel; ++i) {
+        const double g0 = widen(static_cast<T*>(row.grad)[i]), d1 = widen(static_cast<T*>(row.grad_ascent)[i]) -
+                                                                   widen(static_cast<T*>(row.grad_descent)[i]);
+        expected[row.group][0] += g0 * g0;
+        expected[row.group][1] += d1 * d1;
+      }
+    }
+    for (int g = 0; g < kNumGroups; ++g) {
+      expect_near(norms[g], expected[g][0], "norm");
+      expect_near(gram[9 * g], expected[g][0], "gram[0]");
+      expect_near(gram[9 * g + 3], expected[g][1], "gram[3]");
+    }
+  }
+
+  launch_perturbation_scale(norms, half, 1e-12, scale, kNumGroups, nullptr);
+  expect_near(scale[0], 0.5 / std::sqrt(norms[0] + norms[1]), "scale");
+  launch_perturb(dtype, table, scale, +1, nullptr);
+  launch_perturb(dtype, table, scale, -1, nullptr);
+
+  CoefficientsArguments p = {};
+  p.gram = gram;
+  p.norms[0] = norms;
+  p.num_norms = 1;
+  p.scale = scale;
+  p.alpha = p.beta = half;
+  p.steps[0] = {memory.make<float>(300, zero), memory.make<float>(300, [](int64_t) { return 1; }), 300};
+  p.num_steps = 1;
+  p.counters = memory.make<int64_t>(4, zero);
+  p.values = memory.make<double>(2 * kNumGroups + 4, zero);
+  p.flags = memory.make<bool>(2, zero);
+  p.max_regularizer_ratio = 1;
+  p.max_grad_norm = 1;
+  p.num_groups = kNumGroups;
+  p.passes = 3;
+  p.log = true;
+  launch_coefficients(p, nullptr);
+  expect_near(p.flags[0], 1, "ok");
+  expect_near(p.steps[0].taken[299], 1, "steps");
+
+  const Scalar number = {nullptr, nullptr, 0.25, 0.75};
+  const std::vector<Scalar> options(kNumGroups * kAdamOptions, number);
+  const Decision decision = {p.values, p.values + kNumGroups, p.values + 2 * kNumGroups, p.flags};
+  const bool never = false;
+  const Decision skip = {p.values, p.values + kNumGroups, nullptr, &never};
+  for (const bool differences : {true, false}) {
+    launch_sgd_step(dtype, table, options.data(), decision, differences, nullptr);
+    launch_adamw_step(dtype, table, options.data(), decision, differences, nullptr);
+    launch_adamw_step(dtype, table, options.data(), skip, differences, nullptr);
+    launch_combine(dtype, table, decision, differences, nullptr);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  emu::order = argc > 1 ? std::atoi(argv[1]) : 0;
+  run<float>(crsam::Dtype::float32);
+#ifndef EMU_PARALLEL
+  run<__nv_bfloat16>(crsam::Dtype::bfloat16);
+#endif
+  return failures > 0;
+}
