@@ -121,7 +121,7 @@ class Step:
             ):
                 raise RuntimeError(
                     f"pass {index + 1} wrote a gradient into the memory of an earlier pass's, which is lost: "
-                    "leave p.grad to autograd, give each pass its own tensor, or use first_step(zero_grad=False), a copy"
+                    "leave p.grad to autograd, give each pass its own tensor, or call first_step(zero_grad=False)"
                 )
         self._grads.append([[None if g is None else g.as_strided((g.numel(),), (1,)) for g in gs] for gs in grads])
         self.losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
