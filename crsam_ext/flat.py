@@ -31,7 +31,7 @@ _MAX_PLANS = 64  # sets of participants that are remembered: layers dropped at r
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 Options = SGDOptions | AdamOptions | None  # None: another optimizer makes the update and owns its state
-Gradients = Sequence[Tensor | None]  # one 1-D tensor for each slot of a bucket, in memory order
+Gradients = Sequence[Tensor | None]  # one for each slot of a bucket, shaped and laid out as the parameter
 
 
 @dataclass(eq=False)
@@ -45,6 +45,8 @@ class Slot:
     shape: torch.Size
     stride: tuple[int, ...]
     numel: int
+    dtype: torch.dtype
+    nbytes: int
     pointer: int = 0
     views: dict[str, Tensor] = field(default_factory=dict)  # what belongs into the optimizer's state
     published: bool = False  # whether the state holds the views
@@ -81,16 +83,16 @@ class Row:
 
     def gather(self, grads: Gradients, index: int) -> Tensor:
         """The gradient of pass ``index`` over the row; a pass that gave a parameter none counts as zero there."""
-        flat = [grads[slot.index] for slot in self.slots]
-        if len(flat) == 1 and flat[0] is not None:
-            return flat[0]
+        members = [grads[slot.index] for slot in self.slots]
+        if len(members) == 1 and members[0] is not None:
+            return members[0].as_strided((members[0].numel(),), (1,))
         if index not in self.staging:
             like = self.slots[0].param
             row = torch.zeros(self.stop - self.start, dtype=like.dtype, device=like.device)
-            parts = [row[s.offset - self.start : s.offset - self.start + s.numel] for s in self.slots]
+            parts = [row.as_strided(s.shape, s.stride, s.offset - self.start) for s in self.slots]
             self.staging[index] = row, parts
         row, parts = self.staging[index]
-        given = [(part, g) for part, g in zip(parts, flat, strict=True) if g is not None]
+        given = [(part, g) for part, g in zip(parts, members, strict=True) if g is not None]
         if len(given) < len(parts):
             row.zero_()
         if given:
@@ -159,7 +161,9 @@ class Bucket:
         offset = 0
         for param, group in sorted(members, key=lambda m: (m[1], m[0].numel() >= gather_below)):
             stride = torch.empty_like(param, device="meta").stride()  # dense, in the parameter's own order
-            self.slots.append(Slot(param, group, len(self.slots), offset, param.shape, stride, param.numel()))
+            numel, nbytes = param.numel(), param.numel() * param.element_size()
+            index = len(self.slots)
+            self.slots.append(Slot(param, group, index, offset, param.shape, stride, numel, param.dtype, nbytes))
             offset += -(-param.numel() // align) * align
 
         def flat(dtype: torch.dtype) -> Tensor:
@@ -376,13 +380,11 @@ class FlatParameters:
             )
         if g.requires_grad:  # after backward(create_graph=True)
             g = g.detach()
-        is_view = g.untyped_storage().nbytes() != g.numel() * g.element_size()
-        if keep or is_view or g.dtype != slot.param.dtype or not slot.matches_layout(g):
+        ours = g.untyped_storage().nbytes() == slot.nbytes and g.dtype == slot.dtype and slot.matches_layout(g)
+        if keep or not ours:
             key = (slot, index)
             if key not in self._copies:
-                self._copies[key] = torch.empty_strided(
-                    slot.shape, slot.stride, dtype=slot.param.dtype, device=g.device
-                )
+                self._copies[key] = torch.empty_strided(slot.shape, slot.stride, dtype=slot.dtype, device=g.device)
             g = self._copies[key].copy_(g)
         if not keep:
             slot.param.grad = None

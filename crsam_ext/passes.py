@@ -90,8 +90,7 @@ class Step:
         self.groups, self.operators = optimizer.param_groups, optimizer.operators
         self.home = flat.buckets[0].device  # where the few numbers are kept that belong to all parameters
         self.losses: list[Any] = []
-        self._first: list[list[Tensor | None]] = []  # bucket, slot: what p.grad held in the first pass
-        self._grads: list[list[list[Tensor | None]]] = []  # pass, bucket, slot: 1-D, in memory order
+        self._grads: list[list[list[Tensor | None]]] = []  # pass, bucket, slot
         self._gathered: dict[tuple[Any, ...], list[list[Tensor]]] = {}
         self._squared_norms: list[Tensor] = []
         self._grad_norm: Tensor | None = None  # squared, per group, of g0; not known when only |w| g0 was reduced
@@ -111,8 +110,6 @@ class Step:
         grads = self.flat.take_gradients(index, keep)
         if not any(g is not None for bucket in grads for g in bucket):
             raise RuntimeError(f"pass {index + 1} left no gradient in any parameter: has loss.backward() been called?")
-        if index == 0:
-            self._first = grads
         for earlier in self._grads:
             if any(
                 g is not None and held is not None and g.data_ptr() == held.data_ptr()
@@ -121,9 +118,9 @@ class Step:
             ):
                 raise RuntimeError(
                     f"pass {index + 1} wrote a gradient into the memory of an earlier pass's, which is lost: "
-                    "leave p.grad to autograd, give each pass its own tensor, or use first_step(zero_grad=False), a copy"
+                    "leave p.grad to autograd, give each pass its own tensor, or call first_step(zero_grad=False)"
                 )
-        self._grads.append([[None if g is None else g.as_strided((g.numel(),), (1,)) for g in gs] for gs in grads])
+        self._grads.append(grads)
         self.losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
 
     def move(self) -> None:
@@ -161,7 +158,7 @@ class Step:
         self._save_late(active)
         c = self._coefficients(plans, rows)
         self._apply(plans, rows, c)
-        for bucket, first in zip(self.flat.buckets, self._first, strict=True):
+        for bucket, first in zip(self.flat.buckets, self._grads[0], strict=True):
             for slot, g in zip(bucket.slots, first, strict=True):
                 slot.param.grad = g
         if self._scale is not None:

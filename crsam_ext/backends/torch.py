@@ -21,15 +21,27 @@ from ..ops import AdamOptions, Coefficients, Operators, SGDOptions, compute_dtyp
 __all__ = ["TorchOperators"]
 
 # Elements in a block. On a CPU the eight or so blocks in use should stay in the last-level cache, while the cost of a
-# call (1 to 2 us) is spread over many elements; measured flat from 2^17 to 2^19. Elsewhere a block only bounds scratch.
-_CPU_BLOCK = 2**18
+# call (1 to 2 us) is spread over many elements; little changes from 2^18 to 2^20. Elsewhere it only bounds scratch.
+_CPU_BLOCK = 2**19
 _DEVICE_BLOCK = 2**22
-
-Scratch = Callable[..., Tensor]
 
 
 def _block(device: torch.device) -> int:
     return _CPU_BLOCK if device.type == "cpu" else _DEVICE_BLOCK
+
+
+class Scratch:
+    """Scratch blocks by number, of one length, allocated when first asked for."""
+
+    def __init__(self, allocate: Callable[[int, torch.dtype], Tensor], dtype: torch.dtype) -> None:
+        self._allocate, self._dtype = allocate, dtype
+        self._blocks: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def __call__(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
+        key = (index, dtype or self._dtype)
+        if key not in self._blocks:
+            self._blocks[key] = self._allocate(*key)
+        return self._blocks[key]
 
 
 def _up(x: Tensor, scratch: Scratch, index: int) -> Tensor:
@@ -48,12 +60,17 @@ def _differences(grads: Sequence[Tensor], scratch: Scratch) -> tuple[Tensor, Ten
     return g0, gp, d1, d2
 
 
-def _regularized(grads: Sequence[Tensor], a: Tensor, b: Tensor, factor: Tensor | None, scratch: Scratch) -> Tensor:
-    """factor * (g+ + a d2 + b d1) in scratch 4; or of the last pass's gradient, which may then be returned itself."""
+def _regularized(grads: Sequence[Tensor], up: Tensor, down: Tensor, factor: Tensor | None, scratch: Scratch) -> Tensor:
+    """factor * (g+ + a d2 + b d1), or of the last pass's gradient; in scratch 4, or that gradient itself.
+
+    With up = a + b and down = a - b, a d2 + b d1 = up (g+ - g0) + down (g- - g0): two operations less, and the
+    differences are exact wherever the gradients are within a factor of two (Sterbenz).
+    """
     if len(grads) == 3:
-        _, gp, d1, d2 = _differences(grads, scratch)
-        torch.addcmul(gp, d2, a, out=d2)
-        g = d2.addcmul_(d1, b)
+        g0, gp, gm = (_up(g, scratch, i) for i, g in enumerate(grads))
+        ascent = torch.sub(gp, g0, out=scratch(4))
+        descent = torch.sub(gm, g0, out=scratch(3))
+        g = torch.addcmul(gp, ascent, up, out=ascent).addcmul_(descent, down)
     else:
         g = _up(grads[-1], scratch, 0)
     return g if factor is None else torch.mul(g, factor, out=scratch(4))
@@ -90,14 +107,14 @@ def _perturb(live: Tensor, saved: Tensor, g: Tensor, scale: Tensor, scratch: Scr
         live.copy_(torch.addcmul(saved, g, scale, out=scratch(2)))
 
 
-def _sum_of_products(x: Tensor, y: Tensor) -> Tensor:
+def _sum_of_products(x: Tensor, y: Tensor, blind: bool = True) -> Tensor:
     return (x.double() * y.double()).sum()
 
 
-def _checked_dot(x: Tensor, y: Tensor) -> Tensor:
-    """x . y summed in its own dtype, or in float64 if that overflows."""
+def _dot(x: Tensor, y: Tensor, blind: bool) -> Tensor:
+    """x . y summed in its own dtype, or in float64 if that overflows, unless it may not be looked at."""
     product = torch.dot(x, y)
-    return product if math.isfinite(product) else _sum_of_products(x, y)
+    return product if blind or math.isfinite(product) else _sum_of_products(x, y)
 
 
 def _gram(
@@ -108,14 +125,15 @@ def _gram(
     *,
     scalars: Sequence[Tensor],
     scratch: Scratch,
-    inner: Callable[[Tensor, Tensor], Tensor],
-) -> list[Tensor]:
+    inner: Callable[..., Tensor],
+    blind: bool,
+) -> Tensor:
     g0, _, d1, d2 = _differences((g0, gp, gm), scratch)
-    products = [inner(x, y) for x, y in ((g0, g0), (g0, d1), (g0, d2), (d1, d1), (d1, d2), (d2, d2))]
+    products = [inner(x, y, blind) for x, y in ((g0, g0), (g0, d1), (g0, d2), (d1, d1), (d1, d2), (d2, d2))]
     if w is None:
-        return products + products[:3]
+        return torch.stack(products + products[:3])
     h = torch.mul(w, w, out=scratch(1)).mul_(g0)
-    return products + [inner(h, x) for x in (g0, d1, d2)]
+    return torch.stack(products + [inner(h, x, blind) for x in (g0, d1, d2)])
 
 
 def _sgd(
@@ -131,14 +149,17 @@ def _sgd(
     nesterov: bool,
     select: bool,
 ) -> None:
-    a, b, factor, weight_decay, momentum, undamped, neg_lr, ok = scalars
+    up, down, factor, weight_decay, momentum, undamped, neg_lr, ok = scalars
     keep = ok != 0 if select else None
-    g = _regularized(grads, a, b, factor if clip else None, scratch)
+    g = _regularized(grads, up, down, factor if clip else None, scratch)
     if decay:
         g = torch.addcmul(g, saved, weight_decay, out=scratch(4))
     if buffer is not None:
-        m = buffer.mul_(momentum) if keep is None else torch.mul(buffer, momentum, out=scratch(3))
-        m = m.addcmul_(g, undamped) if dampen else m.add_(g)
+        m = buffer if keep is None else scratch(3)
+        if dampen:
+            torch.mul(buffer, momentum, out=m).addcmul_(g, undamped)
+        else:
+            torch.addcmul(g, buffer, momentum, out=m)
         if keep is not None:
             torch.where(keep, m, buffer, out=buffer)
         g = torch.addcmul(g, m, momentum, out=scratch(4)) if nesterov else m
@@ -161,9 +182,9 @@ def _adamw(
     decoupled: bool,
     select: bool,
 ) -> None:
-    a, b, factor, weight_decay, rest1, beta2, rest2, root_correction2, eps, neg_step_size, ok = scalars
+    up, down, factor, weight_decay, rest1, beta2, rest2, root_correction2, eps, neg_step_size, ok = scalars
     keep = ok != 0 if select else None
-    g = _regularized(grads, a, b, factor if clip else None, scratch)
+    g = _regularized(grads, up, down, factor if clip else None, scratch)
     if decay and not decoupled:
         g = torch.addcmul(g, saved, weight_decay, out=scratch(4))
     # scratch 0 to 3 are free from here on: only g, in scratch 4 or in scratch 0, is still needed, and only until v.
@@ -182,9 +203,9 @@ def _adamw(
 def _combine(
     live: Tensor, saved: Tensor, *grads: Tensor, scalars: Sequence[Tensor], scratch: Scratch, clip: bool
 ) -> None:
-    a, b, factor = scalars
+    up, down, factor = scalars
     if len(grads) == 3 or clip:
-        grads[-1].copy_(_regularized(grads, a, b, factor if clip else None, scratch))
+        grads[-1].copy_(_regularized(grads, up, down, factor if clip else None, scratch))
     if live is not saved:
         live.copy_(saved)
 
@@ -197,40 +218,43 @@ class TorchOperators(Operators):
     """
 
     name = "torch"
-    gather_below = 2**14
+    # A call costs tens of microseconds; gathering this much costs about as many, and the rows become few.
+    gather_below = 2**17
 
     def __init__(self, compile: bool = False) -> None:
         self.compile = compile
-        self._scratch: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
-        self._views: dict[tuple[torch.device, torch.dtype, int, int], Tensor] = {}
+        self._memory: dict[tuple[torch.device, int, torch.dtype], Tensor] = {}
+        self._scratches: dict[tuple[torch.device, torch.dtype, int], Scratch] = {}
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     # How a body is run over a row ------------------------------------------------------------------------------------
 
-    def _scratch_of(self, device: torch.device, dtype: torch.dtype, size: int) -> Scratch:
-        """Scratch blocks by number, each of ``size`` elements, allocated when first asked for."""
+    def _scratch(self, device: torch.device, dtype: torch.dtype, size: int) -> Scratch:
+        """Scratch for blocks of ``size`` elements that compute in ``dtype``; all sizes share the same memory."""
 
-        def scratch(index: int, dtype: torch.dtype = dtype) -> Tensor:
-            key = (device, dtype, size, index)
-            view = self._views.get(key)
-            if view is None:
-                block = self._scratch.get((device, dtype, index))
-                if block is None:
-                    block = torch.empty(_block(device), dtype=dtype, device=device)
-                    self._scratch[device, dtype, index] = block
-                view = self._views[key] = block[:size]
-            return view
+        def allocate(index: int, dtype: torch.dtype) -> Tensor:
+            key = (device, index, dtype)
+            if key not in self._memory:
+                self._memory[key] = torch.empty(_block(device), dtype=dtype, device=device)
+            return self._memory[key][:size]
 
-        return scratch
+        key = (device, dtype, size)
+        if key not in self._scratches:
+            self._scratches[key] = Scratch(allocate, dtype)
+        return self._scratches[key]
 
-    def _blocks(self, tensors: Sequence[Tensor | None]) -> Iterator[tuple[list[Any], Scratch]]:
+    def _blocks(self, tensors: Sequence[Tensor | None]) -> Iterator[tuple[Sequence[Any], Scratch]]:
         """A row in blocks, each with scratch blocks of its length."""
         like = next(t for t in tensors if t is not None)
-        block = _block(like.device)
-        pieces = [[None] * -(-like.numel() // block) if t is None else t.split(block) for t in tensors]
-        for index, sized in enumerate(like.split(block)):
-            scratch = self._scratch_of(like.device, compute_dtype(like.dtype), sized.numel())
-            yield [piece[index] for piece in pieces], scratch
+        device, dtype, size = like.device, compute_dtype(like.dtype), like.numel()
+        block = _block(device)
+        if size <= block:
+            yield tensors, self._scratch(device, dtype, size)
+            return
+        pieces = [None if t is None else t.split(block) for t in tensors]
+        for index in range(-(-size // block)):
+            members = [None if p is None else p[index] for p in pieces]
+            yield members, self._scratch(device, dtype, min(block, size - index * block))
 
     def _run(
         self, body: Callable[..., Any], tensors: Sequence[Tensor | None], scalars: Tensor, **static: Any
@@ -273,15 +297,13 @@ class TorchOperators(Operators):
         self, grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
     ) -> Tensor:
         sums: list[list[Tensor]] = [[] for _ in range(num_groups)]
-        dot = torch.dot if self._selects(grads[0]) else _checked_dot
         for g, group, w in zip(grads, groups, weights, strict=True):
             for (x, v), scratch in self._blocks((g, w)):
                 x = _up(x, scratch, 0)
                 if v is not None:
                     x = torch.mul(x, v, out=scratch(1))
-                sums[group].append(dot(x, x))
-        device = grads[0].device
-        zero = torch.zeros((), dtype=torch.float64, device=device)
+                sums[group].append(_dot(x, x, self._selects(x)))
+        zero = torch.zeros((), dtype=torch.float64, device=grads[0].device)
         return torch.stack([torch.stack(s).sum(dtype=torch.float64) if s else zero for s in sums])
 
     def perturb_(
@@ -314,14 +336,13 @@ class TorchOperators(Operators):
         num_groups: int,
         weights: Sequence[Tensor | None],
     ) -> Tensor:
-        inner = _sum_of_products if self.compile else torch.dot if self._selects(grad[0]) else _checked_dot
+        inner, blind = _sum_of_products if self.compile else _dot, self._selects(grad[0])
         products: list[list[Tensor]] = [[] for _ in range(num_groups)]
         no_scalars = torch.empty(0)
         for *gradients, w, group in zip(grad, grad_ascent, grad_descent, weights, groups, strict=True):
-            for piece in self._run(_gram, (*gradients, w), no_scalars, inner=inner):
-                products[group] += piece
+            products[group] += self._run(_gram, (*gradients, w), no_scalars, inner=inner, blind=blind)
         zero = torch.zeros(9, dtype=torch.float64, device=grad[0].device)
-        return torch.stack([torch.stack(p).view(-1, 9).sum(0, dtype=torch.float64) if p else zero for p in products])
+        return torch.stack([torch.stack(p).sum(0, dtype=torch.float64) if p else zero for p in products])
 
     def sgd_step_(
         self,
@@ -338,13 +359,14 @@ class TorchOperators(Operators):
             return
         c = coefficients
         tables: dict[int, list[Tensor]] = {}
-        for row, (p, w, m, group, step) in enumerate(zip(live, saved, momentum_buffer, groups, steps, strict=True)):
+        for row in range(len(live)):
+            p, group, step = live[row], groups[row], steps[row]
             if id(step) not in tables:
                 # torch's first momentum is the gradient itself, undamped.
                 undamped = 1 - _column([o.dampening for o in options], c.a) * (step > 1).to(c.a)
                 columns = [
-                    c.a,
-                    c.b,
+                    c.a + c.b,
+                    c.a - c.b,
                     _signed_factor(c, options),
                     _column([o.weight_decay for o in options], c.a),
                     _column([o.momentum for o in options], c.a),
@@ -356,7 +378,7 @@ class TorchOperators(Operators):
             o = options[group]
             self._run(
                 _sgd,
-                (p, w, m, *(g[row] for g in grads)),
+                (p, saved[row], momentum_buffer[row], *(g[row] for g in grads)),
                 tables[id(step)][group],
                 clip=c.factor is not None or o.maximize,
                 decay=o.weight_decay != 0,
@@ -388,15 +410,14 @@ class TorchOperators(Operators):
             torch.tensor([o.decoupled_weight_decay for o in options]).to(c.a) != 0, 1 - lr * weight_decay, weight_decay
         )
         tables: dict[int, list[Tensor]] = {}
-        for row, (p, w, m, v, group, step) in enumerate(
-            zip(live, saved, exp_avg, exp_avg_sq, groups, steps, strict=True)
-        ):
+        for row in range(len(live)):
+            p, group, step = live[row], groups[row], steps[row]
             if id(step) not in tables:
                 t = step.to(c.a)
                 correction1, correction2 = 1 - beta1**t, 1 - beta2**t
                 columns = [
-                    c.a,
-                    c.b,
+                    c.a + c.b,
+                    c.a - c.b,
                     _signed_factor(c, options),
                     decay,
                     1 - beta1,
@@ -411,7 +432,7 @@ class TorchOperators(Operators):
             o = options[group]
             self._run(
                 _adamw,
-                (p, w, m, v, *(g[row] for g in grads)),
+                (p, saved[row], exp_avg[row], exp_avg_sq[row], *(g[row] for g in grads)),
                 tables[id(step)][group],
                 clip=c.factor is not None or o.maximize,
                 decay=o.weight_decay != 0,
@@ -428,7 +449,7 @@ class TorchOperators(Operators):
         coefficients: Coefficients,
     ) -> None:
         a, b, factor = coefficients.a, coefficients.b, coefficients.factor
-        table = self._table([a, b, torch.ones_like(a) if factor is None else factor], live[0])
+        table = self._table([a + b, a - b, torch.ones_like(a) if factor is None else factor], live[0])
         for row, (p, w, group) in enumerate(zip(live, saved, groups, strict=True)):
             self._run(_combine, (p, w, *(g[row] for g in grads)), table[group], clip=factor is not None)
 

@@ -1,19 +1,18 @@
 """Data sets, and the batches of an epoch.
 
-Small sets and CIFAR are kept whole on the device, in tensors: batches are cut and augmented there, without worker
-processes. Folders of images go through timm's loaders. Nothing is ever downloaded.
+The small sets are kept whole on the device, in tensors that batches are cut from. CIFAR and folders of images go
+through timm's loaders. Nothing is ever downloaded.
 """
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from .errors import TrainingError
 
@@ -41,25 +40,23 @@ def load(options: Namespace, device: torch.device) -> Data:
     """
     kind, _, path = options.data.partition(":")
     if kind == "digits":
-        data = _tensor_data(_digits(), 10, options, device)
+        data = _tensor_data(_digits(), options, device)
     elif kind == "mnist1d":
-        data = _tensor_data(_mnist1d(), 10, options, device)
+        data = _tensor_data(_mnist1d(), options, device)
     elif kind == "folder":
         data = _folder_data(Path(path), options, device)
     else:
-        data = _cifar_data(Path(path), int(kind.removeprefix("cifar")), options, device)
+        data = _cifar_data(Path(path), kind, options, device)
     if not data.steps:
         raise TrainingError(f"--batch-size {options.batch_size} is more than there are training samples")
     return _with_mixup(data, options.mixup) if options.mixup else data
 
 
-def batches(
-    x: Tensor, y: Tensor, batch_size: int, order: Tensor, prepare: Callable[[Tensor], Tensor], drop_last: bool = False
-) -> Iterator[Batch]:
-    """Cut (x, y) into batches in the given order and pass the samples through ``prepare``."""
+def batches(x: Tensor, y: Tensor, batch_size: int, order: Tensor, drop_last: bool = False) -> Iterator[Batch]:
+    """Cut (x, y) into batches in the given order, an int64 tensor of indices; the last may be smaller, or is dropped."""
     stop = len(order) - len(order) % batch_size if drop_last else len(order)
     for indices in order[:stop].to(x.device).split(batch_size):
-        yield prepare(x[indices]), y[indices]
+        yield x[indices], y[indices]
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
@@ -70,40 +67,16 @@ def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed((seed + 1_000_003 * epoch) % 2**32))
 
 
-def crop_and_flip(x: Tensor, padding: int = 4) -> Tensor:
-    """Shift each image by up to ``padding`` pixels over black, and mirror every other one; (N, C, H, W) to the same."""
-    count, _, height, width = x.shape
-    top, left = torch.randint(2 * padding + 1, (2, count, 1), device="cpu")
-    rows = top + torch.arange(height)
-    columns = left + torch.arange(width)
-    columns = torch.where(torch.rand(count, 1, device="cpu") < 0.5, columns.flip(1), columns)
-    samples = torch.arange(count)[:, None, None]
-    padded = F.pad(x, (padding,) * 4).permute(0, 2, 3, 1)
-    return padded[samples, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-def _tensor_data(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    classes: int,
-    options: Namespace,
-    device: torch.device,
-    augment: Callable[[Tensor], Tensor] = _identity,
-    normalize: Callable[[Tensor], Tensor] = _identity,
-) -> Data:
+def _tensor_data(tensors: tuple[Tensor, Tensor, Tensor, Tensor], options: Namespace, device: torch.device) -> Data:
     x, y, x_test, y_test = (tensor.to(device) for tensor in tensors)
     size, batch_size, drop_last = len(x), options.batch_size, options.mixup > 0
 
     def train(epoch: int) -> Iterator[Batch]:
-        order = epoch_order(size, options.seed, epoch)
-        return batches(x, y, batch_size, order, lambda samples: normalize(augment(samples)), drop_last)
+        return batches(x, y, batch_size, epoch_order(size, options.seed, epoch), drop_last)
 
-    test = partial(batches, x_test, y_test, batch_size, torch.arange(len(x_test)), normalize)
+    test = partial(batches, x_test, y_test, batch_size, torch.arange(len(x_test)))
     steps = size // batch_size if drop_last else -(-size // batch_size)
-    return Data(tuple(x.shape[1:]), classes, steps, train, test)
+    return Data(tuple(x.shape[1:]), 10, steps, train, test)
 
 
 def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,35 +107,32 @@ def _mnist1d() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-CIFAR_STATISTICS = {
-    10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+# Folder, mean and standard deviation.
+CIFAR = {
+    "cifar10": ("cifar-10-batches-py", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ("cifar-100-python", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 
 
-def _cifar_data(root: Path, classes: int, options: Namespace, device: torch.device) -> Data:
-    from torchvision.datasets import CIFAR10, CIFAR100
+def _cifar_data(root: Path, kind: str, options: Namespace, device: torch.device) -> Data:
+    from timm.data.dataset_factory import create_dataset
+    from torchvision.transforms import RandomCrop
 
-    dataset = CIFAR10 if classes == 10 else CIFAR100
+    folder, mean, std = CIFAR[kind]
     try:
-        parts = [dataset(str(root), train=train, download=False) for train in (True, False)]
+        train_set, test_set = (create_dataset(f"torch/{kind}", str(root), split) for split in ("train", "val"))
     except (RuntimeError, OSError) as error:
-        folder = root / dataset.base_folder
-        raise TrainingError(f"--data {options.data}: the folder {folder} is missing, incomplete or damaged") from error
-    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
-    labels = [torch.tensor(part.targets) for part in parts]
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in CIFAR_STATISTICS[classes])
-
-    def normalize(x: Tensor) -> Tensor:
-        return (x.float() / 255 - mean) / std
-
-    tensors = (images[0], labels[0], images[1], labels[1])
-    return _tensor_data(tensors, classes, options, device, crop_and_flip, normalize)
+        raise TrainingError(
+            f"--data {options.data}: the folder {root / folder} is missing, incomplete or damaged"
+        ) from error
+    data = _image_data(train_set, test_set, len(train_set.classes), options, device, mean=mean, std=std, crop_pct=1.0)
+    # In place of timm's crop of random size, which comes first: CIFAR's images are padded and cropped, never scaled.
+    train_set.transform.transforms[0] = RandomCrop(options.image_size, padding=4)
+    return data
 
 
 def _folder_data(root: Path, options: Namespace, device: torch.device) -> Data:
     from timm.data.dataset_factory import create_dataset
-    from timm.data.loader import create_loader
 
     for split in ("train", "val"):
         if not (root / split).is_dir():
@@ -174,28 +144,37 @@ def _folder_data(root: Path, options: Namespace, device: torch.device) -> Data:
         test_set = create_dataset("", root=str(root / "val"), search_split=False, class_map=classes)
     except (RuntimeError, OSError) as error:
         raise TrainingError(f"--data {options.data}: {error}") from error
+    return _image_data(train_set, test_set, len(classes), options, device)
+
+
+def _image_data(
+    train_set: Dataset[Any],
+    test_set: Dataset[Any],
+    classes: int,
+    options: Namespace,
+    device: torch.device,
+    **preprocessing: Any,
+) -> Data:
+    from timm.data.loader import create_loader
+
+    shape = (3, options.image_size, options.image_size)
     make: Callable[..., DataLoader[Batch]] = partial(
         create_loader,
-        input_size=(3, options.image_size, options.image_size),
+        input_size=shape,
         batch_size=options.batch_size,
         num_workers=options.workers,
         # Workers that outlive an epoch would carry random states that no checkpoint holds.
         persistent_workers=False,
         pin_memory=device.type == "cuda",
         device=device,
+        **preprocessing,
     )
     try:
         train_loader = make(train_set, is_training=True, color_jitter=None, auto_augment=options.auto_augment)
     except (AssertionError, KeyError, ValueError) as error:
         raise TrainingError(f"--auto-augment {options.auto_augment}: timm has no such policy") from error
     test_loader = make(test_set)
-    return Data(
-        (3, options.image_size, options.image_size),
-        len(classes),
-        len(train_loader),
-        lambda epoch: train_loader,
-        lambda: test_loader,
-    )
+    return Data(shape, classes, len(train_loader), lambda epoch: train_loader, lambda: test_loader)
 
 
 def _with_mixup(data: Data, alpha: float) -> Data:

@@ -42,9 +42,9 @@ OPTION_NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "estimator": ("optimizer", ("crsam",)),
     "momentum": ("base", ("sgd",)),
     "nesterov": ("base", ("sgd",)),
-    "auto_augment": ("data", ("folder",)),
+    "auto_augment": ("data", ("cifar10", "cifar100", "folder")),
+    "workers": ("data", ("cifar10", "cifar100", "folder")),
     "image_size": ("data", ("folder",)),
-    "workers": ("data", ("folder",)),
 }
 
 
@@ -127,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--warmup-epochs", type=integer(0), default=0, help="linear warm-up, part of --epochs (default: 0)")
     add("--label-smoothing", type=number(0, 1), default=0.0, help="default: 0")
     add("--mixup", type=number(0), default=0.0, metavar="ALPHA", help="timm's mixup (default: 0, none)")
-    add("--auto-augment", metavar="POLICY", help="of timm, such as rand-m9-mstd0.5, for folder:PATH")
+    add("--auto-augment", metavar="POLICY", help="of timm, such as rand-m9-mstd0.5, for CIFAR and folder:PATH")
     add("--ema", type=number(0, 1), metavar="DECAY", help="evaluate a moving average of the weights, such as 0.999")
     add("--amp", action="store_true", help="forward passes in bfloat16 (autocast)")
     add("--seed", type=integer(0), default=0, help="default: 0")
@@ -135,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="cpu, cuda, ... (default: auto, cuda where there is one)")
     add("--threads", type=integer(1), help="CPU threads (default: PyTorch's own choice)")
-    add("--workers", type=integer(0), help="processes that decode the images of folder:PATH (default: 4)")
+    add("--workers", type=integer(0), help="processes that prepare the images of CIFAR and folder:PATH (default: 4)")
     add("--compile", action="store_true", help="torch.compile the model")
 
     add = parser.add_argument_group("output").add_argument
