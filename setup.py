@@ -1,13 +1,29 @@
-"""The packages and, once there is one, the CUDA extension; the rest of the metadata is in pyproject.toml.
+"""The packages and the CUDA extension; the rest of the metadata is in pyproject.toml.
 
-torch is not imported here, so that a build in isolation needs nothing but setuptools.
+The extension `crsam_ext._C` is built from csrc/ where a CUDA build of torch and an nvcc of the same major version are
+there; elsewhere the package is pure Python, and `crsam_ext.available_backends()` tells why. `pip install` builds in
+an environment of its own, without torch, unless it is told `--no-build-isolation`.
+
+Environment variables:
+    CRSAM_FORCE_CUDA=1    fail where the extension cannot be built
+    CRSAM_NO_CUDA=1       do not build it
+    TORCH_CUDA_ARCH_LIST  the architectures to build for, for instance "9.0;10.0+PTX"
+    MAX_JOBS              how many compilers run at once
 """
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+ARCHITECTURES = "8.0;8.6;9.0;10.0;12.0+PTX"
 
 
 def packages() -> list[str]:
@@ -16,9 +32,88 @@ def packages() -> list[str]:
     return find_packages(include=["crsam_ext", "crsam_ext.*"]) + [f"crsam_ext.{name}" for name in kernels]
 
 
+class Unavailable(Exception):
+    """Why the extension cannot be built here."""
+
+
 def cuda_extension() -> dict[str, Any]:
-    """The arguments of `setup` that build `crsam_ext._C` from csrc/: none yet, the package is pure Python."""
-    return {}
+    """The arguments of `setup` that build `crsam_ext._C`, none where that is impossible; keeps the reason."""
+    try:
+        arguments, reason = _cuda_extension(), ""
+    except Unavailable as error:
+        if os.environ.get("CRSAM_FORCE_CUDA") == "1":
+            raise SystemExit(f"CRSAM_FORCE_CUDA=1, but {error}") from None
+        arguments, reason = {}, f"the CUDA extension was not built: {error}"
+    text = '"""Why the CUDA extension was not built; written by setup.py."""\n\nREASON = ' + f"{reason!r}\n"
+    (ROOT / "crsam_ext" / "_build.py").write_text(text)
+    return arguments
+
+
+def toolkit() -> tuple[str, str]:
+    """Folder and release of the CUDA toolkit, as its nvcc tells them: what is in the path may be a link or a script."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not Path(nvcc).exists():
+        raise Unavailable("no nvcc was found; set CUDA_HOME")
+    said = ""
+    for question in (["--version"], ["--dryrun", "-x", "cu", "-c", os.devnull]):
+        done = subprocess.run([nvcc, *question], capture_output=True, text=True)
+        said += done.stdout + done.stderr
+    release, top = re.search(r"release ([\d.]+)", said), re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    if release is None or top is None:
+        raise Unavailable(f"{nvcc} does not tell its release and folder")
+    return str(Path(top[1]).resolve()), release[1]
+
+
+def write_build_info(info: dict[str, str]) -> Path:
+    """The folder of the header for bindings.cpp; a header, as other flags would compile all sources again."""
+    header = ROOT / "build" / "generated" / "build_info.h"
+    text = "".join(f'#define CRSAM_{name} "{value}"\n' for name, value in info.items())
+    if not header.exists() or header.read_text() != text:
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
+    return header.parent
+
+
+def _cuda_extension() -> dict[str, Any]:
+    if os.environ.get("CRSAM_NO_CUDA") == "1":
+        raise Unavailable("CRSAM_NO_CUDA=1 was set")
+    try:
+        import torch
+    except ImportError:
+        raise Unavailable("torch was not there; install with --no-build-isolation") from None
+    if torch.version.cuda is None:
+        raise Unavailable(f"torch {torch.__version__} was built without CUDA")
+    home, cuda = toolkit()
+    if cuda.split(".")[0] != torch.version.cuda.split(".")[0]:
+        raise Unavailable(f"nvcc is of CUDA {cuda}, and torch was built with CUDA {torch.version.cuda}")
+    os.environ["CUDA_HOME"] = home
+    from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+
+    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "crsam_ext" / "__init__.py").read_text())
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() if (ROOT / ".git").exists() else ""
+    info = {
+        "VERSION": version[1] if version else "unknown",
+        "REVISION": revision or "unknown",
+        "TORCH": torch.__version__,
+        "CUDA": cuda,
+        "ARCHITECTURES": architectures.replace(" ", ";"),
+    }
+    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu"))
+    extension = CUDAExtension(
+        "crsam_ext._C",
+        sources,
+        depends=[str(p) for p in (ROOT / "csrc").rglob("*.*h")],
+        include_dirs=[str(write_build_info(info))],
+        extra_compile_args={
+            "cxx": ["-O2", "-Wall"],
+            # No --use_fast_math: a step must be the same as PyTorch's.
+            "nvcc": ["-O3", "-lineinfo", "-Werror", "all-warnings"],
+        },
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
 
 setup(

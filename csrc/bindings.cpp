@@ -1,8 +1,11 @@
 // What the extension was built with. Everything else goes through the operators of ops.cpp.
-#include <torch/extension.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <map>
 #include <string>
+
+#include "build_info.h"  // written by setup.py
 
 namespace {
 

@@ -24,9 +24,9 @@ __all__ = ["CudaOperators", "why_unavailable"]
 def why_unavailable() -> str | None:
     """Why the kernels cannot run here; None if they can."""
     if find_spec("crsam_ext._C") is None:
-        if find_spec("crsam_ext._build") is None:
-            return "the CUDA extension has not been built; install crsam_ext from its sources"
-        return str(import_module("crsam_ext._build").REASON)
+        built = find_spec("crsam_ext._build") is not None
+        reason = str(import_module("crsam_ext._build").REASON) if built else ""  # setup.py keeps it
+        return reason or "the CUDA extension is missing; install crsam_ext from its sources"
     try:
         info = import_module("crsam_ext._C").build_info()
     except ImportError as error:

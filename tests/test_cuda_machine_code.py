@@ -1,0 +1,94 @@
+"""What nvcc makes of the kernels: registers, spills, wide accesses and where float64 is used."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from .conftest import missing
+from .cuda_on_cpu.build import KERNELS, SOURCES
+
+DTYPES = {"d": "float64", "f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
+
+
+@pytest.fixture(scope="module", params=["90", "100"])
+def kernels(request, tmp_path_factory):
+    """(kernel, dtype) -> list of (resources, machine code), one for each further template argument."""
+    tools = importlib.util.find_spec("triton")
+    tools = Path(tools.origin).parent / "backends" / "nvidia" / "bin" if tools else Path()
+    if not shutil.which("nvcc"):
+        missing("no nvcc was found")
+    if not (tools / "cuobjdump").exists():
+        missing("Triton, whose wheel has cuobjdump, was not found")
+    found = {}
+    for name in KERNELS:
+        cubin = tmp_path_factory.mktemp("cubin") / name
+        flags = ["-std=c++17", "-O3", f"-arch=sm_{request.param}", "-Werror", "all-warnings"]
+        subprocess.run(["nvcc", *flags, "-cubin", SOURCES / "cuda" / name, "-o", cubin], check=True)
+
+        def dump(option, cubin=cubin):
+            return subprocess.run(
+                [tools / "cuobjdump", option, cubin], capture_output=True, text=True, check=True
+            ).stdout
+
+        usage = dict(re.findall(r"Function (\S+):\n\s*(REG:.*)", dump("-res-usage")))
+        code = re.split(r"Function : (\S+)\n", dump("-sass"))
+        for mangled, text in zip(code[1::2], code[2::2], strict=True):
+            kernel, dtype = re.match(r"_ZN5crsam\d+(\w+?_kernel)(?:I(d|f|6__half|13__nv_bfloat16))?", mangled).groups()
+            resources = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", usage[mangled])}
+            found.setdefault((kernel, DTYPES.get(dtype)), []).append((resources, text))
+    return found
+
+
+def test_all_kernels_are_there(kernels):
+    names = {"grad_norm", "perturb", "fd_gram", "sgd_step", "adamw_step", "combine"}
+    expected = {(f"{name}_kernel", dtype) for name in names for dtype in DTYPES.values()}
+    assert set(kernels) == expected | {("coefficients_kernel", None), ("perturbation_scale_kernel", None)}
+
+
+def test_registers_and_spills(kernels):
+    for (kernel, dtype), variants in kernels.items():
+        for resources, code in variants:
+            assert resources["STACK"] == resources["LOCAL"] == 0, (kernel, dtype)
+            assert not re.search(r"\b(LDL|STL)\b", code), (kernel, dtype)
+            assert resources["REG"] <= (128 if dtype == "float64" else 64), (kernel, dtype, resources)
+
+
+def test_wide_accesses(kernels):
+    """Every stream of a main loop moves in words of 128 bits: at least so many loads and stores are of that width."""
+    streams = {
+        "grad_norm_kernel": (1, 0),
+        "perturb_kernel": (2, 1),
+        "fd_gram_kernel": (4, 0),
+        "sgd_step_kernel": (3, 2),
+        "adamw_step_kernel": (4, 3),
+        "combine_kernel": (2, 2),
+    }
+    for (kernel, dtype), variants in kernels.items():
+        loads, stores = streams.get(kernel, (0, 0))
+        for _, code in variants:
+            assert len(re.findall(r"\bLDG\S*\.128", code)) >= loads, (kernel, dtype)
+            assert len(re.findall(r"\bSTG\S*\.128", code)) >= stores, (kernel, dtype)
+
+
+def test_no_float64_arithmetic_on_float32(kernels):
+    """Except in the last stages of the sums, and once a block where a beta is given as a float64 tensor (1 - beta)."""
+    final_stages = ("grad_norm_kernel", "fd_gram_kernel", "coefficients_kernel", "perturbation_scale_kernel")
+    for (kernel, dtype), variants in kernels.items():
+        if dtype == "float64" or kernel in final_stages:
+            continue
+        for _, code in variants:
+            found = re.findall(r"\b(DADD|DMUL|DFMA)\b", code)
+            allowed = {"sgd_step_kernel": 1, "adamw_step_kernel": 2}.get(kernel, 0)
+            assert len(found) <= allowed, (kernel, dtype, found)
+
+
+def test_no_float64_products_in_float32_sums(kernels):
+    """The last stages only add."""
+    for kernel in ("grad_norm_kernel", "fd_gram_kernel"):
+        for dtype in ("float32", "float16", "bfloat16"):
+            for _, code in kernels[kernel, dtype]:
+                assert not re.search(r"\b(DMUL|DFMA)\b", code), (kernel, dtype)
