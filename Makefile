@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # Made when the installation is complete; older than one of the files that describe it, it is made again.
 INSTALLED := $(VENV)/.crsam_ext-installed
 
-.PHONY: help train test lint bench clean
+.PHONY: help train test lint bench gpu clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,11 @@ lint: $(INSTALLED)  ## Check style, format and types
 
 bench: $(INSTALLED)  ## Measure the time of a step; the numbers go to benchmarks/results
 	$(BIN)/python -m benchmarks.overhead
+
+gpu: $(INSTALLED)  ## On a machine with a GPU: build the extension, run all tests that need one, measure the operators
+	CRSAM_FORCE_CUDA=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	CRSAM_REQUIRE_CUDA=1 $(BIN)/python -m pytest -k 'gpu or cuda and not cuda_on_cpu'
+	$(BIN)/python -m benchmarks.operators
 
 clean:  ## Remove build outputs and caches; .venv and runs/ stay
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
