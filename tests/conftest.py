@@ -46,6 +46,12 @@ def backend(request):
 
 
 @pytest.fixture
+def backend_options(backend):
+    """The keywords of CRSAM that choose each backend in turn."""
+    return {"backend": backend}
+
+
+@pytest.fixture
 def device(backend):
     """Where the tensors of `backend` live."""
     return torch.device("cpu" if backend == "torch" else "cuda")
