@@ -132,7 +132,8 @@ class Operators(ABC):
             grads: rows of a gradient.
             groups: the group of each row.
             num_groups: how many groups there are.
-            weights: for each row None, or the row of :math:`w` that it is weighted with (ASAM).
+            weights: for each row None, or the row of parameters that it is weighted with (ASAM): w as the model reads
+                it, that is, rounded where there is a master.
         Returns:
             float64 tensor [num_groups]. Squared, so that groups, devices and processes add up. The first sums may be
             made in the compute dtype, where an element beyond 1.8e19 counts as infinite.

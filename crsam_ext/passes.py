@@ -262,6 +262,9 @@ class Step:
 
     def _apply(self, plans: Sequence[Plan], rows: list[list[list[Tensor]]], c: Coefficients) -> None:
         """Run the base optimizer's operator on every bucket, or the base optimizer itself."""
+        if self.options[0] is None and self.passes == 1 and c.factor is not None:
+            # combine_ writes over the gradient of the last pass, and here that is the one which p.grad will hold.
+            rows = [[[g.clone() for g in of_pass] for of_pass in of_bucket] for of_bucket in rows]
         for bucket, plan, grads in zip(self.flat.buckets, plans, rows, strict=True):
             if not plan.rows:
                 continue

@@ -64,6 +64,12 @@ def backend(request):
 
 
 @pytest.fixture
+def backend_options(backend):
+    """The keywords of CRSAM that choose each backend in turn."""
+    return {"backend": backend}
+
+
+@pytest.fixture
 def device(backend, request):
     """Where the tensors of `backend` live."""
     on_gpu = request.node.callspec.params["backend"] in ("cuda", "triton")

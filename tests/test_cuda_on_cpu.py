@@ -220,6 +220,26 @@ def test_versions_of_what_is_written(library):
             assert bumped == {int(name in written.get(operator, ()))}, (operator.__name__, name)
 
 
+@pytest.mark.parametrize("launched", [False, True], ids=["before", "after"])
+def test_interrupted_perturb_can_be_undone(launched, library, monkeypatch):
+    """Ctrl-C on either side of the launch: undo learns of all rows or of none."""
+    case, perturb_ = Case(torch.float32), torch.ops.crsam.perturb_
+
+    def interrupted(*arguments):
+        if launched:
+            perturb_(*arguments)
+        raise KeyboardInterrupt
+
+    w, undo = [p.clone() for p in case.live], []
+    monkeypatch.setattr(torch.ops.crsam, "perturb_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        CudaOperators().perturb_(case.live, case.saved, case.grads[0], case.groups, case.scale, [False] * 2, 1, undo)
+    assert len(undo) == (len(w) if launched else 0)
+    for live, saved in undo:
+        live.copy_(saved)
+    assert all(torch.equal(p, x) for p, x in zip(case.live, w, strict=True))
+
+
 def test_schemas_and_fakes(library):
     case = Case(torch.float32)
     check, operators = torch.library.opcheck, torch.ops.crsam

@@ -21,7 +21,8 @@ from ..ops import AdamOptions, Coefficients, Operators, SGDOptions, compute_dtyp
 __all__ = ["TorchOperators"]
 
 # Elements in a block. On a CPU the eight or so blocks in use should stay in the last-level cache, while the cost of a
-# call (1 to 2 us) is spread over many elements; little changes from 2^18 to 2^20. Elsewhere it only bounds scratch.
+# call (1 to 2 us) is spread over many elements; little changes from 2^18 to 2^20. It also bounds the length of float32
+# sums: torch.dot is within 2e-7 here, and off by 1e-4 at 2^24. Elsewhere a block only bounds scratch.
 _CPU_BLOCK = 2**19
 _DEVICE_BLOCK = 2**22
 

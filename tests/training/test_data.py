@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torchvision.datasets import CIFAR10
 
-from crsam_ext.training.data import crop_and_flip, epoch_order, load
+from crsam_ext.training.data import CIFAR, epoch_order, load
+from crsam_ext.training.errors import TrainingError
 from crsam_ext.training.options import parse
 
 CPU = torch.device("cpu")
@@ -44,32 +46,47 @@ def test_digits_split_covers_all_classes_without_overlap():
     assert not set(map(tuple, x.flatten(1).tolist())) & set(map(tuple, x_test.flatten(1).tolist()))
 
 
-def test_crop_and_flip_shows_shifted_and_mirrored_originals():
-    image = torch.arange(1, 37).view(1, 1, 6, 6)
-    x = crop_and_flip(image.expand(200, 1, 6, 6), padding=2)
-    padded = torch.nn.functional.pad(image, (2,) * 4)[0, 0]
-    crops = [padded[i : i + 6, j : j + 6] for i in range(5) for j in range(5)]
-    possible = {tuple(crop.flatten().tolist()) for crop in crops} | {
-        tuple(crop.fliplr().flatten().tolist()) for crop in crops
-    }
-    seen = {tuple(sample.flatten().tolist()) for sample in x}
+def test_cifar_is_normalized_with_its_own_statistics(cifar10):
+    data = load_data(f"--data cifar10:{cifar10} --batch-size 40 --workers 0")
+    ((x, y),) = data.test()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in CIFAR["cifar10"][1:])
+    pixels = torch.from_numpy(CIFAR10(cifar10, train=False).data).permute(0, 3, 1, 2)
 
-    assert seen <= possible
-    assert len(seen) > 40  # of 50
+    assert (x.shape, data.shape, data.steps, data.classes) == ((20, 3, 32, 32), (3, 32, 32), 2, 10)
+    assert y.tolist() == 2 * list(range(10))
+    torch.testing.assert_close(x, (pixels / 255 - mean) / std, rtol=1e-4, atol=1e-4)
 
 
-def test_cifar_is_normalized_and_augmented_in_training_only(cifar10):
-    data = load_data(f"--data cifar10:{cifar10} --batch-size 40")
-    x, y = map(torch.cat, zip(*data.train(0), strict=True))
-    x_again = torch.cat([samples for samples, _ in data.train(0)])
-    ((x_test, _),) = data.test()
-    ((x_test_again, _),) = data.test()
+def test_cifar_is_shifted_and_mirrored_in_training(cifar10):
+    data = load_data(f"--data cifar10:{cifar10} --batch-size 50 --workers 0")
+    originals = torch.from_numpy(CIFAR10(cifar10).data).permute(0, 3, 1, 2)
+    padded = torch.nn.functional.pad(originals, (4,) * 4)
+    possible = {}
+    for top in range(9):
+        for left in range(9):
+            crops = padded[:, :, top : top + 32, left : left + 32]
+            possible |= {crop.numpy().tobytes(): (top, left, False) for crop in crops}
+            possible |= {crop.numpy().tobytes(): (top, left, True) for crop in crops.flip(3)}
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in CIFAR["cifar10"][1:])
+    seen = []
+    for _ in range(2):
+        x = torch.cat([x for x, _ in data.train(0)])
+        pixels = ((x * std + mean) * 255).round().to(torch.uint8)
+        seen += [possible[image.numpy().tobytes()] for image in pixels]
 
-    assert (x.shape, x_test.shape, data.steps, data.classes) == ((100, 3, 32, 32), (20, 3, 32, 32), 3, 10)
-    assert not x.equal(x_again)
-    assert x_test.equal(x_test_again)
-    assert x_test.mean().abs() < 0.3  # uniform noise, not quite the statistics of CIFAR
-    assert y.bincount().tolist() == [10] * 10
+    assert len(seen) == 200
+    assert len(set(seen)) > 90  # of 162
+    assert 60 < sum(mirrored for *_, mirrored in seen) < 140
+
+
+def test_auto_augmentation_reaches_cifar(cifar10):
+    command = f"--data cifar10:{cifar10} --batch-size 100 --workers 0"
+    plain, augmented = load_data(command), load_data(f"{command} --auto-augment rand-m9-n4")
+    ((x, _),) = plain.train(0)
+    ((x_augmented, _),) = augmented.train(0)
+
+    # Shifts and mirrors of noise keep its mean; colours and contrasts do not.
+    assert x_augmented.mean((1, 2, 3)).std() > 2 * x.mean((1, 2, 3)).std()
 
 
 def test_class_that_validation_lacks_does_not_shift_the_others(image_folder):
@@ -92,8 +109,6 @@ def test_mixup_gives_probabilities():
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_missing_half_of_a_folder(image_folder, split):
-    from crsam_ext.training.errors import TrainingError
-
     (image_folder / split).rename(image_folder / "elsewhere")
 
     with pytest.raises(TrainingError, match=f"there is no folder .*{split}"):

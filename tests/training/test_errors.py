@@ -9,14 +9,6 @@ import torch
 from crsam_ext.training.__main__ import main
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The results of a run of one epoch."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    assert main(["--model", "mlp", "--epochs", "1", "--output", str(folder)]) == 0
-    return folder
-
-
 @pytest.fixture
 def refuse(crsam_train, here, capsys):
     """Runs a command that must be refused, and returns what it says."""
@@ -62,7 +54,9 @@ def refuse(crsam_train, here, capsys):
         ("--optimizer sgd --rho 0.1", "--rho is only for --optimizer sam or crsam"),
         ("--optimizer sam --alpha 0.1", "--alpha is only for --optimizer crsam"),
         ("--optimizer adamw --nesterov", "--nesterov is only for --base sgd"),
-        ("--auto-augment rand-m9", "--auto-augment is only for --data folder"),
+        ("--auto-augment rand-m9", "--auto-augment is only for --data cifar10 or cifar100 or folder"),
+        ("--workers 2", "--workers is only for --data cifar10 or cifar100 or folder"),
+        ("--data cifar10:missing --image-size 32", "--image-size is only for --data folder"),
         ("--nesterov --momentum 0", "Nesterov"),
         ("--optimizer adam", "--optimizer: invalid choice"),
         ("--frobnicate", "unrecognized arguments: --frobnicate"),

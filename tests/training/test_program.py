@@ -1,6 +1,7 @@
 """Whole runs of crsam-train."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,40 +16,39 @@ RESULTS = {"config.json", "log.csv", "curves.png", "last.pt", "best.pt"}
 
 
 def test_digits_are_learned(crsam_train, here, read_log, capsys):
-    assert crsam_train("--epochs 8") == 0
+    assert crsam_train("--epochs 5") == 0
 
     output = here / "runs" / "digits-cnn-crsam-seed0"
     log = read_log(output)
     best = torch.load(output / "best.pt", weights_only=True)
     printed = capsys.readouterr().out.splitlines()
     assert {path.name for path in output.iterdir()} == RESULTS
-    assert [row["epoch"] for row in log] == [str(epoch) for epoch in range(1, 9)]
-    assert float(log[-1]["test_accuracy"]) > 0.97
+    assert [row["epoch"] for row in log] == [str(epoch) for epoch in range(1, 6)]
+    assert float(log[-1]["test_accuracy"]) > 0.96
     assert float(log[-1]["grad_norm"]) > 0
     assert best["test_accuracy"] == max(float(row["test_accuracy"]) for row in log)
-    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((output / "config.json").read_text())["optimizer"] == "crsam"
-    assert len(printed) == 9
+    assert len(printed) == 6
     assert printed[-1].startswith(f"test accuracy {float(log[-1]['test_accuracy']):.2%}")
     assert printed[-1].endswith("runs/digits-cnn-crsam-seed0/curves.png")
 
-
-def test_best_weights_reach_the_accuracy_they_are_kept_for(crsam_train, here):
-    assert crsam_train("--epochs 3 --output out") == 0
-
-    best = torch.load(here / "out" / "best.pt", weights_only=True)
+    # The weights reach the accuracy that they were kept for.
     model = create_model("cnn", (1, 8, 8), 10)
     model.load_state_dict(best["model"])
     (x, y), *_ = load(parse(["--batch-size", "360"]), torch.device("cpu")).test()
     assert (model.eval()(x).argmax(1) == y).float().mean().item() == pytest.approx(best["test_accuracy"])
 
 
-def test_same_seed_same_run(crsam_train, here, read_log):
-    for output, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert crsam_train(f"--epochs 2 --seed {seed} --output {output}") == 0
+def test_picture(finished):
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
 
-    assert read_log(here / "a") == read_log(here / "b")
-    assert read_log(here / "a") != read_log(here / "c")
+
+def test_same_seed_same_run(crsam_train, here, finished, read_log):
+    for seed in (0, 1):
+        assert crsam_train(f"--model mlp --epochs 1 --seed {seed} --output seed{seed}") == 0
+
+    assert read_log(here / "seed0") == read_log(finished)
+    assert read_log(here / "seed1") != read_log(finished)
 
 
 def test_sgd_is_torch_sgd(crsam_train, here):
@@ -115,7 +115,7 @@ def test_schedule(command, rates):
 
 
 def test_moving_average_is_what_counts(crsam_train, here):
-    assert crsam_train("--epochs 1 --ema 0.99 --output out") == 0
+    assert crsam_train("--model mlp --epochs 1 --ema 0.99 --output out") == 0
 
     last = torch.load(here / "out" / "last.pt", weights_only=True)
     best = torch.load(here / "out" / "best.pt", weights_only=True)
@@ -123,10 +123,10 @@ def test_moving_average_is_what_counts(crsam_train, here):
     assert not last["ema"]["1.weight"].equal(last["model"]["1.weight"])
 
 
-def test_bfloat16_and_label_smoothing(crsam_train, here, read_log):
-    for output, options in (("plain", ""), ("amp", "--amp"), ("smooth", "--label-smoothing 0.1")):
-        assert crsam_train(f"--epochs 1 --optimizer sam --output {output} {options}") == 0
-    plain, amp, smooth = (float(read_log(here / name)[0]["train_loss"]) for name in ("plain", "amp", "smooth"))
+def test_bfloat16_and_label_smoothing(crsam_train, here, finished, read_log):
+    for output, options in (("amp", "--amp"), ("smooth", "--label-smoothing 0.1")):
+        assert crsam_train(f"--model mlp --epochs 1 --output {output} {options}") == 0
+    plain, amp, smooth = (float(read_log(path)[0]["train_loss"]) for path in (finished, here / "amp", here / "smooth"))
 
     assert amp != plain
     assert amp == pytest.approx(plain, rel=0.05)
@@ -136,8 +136,8 @@ def test_bfloat16_and_label_smoothing(crsam_train, here, read_log):
 
 
 def test_cifar_trains(crsam_train, here, cifar10, read_log):
-    assert crsam_train(f"--data cifar10:{cifar10} --model cnn --epochs 1 --batch-size 32") == 0
-    assert len(read_log(here / "runs" / "cifar10-cnn-crsam-seed0")) == 1
+    assert crsam_train(f"--data cifar10:{cifar10} --model mlp --epochs 1 --batch-size 32 --workers 0") == 0
+    assert len(read_log(here / "runs" / "cifar10-mlp-crsam-seed0")) == 1
 
 
 def test_image_folder_trains_with_workers_and_augmentation(crsam_train, here, image_folder, read_log):
@@ -146,10 +146,10 @@ def test_image_folder_trains_with_workers_and_augmentation(crsam_train, here, im
     assert len(read_log(here / "runs" / "folder-test_resnet-crsam-seed0")) == 1
 
 
-def test_overwrite_replaces_a_run_and_leaves_other_files(crsam_train, here, read_log):
-    assert crsam_train("--epochs 2 --output out") == 0
+def test_overwrite_replaces_a_run_and_leaves_other_files(crsam_train, here, finished, read_log):
+    shutil.copytree(finished, here / "out")
     (here / "out" / "notes.txt").write_text("mine")
-    assert crsam_train("--epochs 1 --output out --overwrite") == 0
+    assert crsam_train("--model mlp --lr 0.01 --epochs 1 --output out --overwrite") == 0
 
-    assert len(read_log(here / "out")) == 1
+    assert [row["lr"] for row in read_log(here / "out")] == ["0.01"]
     assert {path.name for path in (here / "out").iterdir()} == RESULTS | {"notes.txt"}

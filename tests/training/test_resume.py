@@ -1,51 +1,72 @@
 """A run that is stopped at any moment and resumed is the run that was never stopped."""
 
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from crsam_ext.training import checkpoint, loop
 
-# Runs the program until the n-th time that a file is put in place, and kills it right before or right after.
-KILLED_RUN = """
+# Runs the program with each command that comes in until the n-th time that a file is put in place, kills it right
+# before or right after, and answers with the signal. Forks, so that the packages are imported once.
+KILLED_RUNS = """
 import os, signal, sys
+import crsam_ext.training.loop, sklearn.datasets, sklearn.model_selection
 from crsam_ext.training.__main__ import main
 
-name, count, moment = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 replace = os.replace
 
-def replace_or_die(source, target):
-    global count
-    count -= os.path.basename(target) == name
-    if count == 0 and moment == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-    if count == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+def run(name, count, moment, *command):
+    left = int(count)
 
-os.replace = replace_or_die
-sys.exit(main(sys.argv[4:]))
+    def replace_or_die(source, target):
+        nonlocal left
+        left -= os.path.basename(target) == name
+        if left == 0 and moment == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = replace_or_die
+    with open(os.devnull, "w") as sys.stdout:
+        main(command)
+
+for line in sys.stdin:
+    process = os.fork()
+    if process == 0:
+        try:
+            run(*line.split())
+        finally:
+            os._exit(1)
+    print(os.WTERMSIG(os.waitpid(process, 0)[1]), flush=True)
 """
 
 
 @pytest.fixture
 def kill_at(here):
-    def run(name, count, moment, command):
-        arguments = [sys.executable, "-c", KILLED_RUN, name, str(count), moment, *command.split(), "--threads", "1"]
-        assert subprocess.run(arguments, check=False, capture_output=True).returncode == -signal.SIGKILL
+    arguments = [sys.executable, "-c", KILLED_RUNS]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as runs:
 
-    return run
+        def run(name, count, moment, command):
+            print(name, count, moment, command, "--threads 1", file=runs.stdin, flush=True)
+            assert int(runs.stdout.readline()) == signal.SIGKILL
+
+        yield run
+        runs.kill()
 
 
 @pytest.fixture
-def interrupt_epoch(monkeypatch):
-    """Makes Ctrl-C arrive in the third step of an epoch, counted from 1."""
+def interrupt_second_epoch(monkeypatch):
+    """Makes Ctrl-C arrive in the third step of the second epoch, inside a `with` statement."""
 
-    def interrupt(epoch):
-        step, calls = loop.step, {"epoch": 0, "step": 0}
+    @contextmanager
+    def interrupt():
+        train_epoch, step, calls = loop.train_epoch, loop.step, {"epoch": 0, "step": 0}
 
         def counted_epoch(*args):
             calls.update(epoch=calls["epoch"] + 1, step=0)
@@ -53,13 +74,14 @@ def interrupt_epoch(monkeypatch):
 
         def counted_step(*args):
             calls["step"] += 1
-            if calls["epoch"] == epoch and calls["step"] == 3:
+            if calls == {"epoch": 2, "step": 3}:
                 raise KeyboardInterrupt
             return step(*args)
 
-        train_epoch = loop.train_epoch
-        monkeypatch.setattr(loop, "train_epoch", counted_epoch)
-        monkeypatch.setattr(loop, "step", counted_step)
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "train_epoch", counted_epoch)
+            patch.setattr(loop, "step", counted_step)
+            yield
 
     return interrupt
 
@@ -76,8 +98,8 @@ def assert_same_run(here, read_log, read_state):
     return check
 
 
-def test_killed_three_times(crsam_train, here, kill_at, assert_same_run, read_log):
-    command = "--epochs 5 --mixup 0.3 --ema 0.9 --batch-size 128 --output"
+def test_killed_three_times(kill_at, crsam_train, here, assert_same_run, read_log):
+    command = "--model mlp --epochs 4 --mixup 0.3 --ema 0.9 --batch-size 128 --output"
     assert crsam_train(f"{command} straight") == 0
 
     kill_at("last.pt", 1, "after", f"{command} killed")
@@ -95,39 +117,38 @@ def test_killed_three_times(crsam_train, here, kill_at, assert_same_run, read_lo
 @pytest.mark.parametrize(
     ("data", "options"),
     [
-        ("cifar10", "--model cnn --base adamw --regularizer log"),
+        (
+            "cifar10",
+            "--model mlp --batch-size 20 --base adamw --regularizer log --workers 0 --auto-augment rand-m9-mstd0.5",
+        ),
+        ("cifar10", "--model mlp --batch-size 20 --workers 2 --mixup 0.2 --optimizer sgd"),
         ("folder", "--model test_resnet --image-size 32 --batch-size 8 --workers 0 --optimizer sam"),
         ("folder", "--model test_resnet --image-size 32 --batch-size 8 --workers 2 --optimizer sgd --nesterov"),
     ],
-    ids=["cifar10", "folder", "folder-workers"],
+    ids=["cifar10", "cifar10-workers", "folder", "folder-workers"],
 )
 def test_interrupted_with_augmentation(
-    crsam_train, here, interrupt_epoch, monkeypatch, assert_same_run, request, capsys, data, options
+    crsam_train, interrupt_second_epoch, assert_same_run, request, capsys, data, options
 ):
     path = request.getfixturevalue("cifar10" if data == "cifar10" else "image_folder")
-    command = f"--data {data}:{path} {options} --batch-size 8 --epochs 3 --output"
+    command = f"--data {data}:{path} {options} --epochs 2 --output"
     assert crsam_train(f"{command} straight") == 0
     capsys.readouterr()
 
-    with monkeypatch.context():
-        interrupt_epoch(2)
+    with interrupt_second_epoch():
         assert crsam_train(f"{command} stopped") == 130
-        assert capsys.readouterr().err.splitlines() == [
-            "crsam-train: interrupted; with --resume it goes on after the last complete epoch"
-        ]
-        monkeypatch.undo()
-    monkeypatch.chdir(here)
-    if data == "cifar10":
-        monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: True)
+    assert capsys.readouterr().err.splitlines() == [
+        "crsam-train: interrupted; with --resume it goes on after the last complete epoch"
+    ]
     assert crsam_train(f"{command} stopped --resume") == 0
 
     assert_same_run("straight", "stopped")
 
 
-def test_finished_run_stays_as_it_is(crsam_train, here, read_log, read_state):
-    assert crsam_train("--epochs 1 --output out") == 0
+def test_finished_run_stays_as_it_is(crsam_train, here, finished, read_log, read_state):
+    shutil.copytree(finished, here / "out")
     log, state = read_log(here / "out"), read_state(here / "out" / "last.pt")
-    assert crsam_train("--epochs 1 --output out --resume") == 0
+    assert crsam_train("--model mlp --epochs 1 --output out --resume") == 0
 
     assert read_log(here / "out") == log
     assert read_state(here / "out" / "last.pt") == state
