@@ -53,7 +53,7 @@ def load(options: Namespace, device: torch.device) -> Data:
 
 
 def batches(x: Tensor, y: Tensor, batch_size: int, order: Tensor, drop_last: bool = False) -> Iterator[Batch]:
-    """Cut (x, y) into batches in the given order, an int64 tensor of indices; the last may be smaller, or is dropped."""
+    """Cut (x, y) into batches in ``order``, an int64 tensor of indices; the last may be smaller, or is dropped."""
     stop = len(order) - len(order) % batch_size if drop_last else len(order)
     for indices in order[:stop].to(x.device).split(batch_size):
         yield x[indices], y[indices]

@@ -15,11 +15,20 @@ DATA_KINDS = ("digits", "mnist1d", "cifar10", "cifar100", "folder")
 # Where and how a run is computed may change when it is resumed. Everything else is what the run is.
 MACHINE_OPTIONS = ("output", "resume", "overwrite", "device", "threads", "workers", "compile")
 
+_CIFAR = {
+    "model": "cifar_resnet18",
+    "epochs": 200,
+    "batch_size": 128,
+    "lr": 0.05,
+    "weight_decay": 1e-3,
+    "image_size": 32,
+}
+# Batches of the small sets are too little work to share: threads would mostly wait for each other.
 DATA_DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"model": "cnn", "epochs": 20, "batch_size": 64, "lr": 0.05, "weight_decay": 1e-3},
-    "mnist1d": {"model": "mlp", "epochs": 60, "batch_size": 128, "lr": 0.05, "weight_decay": 1e-3},
-    "cifar10": {"model": "cifar_resnet18", "epochs": 200, "batch_size": 128, "lr": 0.05, "weight_decay": 1e-3},
-    "cifar100": {"model": "cifar_resnet18", "epochs": 200, "batch_size": 128, "lr": 0.05, "weight_decay": 1e-3},
+    "digits": {"model": "cnn", "epochs": 20, "batch_size": 64, "lr": 0.05, "weight_decay": 1e-3, "threads": 1},
+    "mnist1d": {"model": "mlp", "epochs": 60, "batch_size": 128, "lr": 0.05, "weight_decay": 1e-3, "threads": 1},
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
     "folder": {
         "model": "resnet50",
         "epochs": 90,
@@ -134,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="cpu, cuda, ... (default: auto, cuda where there is one)")
-    add("--threads", type=integer(1), help="CPU threads (default: PyTorch's own choice)")
+    add("--threads", type=integer(1), help="CPU threads (default: 1 for digits and mnist1d, else PyTorch's choice)")
     add("--workers", type=integer(0), help="processes that prepare the images of CIFAR and folder:PATH (default: 4)")
     add("--compile", action="store_true", help="torch.compile the model")
 

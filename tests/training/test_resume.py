@@ -20,7 +20,8 @@ from crsam_ext.training.__main__ import main
 
 replace = os.replace
 
-def run(name, count, moment, *command):
+def run(folder, name, count, moment, *command):
+    os.chdir(folder)
     left = int(count)
 
     def replace_or_die(source, target):
@@ -47,17 +48,22 @@ for line in sys.stdin:
 """
 
 
-@pytest.fixture
-def kill_at(here):
+@pytest.fixture(scope="module", autouse=True)
+def killed_runs():
+    """The process that runs KILLED_RUNS; from the start of the module, to import while other tests run."""
     arguments = [sys.executable, "-c", KILLED_RUNS]
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as runs:
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
 
-        def run(name, count, moment, command):
-            print(name, count, moment, command, "--threads 1", file=runs.stdin, flush=True)
-            assert int(runs.stdout.readline()) == signal.SIGKILL
 
-        yield run
-        runs.kill()
+@pytest.fixture
+def kill_at(here, killed_runs):
+    def run(name, count, moment, command):
+        print(here, name, count, moment, command, "--threads 1", file=killed_runs.stdin, flush=True)
+        assert int(killed_runs.stdout.readline()) == signal.SIGKILL
+
+    return run
 
 
 @pytest.fixture
@@ -98,22 +104,6 @@ def assert_same_run(here, read_log, read_state):
     return check
 
 
-def test_killed_three_times(kill_at, crsam_train, here, assert_same_run, read_log):
-    command = "--model mlp --epochs 4 --mixup 0.3 --ema 0.9 --batch-size 128 --output"
-    assert crsam_train(f"{command} straight") == 0
-
-    kill_at("last.pt", 1, "after", f"{command} killed")
-    assert [path.name for path in (here / "killed").iterdir()] == ["last.pt"]
-    kill_at("last.pt", 2, "before", f"{command} killed --resume")
-    assert (here / "killed" / "last.pt.partial").exists()
-    assert len(read_log(here / "killed")) == 1
-    kill_at("last.pt", 2, "after", f"{command} killed --resume")
-    assert len(read_log(here / "killed")) == 2  # of the three epochs in last.pt
-    assert crsam_train(f"{command} killed --resume") == 0
-
-    assert_same_run("straight", "killed")
-
-
 @pytest.mark.parametrize(
     ("data", "options"),
     [
@@ -143,6 +133,22 @@ def test_interrupted_with_augmentation(
     assert crsam_train(f"{command} stopped --resume") == 0
 
     assert_same_run("straight", "stopped")
+
+
+def test_killed_three_times(kill_at, crsam_train, here, assert_same_run, read_log):
+    command = "--model mlp --epochs 4 --mixup 0.3 --ema 0.9 --batch-size 128 --output"
+    assert crsam_train(f"{command} straight") == 0
+
+    kill_at("last.pt", 1, "after", f"{command} killed")
+    assert [path.name for path in (here / "killed").iterdir()] == ["last.pt"]
+    kill_at("last.pt", 2, "before", f"{command} killed --resume")
+    assert (here / "killed" / "last.pt.partial").exists()
+    assert len(read_log(here / "killed")) == 1
+    kill_at("last.pt", 2, "after", f"{command} killed --resume")
+    assert len(read_log(here / "killed")) == 2  # of the three epochs in last.pt
+    assert crsam_train(f"{command} killed --resume") == 0
+
+    assert_same_run("straight", "killed")
 
 
 def test_finished_run_stays_as_it_is(crsam_train, here, finished, read_log, read_state):
