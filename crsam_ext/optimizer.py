@@ -131,7 +131,7 @@ class CRSAM(Optimizer):
         self.stats = Stats()
         self._requested_backend = backend
         self.statistics = None if model is None else RunningStatistics(model)
-        self._reset()
+        backends.load(backend, compile=compile)  # what is asked for in vain is said first
 
         self._own = {"rho": rho, "alpha": alpha, "beta": 0.01 if beta is None else beta, "adaptive": adaptive}
         base, own_groups = _make_base(params, base_optimizer, base_kwargs, self._own.keys())
@@ -140,6 +140,7 @@ class CRSAM(Optimizer):
         self.state = base.state
         if own_groups is None:
             self.param_groups = base.param_groups
+        self._reset()
 
     # What the optimizer is -------------------------------------------------------------------------------------------
 
@@ -266,6 +267,9 @@ class CRSAM(Optimizer):
         """Begin a step, with parameters and state in the flat buffers."""
         options = self._options()
         if self._flat is None or not self._flat.matches(self.param_groups, self.state, options):
+            operators = self._load_operators()
+            if operators.name != self.operators.name:  # the parameters have moved to another kind of device
+                self.operators = operators
             self._flat = FlatParameters(self.param_groups, self.state, options, self.operators.gather_below)
         if not self._flat.buckets:
             raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
@@ -381,8 +385,12 @@ class CRSAM(Optimizer):
                     if param.dtype.itemsize == 2 and isinstance(value, Tensor) and value.is_floating_point():
                         self.state[param][name] = value.detach().clone().to(param.device)
 
+    def _load_operators(self) -> Operators:
+        devices = {param.device.type for group in self.param_groups for param in group["params"]}
+        return backends.load(self._requested_backend, compile=self.compile, devices=devices)
+
     def _reset(self) -> None:
-        self.operators = backends.load(self._requested_backend, compile=self.compile)
+        self.operators = self._load_operators()
         self._flat = self._step = self._last_loss = None
 
     def __getstate__(self) -> dict[str, Any]:

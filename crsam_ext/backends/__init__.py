@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from ..ops import Operators
 from . import cuda
 from .torch import TorchOperators
@@ -19,12 +21,13 @@ def available_backends() -> dict[str, str]:
     return {name: "available" if why is None else f"unavailable: {why}" for name, why in reasons.items()}
 
 
-def load(name: str, *, compile: bool = False) -> Operators:
+def load(name: str, *, compile: bool = False, devices: Collection[str] = ()) -> Operators:
     """The operators of a backend.
 
     Args:
-        name: "auto" (the first available one), "cuda", "triton" or "torch".
+        name: "cuda", "triton", "torch", or "auto": the first one that is available and runs on ``devices``.
         compile: run the torch backend's operators through ``torch.compile``.
+        devices: types of the devices that the parameters are on.
     Raises:
         ValueError: for an unknown name, or ``compile`` with a backend that is compiled already.
         RuntimeError: if the backend is not available, with the reason.
@@ -32,9 +35,11 @@ def load(name: str, *, compile: bool = False) -> Operators:
     available = available_backends()
     if name not in ("auto", *available):
         raise ValueError(f"unknown backend {name!r}; choose from {', '.join(('auto', *available))}")
-    chosen = next(b for b, why in available.items() if why == "available") if name == "auto" else name
-    if available[chosen] != "available":
-        raise RuntimeError(f"backend {chosen!r} is {available[chosen]}")
-    if compile and chosen != "torch":
-        raise ValueError(f"compile=True is for the torch backend; {chosen!r} is compiled already")
-    return cuda.CudaOperators() if chosen == "cuda" else TorchOperators(compile)
+    if name == "auto":
+        fits = {"torch"} if compile or set(devices) - {"cuda"} else set(available)
+        name = next(backend for backend, why in available.items() if why == "available" and backend in fits)
+    if available[name] != "available":
+        raise RuntimeError(f"backend {name!r} is {available[name]}")
+    if compile and name != "torch":
+        raise ValueError(f"compile=True is for the torch backend; {name!r} is compiled already")
+    return cuda.CudaOperators() if name == "cuda" else TorchOperators(compile)
