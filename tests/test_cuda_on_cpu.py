@@ -319,12 +319,6 @@ def test_thread_sanitizer_finds_nothing():
     [
         pytest.param(
             THREADS,
-            ("reduce.cuh", "  __threadfence();  // the partial sums", "  // the partial sums"),
-            "data race",
-            id="fence",
-        ),
-        pytest.param(
-            THREADS,
             ("reduce.cuh", "  }\n  __syncthreads();\n  if (threadIdx.x < K) {", "  }\n  if (threadIdx.x < K) {"),
             "data race",
             id="barrier",

@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <latch>
 #include <mutex>
 #include <random>
 #include <source_location>
@@ -308,7 +309,7 @@ void arrange(std::vector<T>& items, unsigned seed) {
   if (order > 1) std::shuffle(items.begin(), items.end(), std::mt19937(order * 7919u + seed));
 }
 
-EMU_NOSAN inline void run_block(Launch* launch, unsigned index) {
+EMU_NOSAN inline void run_block(Launch* launch, unsigned index, std::latch* start = nullptr) {
   const unsigned n = launch->threads.x;
   Block* b = new Block{};
   b->index = {index, 0, 0};
@@ -317,6 +318,8 @@ EMU_NOSAN inline void run_block(Launch* launch, unsigned index) {
   b->threads = std::vector<Thread>(n);
   b->warps = std::vector<Barrier>((n + 31) / 32);
   b->stacks = take_stacks(kStack * n);
+  // A block that ended before its neighbour began would be ordered before it by the lock around the stacks.
+  if (start) start->arrive_and_wait();
 #ifdef __SANITIZE_THREAD__
   b->fiber = __tsan_get_current_fiber();
 #endif
@@ -370,9 +373,11 @@ inline void run(dim3 blocks, dim3 threads, const std::function<void()>& body) {
   arrange(indices, 0);
 #ifdef EMU_PARALLEL
   for (unsigned i = 0; i < blocks.x; i += kParallel) {
+    const unsigned stop = std::min(blocks.x, i + kParallel);
+    std::latch start(stop - i);
     std::vector<std::thread> running;
-    for (unsigned j = i; j < std::min(blocks.x, i + kParallel); ++j) {
-      running.emplace_back([&launch, index = indices[j]] { run_block(&launch, index); });
+    for (unsigned j = i; j < stop; ++j) {
+      running.emplace_back([&launch, &start, index = indices[j]] { run_block(&launch, index, &start); });
     }
     for (std::thread& thread : running) thread.join();
   }
