@@ -1,5 +1,6 @@
 """A run that is stopped at any moment and resumed is the run that was never stopped."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -52,7 +53,10 @@ for line in sys.stdin:
 def killed_runs():
     """The process that runs KILLED_RUNS; from the start of the module, to import while other tests run."""
     arguments = [sys.executable, "-c", KILLED_RUNS]
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    # Libraries that start threads when they are imported would leave their locks to the forks.
+    one = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(arguments, env={**os.environ, **one}, **pipes) as process:
         yield process
         process.kill()
 
