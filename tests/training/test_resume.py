@@ -54,7 +54,7 @@ def killed_runs():
     """The process that runs KILLED_RUNS; from the start of the module, to import while other tests run."""
     arguments = [sys.executable, "-c", KILLED_RUNS]
     # Libraries that start threads when they are imported would leave their locks to the forks.
-    one = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(arguments, env={**os.environ, **one}, **pipes) as process:
         yield process
