@@ -50,15 +50,15 @@ def _up(x: Tensor, scratch: Scratch, index: int) -> Tensor:
     return x if x.dtype == compute_dtype(x.dtype) else scratch(index).copy_(x)
 
 
-def _differences(grads: Sequence[Tensor], scratch: Scratch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """g0, g+ in the compute dtype, d1 in scratch 3 and d2 in scratch 4; scratch 0 to 2 may hold the gradients."""
+def _differences(grads: Sequence[Tensor], scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    """g0 in the compute dtype, d1 in scratch 3 and d2 in scratch 4; scratch 0 to 2 may hold the gradients."""
     g0, gp, gm = (_up(g, scratch, i) for i, g in enumerate(grads))
     d1, d2 = scratch(3), scratch(4)
     torch.sub(gp, g0, out=d2)
     torch.sub(gm, g0, out=d1)
     d2.add_(d1)
     torch.sub(gp, gm, out=d1)
-    return g0, gp, d1, d2
+    return g0, d1, d2
 
 
 def _regularized(grads: Sequence[Tensor], up: Tensor, down: Tensor, factor: Tensor | None, scratch: Scratch) -> Tensor:
@@ -78,13 +78,13 @@ def _regularized(grads: Sequence[Tensor], up: Tensor, down: Tensor, factor: Tens
 
 
 def _write(live: Tensor, saved: Tensor, new: Tensor, ok: Tensor | None) -> None:
-    """Make ``new`` the parameter, where ``ok``, and ``saved`` elsewhere. ``new`` may be ``saved``."""
+    """Make ``new`` the parameter, where ``ok``, and ``saved`` elsewhere."""
     if live.dtype == saved.dtype:
         live.copy_(new) if ok is None else torch.where(ok, new, saved, out=live)
     else:
         if ok is not None:
             torch.where(ok, new, saved, out=saved)
-        elif new is not saved:
+        else:
             saved.copy_(new)
         live.copy_(saved)
 
@@ -129,7 +129,7 @@ def _gram(
     inner: Callable[..., Tensor],
     blind: bool,
 ) -> Tensor:
-    g0, _, d1, d2 = _differences((g0, gp, gm), scratch)
+    g0, d1, d2 = _differences((g0, gp, gm), scratch)
     products = [inner(x, y, blind) for x, y in ((g0, g0), (g0, d1), (g0, d2), (d1, d1), (d1, d2), (d2, d2))]
     if w is None:
         return torch.stack(products + products[:3])
