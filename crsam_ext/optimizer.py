@@ -179,9 +179,13 @@ class CRSAM(Optimizer):
                 if name != "adaptive" and not isinstance(value, Tensor) and not 0 <= value < math.inf:
                     raise ValueError(f"{name} must be a finite number that is not negative, but is {value}")
         super().add_param_group(param_group)
+        try:
+            for param in param_group["params"]:
+                check_parameter(param)
+        except ValueError:
+            self.param_groups.pop()  # what is refused does not stay
+            raise
         self._inform_base()
-        for param in param_group["params"]:
-            check_parameter(param)
 
     # A step ---------------------------------------------------------------------------------------------------------
 

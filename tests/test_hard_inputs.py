@@ -378,6 +378,13 @@ def test_gradient_beyond_the_square_root_of_the_largest_number(backend_options, 
     assert_close(param, torch.full((4,), -1.0), update_tolerance(torch.float32, 1))
 
 
+def test_refused_group_does_not_stay(backend_options, device):
+    pair = Pair(tensors((3,), device=device), backend_options)
+    with pytest.raises(ValueError, match="complex64"):
+        pair.optimizer.add_param_group({"params": [Parameter(torch.zeros(2, dtype=torch.complex64, device=device))]})
+    assert len(pair.optimizer.param_groups) == 1
+
+
 def test_gradient_with_a_graph(backend_options, device):
     """backward(create_graph=True): the gradient is used, its graph is not kept."""
     pair = Pair(tensors((3,), device=device), backend_options)
