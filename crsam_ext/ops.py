@@ -132,8 +132,8 @@ class Operators(ABC):
             grads: rows of a gradient.
             groups: the group of each row.
             num_groups: how many groups there are.
-            weights: for each row None, or the row of parameters that it is weighted with (ASAM): w as the model reads
-                it, that is, rounded where there is a master.
+            weights: for each row None, or the row of parameters that it is weighted with (ASAM), in its own dtype: w as
+                the model reads it, that is, rounded where there is a master.
         Returns:
             float64 tensor [num_groups]. Squared, so that groups, devices and processes add up. The first sums may be
             made in the compute dtype, where an element beyond 1.8e19 counts as infinite.
@@ -177,9 +177,8 @@ class Operators(ABC):
             scale: float64 [groups], s; negative for a group that is maximized.
             adaptive: for each group, whether e is that of ASAM.
             sign: +1 for w + e, -1 for w - e.
-            undo: with ``sign=+1``, pairs of ``live`` and ``saved`` (rows, or pieces of them) are appended as soon as
-                the second holds w and before the first is written: copying each second into its first gives w back,
-                wherever an exception or Ctrl-C has struck.
+            undo: with ``sign=+1``, pairs of ``live`` and ``saved`` (rows, or pieces of them) are appended. Wherever an
+                exception or Ctrl-C has struck, copying each second into its first gives w back.
         """
 
     @abstractmethod
@@ -197,6 +196,10 @@ class Operators(ABC):
         The differences are formed elementwise before the products: subtracting inner products afterwards would lose
         all digits, since the differences are small against the gradients.
 
+        Args:
+            grad, grad_ascent, grad_descent: rows of g0, g+ and g-.
+            groups, num_groups: as for :meth:`grad_norm`.
+            weights: for each row None, or w in the compute dtype (ASAM).
         Returns:
             float64 tensor [num_groups, 9]: :math:`g_0 g_0, g_0 d_1, g_0 d_2, d_1 d_1, d_1 d_2, d_2 d_2`, then
             :math:`h g_0, h d_1, h d_2` with :math:`e = s h`; h is g0, or :math:`w^2 g_0` where weights are given.

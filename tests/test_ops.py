@@ -73,7 +73,7 @@ def regularized(grads, factor=1.0, groups=GROUPS):
 @dtypes
 @pytest.mark.parametrize("weighted", [(False, False), (True, True), (True, False)], ids=["plain", "weighted", "mixed"])
 def test_grad_norm(weighted, dtype, operators, device):
-    g, w = rows(dtype, device), rows(compute_dtype(dtype), device)
+    g, w = rows(dtype, device), rows(dtype, device)
     weights = [x if weighted[k] else None for x, k in zip(w, GROUPS, strict=True)]
     found = operators.grad_norm(g, GROUPS, 3, weights)
     assert found.dtype == torch.float64

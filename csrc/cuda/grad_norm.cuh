@@ -13,20 +13,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) grad_norm_kernel(Table t
   const Chunk chunk = table.chunks[blockIdx.x];
   const Row row = table.rows[chunk.row];
   const T* grad = static_cast<const T*>(row.grad);
+  const T* live = static_cast<const T*>(row.live);
   C sums[1] = {0};
 
-  auto weighted_with = [&](const auto* w) {
-    for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
-      C g[width], v[width];
-      load(grad + i, g);
-      load(w + i, v);
-#pragma unroll
-      for (int j = 0; j < width; ++j) {
-        const C x = g[j] * v[j];
-        sums[0] = fused(x, x, sums[0]);
-      }
-    });
-  };
   if (!row.adaptive) {
     for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
       C g[width];
@@ -34,10 +23,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) grad_norm_kernel(Table t
 #pragma unroll
       for (int j = 0; j < width; ++j) sums[0] = fused(g[j], g[j], sums[0]);
     });
-  } else if (row.live) {
-    weighted_with(static_cast<const T*>(row.live));
   } else {
-    weighted_with(static_cast<const C*>(row.saved));
+    for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
+      C g[width], w[width];
+      load(grad + i, g);
+      load(live + i, w);
+#pragma unroll
+      for (int j = 0; j < width; ++j) {
+        const C x = g[j] * w[j];
+        sums[0] = fused(x, x, sums[0]);
+      }
+    });
   }
   group_sum(table, row.group, sums, partial, norms);
 }

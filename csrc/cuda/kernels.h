@@ -7,8 +7,7 @@
 
 namespace crsam {
 
-// norms [groups] <- squared norm of the gradient, times w where `adaptive`; w is `live`, or `saved` where that is null.
-// partial [chunks] is scratch.
+// norms [groups] <- squared norm of the gradient, times `live` where `adaptive`. partial [chunks] is scratch.
 void launch_grad_norm(Dtype dtype, const Table& table, double* partial, double* norms, cudaStream_t stream);
 
 // scale [groups] <- rho / (norm + epsilon)

@@ -72,14 +72,13 @@ class Rows {
     }
   }
 
-  // The tensors that rows are weighted with, in the dtype of the rows or the compute dtype.
-  void enter_weights(const OptionalTensors& weights) {
+  // The tensors that rows are weighted with, where there are any.
+  void enter_weights(void* Row::*column, const OptionalTensors& weights, at::ScalarType of_type) {
     check_count(weights.size(), "weights", rows_.size());
     for (size_t i = 0; i < rows_.size(); ++i) {
       const std::optional<at::Tensor> w = weights.get(i);
       if (!w) continue;
-      const bool wide = w->scalar_type() == compute_type(type);
-      enter(wide ? &Row::saved : &Row::live, i, *w, "weights", wide ? compute_type(type) : type);
+      enter(column, i, *w, "weights", of_type);
       rows_[i].adaptive = 1;
     }
   }
@@ -154,7 +153,7 @@ at::Tensor grad_norm(at::TensorList grads, at::IntArrayRef groups, int64_t num_g
   Rows rows(grads, "grads", groups, num_groups);
   const c10::DeviceGuard guard(rows.device);
   rows.enter(&Row::grad, grads, "grads", rows.type);
-  rows.enter_weights(weights);
+  rows.enter_weights(&Row::live, weights, rows.type);
   if (rows.empty()) return at::zeros({num_groups}, at::TensorOptions(at::kDouble).device(rows.device));
   const cudaStream_t stream = current_stream(rows.device);
   const Table table = rows.table(stream);
@@ -202,7 +201,7 @@ at::Tensor fd_gram(at::TensorList grad, at::TensorList grad_ascent, at::TensorLi
   rows.enter(&Row::grad, grad, "grad", rows.type);
   rows.enter(&Row::grad_ascent, grad_ascent, "grad_ascent", rows.type);
   rows.enter(&Row::grad_descent, grad_descent, "grad_descent", rows.type);
-  rows.enter_weights(weights);
+  rows.enter_weights(&Row::saved, weights, compute_type(rows.type));
   if (rows.empty()) return at::zeros({num_groups, 9}, at::TensorOptions(at::kDouble).device(rows.device));
   const cudaStream_t stream = current_stream(rows.device);
   const Table table = rows.table(stream);

@@ -1,0 +1,245 @@
+"""The operators as fused kernels, one launch each: from arguments of `Operators` to those of the schemas.
+
+CUDA C++ and Triton implement the same schemas, each in a namespace of its own: csrc/ops.cpp says what they mean. A row
+is one parameter, and gradients stay where autograd left them: the kernels read a table of pointers, which is copied to
+the device only when a pointer has changed.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..ops import EPSILON, AdamOptions, Coefficients, Operators, SGDOptions
+
+__all__ = ["FAKES", "FusedOperators"]
+
+
+class FusedOperators(Operators):
+    """See :class:`crsam_ext.ops.Operators`."""
+
+    namespace: ClassVar[str]  #: of the registered operators
+
+    gather_below = 0
+
+    def __init__(self) -> None:
+        self._ops = getattr(torch.ops, self.namespace)
+
+    @abstractmethod
+    def _launched(self, live: Tensor, before: int) -> bool:
+        """Whether ``perturb_`` was launched, in which ``live`` had the version ``before``; asked after an exception."""
+
+    def grad_norm(
+        self, grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
+    ) -> Tensor:
+        return self._ops.grad_norm(grads, groups, num_groups, weights)
+
+    def perturbation_scale(self, squared_norm: Tensor, rho: Tensor) -> Tensor:
+        return self._ops.perturbation_scale(squared_norm, rho, EPSILON)
+
+    def perturb_(
+        self,
+        live: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        groups: Sequence[int],
+        scale: Tensor,
+        adaptive: Sequence[bool],
+        sign: int,
+        undo: list[tuple[Tensor, Tensor]],
+    ) -> None:
+        scale = scale.to(live[0].device, non_blocking=True)
+        before, known = live[0]._version, len(undo)
+        try:
+            # One launch saves and writes: undo must not wait until it returns, nor stay if it is never made.
+            if sign > 0:
+                undo += zip(live, saved, strict=True)
+            self._ops.perturb_(live, saved, grads, groups, scale, adaptive, sign)
+        except BaseException:
+            if not self._launched(live[0], before):
+                del undo[known:]
+            raise
+
+    def fd_gram(
+        self,
+        grad: Sequence[Tensor],
+        grad_ascent: Sequence[Tensor],
+        grad_descent: Sequence[Tensor],
+        groups: Sequence[int],
+        num_groups: int,
+        weights: Sequence[Tensor | None],
+    ) -> Tensor:
+        return self._ops.fd_gram(grad, grad_ascent, grad_descent, groups, num_groups, weights)
+
+    def coefficients(
+        self,
+        gram: Tensor | None,
+        squared_norms: Sequence[Tensor],
+        scale: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        *,
+        counters: Tensor,
+        steps: Sequence[tuple[Tensor, Tensor]],
+        passes: int,
+        regularizer: str,
+        losses: tuple[Tensor, Tensor, Tensor] | None,
+        max_regularizer_ratio: float,
+        max_grad_norm: float | None,
+    ) -> Coefficients:
+        log = passes == 3 and regularizer == "log"
+        assert gram is not None or not log or losses is not None
+        assert gram is not None or passes < 3 or max_grad_norm is None
+        here = [pair for pair in steps if pair[0].device == alpha.device]
+        values, flags = self._ops.coefficients(
+            gram,
+            list(squared_norms),
+            scale,
+            alpha,
+            beta,
+            counters,
+            [taken for taken, _ in here],
+            [part for _, part in here],
+            passes,
+            log,
+            [] if losses is None else list(losses),
+            max_regularizer_ratio,
+            math.inf if max_grad_norm is None else max_grad_norm,
+        )
+        ok, capped = flags.unbind()
+        for taken, part in steps:
+            if taken.device != alpha.device:
+                taken.addcmul_(part, ok.to(part, non_blocking=True))
+        groups = len(alpha)
+        factor, kappa, sigma, ratio = values[2 * groups :].unbind()
+        return Coefficients(
+            values[:groups],
+            values[groups : 2 * groups],
+            None if max_grad_norm is None else factor,
+            ok,
+            kappa if log else None,
+            sigma if log else None,
+            None if gram is None else ratio,
+            None if gram is None else capped,
+        )
+
+    def sgd_step_(
+        self,
+        live: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        momentum_buffer: Sequence[Tensor | None],
+        grads: Sequence[Sequence[Tensor]],
+        groups: Sequence[int],
+        steps: Sequence[Tensor],
+        options: Sequence[SGDOptions],
+        coefficients: Coefficients,
+    ) -> None:
+        none = live[0].new_empty(0)
+        values = [(o.lr, o.momentum, o.dampening, o.weight_decay, o.nesterov, o.maximize) for o in options]
+        self._ops.sgd_step_(
+            live,
+            saved,
+            [none if m is None else m for m in momentum_buffer],
+            *_gradients(grads),
+            groups,
+            steps,
+            *_options(values, live[0].device),
+            *_decision(coefficients, live[0].device),
+            coefficients.ok.to(live[0].device, non_blocking=True),
+        )
+
+    def adamw_step_(
+        self,
+        live: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        exp_avg: Sequence[Tensor],
+        exp_avg_sq: Sequence[Tensor],
+        grads: Sequence[Sequence[Tensor]],
+        groups: Sequence[int],
+        steps: Sequence[Tensor],
+        options: Sequence[AdamOptions],
+        coefficients: Coefficients,
+    ) -> None:
+        values = [(o.lr, *o.betas, o.eps, o.weight_decay, o.decoupled_weight_decay, o.maximize) for o in options]
+        self._ops.adamw_step_(
+            live,
+            saved,
+            exp_avg,
+            exp_avg_sq,
+            *_gradients(grads),
+            groups,
+            steps,
+            *_options(values, live[0].device),
+            *_decision(coefficients, live[0].device),
+            coefficients.ok.to(live[0].device, non_blocking=True),
+        )
+
+    def combine_(
+        self,
+        live: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        grads: Sequence[Sequence[Tensor]],
+        groups: Sequence[int],
+        coefficients: Coefficients,
+    ) -> None:
+        self._ops.combine_(live, saved, *_gradients(grads), groups, *_decision(coefficients, live[0].device))
+
+
+def _gradients(grads: Sequence[Sequence[Tensor]]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """All three gradients, or that of the last pass alone."""
+    if len(grads) == 3:
+        return grads[0], grads[1], grads[2]
+    return grads[-1], [], []
+
+
+def _decision(c: Coefficients, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    a, b = (x.to(device, non_blocking=True) for x in (c.a, c.b))
+    return a, b, None if c.factor is None else c.factor.to(device, non_blocking=True)
+
+
+def _options(
+    groups: Iterable[Sequence[float | Tensor]], device: torch.device
+) -> tuple[list[float], list[Tensor | None]]:
+    """Options of all groups in a row, as numbers, and those that lie on the device as tensors."""
+    numbers: list[float] = []
+    tensors: list[Tensor | None] = []
+    for value in (value for group in groups for value in group):
+        on_host = not isinstance(value, Tensor) or value.device.type == "cpu" != device.type
+        numbers.append(float(value) if on_host else 0.0)
+        tensors.append(None if on_host else _number(value, device))
+    return numbers, tensors
+
+
+def _number(value: Any, device: torch.device) -> Tensor:
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    return value.detach().to(device, dtype, non_blocking=True)
+
+
+# What the operators return, for torch.compile and its like: those that write into their arguments return nothing.
+
+
+def _fake_sums(*columns: int) -> Any:
+    def fake(grads: list[Tensor], *arguments: Any) -> Tensor:
+        num_groups = next(x for x in arguments if isinstance(x, int))
+        return grads[0].new_empty(num_groups, *columns, dtype=torch.float64)
+
+    return fake
+
+
+def _fake_coefficients(gram: Tensor | None, squared_norms: Any, scale: Any, alpha: Tensor, *_: Any) -> Any:
+    return alpha.new_empty(2 * len(alpha) + 4), alpha.new_empty(2, dtype=torch.bool)
+
+
+#: For each operator the function that makes its results, without values.
+FAKES: Mapping[str, Any] = {
+    "grad_norm": _fake_sums(),
+    "fd_gram": _fake_sums(9),
+    "perturbation_scale": lambda squared_norm, rho, epsilon: torch.empty_like(squared_norm),
+    "coefficients": _fake_coefficients,
+    **{name: lambda *_: None for name in ("perturb_", "sgd_step_", "adamw_step_", "combine_")},
+}
