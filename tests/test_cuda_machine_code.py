@@ -14,7 +14,7 @@ from .cuda_on_cpu.build import KERNELS, SOURCES
 DTYPES = {"d": "float64", "f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 
 
-@pytest.fixture(scope="module", params=["90", "100"])
+@pytest.fixture(scope="module", params=["80", "86", "90", "100", "120"])
 def kernels(request, tmp_path_factory):
     """(kernel, dtype) -> list of (resources, machine code), one for each further template argument."""
     tools = importlib.util.find_spec("triton")
@@ -23,13 +23,16 @@ def kernels(request, tmp_path_factory):
         missing("no nvcc was found")
     if not (tools / "cuobjdump").exists():
         missing("Triton, whose wheel has cuobjdump, was not found")
+    folder = tmp_path_factory.mktemp("cubin")
+    flags = ["-std=c++17", "-O3", f"-arch=sm_{request.param}", "-Werror", "all-warnings"]
+    compilers = [
+        subprocess.Popen(["nvcc", *flags, "-cubin", SOURCES / "cuda" / name, "-o", folder / name]) for name in KERNELS
+    ]
+    assert [compiler.wait() for compiler in compilers] == [0] * len(KERNELS)
     found = {}
     for name in KERNELS:
-        cubin = tmp_path_factory.mktemp("cubin") / name
-        flags = ["-std=c++17", "-O3", f"-arch=sm_{request.param}", "-Werror", "all-warnings"]
-        subprocess.run(["nvcc", *flags, "-cubin", SOURCES / "cuda" / name, "-o", cubin], check=True)
 
-        def dump(option, cubin=cubin):
+        def dump(option, cubin=folder / name):
             return subprocess.run(
                 [tools / "cuobjdump", option, cubin], capture_output=True, text=True, check=True
             ).stdout
@@ -50,11 +53,13 @@ def test_all_kernels_are_there(kernels):
 
 
 def test_registers_and_spills(kernels):
+    """Nothing is spilled, and 1024 threads fit on a multiprocessor: of float64 512, of 16-bit fd_gram 768."""
     for (kernel, dtype), variants in kernels.items():
+        threads = 512 if dtype == "float64" else 768 if kernel == "fd_gram_kernel" and dtype != "float32" else 1024
         for resources, code in variants:
             assert resources["STACK"] == resources["LOCAL"] == 0, (kernel, dtype)
             assert not re.search(r"\b(LDL|STL)\b", code), (kernel, dtype)
-            assert resources["REG"] <= (128 if dtype == "float64" else 64), (kernel, dtype, resources)
+            assert resources["REG"] <= 65536 // threads, (kernel, dtype, resources)
 
 
 def test_wide_accesses(kernels):

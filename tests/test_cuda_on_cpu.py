@@ -241,17 +241,38 @@ def test_interrupted_perturb_can_be_undone(launched, library, monkeypatch):
 
 
 def test_schemas_and_fakes(library):
+    CudaOperators()  # registers the fakes
     case = Case(torch.float32)
     check, operators = torch.library.opcheck, torch.ops.crsam
-    c = case.coefficients
+    c, scale = case.coefficients, case.scale
     check(operators.grad_norm, (case.grads[0], case.groups, 2, case.none))
-    check(operators.perturbation_scale, (case.scale, case.scale.clone(), 1e-12))
-    check(operators.perturb_, (case.live, case.saved, case.grads[0], case.groups, case.scale, [False, True], 1))
+    check(operators.perturbation_scale, (scale, scale.clone(), 1e-12))
+    check(operators.perturb_, (case.live, case.saved, case.grads[0], case.groups, scale, [False, True], 1))
     check(operators.fd_gram, (*case.grads, case.groups, 2, case.none))
-    numbers = [0.1, 0.9, 0.1, 0.01, 1.0, 0.0] * 2
-    momentum, step = (case.live, case.saved, case.first), (case.groups, case.steps, numbers, [None] * 12)
-    check(operators.sgd_step_, (*momentum, *case.grads, *step, c.a, c.b, c.factor, c.ok))
+    gram, counters = torch.rand(2, 9, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    steps = [torch.zeros(4)], [torch.ones(4)]
+    check(operators.coefficients, (gram, [], scale, scale, scale, counters, *steps, 3, True, [], 1.0, 1.0))
+    check(operators.coefficients, (None, [scale], scale, scale, scale, counters, [], [], 1, False, [], 1.0, 1.0))
+    gradients, decision = (*case.grads, case.groups, case.steps), (c.a, c.b, c.factor, c.ok)
+    sgd = [0.1, 0.9, 0.1, 0.01, 1.0, 0.0] * 2
+    check(operators.sgd_step_, (case.live, case.saved, case.first, *gradients, sgd, [None] * 12, *decision))
+    adam, moments = [0.1, 0.9, 0.99, 1e-8, 0.01, 1.0, 0.0] * 2, (case.first, case.second)
+    check(operators.adamw_step_, (case.live, case.saved, *moments, *gradients, adam, [None] * 14, *decision))
     check(operators.combine_, (case.live, case.saved, *case.grads, case.groups, c.a, c.b, c.factor))
+
+
+def test_compiled_without_a_graph_break(library):
+    """torch.compile of a function that calls all operators: one graph, and what they write is written."""
+    case, expected, operators = Case(torch.float32), Case(torch.float32), CudaOperators()
+
+    def body(case):
+        return [operator(case, operators) for operator in Case.OPERATORS]
+
+    returned = torch.compile(body, fullgraph=True, backend="aot_eager")(case)
+    for x, y in zip(returned, body(expected), strict=True):
+        assert x is y is None or torch.equal(x, y)
+    for x, y in zip(case.tensors(), expected.tensors(), strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +318,7 @@ ADDRESSES = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undef
 THREADS = ("-O1", "-fsanitize=thread", "-DEMU_PARALLEL")
 
 
-def run_program(*flags, replaced=None, order=0):
+def run_program(*flags, replaced=(), order=0):
     program = build.program(*flags, replaced=replaced)
     return subprocess.run([program, str(order)], capture_output=True, text=True)
 
@@ -324,6 +345,18 @@ def test_thread_sanitizer_finds_nothing():
             id="barrier",
         ),
         pytest.param(
+            THREADS,
+            ("reduce.cuh", "__threadfence();  // what the block has summed is seen before its ticket", ""),
+            "data race",
+            id="fence-before-ticket",
+        ),
+        pytest.param(
+            THREADS,
+            ("reduce.cuh", "__threadfence();  // other blocks' partial sums are read after their tickets", ""),
+            "data race",
+            id="fence-after-ticket",
+        ),
+        pytest.param(
             ADDRESSES,
             ("launch.cuh", "i < count; i += kThreads)", "i <= count; i += kThreads)"),
             "heap-buffer-overflow",
@@ -338,6 +371,6 @@ def test_thread_sanitizer_finds_nothing():
     ],
 )  # fmt: skip
 def test_planted_fault_is_found(flags, replaced, report):
-    done = run_program(*flags, replaced=replaced)
+    done = run_program(*flags, replaced=[replaced])
     assert done.returncode != 0
     assert report in done.stdout + done.stderr

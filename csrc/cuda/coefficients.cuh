@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kThreads) coefficients_kernel(CoefficientsArgu
     }
   }
   block_sum(forms, squared);
-  const double ratio = norm_of(squared[0]) / norm_of(squared[1]);
-  const bool capped = p.gram && ratio > p.max_regularizer_ratio;
+  const double ratio = p.gram ? norm_of(squared[0]) / norm_of(squared[1]) : 0;
+  const bool capped = ratio > p.max_regularizer_ratio;
   const double cap = capped ? p.max_regularizer_ratio / ratio : 1;
 
   // The weights as they are used, and the norm of ghat = g0 + (1/2 + b) d1 + (1/2 + a) d2.

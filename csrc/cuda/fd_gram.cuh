@@ -8,8 +8,11 @@ namespace crsam {
 
 // Inner products of (g0, d1, d2) and of h = g0, or w^2 g0 (ASAM), with each of them, per group.
 // Reads g0, g+, g-, and w for ASAM: 12 bytes an element in float32.
+//
+// 16-bit types have 8 elements of each gradient in flight beside the nine sums: 80 registers, hence a block less.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) fd_gram_kernel(Table table, double* partial, double* gram) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : kBlocks<T>)
+    fd_gram_kernel(Table table, double* partial, double* gram) {
   using C = compute_t<T>;
   const Chunk chunk = table.chunks[blockIdx.x];
   const Row row = table.rows[chunk.row];

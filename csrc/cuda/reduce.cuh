@@ -46,11 +46,10 @@ __device__ __forceinline__ void group_sum(const Table& table, int group, const C
 
   const int64_t begin = table.group_begin[group], end = table.group_begin[group + 1];
   __shared__ bool last;
-  __threadfence();  // the partial sums are seen before the ticket
-  __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();  // what the block has summed is seen before its ticket
     last = atomicAdd(&table.tickets[group], 1u) == end - begin - 1;
-    __threadfence();  // the ticket is seen before other blocks' partial sums
+    __threadfence();  // other blocks' partial sums are read after their tickets
   }
   __syncthreads();
   if (!last) return;

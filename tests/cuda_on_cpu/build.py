@@ -63,12 +63,12 @@ def library():
     return path
 
 
-def program(*flags, replaced=None):
+def program(*flags, replaced=()):
     """A stand-alone program that runs every kernel once; the path of it.
 
     Args:
         flags: of the compiler and the linker.
-        replaced: (file below csrc/cuda, text, other text): a fault to plant in a copy of the sources.
+        replaced: (file below csrc/cuda, text, other text), any number of them, made in a copy of the sources.
     """
     path = ROOT / "build" / "cuda_on_cpu" / _digest("program", flags, replaced) / "program"
     if path.exists():
@@ -76,8 +76,7 @@ def program(*flags, replaced=None):
     with tempfile.TemporaryDirectory() as copy:
         sources = Path(copy) / "cuda"
         shutil.copytree(SOURCES / "cuda", sources)
-        if replaced is not None:
-            name, text, other = replaced
+        for name, text, other in replaced:
             original = (sources / name).read_text()
             assert original.count(text) == 1, f"{text!r} is not once in {name}"
             (sources / name).write_text(original.replace(text, other))

@@ -12,8 +12,8 @@
 
 namespace {
 
-#ifdef EMU_PARALLEL  // fewer blocks: ThreadSanitizer takes a millisecond to make a fiber
-const std::vector<int64_t> kLengths = {3, crsam::kChunk + 3};
+#ifdef EMU_PARALLEL  // few blocks, as ThreadSanitizer takes a millisecond to make a fiber, and those of a group at once
+const std::vector<int64_t> kLengths = {crsam::kChunk + 3, 3};
 #else
 const std::vector<int64_t> kLengths = {1, 3, crsam::kChunk + 4097, 300};
 #endif
