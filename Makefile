@@ -2,6 +2,7 @@
 #   PYTHON       the Python, 3.10 or later, that makes the environment
 #   VENV         the environment: `make test VENV=path` uses, and installs into, the one at path
 #   CONSTRAINTS  the versions to install, a pip constraints file
+# Except `make gpu`, where PYTHON has a torch of its own: a GPU machine's is the one to be tested.
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
@@ -9,6 +10,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 # Made when the installation is complete; older than one of the files that describe it, it is made again.
 INSTALLED := $(VENV)/.crsam_ext-installed
+HAS_TORCH := $(PYTHON) -c 'import torch, pytest, hypothesis' 2>/dev/null
 
 .PHONY: help train test lint bench gpu clean
 
@@ -29,10 +31,11 @@ lint: $(INSTALLED)  ## Check style, format and types
 bench: $(INSTALLED)  ## Measure the time of a step; the numbers go to benchmarks/results
 	$(BIN)/python -m benchmarks.overhead
 
-gpu: $(INSTALLED)  ## On a machine with a GPU: build the extension, run all tests that need one, measure the operators
-	CRSAM_FORCE_CUDA=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
-	CRSAM_REQUIRE_CUDA=1 $(BIN)/python -m pytest -k 'gpu or cuda and not cuda_on_cpu'
-	$(BIN)/python -m benchmarks.operators
+gpu:  ## On a machine with a GPU: build the extension, run all tests that need one, measure the operators
+	@$(HAS_TORCH) || $(MAKE) $(INSTALLED)
+	python=$$($(HAS_TORCH) && echo $(PYTHON) || echo $(BIN)/python) && \
+	CRSAM_FORCE_CUDA=1 $$python -m pip install --quiet --no-build-isolation --no-deps --editable . && \
+	$$python -m benchmarks.gpu
 
 clean:  ## Remove build outputs and caches; .venv and runs/ stay
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -20,10 +20,15 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 ARCHITECTURES = "8.0;8.6;9.0;10.0;12.0+PTX"
+
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # with --no-build-isolation, nobody else sees to it
+    raise SystemExit(f"setuptools is {setuptools.__version__}; run: pip install 'setuptools>=77.0.3'")
 
 
 def packages() -> list[str]:

@@ -1,112 +1,148 @@
-"""GB/s of each operator of the cuda backend, beside a copy of the same bytes, on the parameters of a ResNet-50.
-
-Run ``make gpu``, or ``python -m benchmarks.operators --help``. Operators and copy take turns, so that a machine whose
-speed drifts favours none. Results are printed and written as JSON.
-"""
+"""GB/s of each operator of a fused backend, beside a copy of the same bytes."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import platform
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from crsam_ext import backends
-from crsam_ext.ops import AdamOptions, Coefficients, SGDOptions
+from crsam_ext.ops import AdamOptions, Coefficients, SGDOptions, compute_dtype
 
-from .shapes import resnet50
+__all__ = ["Contestant", "contestants", "measure"]
 
-RESULTS = Path(__file__).parent / "results"
 SGD = SGDOptions(lr=1e-3, momentum=0.9, dampening=0.0, weight_decay=1e-4, nesterov=False, maximize=False)
 ADAMW = AdamOptions(
     lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, decoupled_weight_decay=True, maximize=False
 )
 
 
-def operators(device: torch.device, lengths: list[int]) -> dict[str, tuple[int, Callable[[], object]]]:
-    """For each operator, the float32 numbers that it moves for each parameter, and a call of it."""
-    cuda = backends.load("cuda")
+class Contestant(NamedTuple):
+    """Something to measure: the bytes that it reads and writes for each parameter, and a call of it."""
 
-    def rows() -> list[torch.Tensor]:
-        return [torch.rand(n, device=device) for n in lengths]
+    nbytes: int
+    call: Callable[[], object]
 
-    live, saved, m, v, *grads = (rows() for _ in range(7))
+
+def contestants(
+    backend: str, dtype: torch.dtype, device: torch.device, lengths: Sequence[int]
+) -> dict[str, Contestant]:
+    """A copy, then the operators of a backend over rows of the given lengths."""
+    operators = backends.load(backend)
+    wide = compute_dtype(dtype)
+
+    def rows(row_dtype: torch.dtype) -> list[torch.Tensor]:
+        return [torch.rand(n, device=device, dtype=row_dtype) for n in lengths]
+
+    live, saved, m, v = rows(dtype), rows(wide), rows(wide), rows(wide)
+    grads = [rows(dtype) for _ in range(3)]
+    for w, p in zip(saved, live, strict=True):
+        w.copy_(p)
+    source = torch.rand(sum(lengths), device=device)
+    target = torch.empty_like(source)
     groups, none = [0] * len(lengths), [None] * len(lengths)
     steps = [torch.ones((), device=device)] * len(lengths)
     one = torch.full((1,), 0.1, dtype=torch.float64, device=device)
     c = Coefficients(one, one, None, torch.tensor(True, device=device))
+
+    t, w = dtype.itemsize, wide.itemsize
+    master = w if dtype != wide else 0  # of a parameter: read where w is saved, written where w is updated
     return {
-        "grad_norm": (1, lambda: cuda.grad_norm(grads[0], groups, 1, none)),
-        "perturb_ +1": (4, lambda: cuda.perturb_(live, saved, grads[0], groups, one, [False], 1, [])),
-        "perturb_ -1": (3, lambda: cuda.perturb_(live, saved, grads[0], groups, one, [False], -1, [])),
-        "fd_gram": (3, lambda: cuda.fd_gram(*grads, groups, 1, none)),
-        "sgd_step_": (7, lambda: cuda.sgd_step_(live, saved, m, grads, groups, steps, [SGD], c)),
-        "adamw_step_": (9, lambda: cuda.adamw_step_(live, saved, m, v, grads, groups, steps, [ADAMW], c)),
-        "combine_": (6, lambda: cuda.combine_(live, saved, grads, groups, c)),
+        "copy": Contestant(8, lambda: target.copy_(source)),
+        "grad_norm": Contestant(t, lambda: operators.grad_norm(grads[0], groups, 1, none)),
+        "perturb_ +1": Contestant(
+            3 * t + w, lambda: operators.perturb_(live, saved, grads[0], groups, one, [False], 1, [])
+        ),
+        "perturb_ -1": Contestant(
+            2 * t + w, lambda: operators.perturb_(live, saved, grads[0], groups, one, [False], -1, [])
+        ),
+        "fd_gram": Contestant(3 * t, lambda: operators.fd_gram(*grads, groups, 1, none)),
+        "sgd_step_": Contestant(
+            4 * t + 3 * w + master, lambda: operators.sgd_step_(live, saved, m, grads, groups, steps, [SGD], c)
+        ),
+        "adamw_step_": Contestant(
+            4 * t + 5 * w + master, lambda: operators.adamw_step_(live, saved, m, v, grads, groups, steps, [ADAMW], c)
+        ),
+        "combine_": Contestant(5 * t + w, lambda: operators.combine_(live, saved, grads, groups, c)),
     }
 
 
-def seconds(body: Callable[[], object], device: torch.device, calls: int) -> float:
-    """Seconds of one call, of several in a row: the host prepares the next one while the device works."""
-    for start in (True, False):
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        if start:
+def stopwatch(call: Callable[[], object], device: torch.device, calls: int) -> Callable[[], float]:
+    """A function that measures the seconds of one call, of several in a row.
+
+    On a GPU they are replayed from a CUDA graph, so that the device is measured and not the host.
+    """
+    call()
+    if device.type == "cpu":
+
+        def watch() -> float:
             began = time.perf_counter()
             for _ in range(calls):
-                body()
-    return (time.perf_counter() - began) / calls
+                call()
+            return (time.perf_counter() - began) / calls
+
+        return watch
+
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def watch_graph() -> float:
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / calls / 1e3
+
+    return watch_graph
 
 
-def main() -> None:
-    """Measure, print a table and write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--calls", type=int, default=20, help="calls in a row in each round")
-    parser.add_argument("--output", type=Path, default=RESULTS / "operators.json")
-    arguments = parser.parse_args()
+def host_seconds(call: Callable[[], object], device: torch.device, calls: int) -> float:
+    """Seconds that the host is busy with one call: to issue it, not to wait for it."""
+    began = time.perf_counter()
+    for _ in range(calls):
+        call()
+    taken = (time.perf_counter() - began) / calls
+    if device.type != "cpu":
+        torch.cuda.synchronize(device)
+    return taken
 
-    device = torch.device(arguments.device)
-    lengths = [math.prod(shape) for shape in resnet50()]
-    contestants = operators(device, lengths)
-    source = torch.rand(sum(lengths), device=device)
-    target = torch.empty_like(source)
-    contestants = {"copy": (2, lambda: target.copy_(source)), **contestants}
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for round_ in range(arguments.rounds + 1):
-        for name, (_, body) in contestants.items():
-            taken = seconds(body, device, arguments.calls)
+
+def measure(
+    backend: str, dtype: torch.dtype, device: torch.device, lengths: Sequence[int], rounds: int, calls: int
+) -> dict[str, dict[str, float]]:
+    """For copy and operators: seconds of a call as quantiles, bytes, GB/s, the share of the copy's GB/s, host seconds.
+
+    All take turns, so that a machine whose speed drifts favours none; the share is taken round by round.
+    """
+    entries = contestants(backend, dtype, device, lengths)
+    watches = {name: stopwatch(entry.call, device, calls) for name, entry in entries.items()}
+    times: dict[str, list[float]] = {name: [] for name in entries}
+    for round_ in range(rounds + 1):
+        for name, watch in watches.items():
+            taken = watch()
             if round_ > 0:  # the first one warms up
                 times[name].append(taken)
-
-    result = {}
-    print(f"{'operator':12} {'us p20':>8} {'p50':>8} {'p80':>8} {'GB/s':>7} {'of copy':>8}")
-    for name, (moved, _) in contestants.items():
-        p20, p50, p80 = (statistics.quantiles(times[name], n=10)[i] for i in (1, 4, 7))
-        speed = 4 * moved * sum(lengths) / p50 / 1e9
-        ratio = speed / result["copy"]["gb_per_s"] if result else 1.0
-        result[name] = {"seconds": {"p20": p20, "p50": p50, "p80": p80}, "gb_per_s": speed, "of_copy": ratio}
-        print(f"{name:12} {p20 * 1e6:8.1f} {p50 * 1e6:8.1f} {p80 * 1e6:8.1f} {speed:7.0f} {ratio:8.0%}")
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    report: dict[str, object] = {
-        "device": machine,
-        "versions": versions,
-        "command": sys.argv,
-        "parameters": sum(lengths),
-        "results": result,
-    }
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    results = {}
+    for name, entry in entries.items():
+        p20, p50, p80 = (statistics.quantiles(times[name], n=10, method="inclusive")[i] for i in (1, 4, 7))
+        nbytes = entry.nbytes * sum(lengths)
+        shares = [
+            (nbytes / own) / (8 * sum(lengths) / copy) for own, copy in zip(times[name], times["copy"], strict=True)
+        ]
+        results[name] = {
+            "p20": p20,
+            "p50": p50,
+            "p80": p80,
+            "bytes": nbytes,
+            "gb_per_s": nbytes / p50 / 1e9,
+            "of_copy": statistics.median(shares),
+            "host": host_seconds(entry.call, device, calls),
+        }
+    return results

@@ -1,5 +1,6 @@
 """What all tests share: seeds, one thread, repeatable Hypothesis runs, and visible skips of what a machine lacks."""
 
+import ctypes
 import os
 import random
 from typing import NoReturn
@@ -43,6 +44,14 @@ def require_cuda(request):
 def library():
     """The CUDA sources, compiled for a CPU and loaded as operators for CPU tensors."""
     return build.library()
+
+
+@pytest.fixture
+def shim(library):
+    """That library as ctypes sees it: counters, and the order of threads."""
+    shim = ctypes.CDLL(str(library))
+    yield shim
+    shim.crsam_set_order(0)
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
-"""What the benchmark compares computes the same thing."""
+"""What the benchmarks compare computes the same thing, and moves the bytes that are reported."""
 
 import pytest
 import torch
 
+from benchmarks import operators
 from benchmarks.overhead import contestants
 from benchmarks.shapes import resnet50
+
+from .cuda_on_cpu.build import counted
 
 SHAPES = [(70, 300), (64,), (8, 4, 3, 3), (1,), (20000,)]
 
@@ -25,6 +28,26 @@ def test_agrees_with_the_loop(name):
     for a, b in zip(actual, expected, strict=True):
         # A few roundings of numbers of order 10 (gradient times the sum of the weights) in fp32.
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_bytes_of_operators(dtype, cuda_on_cpu, shim):
+    """The bytes that GB/s are computed from are those that the kernels move."""
+    lengths = [4097, 3, 300]
+    entries = operators.contestants("cuda", dtype, torch.device("cpu"), lengths)
+    del entries["copy"]
+    for name, entry in entries.items():
+        _, read, written = counted(shim, entry.call)
+        assert read + written == entry.nbytes * sum(lengths), name
+
+
+def test_measurement_of_operators(cuda_on_cpu):
+    results = operators.measure("cuda", torch.float32, torch.device("cpu"), [4097, 3], rounds=3, calls=1)
+    assert len(results) == 8
+    for result in results.values():
+        assert 0 < result["p20"] <= result["p50"] <= result["p80"]
+        assert result["gb_per_s"] == pytest.approx(result["bytes"] / result["p50"] / 1e9)
+    assert results["copy"]["of_copy"] == 1
 
 
 def test_resnet50_has_the_published_size():

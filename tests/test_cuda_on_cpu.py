@@ -4,7 +4,6 @@ Those tests run on this build as well, as backend "cuda_on_cpu". Here are the or
 of awkward sizes and addresses, and the sanitizers, which must see faults that are planted.
 """
 
-import ctypes
 import subprocess
 
 import pytest
@@ -17,6 +16,7 @@ from crsam_ext.backends.torch import TorchOperators
 from crsam_ext.ops import AdamOptions, Coefficients, SGDOptions, compute_dtype
 
 from .cuda_on_cpu import build
+from .cuda_on_cpu.build import counted
 
 SIZES = (1, 3, 4097, 40000)
 GROUPS = (0, 1, 1, 0)
@@ -27,23 +27,6 @@ dtypes = pytest.mark.parametrize(
     [torch.float64, torch.float32, torch.float16, torch.bfloat16],
     ids=lambda d: str(d).removeprefix("torch."),
 )
-
-
-@pytest.fixture
-def shim(library):
-    """The library as ctypes sees it."""
-    shim = ctypes.CDLL(str(library))
-    yield shim
-    shim.crsam_set_order(0)
-
-
-def counted(shim, body):
-    """Launches, bytes read and bytes written by ``body``."""
-    counters = (ctypes.c_uint64 * 3)()
-    shim.crsam_take_counters(counters)
-    body()
-    shim.crsam_take_counters(counters)
-    return list(counters)
 
 
 class Case:

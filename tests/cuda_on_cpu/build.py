@@ -3,6 +3,7 @@
 What is built lies under build/cuda_on_cpu, named after a hash of everything that went into it.
 """
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -61,6 +62,15 @@ def library():
         torch.ops.load_library(schemas)
     torch.ops.load_library(path)
     return path
+
+
+def counted(shim, body):
+    """Launches, bytes read and bytes written by ``body``; ``shim`` is the library as ctypes sees it."""
+    counters = (ctypes.c_uint64 * 3)()
+    shim.crsam_take_counters(counters)
+    body()
+    shim.crsam_take_counters(counters)
+    return list(counters)
 
 
 def program(*flags, replaced=()):

@@ -1,0 +1,123 @@
+"""Everything that needs a GPU: the tests that run there and the bandwidth of every operator; one table, one JSON file.
+
+Run ``make gpu``, which builds the extension first. The exit status tells whether all tests passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+
+from crsam_ext import available_backends
+
+from .operators import measure
+from .shapes import resnet50
+
+ROOT = Path(__file__).parents[1]
+TESTS = ("gpu", "test_ops.py", "test_optimizer.py", "test_golden.py", "test_invariants.py", "test_hard_inputs.py")
+# Those with a backend on the GPU, and tests/gpu.
+SELECTION = "gpu or (cuda and not cuda_on_cpu) or (triton and not triton_interpreted)"
+BACKENDS = ("cuda", "triton")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def run_tests() -> dict[str, dict[str, object]]:
+    """For each file or folder of tests, how many passed, failed and were skipped, and what has failed.
+
+    All run at once: most of their time is spent on the host.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        running = {}
+        for name in TESTS:
+            report, log = Path(folder) / f"{name}.xml", Path(folder) / f"{name}.log"
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{name}"]
+            running[name] = (
+                report,
+                log,
+                subprocess.Popen(
+                    [*command, "-k", SELECTION, f"--junitxml={report}"],
+                    cwd=ROOT,
+                    env=os.environ | {"CRSAM_REQUIRE_CUDA": "1"},
+                    stdout=log.open("w"),
+                    stderr=subprocess.STDOUT,
+                ),
+            )
+        results: dict[str, dict[str, object]] = {}
+        for name, (report, log, process) in running.items():
+            process.wait()
+            if not report.exists():
+                results[name] = {"passed": 0, "failed": 1, "skipped": 0, "failures": [log.read_text()[-2000:]]}
+                continue
+            cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+            failures = [c.get("name") for c in cases if c.find("failure") is not None or c.find("error") is not None]
+            skipped = sum(c.find("skipped") is not None for c in cases)
+            passed = len(cases) - len(failures) - skipped
+            if failures:
+                print(log.read_text()[-4000:])
+            results[name] = {"passed": passed, "failed": len(failures), "skipped": skipped, "failures": failures}
+        return results
+
+
+def revision() -> str:
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return git.stdout.strip() or "unknown"
+
+
+def main() -> int:
+    """Run the tests, measure the operators, print a table and write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--calls", type=int, default=10, help="calls in a row in each round")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("torch finds no CUDA device", file=sys.stderr)
+        return 1
+
+    began = time.perf_counter()
+    device, lengths = torch.device("cuda"), [math.prod(shape) for shape in resnet50()]
+    report: dict[str, object] = {
+        "device": torch.cuda.get_device_name(device),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
+        "revision": revision(),
+        "command": sys.argv,
+        "backends": available_backends(),
+        "parameters": sum(lengths),
+    }
+    print(f"{report['device']}, torch {torch.__version__}, revision {report['revision']}, {sum(lengths):,} parameters")
+    tests = report["tests"] = run_tests()
+    for name, counts in tests.items():
+        print(f"{name:20} {counts['passed']:5} passed {counts['failed']:5} failed {counts['skipped']:5} skipped")
+
+    operators = report["operators"] = {}
+    print(f"\n{'':32} {'us p20':>8} {'p50':>8} {'p80':>8} {'GB/s':>7} {'of copy':>8} {'host us':>8}")
+    for backend in BACKENDS:
+        if available_backends()[backend] != "available":
+            print(f"{backend} is {available_backends()[backend]}")
+            continue
+        for dtype in DTYPES:
+            case = f"{backend} {str(dtype).removeprefix('torch.')}"
+            operators[case] = measure(backend, dtype, device, lengths, arguments.rounds, arguments.calls)
+            for name, x in operators[case].items():
+                micro = " ".join(f"{x[p] * 1e6:8.1f}" for p in ("p20", "p50", "p80"))
+                print(f"{case:18} {name:13} {micro} {x['gb_per_s']:7.0f} {x['of_copy']:8.0%} {x['host'] * 1e6:8.1f}")
+    report["seconds"] = time.perf_counter() - began
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\n{report['seconds']:.0f} s; written to {arguments.output}")
+    return int(any(counts["failed"] for counts in tests.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
