@@ -128,12 +128,44 @@ void run(crsam::Dtype dtype) {
   const Decision decision = {p.values, p.values + kNumGroups, p.values + 2 * kNumGroups, p.flags};
   const bool never = false;
   const Decision skip = {p.values, p.values + kNumGroups, nullptr, &never};
-  for (const bool differences : {true, false}) {
-    launch_sgd_step(dtype, table, options.data(), decision, differences, nullptr);
-    launch_adamw_step(dtype, table, options.data(), decision, differences, nullptr);
-    launch_adamw_step(dtype, table, options.data(), skip, differences, nullptr);
-    launch_combine(dtype, table, decision, differences, nullptr);
-  }
+  const auto update = [&](const Table& t) {
+    for (const bool differences : {true, false}) {
+      launch_sgd_step(dtype, t, options.data(), decision, differences, nullptr);
+      launch_adamw_step(dtype, t, options.data(), decision, differences, nullptr);
+      launch_adamw_step(dtype, t, options.data(), skip, differences, nullptr);
+      launch_combine(dtype, t, decision, differences, nullptr);
+    }
+  };
+  update(table);
+
+  // The last chunk of a row of 2^33 elements, of which only these few exist: offsets have 64 bits.
+  const int64_t before = int64_t(1) << 33, n = 1027;
+  Row row = {};
+  const auto shifted = [&](auto* array) { return array - before; };
+  row.live = shifted(memory.make<T>(n, some));
+  row.saved = shifted(memory.make<float>(n, wide));
+  row.first = shifted(memory.make<float>(n, wide));
+  row.second = shifted(memory.make<float>(n, wide));
+  T* grad = memory.make<T>(n, some);
+  row.grad = shifted(grad);
+  row.grad_ascent = shifted(memory.make<T>(n, some));
+  row.grad_descent = shifted(memory.make<T>(n, some));
+  row.step = rows[0].step;
+  row.numel = before + n;
+  std::vector<Row> one = {row};
+  arrange(one);
+  const Chunk last = {0, int32_t(before / kChunk)};
+  const int64_t group_begin[] = {0, 1, 1, 1};
+  const Table far = {one.data(), &last, group_begin, layout.tickets.data(), 1, kNumGroups};
+  launch_grad_norm(dtype, far, partial, norms, nullptr);
+  double expected = 0;
+  for (int64_t i = 0; i < n; ++i) expected += widen(grad[i]) * widen(grad[i]);
+  expect_near(norms[0], expected, "norm of the last chunk");
+  launch_fd_gram(dtype, far, partial, gram, nullptr);
+  expect_near(gram[0], expected, "gram[0] of the last chunk");
+  launch_perturb(dtype, far, scale, +1, nullptr);
+  launch_perturb(dtype, far, scale, -1, nullptr);
+  update(far);
 }
 
 }  // namespace

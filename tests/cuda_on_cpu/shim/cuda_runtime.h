@@ -414,6 +414,11 @@ T add(T* p, T value) {
   return std::atomic_ref<T>(*p).fetch_add(value, released ? std::memory_order_release : std::memory_order_relaxed);
 }
 
+// A GPU faults where an access is not aligned to its size; a CPU does not.
+inline void check_aligned(const void* p, size_t size, const Site& site) {
+  if (reinterpret_cast<uintptr_t>(p) % size != 0) die("misaligned access", site);
+}
+
 }  // namespace emu
 
 // What kernels call --------------------------------------------------------------------------------------------------
@@ -439,12 +444,14 @@ T __ldcg(const T* p) {
   return *p;
 }
 template <class T>
-T __ldcs(const T* p) {
+T __ldcs(const T* p, emu::Site site = emu::Site::current()) {
+  emu::check_aligned(p, sizeof(T), site);
   emu::counters.read.fetch_add(sizeof(T), std::memory_order_relaxed);
   return *p;
 }
 template <class T>
-void __stcs(T* p, T value) {
+void __stcs(T* p, T value, emu::Site site = emu::Site::current()) {
+  emu::check_aligned(p, sizeof(T), site);
   emu::counters.written.fetch_add(sizeof(T), std::memory_order_relaxed);
   *p = value;
 }
