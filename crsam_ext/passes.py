@@ -206,6 +206,10 @@ class Step:
                 self.operators.perturb_(plan.live, plan.saved, zeros, plan.groups, nothing, not_adaptive, 1, self._undo)
 
     def _coefficients(self, plans: Sequence[Plan], rows: list[list[list[Tensor]]]) -> Coefficients:
+        """The weights of the update, from the Gram matrix where log form, clip or cap need it.
+
+        Otherwise the norms of the three gradients show whether the step is sound, and read a gradient less.
+        """
         settings, groups = self.optimizer, self.groups
         log = settings.regularizer == "log" and self.passes == 3
         losses = self._losses() if log and settings.estimator == "loss" else None
