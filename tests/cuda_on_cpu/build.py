@@ -29,16 +29,18 @@ def _digest(*parts):
 
 
 def _build(output, sources, compile_flags, link_flags):
-    """One g++ call a source, then the link; ``output`` appears when it is complete."""
+    """One g++ call a source, all at once, then the link; ``output`` appears when it is complete."""
     compiler = os.environ.get("CXX", "g++")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        objects = []
-        for source in sources:
-            objects.append(f"{folder}/{source.name}.o")
-            command = [compiler, *FLAGS, *compile_flags, f"-I{HERE}/shim", "-c", "-x", "c++", source, "-o", objects[-1]]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, f"{source}:\n{done.stderr}"
+        objects = [f"{folder}/{source.name}.o" for source in sources]
+        running = []
+        for source, target in zip(sources, objects, strict=True):
+            command = [compiler, *FLAGS, *compile_flags, f"-I{HERE}/shim", "-c", "-x", "c++", source, "-o", target]
+            running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        for source, process in zip(sources, running, strict=True):
+            _, errors = process.communicate()
+            assert process.returncode == 0, f"{source}:\n{errors}"
         linked = f"{folder}/{output.name}"
         subprocess.run([compiler, *objects, *link_flags, "-pthread", "-o", linked], check=True)
         os.replace(linked, output)
