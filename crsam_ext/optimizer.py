@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ _NATIVE: dict[type[Optimizer], type[SGDOptions] | type[AdamOptions]] = {
 }
 # What a copy or a pickle of the optimizer leaves behind: it is made again when needed. (A scheduler puts a function
 # named ``step`` on the instance, which refers to that very instance.)
-_TRANSIENT = ("operators", "_flat", "_step", "_last_loss", "step")
+_TRANSIENT = ("operators", "_flat", "_step", "_last_loss", "_combined", "_scaling", "step")
 
 
 class CRSAM(Optimizer):
@@ -91,6 +91,9 @@ class CRSAM(Optimizer):
     _flat: FlatParameters | None
     _step: Step | None
     _last_loss: Any  # what the last call of a step was given: step() takes no such argument
+    _combined: bool  # whether p.grad holds what combine() has left there
+    _scaling: tuple[Tensor, Tensor] | None  # scale and found_inf of a crsam_ext.GradScaler that steps
+    _step_supports_amp_scaling = True  # torch's GradScaler leaves scale and found_inf to the step
 
     def __init__(
         self,
@@ -190,17 +193,19 @@ class CRSAM(Optimizer):
     # A step ---------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
         """Take a step.
 
         Args:
             closure: computes the loss of the batch, calls ``backward()`` on it and returns it. It is called once for
-                each pass, at w, w + e and w - e, with gradients cleared and the same random numbers. Without a closure,
-                the step that ``first_step`` began is finished.
+                each pass, at w, w + e and w - e, with gradients cleared and the same random numbers. A list of closures
+                accumulates the gradients of its micro-batches: every pass calls them all. Without a closure, the step
+                that ``first_step`` or ``combine`` began is finished.
         Returns:
-            What the closure returned at w; None without a closure.
+            What the closure returned at w, of several the sum; None without a closure.
         Raises:
-            RuntimeError: if no gradient was computed, a gradient is sparse, or a step is in progress already.
+            RuntimeError: if no gradient was computed, a gradient is sparse, a step is in progress already, or torch's
+                own GradScaler was given a closure.
             ValueError: if ``estimator="loss"`` needs a loss and the closure returned none.
 
         Whatever the closure raises passes through, after the parameters are bit for bit w again.
@@ -209,7 +214,9 @@ class CRSAM(Optimizer):
             return self._finish()
         if self._step is not None:
             raise RuntimeError(f"step(closure) called in the middle of a step: {self._due()}")
-        closure = torch.enable_grad()(closure)
+        if hasattr(self, "found_inf"):
+            raise RuntimeError("torch's GradScaler takes no closure: use crsam_ext.GradScaler")
+        closure = _accumulating(closure)
         with self._restoring():
             step = self._begin(self.passes)
             devices = {bucket.device for bucket in step.flat.buckets}
@@ -228,7 +235,7 @@ class CRSAM(Optimizer):
                     step.move()
             if after is not None:
                 after.replay()
-            step.update()
+            step.update(*(self._scaling or (None, None)))
         self._step = None
         return step.losses[0]
 
@@ -261,14 +268,36 @@ class CRSAM(Optimizer):
         self._call(zero_grad, loss)
 
     @torch.no_grad()
+    def combine(self, loss: Any = None, grad_scale: Tensor | float | None = None) -> None:
+        r"""Instead of the last of these calls: go back to w, with :math:`\hat g` in ``p.grad``; ``step()`` follows.
+
+        In between, whatever is usually done to a gradient can be done to it: clip it, look at it, unscale it.
+
+        Args:
+            loss: the loss of this pass.
+            grad_scale: what the losses were multiplied with before ``backward()``; :math:`\hat g` still is. Needed for
+                the log regularizer only, whose kappa and sigma have the units of the loss.
+        Raises:
+            RuntimeError: if another call is due, or no gradient was computed.
+        """
+        step = self._step
+        if step is None or step.collected != step.passes - 1:
+            raise RuntimeError(f"combine() called too early: {'first_step() is due' if step is None else self._due()}")
+        with self._restoring():
+            step.collect(loss, keep=False)
+            step.combine(None if grad_scale is None else torch.as_tensor(grad_scale))
+        self._step, self._combined = None, True
+
+    @torch.no_grad()
     def restore(self) -> None:
         """Abandon the step in progress, if there is one: the parameters are bit for bit w again."""
         if self._step is not None:
             self._step.restore()
             self._step = None
 
-    def _begin(self, passes: int) -> Step:
+    def _begin(self, passes: int, combined: bool = False) -> Step:
         """Begin a step, with parameters and state in the flat buffers."""
+        self._combined = False
         options = self._options()
         if self._flat is None or not self._flat.matches(self.param_groups, self.state, options):
             operators = self._load_operators()
@@ -277,7 +306,7 @@ class CRSAM(Optimizer):
             self._flat = FlatParameters(self.param_groups, self.state, options, self.operators.gather_below)
         if not self._flat.buckets:
             raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
-        self._step = Step(self, self._flat, options, passes)
+        self._step = Step(self, self._flat, options, passes, combined)
         return self._step
 
     @contextmanager
@@ -296,7 +325,8 @@ class CRSAM(Optimizer):
         if step.collected < step.passes - 1:
             with self._restoring():
                 step.collect(loss, keep=not zero_grad)
-                step.move()
+                # In calls, a GradScaler looks at the gradients of the last pass only.
+                step.move(show_overflow=True)
         else:
             self._last_loss = loss
             self.step()  # through the public method: hooks and schedulers watch it
@@ -306,19 +336,25 @@ class CRSAM(Optimizer):
     def _finish(self) -> None:
         """Take the last pass of a step of calls, and make the update."""
         if self._step is None:
-            if self.passes > 1:
+            if self.passes > 1 and not self._combined:
                 raise RuntimeError(
                     "step() without a closure finishes what first_step() began: call first_step(), or step(closure)"
                 )
-            self._begin(1)
+            self._begin(1, self._combined)
         step = self._step
         assert step is not None
         if step.collected != step.passes - 1:
             raise RuntimeError(f"step() called too early: {self._due()}")
         loss, self._last_loss = self._last_loss, None
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         with self._restoring():
+            if found_inf is not None and grad_scale is None and step.passes > 1:
+                raise RuntimeError(
+                    "unscale_() was called in the middle of a step, whose earlier gradients are scaled: "
+                    "call combine() before it, or clip with max_grad_norm"
+                )
             step.collect(loss, keep=False)
-            step.update()
+            step.update(grad_scale, found_inf)
         self._step = None
 
     def _due(self) -> str:
@@ -395,7 +431,8 @@ class CRSAM(Optimizer):
 
     def _reset(self) -> None:
         self.operators = self._load_operators()
-        self._flat = self._step = self._last_loss = None
+        self._flat = self._step = self._last_loss = self._scaling = None
+        self._combined = False
 
     def __getstate__(self) -> dict[str, Any]:
         hooks = ("_optimizer_", "_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured")
@@ -408,6 +445,20 @@ class CRSAM(Optimizer):
         groups = self.param_groups if shares else base.param_groups
         base.__setstate__({"state": self.state, "param_groups": groups})
         self._reset()
+
+
+def _accumulating(closures: Callable[[], Any] | Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """One closure that calls them all, with gradients enabled, and returns the sum of what they return."""
+    if callable(closures):
+        return torch.enable_grad()(closures)
+    if not closures or not all(map(callable, closures)):
+        raise TypeError("step() takes a closure or a list of closures")
+
+    def closure() -> Any:
+        first, *others = [closure() for closure in closures]
+        return None if first is None else sum((x.detach() for x in others), start=first.detach())
+
+    return torch.enable_grad()(closure)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -300,8 +300,8 @@ def test_schemas_and_fakes(library):
     check(operators.fd_gram, (*case.grads, case.groups, 2, case.none))
     gram, counters = torch.rand(2, 9, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
     steps = [torch.zeros(4)], [torch.ones(4)]
-    check(operators.coefficients, (gram, [], scale, scale, scale, counters, *steps, 3, True, [], 1.0, 1.0))
-    check(operators.coefficients, (None, [scale], scale, scale, scale, counters, [], [], 1, False, [], 1.0, 1.0))
+    check(operators.coefficients, (gram, [], scale, scale, scale, counters, *steps, 3, True, [], scale[0], 1.0, 1.0))
+    check(operators.coefficients, (None, [scale], scale, scale, scale, counters, [], [], 1, False, [], None, 1.0, 1.0))
     gradients, decision = (*case.grads, case.groups, case.steps), (c.a, c.b, c.factor, c.ok)
     sgd = [0.1, 0.9, 0.1, 0.01, 1.0, 0.0] * 2
     check(operators.sgd_step_, (case.live, case.saved, case.first, *gradients, sgd, [None] * 12, *decision))
@@ -342,13 +342,17 @@ def test_arguments_are_checked(change, message, library):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_options_as_tensors(dtype, library):
+@pytest.mark.parametrize(
+    ("held_in", "lr", "betas"),
+    [(torch.float32, 0.125, (0.875, 0.75)), (torch.float64, 0.1, (0.9, 0.999))],  # the first ones are exact in float32
+    ids=["float32", "float64"],
+)
+def test_options_as_tensors(held_in, lr, betas, dtype, library):
     """A number and a tensor that holds it make the same step."""
     options = {"weight_decay": 0.25, "eps": 2.0**-20, "decoupled_weight_decay": True, "maximize": False}
-    number = AdamOptions(lr=0.125, betas=(0.875, 0.75), **options)
-    tensor = AdamOptions(
-        lr=torch.tensor(0.125), betas=(torch.tensor(0.875, dtype=torch.float64), torch.tensor(0.75)), **options
-    )
+    number = AdamOptions(lr=lr, betas=betas, **options)
+    beta1, beta2 = (torch.tensor(beta, dtype=held_in) for beta in betas)
+    tensor = AdamOptions(lr=torch.tensor(lr, dtype=held_in), betas=(beta1, beta2), **options)
     results = []
     for option in (number, tensor):
         case = Case(dtype)

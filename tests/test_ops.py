@@ -245,7 +245,7 @@ def test_coefficients(numbers, alpha, beta, regularizer, cap, clip):
     counters, steps = torch.zeros(4, dtype=torch.int64), [(torch.tensor([4.0, 7.0]), torch.tensor([1.0, 0.0]))]
     c = operators.coefficients(
         gram, [], scale, vector(alpha), vector(beta), counters=counters, steps=steps, passes=3,
-        regularizer=regularizer, losses=None, max_regularizer_ratio=cap, max_grad_norm=clip,
+        regularizer=regularizer, losses=None, grad_scale=None, max_regularizer_ratio=cap, max_grad_norm=clip,
     )  # fmt: skip
     assert c.ok
     assert counters[0] == 0
@@ -285,7 +285,7 @@ def test_coefficients_of_a_bad_step(where, bad, operators, device):
     c = operators.coefficients(
         gram if where == "gram" else None, [] if where == "gram" else norms, vector(RHO, device), vector(ALPHA, device),
         vector(BETA, device), counters=counters, steps=[(taken, torch.ones_like(taken))], passes=3,
-        regularizer="linear", losses=None, max_regularizer_ratio=math.inf, max_grad_norm=None,
+        regularizer="linear", losses=None, grad_scale=None, max_regularizer_ratio=math.inf, max_grad_norm=None,
     )  # fmt: skip
     assert not c.ok
     assert counters.tolist() == [1, 0, 0, 0]
@@ -298,7 +298,7 @@ def test_coefficients_where_all_gradients_are_zero(operators, device):
     counters = torch.zeros(4, dtype=torch.int64, device=device)
     c = operators.coefficients(
         gram, [], vector([0.0], device), vector([0.1], device), vector([0.1], device), counters=counters, steps=[],
-        passes=3, regularizer="log", losses=None, max_regularizer_ratio=1.0, max_grad_norm=1.0,
+        passes=3, regularizer="log", losses=None, grad_scale=None, max_regularizer_ratio=1.0, max_grad_norm=1.0,
     )  # fmt: skip
     assert counters.tolist() == [0, 1, 1, 0]
     assert c.ok

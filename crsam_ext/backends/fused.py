@@ -89,6 +89,7 @@ class FusedOperators(Operators):
         passes: int,
         regularizer: str,
         losses: tuple[Tensor, Tensor, Tensor] | None,
+        grad_scale: Tensor | None,
         max_regularizer_ratio: float,
         max_grad_norm: float | None,
     ) -> Coefficients:
@@ -108,6 +109,7 @@ class FusedOperators(Operators):
             passes,
             log,
             [] if losses is None else list(losses),
+            grad_scale,
             max_regularizer_ratio,
             math.inf if max_grad_norm is None else max_grad_norm,
         )
@@ -120,7 +122,7 @@ class FusedOperators(Operators):
         return Coefficients(
             values[:groups],
             values[groups : 2 * groups],
-            None if max_grad_norm is None else factor,
+            None if max_grad_norm is None and grad_scale is None else factor,
             ok,
             kappa if log else None,
             sigma if log else None,
