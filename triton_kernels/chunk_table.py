@@ -56,36 +56,45 @@ def chunk_of(rows, chunks):
 
 
 @triton.jit
-def start_of(address, begin, dtype: tl.constexpr, wide: tl.constexpr):
-    """A pointer to the element `begin` of a row. The hint sticks to the cast, so there is a cast for each access."""
-    start = address.to(tl.pointer_type(dtype))
-    if wide:
+def pointers_to(address, where, dtype: tl.constexpr, width: tl.constexpr, first: tl.constexpr, count: tl.constexpr):
+    """Pointers [VECTORS, count] to `count` elements of each vector, from its element `first` on."""
+    begin, vector = where
+    start = address.to(tl.pointer_type(dtype))  # a cast for each access, as the hint sticks to it
+    if width > 1:
         start = tl.multiple_of(start, 16)
-    return start + begin
+    return start + begin + (vector * width + first + tl.arange(0, count)[None, :])
 
 
 @triton.jit
-def load(address, where, mask, dtype: tl.constexpr, wide: tl.constexpr):
-    """Elements of a row, widened. Streaming (evict first): no operator reads an element twice."""
-    begin, offsets = where
-    pointers = start_of(address, begin, dtype, wide) + offsets
+def load(address, where, mask, dtype: tl.constexpr, width: tl.constexpr):
+    """A tile [VECTORS, width] of a row, widened. Streaming (evict first): no operator reads an element twice."""
+    pointers = pointers_to(address, where, dtype, width, 0, width)
     return tl.load(pointers, mask=mask, other=0, eviction_policy="evict_first").to(compute_dtype(dtype))
 
 
 @triton.jit
-def store(address, where, mask, x, dtype: tl.constexpr, wide: tl.constexpr):
-    """Writes elements of a row, rounded to `dtype`."""
-    begin, offsets = where
-    tl.store(start_of(address, begin, dtype, wide) + offsets, x.to(dtype), mask=mask, cache_modifier=".cs")
+def store(address, where, mask, x, dtype: tl.constexpr, width: tl.constexpr):
+    """Writes a tile of a row, rounded to `dtype`."""
+    x = x.to(dtype)
+    if width * dtype.primitive_bitwidth <= 128:
+        tl.store(pointers_to(address, where, dtype, width, 0, width), x, mask=mask, cache_modifier=".cs")
+    else:
+        # Masters of 16-bit rows: 256 bits a thread. As one store, Triton would pass them on to other threads first,
+        # through shared memory, so that a warp writes 512 contiguous bytes.
+        HALF: tl.constexpr = width // 2
+        halves = tl.permute(tl.reshape(x, [x.shape[0], 2, HALF]), 0, 2, 1)
+        low, high = tl.split(halves)
+        tl.store(pointers_to(address, where, dtype, width, 0, HALF), low, mask=mask, cache_modifier=".cs")
+        tl.store(pointers_to(address, where, dtype, width, HALF, HALF), high, mask=mask, cache_modifier=".cs")
 
 
 @triton.jit
 def for_each(body: tl.constexpr, arguments, sums, row, index, dtype: tl.constexpr, VECTORS: tl.constexpr):
-    """sums = body(arguments, sums, where, mask, dtype, wide) over all elements of a chunk; returns the last sums.
+    """sums = body(arguments, sums, where, mask, dtype, width) over all elements of a chunk; returns the last sums.
 
-    They come in tiles [VECTORS, width]. Where the row is aligned, width is as many elements as fit into 128 bits; else,
-    and for the last few, it is 1. The mask [VECTORS, 1] is constant over a vector: with part of one masked, Triton would
-    move it element by element.
+    They come in tiles [VECTORS, width], one vector a thread. Where the row is aligned, width is as many elements as fit
+    into 128 bits; else, and for the last few, it is 1. The mask [VECTORS, 1] is constant over a vector: if part of one
+    could be masked, Triton would move it element by element.
     """
     WIDTH: tl.constexpr = 128 // dtype.primitive_bitwidth
     begin = index.to(tl.int64) * CHUNK
@@ -93,8 +102,7 @@ def for_each(body: tl.constexpr, arguments, sums, row, index, dtype: tl.constexp
     vectors = count // WIDTH * tl.load(row + ALIGNED).to(tl.int32)
     lane = tl.arange(0, VECTORS)[:, None]
     for first in range(0, vectors, VECTORS):
-        offsets = (first + lane) * WIDTH + tl.arange(0, WIDTH)[None, :]
-        sums = body(arguments, sums, (begin, offsets), first + lane < vectors, dtype, True)
+        sums = body(arguments, sums, (begin, first + lane), first + lane < vectors, dtype, WIDTH)
     for first in range(vectors * WIDTH, count, VECTORS):
-        sums = body(arguments, sums, (begin, first + lane), first + lane < count, dtype, False)
+        sums = body(arguments, sums, (begin, first + lane), first + lane < count, dtype, 1)
     return sums

@@ -21,7 +21,7 @@ def perturbation_scale_kernel(squared_norm, rho, epsilon: tl.float64, scale, num
     total = tl.zeros([LANES], tl.float64)
     for first in range(0, num_groups, LANES):
         total += tl.load(squared_norm + first + lane, mask=first + lane < num_groups, other=0)
-    norm = tl.sqrt_rn(tl.sum(total, 0))
+    norm = tl.sqrt(tl.sum(total, 0))
     for first in range(0, num_groups, LANES):
         known = first + lane < num_groups
         tl.store(scale + first + lane, tl.load(rho + first + lane, mask=known) / (norm + epsilon), mask=known)
@@ -42,7 +42,7 @@ def quadratic_form(gram, known, x, y, z):
 @triton.jit
 def norm_of(squared):
     """Rounding can leave a small negative number; a NaN stays one."""
-    return tl.sqrt_rn(tl.where(squared < 0, 0.0, squared))
+    return tl.sqrt(tl.where(squared < 0, 0.0, squared))
 
 
 @triton.jit
@@ -135,8 +135,9 @@ def coefficients_kernel(
         tl.store(counters + 2, tl.load(counters + 2) + (ok & (sigma <= 0)).to(tl.int64))
     tl.store(counters + 3, tl.load(counters + 3) + (ok & capped).to(tl.int64))
     for i in tl.static_range(len(taken)):
-        for first in range(0, counts[i], LANES):
-            known = (first + lane < counts[i]) & ok
+        count = counts[i] * ok.to(tl.int32)
+        for first in range(0, count, LANES):
+            known = first + lane < count
             steps = tl.load(taken[i] + first + lane, mask=known) + tl.load(part[i] + first + lane, mask=known)
             tl.store(taken[i] + first + lane, steps, mask=known)
 

@@ -16,14 +16,12 @@ from .update_math import differences
 
 
 @triton.jit
-def add_products(arguments, sums, where, mask, dtype: tl.constexpr, wide: tl.constexpr):
+def add_products(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
     """One tile."""
     grad, grad_ascent, grad_descent, saved, adaptive = arguments
-    g = load(grad, where, mask, dtype, wide)
-    d1, d2 = differences(
-        g, load(grad_ascent, where, mask, dtype, wide), load(grad_descent, where, mask, dtype, wide)
-    )
-    w = load(saved, where, mask & adaptive, compute_dtype(dtype), wide)
+    g = load(grad, where, mask, dtype, width)
+    d1, d2 = differences(g, load(grad_ascent, where, mask, dtype, width), load(grad_descent, where, mask, dtype, width))
+    w = load(saved, where, mask & adaptive, compute_dtype(dtype), width)
     h = tl.where(adaptive, w * w * g, g)
     return (
         sums[0] + tl.sum(g * g, 1),

@@ -13,11 +13,11 @@ from .reduce import group_sum
 
 
 @triton.jit
-def add_squares(arguments, sums, where, mask, dtype: tl.constexpr, wide: tl.constexpr):
+def add_squares(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
     """One tile."""
     grad, live, adaptive = arguments
-    g = load(grad, where, mask, dtype, wide)
-    w = load(live, where, mask & adaptive, dtype, wide)
+    g = load(grad, where, mask, dtype, width)
+    w = load(live, where, mask & adaptive, dtype, width)
     x = tl.where(adaptive, w * g, g)
     return (sums[0] + tl.sum(x * x, 1),)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -24,14 +25,16 @@ class Block(NamedTuple):
 
     vectors: int  #: of a tile, 128 bits each
     warps: int
+    registers: int  #: of a thread, at most
 
 
-# One vector a thread: several streams of 128 bits from each of 1024 threads or more keep the memory of a multiprocessor
-# busy. Chosen by reasoning, not measured yet. Exceptions are entered as (major compute capability, bytes of an element).
-DEFAULT_BLOCK = Block(vectors=256, warps=8)
+# One vector a thread. With 128 registers, two programs or more run on a multiprocessor: 512 threads with two to six
+# vectors each on the way keep its memory busy. (Left alone, ptxas takes fewer for Adam on 16-bit rows, and spills.)
+# Chosen by reasoning, not measured yet. Exceptions are entered as (major compute capability, bytes of an element).
+DEFAULT_BLOCK = Block(vectors=256, warps=8, registers=128)
 BLOCKS: dict[tuple[int, int], Block] = {}
-# An interpreted operation costs the same whether its tensors are long or short.
-INTERPRETED_BLOCK = Block(vectors=4096, warps=8)
+# An interpreted operation costs nearly the same whether its tensors are long or short.
+INTERPRETED_BLOCK = Block(vectors=4096, warps=8, registers=128)
 
 
 def block_of(dtype: torch.dtype, device: torch.device) -> Block:
@@ -50,7 +53,12 @@ def launch(kernel: Any, table: Table, dtype: torch.dtype, *arguments: Any, **con
     """Launch a kernel with one program per chunk."""
     block = block_of(dtype, table.rows.device)
     kernel[(len(table.chunks),)](
-        *arguments, dtype=DTYPES[dtype], VECTORS=block.vectors, num_warps=block.warps, **constants
+        *arguments,
+        dtype=DTYPES[dtype],
+        VECTORS=block.vectors,
+        num_warps=block.warps,
+        maxnreg=block.registers,
+        **constants,
     )
 
 
@@ -65,5 +73,6 @@ def jit(function: Any) -> Any:
     Triton would compile it anew for a number that is 1 or a multiple of 16, and for an address that is no multiple of
     16: training would stop for that at some later step.
     """
-    names = [name for name in function.__code__.co_varnames[: function.__code__.co_argcount]]
+    annotations = function.__annotations__
+    names = [name for name in inspect.signature(function).parameters if annotations.get(name) != "tl.constexpr"]
     return triton.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names)

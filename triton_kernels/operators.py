@@ -50,7 +50,11 @@ class Rows:
         check_count(len(tensors), name, len(self.numels))
         numels = [t.numel() for t in tensors]
         addresses = [t.data_ptr() if n else 0 for t, n in zip(tensors, numels, strict=True)]
-        same = numels == self.numels and {t.dtype for t in tensors} == {dtype} and {t.device for t in tensors} == {self.device}
+        same = (
+            numels == self.numels
+            and {t.dtype for t in tensors} == {dtype}
+            and {t.device for t in tensors} == {self.device}
+        )
         if not (same and all(t.is_contiguous() for t in tensors)):
             for tensor, n in zip(tensors, self.numels, strict=True):
                 if tensor.numel():

@@ -13,7 +13,7 @@ from .update_math import perturbed
 
 
 @triton.jit
-def save_and_perturb(arguments, sums, where, mask, dtype: tl.constexpr, wide: tl.constexpr):
+def save_and_perturb(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
     """One tile of a launch that saves w first.
 
     For float16 and bfloat16 `saved` is a master that normally rounds to `live`, and holds then more digits of w. Where
@@ -22,26 +22,26 @@ def save_and_perturb(arguments, sums, where, mask, dtype: tl.constexpr, wide: tl
     """
     live, saved, grad, scale, adaptive = arguments
     master: tl.constexpr = compute_dtype(dtype)
-    g = load(grad, where, mask, dtype, wide)
-    w = load(live, where, mask, dtype, wide)
+    g = load(grad, where, mask, dtype, width)
+    w = load(live, where, mask, dtype, width)
     if master == dtype:
-        store(saved, where, mask, w, master, wide)
+        store(saved, where, mask, w, master, width)
     else:
-        kept = load(saved, where, mask, master, wide)
+        kept = load(saved, where, mask, master, width)
         changed = kept.to(dtype).to(master) != w
         w = tl.where(changed, w, kept)
-        store(saved, where, mask & (tl.max(changed.to(tl.int32), 1, keep_dims=True) != 0), w, master, wide)
-    store(live, where, mask, perturbed(w, g, scale, adaptive), dtype, wide)
+        store(saved, where, mask & (tl.max(changed.to(tl.int32), 1, keep_dims=True) != 0), w, master, width)
+    store(live, where, mask, perturbed(w, g, scale, adaptive), dtype, width)
     return sums
 
 
 @triton.jit
-def perturb(arguments, sums, where, mask, dtype: tl.constexpr, wide: tl.constexpr):
+def perturb(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
     """One tile of a launch that finds w saved."""
     live, saved, grad, scale, adaptive = arguments
-    g = load(grad, where, mask, dtype, wide)
-    w = load(saved, where, mask, compute_dtype(dtype), wide)
-    store(live, where, mask, perturbed(w, g, scale, adaptive), dtype, wide)
+    g = load(grad, where, mask, dtype, width)
+    w = load(saved, where, mask, compute_dtype(dtype), width)
+    store(live, where, mask, perturbed(w, g, scale, adaptive), dtype, width)
     return sums
 
 
@@ -56,12 +56,12 @@ def perturb_kernel(
         tl.store(marker, number)
     row, index = chunk_of(rows, chunks)
     s = tl.load(scale + tl.load(row + GROUP)).to(compute_dtype(dtype))
-    addresses = (tl.load(row + LIVE), tl.load(row + SAVED), tl.load(row + GRAD))
+    live, saved, grad = tl.load(row + LIVE), tl.load(row + SAVED), tl.load(row + GRAD)
     adaptive = tl.load(row + ADAPTIVE) != 0
     if SAVE:
-        for_each(save_and_perturb, (*addresses, s, adaptive), (), row, index, dtype, VECTORS)
+        for_each(save_and_perturb, (live, saved, grad, s, adaptive), (), row, index, dtype, VECTORS)
     else:
-        for_each(perturb, (*addresses, -s, adaptive), (), row, index, dtype, VECTORS)
+        for_each(perturb, (live, saved, grad, -s, adaptive), (), row, index, dtype, VECTORS)
 
 
 def launch_perturb(dtype: torch.dtype, table: Table, scale: Tensor, sign: int, marker: Tensor, number: int) -> None:

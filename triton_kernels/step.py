@@ -46,67 +46,67 @@ def gradients_of(row, DIFFERENCES: tl.constexpr):
 
 
 @triton.jit
-def load_combined(grads, weights, where, mask, dtype: tl.constexpr, wide: tl.constexpr):
+def load_combined(grads, weights, where, mask, dtype: tl.constexpr, width: tl.constexpr):
     """ghat times the factor, from three gradients or from one."""
-    g = load(grads[0], where, mask, dtype, wide)
+    g = load(grads[0], where, mask, dtype, width)
     if len(grads) == 3:
-        ascent = load(grads[1], where, mask, dtype, wide)
-        return combined(weights, g, ascent, load(grads[2], where, mask, dtype, wide))
+        ascent = load(grads[1], where, mask, dtype, width)
+        return combined(weights, g, ascent, load(grads[2], where, mask, dtype, width))
     else:
         return weights[2] * g
 
 
 @triton.jit
-def store_parameters(live, saved, where, mask, w, dtype: tl.constexpr, wide: tl.constexpr):
+def store_parameters(live, saved, where, mask, w, dtype: tl.constexpr, width: tl.constexpr):
     """w into `live`, and into the master where there is one."""
-    store(live, where, mask, w, dtype, wide)
+    store(live, where, mask, w, dtype, width)
     if compute_dtype(dtype) != dtype:
-        store(saved, where, mask, w, compute_dtype(dtype), wide)
+        store(saved, where, mask, w, compute_dtype(dtype), width)
 
 
 @triton.jit
-def restore(arguments, sums, where, mask, dtype: tl.constexpr, wide: tl.constexpr):
+def restore(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
     """One tile of live = w."""
     live, saved = arguments
-    store(live, where, mask, load(saved, where, mask, compute_dtype(dtype), wide), dtype, wide)
+    store(live, where, mask, load(saved, where, mask, compute_dtype(dtype), width), dtype, width)
     return sums
 
 
 @triton.jit
-def sgd_step(arguments, sums, where, mask, dtype: tl.constexpr, wide: tl.constexpr):
+def sgd_step(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
     """One tile."""
     live, saved, momentum_buffer, grads, weights, rule = arguments
     master: tl.constexpr = compute_dtype(dtype)
     kept = mask & (momentum_buffer != 0)
-    w = load(saved, where, mask, master, wide)
-    m = load(momentum_buffer, where, kept, master, wide)
-    w, m = sgd(rule, w, m, load_combined(grads, weights, where, mask, dtype, wide))
-    store(momentum_buffer, where, kept, m, master, wide)
-    store_parameters(live, saved, where, mask, w, dtype, wide)
+    w = load(saved, where, mask, master, width)
+    m = load(momentum_buffer, where, kept, master, width)
+    w, m = sgd(rule, w, m, load_combined(grads, weights, where, mask, dtype, width))
+    store(momentum_buffer, where, kept, m, master, width)
+    store_parameters(live, saved, where, mask, w, dtype, width)
     return sums
 
 
 @triton.jit
-def adamw_step(arguments, sums, where, mask, dtype: tl.constexpr, wide: tl.constexpr):
+def adamw_step(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
     """One tile."""
     live, saved, exp_avg, exp_avg_sq, grads, weights, rule = arguments
     master: tl.constexpr = compute_dtype(dtype)
-    w = load(saved, where, mask, master, wide)
-    m = load(exp_avg, where, mask, master, wide)
-    v = load(exp_avg_sq, where, mask, master, wide)
-    w, m, v = adam(rule, w, m, v, load_combined(grads, weights, where, mask, dtype, wide))
-    store(exp_avg, where, mask, m, master, wide)
-    store(exp_avg_sq, where, mask, v, master, wide)
-    store_parameters(live, saved, where, mask, w, dtype, wide)
+    w = load(saved, where, mask, master, width)
+    m = load(exp_avg, where, mask, master, width)
+    v = load(exp_avg_sq, where, mask, master, width)
+    w, m, v = adam(rule, w, m, v, load_combined(grads, weights, where, mask, dtype, width))
+    store(exp_avg, where, mask, m, master, width)
+    store(exp_avg_sq, where, mask, v, master, width)
+    store_parameters(live, saved, where, mask, w, dtype, width)
     return sums
 
 
 @triton.jit
-def combine(arguments, sums, where, mask, dtype: tl.constexpr, wide: tl.constexpr):
+def combine(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
     """One tile of ghat over the last gradient."""
     grads, weights = arguments
     last = grads[len(grads) - 1]
-    store(last, where, mask, load_combined(grads, weights, where, mask, dtype, wide), dtype, wide)
+    store(last, where, mask, load_combined(grads, weights, where, mask, dtype, width), dtype, width)
     return sums
 
 
@@ -149,9 +149,9 @@ def adamw_step_kernel(
         wide_dtype: tl.constexpr = compute_dtype(dtype)
         wa, wb, wf = weights_of(group, a, b, factor, wide_dtype)
         wf = tl.where(resolve(own + WORDS * ADAM_MAXIMIZE, wide_dtype) != 0, -wf, wf)
-        state = (tl.load(row + FIRST), tl.load(row + SECOND))
         rule = adam_rule(own, step, wide_dtype)
-        arguments = (live, saved, *state, gradients_of(row, DIFFERENCES), (wa, wb, wf), rule)
+        exp_avg, exp_avg_sq = tl.load(row + FIRST), tl.load(row + SECOND)
+        arguments = (live, saved, exp_avg, exp_avg_sq, gradients_of(row, DIFFERENCES), (wa, wb, wf), rule)
         for_each(adamw_step, arguments, (), row, index, dtype, VECTORS)
     elif live != saved:
         for_each(restore, (live, saved), (), row, index, dtype, VECTORS)
@@ -159,9 +159,7 @@ def adamw_step_kernel(
 
 # ghat over the last gradient, and live = w.   In float32: reads g0, g+, g-, w, writes g-, live: 24 bytes an element.
 @jit
-def combine_kernel(
-    rows, chunks, a, b, factor, DIFFERENCES: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr
-):
+def combine_kernel(rows, chunks, a, b, factor, DIFFERENCES: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr):
     """A program takes one chunk."""
     row, index = chunk_of(rows, chunks)
     if DIFFERENCES or factor is not None:

@@ -33,6 +33,24 @@ WORDS = tl.constexpr(4)
 
 
 @triton.jit
+def root(x):
+    """The square root; Triton has different names for it."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def quotient(x, y):
+    """x / y; Triton has different names for it."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
 def resolve(option, dtype: tl.constexpr):
     """An option, x."""
     single, wide = tl.load(option), tl.load(option + 1)
@@ -129,9 +147,9 @@ def adam_rule(options, step, dtype: tl.constexpr):
         resolve(options + WORDS * ADAM_BETA2, dtype),
         rest1,
         rest2,
-        tl.sqrt_rn(one_minus_power(rest2, step)),
+        root(one_minus_power(rest2, step)),
         resolve(options + WORDS * ADAM_EPS, dtype),
-        tl.div_rn(lr, one_minus_power(rest1, step)),
+        quotient(lr, one_minus_power(rest1, step)),
         tl.where(decoupled, 0.0, weight_decay),
         tl.where(decoupled, tl.fma(-lr, weight_decay, one), one),
     )
@@ -149,5 +167,5 @@ def adam(rule, w, m, v, g):
     g = tl.where(weight_decay != 0, tl.fma(weight_decay, w, g), g)
     m = tl.fma(beta1, m, rest1 * g)
     v = tl.fma(beta2, v, rest2 * g * g)
-    denominator = tl.div_rn(tl.sqrt_rn(v), root_correction2) + eps
-    return tl.fma(-step_size, tl.div_rn(m, denominator), shrink * w), m, v
+    denominator = quotient(root(v), root_correction2) + eps
+    return tl.fma(-step_size, quotient(m, denominator), shrink * w), m, v
