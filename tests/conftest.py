@@ -54,6 +54,8 @@ def cuda_on_cpu(library, monkeypatch):
 
 if triton.interpreted():
     triton_interpreted.prepare()
+else:
+    collect_ignore = ["test_triton_operators.py"]  # tests/test_triton_interpreted.py runs it
 
 
 @pytest.fixture(params=["triton_interpreted"] if triton.interpreted() else [*available_backends(), "cuda_on_cpu"])

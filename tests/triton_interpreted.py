@@ -1,6 +1,12 @@
 """Triton's interpreter, made right and fast enough to run tests."""
 
+from typing import Any
+
 import numpy as np
+
+
+#: Triton's own functions, by name.
+unpatched: dict[str, Any] = {}
 
 
 def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
@@ -15,23 +21,23 @@ def prepare() -> None:
     from triton.language import bfloat16, float32
     from triton.runtime import interpreter
 
-    convert = interpreter._convert_float
+    unpatched["_convert_float"] = interpreter._convert_float
 
     def convert_float(x, from_dtype, to_dtype, rounding_mode):
         if from_dtype == float32 and to_dtype == bfloat16:  # which Triton truncates
             return round_to_bfloat16(np.ascontiguousarray(x, np.float32)).reshape(x.shape)
-        return convert(x, from_dtype, to_dtype, rounding_mode)
+        return unpatched["_convert_float"](x, from_dtype, to_dtype, rounding_mode)
 
     interpreter._convert_float = convert_float
-    patched = set()
+    patch_lang, patched = interpreter._patch_lang, set()
 
-    def call(self, *args, **kwargs):
-        # By itself, every call from one kernel function to another replaces the functions of triton.language once more,
-        # which takes milliseconds. The launch has done so for our modules; Triton's own stay as they are left once.
-        module = self.fn.__module__
-        if module.startswith("triton.") and module not in patched:
-            patched.add(module)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **kwargs)
+    def patch_once(function):
+        # By itself, every launch and every call from one kernel function to another replaces the functions of
+        # triton.language, which takes milliseconds, and most launches put them back.
+        modules = frozenset(name for name in ("tl", "core") if name in function.__globals__)
+        if modules not in patched:
+            patched.add(modules)
+            patch_lang(function)
+        return interpreter._LangPatchScope()
 
-    interpreter.InterpretedFunction.__call__ = call
+    interpreter._patch_lang = patch_once

@@ -25,16 +25,19 @@ class Block(NamedTuple):
 
     vectors: int  #: of a tile, 128 bits each
     warps: int
-    registers: int  #: of a thread, at most
 
 
-# One vector a thread. With 128 registers, two programs or more run on a multiprocessor: 512 threads with two to six
-# vectors each on the way keep its memory busy. (Left alone, ptxas takes fewer for Adam on 16-bit rows, and spills.)
-# Chosen by reasoning, not measured yet. Exceptions are entered as (major compute capability, bytes of an element).
-DEFAULT_BLOCK = Block(vectors=256, warps=8, registers=128)
+# One vector a thread. Chosen by reasoning, not measured yet. Exceptions are entered as (major compute capability, bytes
+# of an element).
+DEFAULT_BLOCK = Block(vectors=256, warps=8)
 BLOCKS: dict[tuple[int, int], Block] = {}
 # An interpreted operation costs nearly the same whether its tensors are long or short.
-INTERPRETED_BLOCK = Block(vectors=4096, warps=8, registers=128)
+INTERPRETED_BLOCK = Block(vectors=4096, warps=8)
+
+# Of a thread, at most: four programs of 256 threads on a multiprocessor, with one to five vectors a thread on the way,
+# keep its memory busy. Adam, with six streams and divisions, needs more, and two are enough.
+REGISTERS = 64
+REGISTERS_OF_ADAM = 128
 
 
 def block_of(dtype: torch.dtype, device: torch.device) -> Block:
@@ -49,7 +52,9 @@ def guard(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def launch(kernel: Any, table: Table, dtype: torch.dtype, *arguments: Any, **constants: Any) -> None:
+def launch(
+    kernel: Any, table: Table, dtype: torch.dtype, *arguments: Any, registers: int = REGISTERS, **constants: Any
+) -> None:
     """Launch a kernel with one program per chunk."""
     block = block_of(dtype, table.rows.device)
     kernel[(len(table.chunks),)](
@@ -57,7 +62,7 @@ def launch(kernel: Any, table: Table, dtype: torch.dtype, *arguments: Any, **con
         dtype=DTYPES[dtype],
         VECTORS=block.vectors,
         num_warps=block.warps,
-        maxnreg=block.registers,
+        maxnreg=registers,
         **constants,
     )
 

@@ -13,7 +13,7 @@ from .chunk_table import (
     FIRST, GRAD, GRAD_ASCENT, GRAD_DESCENT, GROUP, LIVE, SAVED, SECOND, STEP,
     Table, chunk_of, compute_dtype, for_each, load, store,
 )  # fmt: skip
-from .launch import jit, launch
+from .launch import REGISTERS_OF_ADAM, jit, launch
 from .update_math import (
     ADAM_MAXIMIZE, ADAM_OPTIONS, SGD_MAXIMIZE, SGD_OPTIONS, WORDS, adam, adam_rule, combined, resolve, sgd, sgd_rule,
 )  # fmt: skip
@@ -183,7 +183,7 @@ def launch_adamw_step(
 ) -> None:
     """As `launch_sgd_step`."""
     arguments = (table.rows, table.chunks, options, *decision, ok)
-    launch(adamw_step_kernel, table, dtype, *arguments, DIFFERENCES=differences)
+    launch(adamw_step_kernel, table, dtype, *arguments, registers=REGISTERS_OF_ADAM, DIFFERENCES=differences)
 
 
 def launch_combine(dtype: torch.dtype, table: Table, decision: Decision, differences: bool) -> None:
