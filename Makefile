@@ -31,7 +31,7 @@ bench: $(INSTALLED)  ## Measure the time of a step; the numbers go to benchmarks
 
 gpu: $(INSTALLED)  ## On a machine with a GPU: build the extension, run all tests that need one, measure the operators
 	CRSAM_FORCE_CUDA=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
-	CRSAM_REQUIRE_CUDA=1 $(BIN)/python -m pytest -k 'gpu or cuda and not cuda_on_cpu'
+	CRSAM_REQUIRE_CUDA=1 $(BIN)/python -m pytest -k 'gpu or cuda and not cuda_on_cpu or triton and not interpreted'
 	$(BIN)/python -m benchmarks.operators
 
 clean:  ## Remove build outputs and caches; .venv and runs/ stay

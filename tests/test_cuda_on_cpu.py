@@ -14,8 +14,19 @@ from crsam_ext.backends.cuda import CudaOperators
 
 from .cuda_on_cpu import build
 from .operator_cases import (
-    ROWS, Case, check_arguments, check_interrupted_perturb, check_options_as_tensors, check_same_as_torch,
-    check_schemas_and_fakes, check_versions, dtypes, each_operator, run_all, stepping, wrong_arguments,
+    ROWS,
+    Case,
+    check_arguments,
+    check_interrupted_perturb,
+    check_options_as_tensors,
+    check_same_as_torch,
+    check_schemas_and_fakes,
+    check_versions,
+    dtypes,
+    each_operator,
+    run_all,
+    stepping,
+    wrong_arguments,
 )  # fmt: skip
 
 

@@ -93,11 +93,10 @@ def compiled(request, tmp_path_factory):
         missing("Triton was not found")
     if backend.interpreted():
         pytest.skip("with TRITON_INTERPRET=1, Triton does not compile")
+    from crsam_ext.triton_kernels import fd_gram, grad_norm, launch, perturb, step
     from triton import compile, knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from crsam_ext.triton_kernels import fd_gram, grad_norm, launch, perturb, step
 
     functions = {k: v for m in (grad_norm, perturb, fd_gram, step) for k, v in vars(m).items() if k.endswith("_kernel")}
     tools = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"

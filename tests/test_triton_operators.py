@@ -1,7 +1,7 @@
 """The Triton kernels, interpreted on the CPU: what the tests of every backend do not ask.
 
-Those tests run on interpreted kernels as well, as backend "triton_interpreted". Here are bytes and launches, the order of
-programs, rows of awkward sizes and addresses, many groups, and what is cached. See tests/test_triton_interpreted.py.
+Those tests run on interpreted kernels as well, as backend "triton_interpreted". Here are bytes and launches, the order
+of programs, rows of awkward sizes and addresses, many groups, and what is cached. See tests/test_triton_interpreted.py.
 """
 
 import itertools
@@ -14,16 +14,27 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from crsam_ext.triton_kernels import launch, operators, update_math
 from triton.runtime import interpreter
 
 from crsam_ext.backends.torch import TorchOperators
 from crsam_ext.backends.triton import SCHEMAS, TritonOperators
-from crsam_ext.triton_kernels import launch, operators, update_math
 
 from . import triton_interpreted
 from .operator_cases import (
-    ROWS, Case, check_arguments, check_interrupted_perturb, check_options_as_tensors, check_same_as_torch,
-    check_schemas_and_fakes, check_versions, dtypes, each_operator, run_all, stepping, wrong_arguments,
+    ROWS,
+    Case,
+    check_arguments,
+    check_interrupted_perturb,
+    check_options_as_tensors,
+    check_same_as_torch,
+    check_schemas_and_fakes,
+    check_versions,
+    dtypes,
+    each_operator,
+    run_all,
+    stepping,
+    wrong_arguments,
 )  # fmt: skip
 
 # A program costs some 10 ms, so that there are fewer tiny rows than elsewhere.
@@ -116,10 +127,7 @@ def test_coefficients(groups, regularizer, bad):
     scale, alpha, beta = vector(0.0), vector(0.1), vector(0.1)
     losses = tuple(torch.tensor(x, dtype=torch.float64) for x in (1.0, 1.5, 0.75))
     for passes, given, cap, clip in itertools.product((3, 1), (losses, None), (math.inf, 0.01), (None, 0.1)):
-        if passes == 1:
-            arguments = (None, norms[:1])
-        else:
-            arguments = (gram, norms)
+        arguments = (None, norms[:1]) if passes == 1 else (gram, norms)
         results = []
         for backend in (TorchOperators(), TritonOperators()):
             counters = torch.zeros(4, dtype=torch.int64)

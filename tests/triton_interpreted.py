@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 
-
 #: Triton's own functions, by name.
 unpatched: dict[str, Any] = {}
 

@@ -13,10 +13,9 @@ from .launch import jit, launch_one
 LANES = tl.constexpr(128)  # groups, or step counters, that are read at a time
 
 
-# scale = rho / (sqrt(sum of squared norms) + epsilon), per group.   One program.
 @jit
 def perturbation_scale_kernel(squared_norm, rho, epsilon: tl.float64, scale, num_groups):
-    """All groups."""
+    """scale = rho / (sqrt(sum of squared norms) + epsilon), per group.   One program."""
     lane = tl.arange(0, LANES)
     total = tl.zeros([LANES], tl.float64)
     for first in range(0, num_groups, LANES):
@@ -54,14 +53,15 @@ def weight_of(weight, curvature, known, LOG: tl.constexpr):
     return x
 
 
-# a, b, the clip factor and whether the step is sound, from sums over all elements; advances the counters.
-# One program: its inputs are a few numbers per group. See `Operators.coefficients` for the mathematics.
 @jit
 def coefficients_kernel(
     gram, norms, scale, alpha, beta, losses, counters, taken, part, counts, values, flags, num_groups,
     max_regularizer_ratio: tl.float64, max_grad_norm: tl.float64, LOG: tl.constexpr,
 ):  # fmt: skip
-    """All groups and step counters."""
+    """a, b, the clip factor and whether the step is sound, from sums over all elements; advances the counters.
+
+    One program: its inputs are a few numbers per group. See `Operators.coefficients` for the mathematics.
+    """
     lane = tl.arange(0, LANES)
     zero = tl.zeros([LANES], tl.float64)
 

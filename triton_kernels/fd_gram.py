@@ -8,7 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunk_table import (
-    ADAPTIVE, GRAD, GRAD_ASCENT, GRAD_DESCENT, SAVED, Table, chunk_of, compute_dtype, for_each, load,
+    ADAPTIVE,
+    GRAD,
+    GRAD_ASCENT,
+    GRAD_DESCENT,
+    SAVED,
+    Table,
+    chunk_of,
+    compute_dtype,
+    for_each,
+    load,
 )  # fmt: skip
 from .launch import jit, launch
 from .reduce import group_sum
@@ -17,7 +26,7 @@ from .update_math import differences
 
 @triton.jit
 def add_products(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
-    """One tile."""
+    """One tile of the nine sums. Only ASAM loads w; the arithmetic is the same, and costs less than a branch."""
     grad, grad_ascent, grad_descent, saved, adaptive = arguments
     g = load(grad, where, mask, dtype, width)
     d1, d2 = differences(g, load(grad_ascent, where, mask, dtype, width), load(grad_descent, where, mask, dtype, width))
@@ -36,13 +45,14 @@ def add_products(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.co
     )
 
 
-# Inner products of (g0, d1, d2) and of h = g0, or w^2 g0 (ASAM), with each of them, per group.
-# Reads g0, g+, g-, and w for ASAM: 12 bytes an element in float32.
 @jit
 def fd_gram_kernel(
     rows, chunks, group_begin, tickets, num_groups, partial, gram, dtype: tl.constexpr, VECTORS: tl.constexpr
 ):
-    """A program takes one chunk."""
+    """Inner products of (g0, d1, d2) and of h = g0, or w^2 g0 (ASAM), with each of them, per group.
+
+    Reads g0, g+, g-, and w for ASAM: 12 bytes an element in float32.
+    """
     row, index = chunk_of(rows, chunks)
     arguments = (
         tl.load(row + GRAD),

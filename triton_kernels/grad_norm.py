@@ -14,7 +14,7 @@ from .reduce import group_sum
 
 @triton.jit
 def add_squares(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
-    """One tile."""
+    """One tile of a sum of squares."""
     grad, live, adaptive = arguments
     g = load(grad, where, mask, dtype, width)
     w = load(live, where, mask & adaptive, dtype, width)
@@ -22,12 +22,14 @@ def add_squares(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.con
     return (sums[0] + tl.sum(x * x, 1),)
 
 
-# |g|^2 per group, or | |w| g |^2 where weighted.   Reads g, and w where weighted: 4 bytes an element in float32.
 @jit
 def grad_norm_kernel(
     rows, chunks, group_begin, tickets, num_groups, partial, norms, dtype: tl.constexpr, VECTORS: tl.constexpr
 ):
-    """A program takes one chunk."""
+    """|g|^2 per group, or | |w| g |^2 where weighted.
+
+    Reads g, and w where weighted: 4 bytes an element in float32.
+    """
     row, index = chunk_of(rows, chunks)
     arguments = (tl.load(row + GRAD), tl.load(row + LIVE), tl.load(row + ADAPTIVE) != 0)
     sums = (tl.zeros([VECTORS], compute_dtype(dtype)),)

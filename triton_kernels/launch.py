@@ -76,7 +76,8 @@ def jit(function: Any) -> Any:
     """A kernel that is compiled once per combination of dtypes and constants, whatever its numbers and addresses are.
 
     Triton would compile it anew for a number that is 1 or a multiple of 16, and for an address that is no multiple of
-    16: training would stop for that at some later step.
+    16: training would stop for that at some later step. (What is in a tuple it looks at all the same: those hold what
+    stays as long as an optimizer.)
     """
     annotations = function.__annotations__
     names = [name for name in inspect.signature(function).parameters if annotations.get(name) != "tl.constexpr"]

@@ -20,7 +20,7 @@ from .launch import DTYPES, guard
 from .perturb import launch_perturb
 from .step import Decision, launch_adamw_step, launch_combine, launch_sgd_step
 from .table_cache import TableCache
-from .update_math import ADAM_OPTIONS, SGD_OPTIONS, WORDS
+from .update_math import ADAM_OPTIONS, SGD_OPTIONS
 
 _cache = TableCache()
 _ADDRESSES = ("live", "saved", "first", "second", "grad", "grad_ascent", "grad_descent")
@@ -130,6 +130,7 @@ def _new_numbers(device: torch.device, *sizes: int) -> Tensor:
 def grad_norm(
     grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
 ) -> Tensor:
+    """Squared norm of the gradient per group."""
     rows = Rows(grads, "grads", groups, num_groups)
     rows.enter("grad", grads, "grads", rows.dtype)
     rows.enter_weights("live", weights, rows.dtype)
@@ -143,6 +144,7 @@ def grad_norm(
 
 
 def perturbation_scale(squared_norm: Tensor, rho: Tensor, epsilon: float) -> Tensor:
+    """rho / (norm + epsilon) per group."""
     device, groups = squared_norm.device, squared_norm.numel()
     scale = _new_numbers(device, groups)
     with guard(device):
@@ -183,6 +185,7 @@ def perturb_(
     adaptive: Sequence[bool],
     sign: int,
 ) -> None:
+    """w + sign e into `live`; with sign +1, w is saved first."""
     if not live:
         return
     check(sign in (1, -1), f"sign is {sign}")
@@ -210,6 +213,7 @@ def fd_gram(
     num_groups: int,
     weights: Sequence[Tensor | None],
 ) -> Tensor:
+    """Gram matrix of the gradient and its differences, per group."""
     rows = Rows(grad, "grad", groups, num_groups)
     _enter_gradients(rows, grad, grad_ascent, grad_descent)
     rows.enter_weights("saved", weights, rows.master)
@@ -237,6 +241,7 @@ def coefficients(
     max_regularizer_ratio: float,
     max_grad_norm: float,
 ) -> tuple[Tensor, Tensor]:
+    """What a step does with its gradients: values, and flags."""
     device, groups = alpha.device, alpha.numel()
     check_count(len(part), "part", len(taken))
     check_tensor(counters, "counters", device, torch.int64, 4)
@@ -308,6 +313,7 @@ def sgd_step_(
     factor: Tensor | None,
     ok: Tensor,
 ) -> None:
+    """A step of SGD."""
     if not live:
         return
     rows = Rows(live, "live", groups, a.numel())
@@ -343,6 +349,7 @@ def adamw_step_(
     factor: Tensor | None,
     ok: Tensor,
 ) -> None:
+    """A step of Adam or AdamW."""
     if not live:
         return
     rows = Rows(live, "live", groups, a.numel())
@@ -384,6 +391,7 @@ def combine_(
     b: Tensor,
     factor: Tensor | None,
 ) -> None:
+    """The regularized gradient over the last one, and w into `live`."""
     if not live:
         return
     rows = Rows(live, "live", groups, a.numel())

@@ -45,13 +45,16 @@ def perturb(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constex
     return sums
 
 
-# live = w + s g, or w + s w^2 g (ASAM), where w is `saved`.   In float32: reads w, g, writes live: 12 bytes.
-# SAVE: first saves w.   In float32: reads live, g, writes saved, live: 16 bytes.
 @jit
 def perturb_kernel(
     rows, chunks, scale, marker, number: tl.int64, SAVE: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr
 ):
-    """A program takes one chunk; the first one leaves the number of the launch."""
+    """live = w + s g, or w + s w^2 g (ASAM), where w is `saved`.   In float32: reads w, g, writes live: 12 bytes.
+
+    SAVE: first saves w.   In float32: reads live, g, writes saved, live: 16 bytes.
+
+    The first program leaves the number of the launch, for whoever must know after an exception whether there was one.
+    """
     if tl.program_id(0) == 0:
         tl.store(marker, number)
     row, index = chunk_of(rows, chunks)

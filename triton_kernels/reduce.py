@@ -15,8 +15,9 @@ def group_sum(sums, row, group_begin, tickets, num_groups, partial, out, COUNT: 
     """Adds up `sums` over all threads of all programs whose chunks are in the same group: out[group * COUNT + k].
 
     Every thread has summed its elements in the compute dtype; from here on it is float64. A program leaves its partial
-    sums, and takes a ticket of its group; the one with the last ticket adds up those of all, whichever program it is, in
-    the order of the chunks. So the result does not depend on the order in which programs run, and one launch is enough.
+    sums, and takes a ticket of its group; the one with the last ticket adds up those of all, whichever program it is,
+    in the order of the chunks. So the result does not depend on the order in which programs run, and one launch is
+    enough.
     """
     program = tl.program_id(0).to(tl.int64)
     for k in tl.static_range(COUNT):

@@ -10,12 +10,35 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunk_table import (
-    FIRST, GRAD, GRAD_ASCENT, GRAD_DESCENT, GROUP, LIVE, SAVED, SECOND, STEP,
-    Table, chunk_of, compute_dtype, for_each, load, store,
+    FIRST,
+    GRAD,
+    GRAD_ASCENT,
+    GRAD_DESCENT,
+    GROUP,
+    LIVE,
+    SAVED,
+    SECOND,
+    STEP,
+    Table,
+    chunk_of,
+    compute_dtype,
+    for_each,
+    load,
+    store,
 )  # fmt: skip
 from .launch import REGISTERS_OF_ADAM, jit, launch
 from .update_math import (
-    ADAM_MAXIMIZE, ADAM_OPTIONS, SGD_MAXIMIZE, SGD_OPTIONS, WORDS, adam, adam_rule, combined, resolve, sgd, sgd_rule,
+    ADAM_MAXIMIZE,
+    ADAM_OPTIONS,
+    SGD_MAXIMIZE,
+    SGD_OPTIONS,
+    WORDS,
+    adam,
+    adam_rule,
+    combined,
+    resolve,
+    sgd,
+    sgd_rule,
 )  # fmt: skip
 
 
@@ -74,7 +97,7 @@ def restore(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constex
 
 @triton.jit
 def sgd_step(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
-    """One tile."""
+    """One tile of a step of SGD."""
     live, saved, momentum_buffer, grads, weights, rule = arguments
     master: tl.constexpr = compute_dtype(dtype)
     kept = mask & (momentum_buffer != 0)
@@ -88,7 +111,7 @@ def sgd_step(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.conste
 
 @triton.jit
 def adamw_step(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
-    """One tile."""
+    """One tile of a step of Adam."""
     live, saved, exp_avg, exp_avg_sq, grads, weights, rule = arguments
     master: tl.constexpr = compute_dtype(dtype)
     w = load(saved, where, mask, master, width)
@@ -110,14 +133,15 @@ def combine(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constex
     return sums
 
 
-# torch.optim.SGD, see `sgd`.   In float32: reads w, m, g0, g+, g-, writes m, live: 28 bytes an element.
-# A step that is not ok is skipped: live = w, and nothing else changes.
 @jit
 def sgd_step_kernel(
     rows, chunks, options, a, b, factor, ok,
     DIFFERENCES: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes one chunk."""
+    """torch.optim.SGD, see `sgd`.   In float32: reads w, m, g0, g+, g-, writes m, live: 28 bytes an element.
+
+    A step that is not ok is skipped: live = w, and nothing else changes.
+    """
     row, index = chunk_of(rows, chunks)
     live, saved, momentum_buffer = tl.load(row + LIVE), tl.load(row + SAVED), tl.load(row + FIRST)
     if tl.load(ok) != 0:
@@ -133,14 +157,16 @@ def sgd_step_kernel(
         for_each(restore, (live, saved), (), row, index, dtype, VECTORS)
 
 
-# torch.optim.Adam and AdamW, see `adam`.   In float32: reads w, m, v, g0, g+, g-, writes m, v, live: 36 bytes an element.
-# A step that is not ok is skipped: live = w, and nothing else changes.
 @jit
 def adamw_step_kernel(
     rows, chunks, options, a, b, factor, ok,
     DIFFERENCES: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes one chunk."""
+    """torch.optim.Adam and AdamW, see `adam`.
+
+    In float32: reads w, m, v, g0, g+, g-, writes m, v, live: 36 bytes an element. A step that is not ok is skipped:
+    live = w, and nothing else changes.
+    """
     row, index = chunk_of(rows, chunks)
     live, saved = tl.load(row + LIVE), tl.load(row + SAVED)
     if tl.load(ok) != 0:
@@ -157,10 +183,12 @@ def adamw_step_kernel(
         for_each(restore, (live, saved), (), row, index, dtype, VECTORS)
 
 
-# ghat over the last gradient, and live = w.   In float32: reads g0, g+, g-, w, writes g-, live: 24 bytes an element.
 @jit
 def combine_kernel(rows, chunks, a, b, factor, DIFFERENCES: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr):
-    """A program takes one chunk."""
+    """ghat over the last gradient, and live = w.
+
+    In float32: reads g0, g+, g-, w, writes g-, live: 24 bytes an element.
+    """
     row, index = chunk_of(rows, chunks)
     if DIFFERENCES or factor is not None:
         weights = weights_of(tl.load(row + GROUP), a, b, factor, compute_dtype(dtype))
@@ -173,7 +201,7 @@ def combine_kernel(rows, chunks, a, b, factor, DIFFERENCES: tl.constexpr, dtype:
 def launch_sgd_step(
     dtype: torch.dtype, table: Table, options: Tensor, decision: Decision, ok: Tensor, differences: bool
 ) -> None:
-    """`differences`: whether all three gradients are given; with one only, it is `grad`. options: see `update_math`."""
+    """differences: whether all three gradients are given; with one only, it is `grad`. options: see `update_math`."""
     arguments = (table.rows, table.chunks, options, *decision, ok)
     launch(sgd_step_kernel, table, dtype, *arguments, DIFFERENCES=differences)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 class TableCache:
     """Tables by their content.
 
-    The copy is asynchronous, through pinned memory. What was copied on a stream serves that stream only, so that a later
-    kernel there finds it complete, and memory that is given up is reused in order.
+    The copy is asynchronous, through pinned memory. What was copied on a stream serves that stream only, so that a
+    later kernel there finds it complete, and memory that is given up is reused in order.
 
     A graph repeats the copies that were captured. So while one is captured nothing is looked up or stored: the table is
     made anew, and its pinned source stays unchanged for the rest of the process: nobody tells when a graph is gone.
