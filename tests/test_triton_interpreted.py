@@ -27,13 +27,11 @@ OPTIMIZER = (
     "call_forms and adamw-clip-False",
     "two_groups and adamw-log-everything",
     "test_bad_gradient and linear-momentum and nan",  # skipped steps
-    "two_runs and momentum-log",
     "several_dtypes",
     "tensor_learning_rate",
     "empty_and_scalar_parameters",
-    "gradient_in_some_passes and 2}-momentum",
+    "gradient_in_some_passes and momentum",
     "momentum_that_is_switched",
-    "gradient_beyond_the_square_root",
 )
 PARTS = {
     # Files, expression that chooses among the tests there, and how many are chosen.
@@ -43,7 +41,7 @@ PARTS = {
     "optimizer": (
         ["test_optimizer.py", "test_invariants.py", "test_hard_inputs.py"],
         f"triton_interpreted and ({' or '.join(f'({name})' for name in OPTIMIZER)})",
-        40,
+        33,
     ),
 }
 
@@ -59,4 +57,4 @@ def test_interpreted(part):
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = {outcome: int(n) for n, outcome in re.findall(r"(\d+) (passed|skipped)", done.stdout)}
     assert outcomes.get("passed", 0) + outcomes.get("skipped", 0) == count, done.stdout
-    assert outcomes.get("skipped", 0) <= 1, done.stdout  # an interrupt in the middle of a launch, in test_ops.py
+    assert outcomes.get("skipped", 0) <= 1, done.stdout  # in test_ops.py, an interrupt in the middle of a launch
