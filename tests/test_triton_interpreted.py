@@ -24,7 +24,6 @@ OPTIMIZER = (
     "points_of_the_passes",
     "low_precision",
     "terms_without_a_logarithm",
-    "call_forms and adamw-clip-False",
     "two_groups and adamw-log-everything",
     "test_bad_gradient and linear-momentum and nan",  # skipped steps
     "several_dtypes",
@@ -37,11 +36,15 @@ PARTS = {
     # Files, expression that chooses among the tests there, and how many are chosen.
     "operators": (["test_ops.py"], "triton_interpreted", 191),
     "triton_operators": (["test_triton_operators.py"], "", 73),
-    "trajectories": (["test_golden.py"], "given_gradients and triton_interpreted and float32", 6),
+    "trajectories": (
+        ["test_golden.py"],
+        "given_gradients and triton_interpreted and float32 and (adamw or momentum)",
+        4,
+    ),
     "optimizer": (
         ["test_optimizer.py", "test_invariants.py", "test_hard_inputs.py"],
         f"triton_interpreted and ({' or '.join(f'({name})' for name in OPTIMIZER)})",
-        33,
+        32,
     ),
 }
 

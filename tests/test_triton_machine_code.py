@@ -4,6 +4,7 @@ import importlib.util
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from crsam_ext.backends import triton as backend
 
 from .conftest import missing
+from .operator_cases import Case
 
 # For each compute capability the dtypes that are looked at: to compile all kernels for all of them would take minutes.
 # float16 differs from bfloat16 in a conversion.
@@ -23,7 +25,7 @@ COMPILED = {
 }
 POINTERS = {
     "rows": "*i64", "chunks": "*i32", "group_begin": "*i64", "tickets": "*i32", "num_groups": "i32", "partial": "*fp64",
-    "norms": "*fp64", "gram": "*fp64", "scale": "*fp64", "marker": "*i64", "number": "i64", "options": "*i64",
+    "norms": "*fp64", "gram": "*fp64", "scale": "*fp64", "marker": "*i64", "number": "i64", "option_table": "*i64",
     "a": "*fp64", "b": "*fp64", "factor": "*fp64", "ok": "*u8",
 }  # fmt: skip
 
@@ -173,3 +175,63 @@ def test_no_float64_in_main_loops_of_float32(compiled):
         if dtype != torch.float64:
             for block in one.main_loops:
                 assert ".f64" not in block, (name, dtype)
+
+
+@pytest.fixture
+def compile_only(monkeypatch, tmp_path):
+    """Makes launches on CPU tensors go as far as they can without a GPU: until a kernel is compiled.
+
+    Returns:
+        The kernels that were launched: names, and functions with the variants that Triton keeps of each.
+    """
+    if importlib.util.find_spec("triton") is None:
+        missing("Triton was not found")
+    if backend.interpreted():
+        pytest.skip("with TRITON_INTERPRET=1, Triton does not compile")
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from crsam_ext.triton_kernels import launch
+
+    gpu = {
+        "get_current_target": lambda: GPUTarget("cuda", 90, 32),
+        "get_current_device": lambda: 0,
+        "get_current_stream": lambda device: 0,
+    }
+    launched, run = {}, JITFunction.run
+
+    def warm_up(self, *args, grid, warmup, **kwargs):
+        if self.fn.__name__ not in launched:
+            self.device_caches.clear()
+            launched[self.fn.__name__] = self
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    monkeypatch.setattr(launch, "INTERPRETED_BLOCK", launch.DEFAULT_BLOCK)
+    monkeypatch.setattr(JITFunction, "run", warm_up)
+    with knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path)
+        driver.set_active(SimpleNamespace(**gpu))
+        yield launched
+        driver.reset_active()
+    for function in launched.values():
+        function.device_caches.clear()
+
+
+def test_nothing_is_compiled_twice(compile_only):
+    """Neither other sizes, numbers of rows and addresses, nor later steps make Triton compile a kernel again."""
+    operators = backend.TritonOperators()
+    for sizes, offset in (((1, 3, 4097, 40000), 0), ((5,), 1), ((16,) * 16, 0)):
+        case = Case(torch.float32, sizes=sizes, groups=[0] * len(sizes), offset=offset)
+        for operator in Case.OPERATORS:
+            operator(case, operators)
+        gram, counters = torch.ones(2, 9, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+        operators.perturbation_scale(gram[:, 0].contiguous(), case.scale)
+        operators.coefficients(
+            gram, [], case.scale, case.scale, case.scale, counters=counters, steps=[(torch.ones(3), torch.ones(3))],
+            passes=3, regularizer="log", losses=None, max_regularizer_ratio=1.0 / len(sizes), max_grad_norm=1.0,
+        )  # fmt: skip
+    variants = {name: len(function.device_caches[0][0]) for name, function in compile_only.items()}
+    expected = {kernel.function for kernel in KERNELS.values()} | {"perturbation_scale_kernel", "coefficients_kernel"}
+    assert variants == {name: 2 if name == "perturb_kernel" else 1 for name in expected}  # two signs

@@ -135,7 +135,7 @@ def combine(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constex
 
 @jit
 def sgd_step_kernel(
-    rows, chunks, options, a, b, factor, ok,
+    rows, chunks, option_table, a, b, factor, ok,
     DIFFERENCES: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     """torch.optim.SGD, see `sgd`.   In float32: reads w, m, g0, g+, g-, writes m, live: 28 bytes an element.
@@ -146,7 +146,7 @@ def sgd_step_kernel(
     live, saved, momentum_buffer = tl.load(row + LIVE), tl.load(row + SAVED), tl.load(row + FIRST)
     if tl.load(ok) != 0:
         group, step = tl.load(row + GROUP), tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32)))
-        own = options + group * SGD_OPTIONS * WORDS
+        own = option_table + group * SGD_OPTIONS * WORDS
         wide_dtype: tl.constexpr = compute_dtype(dtype)
         wa, wb, wf = weights_of(group, a, b, factor, wide_dtype)
         wf = tl.where(resolve(own + WORDS * SGD_MAXIMIZE, wide_dtype) != 0, -wf, wf)
@@ -159,7 +159,7 @@ def sgd_step_kernel(
 
 @jit
 def adamw_step_kernel(
-    rows, chunks, options, a, b, factor, ok,
+    rows, chunks, option_table, a, b, factor, ok,
     DIFFERENCES: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     """torch.optim.Adam and AdamW, see `adam`.
@@ -171,7 +171,7 @@ def adamw_step_kernel(
     live, saved = tl.load(row + LIVE), tl.load(row + SAVED)
     if tl.load(ok) != 0:
         group, step = tl.load(row + GROUP), tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32)))
-        own = options + group * ADAM_OPTIONS * WORDS
+        own = option_table + group * ADAM_OPTIONS * WORDS
         wide_dtype: tl.constexpr = compute_dtype(dtype)
         wa, wb, wf = weights_of(group, a, b, factor, wide_dtype)
         wf = tl.where(resolve(own + WORDS * ADAM_MAXIMIZE, wide_dtype) != 0, -wf, wf)

@@ -33,8 +33,7 @@ class TableCache:
         """What ``build`` returns, as uint8 on the device; equal keys must stand for equal bytes."""
         on_gpu = device.type == "cuda"
         if on_gpu and torch.cuda.is_current_stream_capturing():
-            with _relaxed_capture():  # pinning memory is no work of a stream
-                source = _pinned(build())
+            source = _pinned(build())
             table = source.to(device, non_blocking=True)
             self._captured.append((table, source))
             return table
@@ -55,8 +54,9 @@ class TableCache:
 
 
 def _pinned(content: bytes) -> Tensor:
-    source = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    return torch.empty(len(content), dtype=torch.uint8, pin_memory=True).copy_(source)
+    with _relaxed_capture():  # pinning memory is no work of a stream, and allowed while any thread captures a graph
+        source = torch.empty(len(content), dtype=torch.uint8, pin_memory=True)
+    return source.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
 
 
 @contextmanager
