@@ -188,12 +188,11 @@ def compile_only(monkeypatch, tmp_path):
         missing("Triton was not found")
     if backend.interpreted():
         pytest.skip("with TRITON_INTERPRET=1, Triton does not compile")
+    from crsam_ext.triton_kernels import launch
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
-
-    from crsam_ext.triton_kernels import launch
 
     gpu = {
         "get_current_target": lambda: GPUTarget("cuda", 90, 32),
@@ -210,11 +209,10 @@ def compile_only(monkeypatch, tmp_path):
 
     monkeypatch.setattr(launch, "INTERPRETED_BLOCK", launch.DEFAULT_BLOCK)
     monkeypatch.setattr(JITFunction, "run", warm_up)
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(**gpu))
     with knobs.cache.scope():
         knobs.cache.dir = str(tmp_path)
-        driver.set_active(SimpleNamespace(**gpu))
         yield launched
-        driver.reset_active()
     for function in launched.values():
         function.device_caches.clear()
 
