@@ -233,3 +233,11 @@ def test_nothing_is_compiled_twice(compile_only):
     variants = {name: len(function.device_caches[0][0]) for name, function in compile_only.items()}
     expected = {kernel.function for kernel in KERNELS.values()} | {"perturbation_scale_kernel", "coefficients_kernel"}
     assert variants == {name: 2 if name == "perturb_kernel" else 1 for name in expected}  # two signs
+
+
+def test_order_of_the_last_stage_of_sums(compiled):
+    """Partial sums, barrier, ticket; barrier, and the partial sums of others, past this multiprocessor's cache."""
+    order = r"st\.global\.b64.*bar\.sync.*atom\.global\.gpu\.acq_rel.*bar\.sync.*ld\.global\.cg\.b64"
+    for (name, dtype), one in compiled.items():
+        if name in ("grad_norm", "fd_gram"):
+            assert re.search(order, one.ptx, re.DOTALL), (name, dtype)
