@@ -164,8 +164,12 @@ class CRSAM(Optimizer):
 
     def __repr__(self) -> str:
         head, _, groups = super().__repr__().partition("(")
-        base = type(self.base_optimizer).__name__
-        return f"{head}(base_optimizer={base}, regularizer={self.regularizer}, backend={self.backend},{groups}"
+        base, backend = type(self.base_optimizer).__name__, self.backend
+        if self._requested_backend == "auto":
+            reasons = backends.passed_over(compile=self.compile, devices=self._device_types())
+            if reasons:
+                backend += f" ({', '.join(f'{name} {why}' for name, why in reasons.items())})"
+        return f"{head}(base_optimizer={base}, regularizer={self.regularizer}, backend={backend},{groups}"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as for any torch optimizer; it may have its own rho, alpha (or gamma), beta and adaptive.
@@ -425,9 +429,11 @@ class CRSAM(Optimizer):
                     if param.dtype.itemsize == 2 and isinstance(value, Tensor) and value.is_floating_point():
                         self.state[param][name] = value.detach().clone().to(param.device)
 
+    def _device_types(self) -> set[str]:
+        return {param.device.type for group in self.param_groups for param in group["params"]}
+
     def _load_operators(self) -> Operators:
-        devices = {param.device.type for group in self.param_groups for param in group["params"]}
-        return backends.load(self._requested_backend, compile=self.compile, devices=devices)
+        return backends.load(self._requested_backend, compile=self.compile, devices=self._device_types())
 
     def _reset(self) -> None:
         self.operators = self._load_operators()

@@ -179,8 +179,10 @@ def test_perturb(adaptive, sign, dtype, operators, device):
 
 def test_perturb_can_be_undone_from_any_point(operators, device, monkeypatch):
     """An exception after any number of blocks: what was appended until then gives w back."""
-    if operators.name == "cuda":
-        pytest.skip("one launch saves all rows: undo learns of all of them or of none, see test_cuda_on_cpu")
+    if operators.name != "torch":
+        pytest.skip(
+            "one launch saves all rows: undo learns of all of them or of none, see test_interrupted_perturb_..."
+        )
     live = rows(torch.float32, device)
     w = [p.clone() for p in live]
 

@@ -31,8 +31,12 @@ class FusedOperators(Operators):
         self._ops = getattr(torch.ops, self.namespace)
 
     @abstractmethod
+    def _launch_mark(self, live: Tensor) -> int:
+        """A number that tells :meth:`_launched` what came before."""
+
+    @abstractmethod
     def _launched(self, live: Tensor, before: int) -> bool:
-        """Whether ``perturb_`` was launched, in which ``live`` had the version ``before``; asked after an exception."""
+        """Whether ``perturb_`` was launched on ``live`` since ``before``; asked after an exception, so it may wait."""
 
     def grad_norm(
         self, grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
@@ -54,7 +58,7 @@ class FusedOperators(Operators):
         undo: list[tuple[Tensor, Tensor]],
     ) -> None:
         scale = scale.to(live[0].device, non_blocking=True)
-        before, known = live[0]._version, len(undo)
+        before, known = self._launch_mark(live[0]), len(undo)
         try:
             # One launch saves and writes: undo must not wait until it returns, nor stay if it is never made.
             if sign > 0:
