@@ -433,26 +433,20 @@ def test_steps_compiled(make, options, dtype, compiled):
     check_updates(compiled, dtype, 3, make, options, sizes=SIZES)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("update", ["sgd", "adamw"])
-@pytest.mark.parametrize("how", ["eager", "selecting", "compiled"])
-def test_steps_that_are_not_ok(how, update, dtype, compiled, monkeypatch):
+def check_step_that_is_not_ok(operators, update, dtype, device="cpu"):
     """live becomes w; nothing else changes, whatever the gradients hold."""
-    operators = compiled if how == "compiled" else backends.load("torch")
-    if how == "selecting":  # as devices other than the CPU do
-        monkeypatch.setattr(operators, "_selects", lambda row: True)
-    live, saved, m, v = rows(dtype), rows(torch.float32), rows(torch.float32), rows(torch.float32)
+    live, saved, m, v = (rows(t, device) for t in (dtype, torch.float32, torch.float32, torch.float32))
     if dtype == torch.bfloat16:
         saved = [p.float() for p in live]
         live = [p * 2 for p in live]
     v = [x.abs() for x in v]
     before = [[x.clone() for x in xs] for xs in (saved, m, v)]
-    grads = gradients(dtype)
+    grads = gradients(dtype, device)
     for g in grads:
         g[3][17] = math.nan
         g[1][1] = math.inf
-    c = coefficients(ok=False)._replace(a=vector([math.nan] * 2), b=vector([math.nan] * 2))
-    steps = [torch.tensor(0.0)] * 4
+    c = coefficients(device, ok=False)._replace(a=vector([math.nan] * 2, device), b=vector([math.nan] * 2, device))
+    steps = [torch.tensor(0.0, device=device)] * 4
     if update == "sgd":
         operators.sgd_step_(live, saved, m, grads, GROUPS, steps, [sgd_options(momentum=0.9, weight_decay=0.1)] * 2, c)
     else:
@@ -460,6 +454,25 @@ def test_steps_that_are_not_ok(how, update, dtype, compiled, monkeypatch):
     for found, expected in zip((saved, m, v), before, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
     assert all(torch.equal(p, w.to(dtype)) for p, w in zip(live, before[0], strict=True))
+
+
+low_and_full = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+@low_and_full
+@pytest.mark.parametrize("update", ["sgd", "adamw"])
+def test_steps_that_are_not_ok(update, dtype, operators, device):
+    check_step_that_is_not_ok(operators, update, dtype, device)
+
+
+@low_and_full
+@pytest.mark.parametrize("update", ["sgd", "adamw"])
+@pytest.mark.parametrize("how", ["selecting", "compiled"])
+def test_steps_of_torch_that_are_not_ok(how, update, dtype, compiled, monkeypatch):
+    operators = compiled if how == "compiled" else backends.load("torch")
+    if how == "selecting":  # as devices other than the CPU do
+        monkeypatch.setattr(operators, "_selects", lambda row: True)
+    check_step_that_is_not_ok(operators, update, dtype)
 
 
 @dtypes

@@ -126,7 +126,10 @@ def test_coefficients(groups, regularizer, bad):
     norms = [vector(0.5) for _ in range(3)]
     scale, alpha, beta = vector(0.0), vector(0.1), vector(0.1)
     losses = tuple(torch.tensor(x, dtype=torch.float64) for x in (1.0, 1.5, 0.75))
-    for passes, given, cap, clip in itertools.product((3, 1), (losses, None), (math.inf, 0.01), (None, 0.1)):
+    scaled = torch.tensor(1.75, dtype=torch.float64)
+    for passes, given, cap, clip, grad_scale in itertools.product(
+        (3, 1), (losses, None), (math.inf, 0.01), (None, 0.1), (None, scaled)
+    ):
         arguments = (None, norms[:1]) if passes == 1 else (gram, norms)
         results = []
         for backend in (TorchOperators(), TritonOperators()):
@@ -134,7 +137,8 @@ def test_coefficients(groups, regularizer, bad):
             steps = [(torch.arange(n).float(), (torch.arange(n) % 2).float()) for n in (1, 200, 3)]
             c = backend.coefficients(
                 *arguments, scale, alpha, beta, counters=counters, steps=steps, passes=passes,
-                regularizer=regularizer, losses=given, max_regularizer_ratio=cap, max_grad_norm=clip,
+                regularizer=regularizer, losses=given, grad_scale=grad_scale, max_regularizer_ratio=cap,
+                max_grad_norm=clip,
             )  # fmt: skip
             results.append((*c, counters, *(taken for taken, _ in steps)))
         for x, y in zip(*results, strict=True):

@@ -127,7 +127,8 @@ def coefficients_kernel(
         squared = tl.sum(ghats, 0)
     clip = max_grad_norm / (norm_of(squared) * factor + 1e-6)
     rest = values + 2 * num_groups
-    tl.store(rest, tl.where(clip > 1, 1.0, clip) * factor)
+    unclipped = (clip > 1) | (max_grad_norm == float("inf"))
+    tl.store(rest, tl.where(unclipped, 1.0, clip) * factor)
     tl.store(rest + 1, kappa)
     tl.store(rest + 2, sigma)
     tl.store(rest + 3, ratio)

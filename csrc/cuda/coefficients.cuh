@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) coefficients_kernel(CoefficientsArgu
   const double norm_hat = norm_of(p.gram ? squared_hat[0] : total[last_norm]) / grad_scale;
   const double factor = p.max_grad_norm / (norm_hat + 1e-6);
   double* rest = p.values + 2 * groups;
-  rest[0] = (factor > 1 ? 1 : factor) / grad_scale;
+  rest[0] = (factor > 1 || isinf(p.max_grad_norm) ? 1 : factor) / grad_scale;
   rest[1] = kappa;
   rest[2] = sigma;
   rest[3] = ratio;
