@@ -61,6 +61,10 @@ class CRSAM(Optimizer):
         max_grad_norm: clip :math:`\hat g` to this norm.
         max_regularizer_ratio: cap the norm of :math:`a d_2 + b d_1` at this multiple of :math:`\|g_+\|`; default 1 for
             the log regularizer, whose weights are unbounded near kappa = 0, and no cap for the linear one.
+        interval: perturb in every ``interval``-th step only, beginning with the first; the others are the base
+            optimizer's, of one pass.
+        curvature_interval: of the steps that perturb, take the pass at w - e in every ``curvature_interval``-th only;
+            the others are SAM's, of two passes.
         model: if given, the running statistics of its normalization layers follow the first pass only.
         replay_rng: give every pass of ``step(closure)`` the same random numbers (dropout masks, for instance).
         backend: "cuda", "triton", "torch", or "auto" for the first that is available.
@@ -109,6 +113,8 @@ class CRSAM(Optimizer):
         adaptive: bool = False,
         max_grad_norm: float | None = None,
         max_regularizer_ratio: float | None = None,
+        interval: int = 1,
+        curvature_interval: int = 1,
         model: torch.nn.Module | None = None,
         replay_rng: bool = True,
         backend: str = "auto",
@@ -128,6 +134,10 @@ class CRSAM(Optimizer):
             raise ValueError(f"max_regularizer_ratio must be at least 0, but is {max_regularizer_ratio}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, but is {max_grad_norm}")
+        for name, value in (("interval", interval), ("curvature_interval", curvature_interval)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, but is {value}")
+        self.interval, self.curvature_interval = interval, curvature_interval
         self.regularizer, self.estimator = regularizer, estimator
         self.max_grad_norm, self.max_regularizer_ratio = max_grad_norm, max_regularizer_ratio
         self.replay_rng, self.compile = replay_rng, compile
@@ -154,13 +164,18 @@ class CRSAM(Optimizer):
 
     @property
     def passes(self) -> int:
-        """How many times ``step(closure)`` calls the closure: 3, 2 where alpha = beta = 0, 1 where rho = 0."""
-        return self._calls if any(_nonzero(group["rho"]) for group in self.param_groups) else 1
+        """How many passes the next step takes, or the one in progress: 3, 2 where alpha = beta = 0, 1 where rho = 0.
+
+        With ``interval`` and ``curvature_interval`` it differs from step to step.
+        """
+        perturbs = any(_nonzero(group["rho"]) for group in self.param_groups)
+        return self._calls if perturbs and self.stats.steps % self.interval == 0 else 1
 
     @property
     def _calls(self) -> int:
         """How many of first_step, second_step, third_step make a step."""
-        return 3 if any(_nonzero(group[name]) for group in self.param_groups for name in ("alpha", "beta")) else 2
+        curved = any(_nonzero(group[name]) for group in self.param_groups for name in ("alpha", "beta"))
+        return 3 if curved and self.stats.steps // self.interval % self.curvature_interval == 0 else 2
 
     def __repr__(self) -> str:
         head, _, groups = super().__repr__().partition("(")
@@ -259,7 +274,7 @@ class CRSAM(Optimizer):
             self._call(zero_grad, loss)
 
     def second_step(self, zero_grad: bool = False, loss: Any = None) -> None:
-        """After ``backward()`` at w + e: move to w - e; with alpha = beta = 0, update w instead.
+        """After ``backward()`` at w + e: move to w - e; in a step of two passes, update w instead.
 
         Arguments and errors as for :meth:`first_step`.
         """
@@ -368,7 +383,7 @@ class CRSAM(Optimizer):
 
     def _require(self, call: str, collected: int) -> None:
         if self._step is None:
-            sam = " (with alpha = beta = 0, second_step() makes the update)" if call == "third_step" else ""
+            sam = " (in a step of two passes, second_step() makes the update)" if call == "third_step" else ""
             raise RuntimeError(f"{call}() called outside a step: first_step() is due{sam}")
         if self._step.collected != collected:
             raise RuntimeError(f"{call}() called out of order: {self._due()}")
@@ -403,6 +418,13 @@ class CRSAM(Optimizer):
 
     # State -----------------------------------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of any torch optimizer; with intervals also "steps", how many there were: they decide on the next one."""
+        result = super().state_dict()
+        if max(self.interval, self.curvature_interval) > 1:
+            result["steps"] = self.stats.steps
+        return result
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, here or of torch's SGD, Adam or AdamW.
 
@@ -422,6 +444,7 @@ class CRSAM(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+        self.stats.steps = loaded.get("steps", self.stats.steps)
         # torch casts floating state to the parameter's dtype; ours is float32 where that is float16 or bfloat16.
         for own, group in zip(self.param_groups, loaded["param_groups"], strict=True):
             for param, key in zip(own["params"], group["params"], strict=True):

@@ -294,6 +294,18 @@ def test_coefficients_of_a_bad_step(where, bad, operators, device):
     assert taken.tolist() == [3.0, 5.0]
 
 
+def test_bad_step_counts_no_dropped_term(operators, device):
+    """kappa and sigma of a step that is skipped are not looked at."""
+    gram = torch.ones(2, 9, dtype=torch.float64, device=device)
+    gram[0, 6:] = -math.inf
+    counters, ones = torch.zeros(4, dtype=torch.int64, device=device), vector([1.0, 1.0], device)
+    operators.coefficients(
+        gram, [], ones, ones, ones, counters=counters, steps=[], passes=3, regularizer="log", losses=None,
+        grad_scale=None, max_regularizer_ratio=1.0, max_grad_norm=None,
+    )  # fmt: skip
+    assert counters.tolist() == [1, 0, 0, 0]
+
+
 def test_coefficients_where_all_gradients_are_zero(operators, device):
     zeros = [torch.zeros(3, device=device)]
     gram = operators.fd_gram(zeros, zeros, zeros, [0], 1, [None])
