@@ -223,6 +223,14 @@ def check_schemas_and_fakes(namespace):
     check(namespace.combine_, (case.live, case.saved, *case.grads, groups, c.a, c.b, c.factor))
 
 
+def check_other_groups(operators):
+    """Tables are kept: rows of the same lengths in other groups must not get each other's."""
+    grads = [torch.full((5,), float(i)) for i in (1, 2, 3)]
+    for groups in ([0, 0, 1], [0, 1, 1], [1, 1, 1], [2, 0, 1]):
+        expected = [sum(5.0 * i**2 for i, group in zip((1, 2, 3), groups, strict=True) if group == k) for k in range(3)]
+        assert operators.grad_norm(grads, groups, 3, [None] * 3).tolist() == expected
+
+
 #: What is changed in the arguments of perturb_, and what it says then.
 wrong_arguments = pytest.mark.parametrize(
     ("change", "message"),

@@ -19,6 +19,7 @@ from .operator_cases import (
     check_arguments,
     check_interrupted_perturb,
     check_options_as_tensors,
+    check_other_groups,
     check_same_as_float64,
     check_schemas_and_fakes,
     check_versions,
@@ -150,6 +151,10 @@ def test_compiled_without_a_graph_break(library):
         assert x is y is None or torch.equal(x, y)
     for x, y in zip(case.tensors(), expected.tensors(), strict=True):
         assert torch.equal(x, y)
+
+
+def test_same_lengths_in_other_groups(library):
+    check_other_groups(CudaOperators())
 
 
 @wrong_arguments

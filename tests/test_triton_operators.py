@@ -27,6 +27,7 @@ from .operator_cases import (
     check_arguments,
     check_interrupted_perturb,
     check_options_as_tensors,
+    check_other_groups,
     check_same_as_float64,
     check_schemas_and_fakes,
     check_versions,
@@ -258,6 +259,10 @@ def test_schemas_are_those_of_cuda():
     source = (Path(__file__).parent.parent / "csrc" / "ops.cpp").read_text()
     text = re.sub(r'"\s*"', "", source)  # literals that go on in the next line
     assert dict(re.findall(r'm\.def\(\s*"(\w+)(\(.+?\) -> .+?)"\);', text)) == SCHEMAS
+
+
+def test_same_lengths_in_other_groups():
+    check_other_groups(TritonOperators())
 
 
 @wrong_arguments
