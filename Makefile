@@ -21,7 +21,7 @@ train: $(INSTALLED)  ## Train a network on the digits data with CR-SAM; results 
 	$(BIN)/crsam-train --data digits --optimizer crsam --output runs/digits --overwrite
 
 test: $(INSTALLED)  ## Run all tests; a test that cannot run here is listed with its reason
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(INSTALLED)  ## Check style, format and types
 	$(BIN)/ruff check .

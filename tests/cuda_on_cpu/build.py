@@ -4,11 +4,13 @@ What is built lies under build/cuda_on_cpu, named after a hash of everything tha
 """
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,6 +28,16 @@ def _digest(*parts):
     sources = sorted(path for folder in (SOURCES, HERE) for path in folder.rglob("*") if path.suffix != ".pyc")
     text = repr((parts, torch.__version__)).encode()
     return hashlib.sha256(text + b"".join(p.read_bytes() for p in sources if p.is_file())).hexdigest()[:16]
+
+
+@contextmanager
+def _alone():
+    """One process builds at a time: others find what it has built."""
+    folder = ROOT / "build" / "cuda_on_cpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _build(output, sources, compile_flags, link_flags):
@@ -54,12 +66,13 @@ def library():
     torch_flags = ["-O1", *isystem, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     folders = library_paths()
     link = ["-shared", *(f"-L{p}" for p in folders), *(f"-Wl,-rpath,{p}" for p in folders), "-ltorch_cpu", "-lc10"]
-    if not path.exists():
-        kernels = [SOURCES / "cuda" / name for name in KERNELS]
-        flags = [*torch_flags, "-DCRSAM_DISPATCH_KEY=CPU"]
-        _build(path, [*kernels, SOURCES / "cuda" / "ops_cuda.cpp", HERE / "control.cpp"], flags, link)
-    if not schemas.exists():
-        _build(schemas, [SOURCES / "ops.cpp"], torch_flags, link)
+    with _alone():
+        if not path.exists():
+            kernels = [SOURCES / "cuda" / name for name in KERNELS]
+            flags = [*torch_flags, "-DCRSAM_DISPATCH_KEY=CPU"]
+            _build(path, [*kernels, SOURCES / "cuda" / "ops_cuda.cpp", HERE / "control.cpp"], flags, link)
+        if not schemas.exists():
+            _build(schemas, [SOURCES / "ops.cpp"], torch_flags, link)
     if not hasattr(torch.ops.crsam, "grad_norm"):  # the extension, where there is one, has them too
         torch.ops.load_library(schemas)
     torch.ops.load_library(path)
