@@ -52,8 +52,13 @@ class Slot:
     published: bool = False  # whether the state holds the views
 
     def view(self, flat: Tensor) -> Tensor:
-        """The parameter's segment of ``flat``, with its shape and strides."""
-        return flat.as_strided(self.shape, self.stride, self.offset)
+        """The parameter's segment of ``flat``, with its shape and strides.
+
+        It has a storage of its own over that memory: safetensors and Accelerate take tensors of one storage for one
+        tied tensor, of which they save one or refuse to save any, and torch.save writes storages whole.
+        """
+        segment = torch.from_dlpack(flat[self.offset : self.offset + self.numel])
+        return segment.as_strided(self.shape, self.stride)
 
     def matches_layout(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` has the elements of the parameter in the same memory order, without gaps."""

@@ -84,7 +84,7 @@ class CRSAM(Optimizer):
         loss = optimizer.step(closure)
 
     Note:
-        From the first step on, parameters are views of flat buffers (:mod:`crsam_ext.flat`), and ``p.grad`` holds
+        From the first step on, parameters lie in flat buffers (:mod:`crsam_ext.flat`), and ``p.grad`` holds
         :math:`g_0` between steps. A wrapped base optimizer costs one synchronisation a step: whether to call it is
         decided on the device.
     """
@@ -155,6 +155,11 @@ class CRSAM(Optimizer):
     def passes(self) -> int:
         """How many times ``step(closure)`` calls the closure: 3, 2 where alpha = beta = 0, 1 where rho = 0."""
         return self._calls if any(_nonzero(group["rho"]) for group in self.param_groups) else 1
+
+    @property
+    def pass_index(self) -> int:
+        """The pass that is running, or comes next: 0 at w, 1 at w + e, 2 at w - e. Metrics belong to pass 0."""
+        return 0 if self._step is None else self._step.collected
 
     @property
     def _calls(self) -> int:
@@ -340,23 +345,23 @@ class CRSAM(Optimizer):
         self._call_base("step")
 
     def train(self) -> None:
-        """Put the base optimizer into training mode, if it has one, as schedule-free optimizers do."""
-        self._switch_mode("train")
+        """Put the base optimizer into training mode, if it has one, as schedule-free optimizers do.
+
+        Nothing happens in the middle of a step, which was begun in training mode.
+        """
+        if self._step is None and hasattr(self.base_optimizer, "train"):
+            self._call_base("train")
 
     def eval(self) -> None:
         """Put the base optimizer into evaluation mode, if it has one, as schedule-free optimizers do.
 
         Raises:
-            RuntimeError: in the middle of a step, as does :meth:`train`: both move the parameters.
+            RuntimeError: in the middle of a step, because it moves the parameters.
         """
-        self._switch_mode("eval")
-
-    def _switch_mode(self, mode: str) -> None:
-        if not hasattr(self.base_optimizer, mode):
-            return
-        if self._step is not None:
-            raise RuntimeError(f"{mode}() called in the middle of a step: {self._due()}")
-        self._call_base(mode)
+        if hasattr(self.base_optimizer, "eval"):
+            if self._step is not None:
+                raise RuntimeError(f"eval() called in the middle of a step: {self._due()}")
+            self._call_base("eval")
 
     def _call_base(self, method: str) -> None:
         """Call a method of the base optimizer, with our options before and its own changes of them after."""
