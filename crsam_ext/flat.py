@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.utils.dlpack import from_dlpack
 
 from .ops import AdamOptions, SGDOptions, compute_dtype
 
@@ -57,7 +58,7 @@ class Slot:
         It has a storage of its own over that memory: safetensors and Accelerate take tensors of one storage for one
         tied tensor, of which they save one or refuse to save any, and torch.save writes storages whole.
         """
-        segment = torch.from_dlpack(flat[self.offset : self.offset + self.numel])
+        segment = from_dlpack(flat[self.offset : self.offset + self.numel])
         return segment.as_strided(self.shape, self.stride)
 
     def matches_layout(self, tensor: Tensor) -> bool:

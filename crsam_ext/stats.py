@@ -105,11 +105,11 @@ class Stats:
         return {name: v.tolist() if isinstance(v, Tensor) else v for name, v in values.items()}
 
     def scalars(self, prefix: str = "") -> dict[str, float]:
-        """What the last step computed, for a logger: :meth:`as_dict` without gaps, per-group values as "a/0", "a/1", ...
+        """:meth:`as_dict` for a logger: only what the last step computed, and per-group values as "a/0", "a/1".
 
         Synchronises with the device.
         """
-        values = {name: value for name, value in self.as_dict().items() if value is not None}
+        values = {k: v for k, v in self.as_dict().items() if isinstance(v, (int, float, list))}
         lists = {name: value for name, value in values.items() if isinstance(value, list)}
         flat = {name: value for name, value in values.items() if name not in lists}
         for name, value in lists.items():

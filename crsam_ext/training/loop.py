@@ -299,7 +299,9 @@ def _save(state: Run, options: Namespace, row: dict[str, Any]) -> None:
     state.history.append(row)
     if best:
         names = ("epoch", "test_accuracy")
-        best_state = {"config": run_config(options), "model": state.evaluated.state_dict()} | {name: row[name] for name in names}
+        best_state = {"config": run_config(options), "model": state.evaluated.state_dict()} | {
+            name: row[name] for name in names
+        }
         checkpoint.save(options.output / "best.pt", best_state)
     _save_last(state, options)
     _save_log(state, options)
