@@ -36,7 +36,7 @@ def main(bf16=False, epochs=4, folder=None, resume=False, **options):
     with tempfile.TemporaryDirectory() as temporary:
         arguments = TrainingArguments(
             folder or temporary, num_train_epochs=epochs, per_device_train_batch_size=64, lr_scheduler_type="cosine",
-            warmup_steps=10, weight_decay=0.01, max_grad_norm=0, bf16=bf16, use_cpu=True, report_to="none",
+            warmup_steps=10, max_grad_norm=0, bf16=bf16, use_cpu=True, report_to="none",
             save_strategy="epoch", logging_steps=20, **options,
         )  # fmt: skip
         trainer = CRSAMTrainer(
