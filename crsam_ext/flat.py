@@ -391,6 +391,8 @@ class FlatParameters:
             key = (slot, index)
             if key not in self._copies:
                 self._copies[key] = torch.empty_strided(slot.shape, slot.stride, dtype=slot.dtype, device=g.device)
+            if keep and g.data_ptr() == self._copies[key].data_ptr():  # left in p.grad by the last step
+                slot.param.grad = g.clone()
             g = self._copies[key].copy_(g)
         if not keep:
             slot.param.grad = None

@@ -235,8 +235,7 @@ class CRSAM(Optimizer):
                     step.move()
             if after is not None:
                 after.replay()
-            step.update()
-        self._step = None
+            self._update(step)
         return step.losses[0]
 
     def first_step(self, zero_grad: bool = False, loss: Any = None) -> None:
@@ -325,8 +324,14 @@ class CRSAM(Optimizer):
         loss, self._last_loss = self._last_loss, None
         with self._restoring():
             step.collect(loss, keep=False)
-            step.update()
+            self._update(step)
+
+    def _update(self, step: Step) -> None:
+        """Make the update with the gradients that the step has collected; it is over."""
+        step.update()
         self._step = None
+        # For a scheduler that watches the base optimizer, whose own step() need not have been called.
+        self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
 
     def _due(self) -> str:
         assert self._step is not None
