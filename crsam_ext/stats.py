@@ -111,7 +111,7 @@ class Stats:
         """
         values = {k: v for k, v in self.as_dict().items() if isinstance(v, (int, float, list))}
         lists = {name: value for name, value in values.items() if isinstance(value, list)}
-        flat = {name: value for name, value in values.items() if name not in lists}
+        flat = {name: value for name, value in values.items() if not isinstance(value, list)}
         for name, value in lists.items():
             flat.update({name: value[0]} if len(value) == 1 else {f"{name}/{i}": v for i, v in enumerate(value)})
         return {prefix + name: float(value) for name, value in flat.items()}
