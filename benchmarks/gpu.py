@@ -21,7 +21,7 @@ import torch
 
 from crsam_ext import available_backends
 
-from .operators import measure
+from .operators import contestants, measure, stopwatch
 from .shapes import resnet50
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +30,8 @@ TESTS = ("gpu", "test_ops.py", "test_optimizer.py", "test_golden.py", "test_inva
 SELECTION = "gpu or (cuda and not cuda_on_cpu) or (triton and not triton_interpreted)"
 BACKENDS = ("cuda", "triton")
 DTYPES = (torch.float32, torch.bfloat16)
+# Shapes of a Triton program to try: vectors of a tile, and warps.
+BLOCKS = ((128, 4), (256, 4), (256, 8), (512, 4), (512, 8), (1024, 8), (1024, 16))
 
 
 def run_tests() -> dict[str, dict[str, object]]:
@@ -67,6 +69,31 @@ def run_tests() -> dict[str, dict[str, object]]:
                 print(log.read_text()[-4000:])
             results[name] = {"passed": passed, "failed": len(failures), "skipped": skipped, "failures": failures}
         return results
+
+
+def tune(device: torch.device, lengths: list[int], calls: int) -> dict[str, dict[str, float]]:
+    """Seconds of all Triton operators together, for each dtype and each shape of a program.
+
+    The fastest belongs into BLOCKS of triton_kernels/launch.py.
+    """
+    from crsam_ext.triton_kernels import launch
+
+    results: dict[str, dict[str, float]] = {}
+    for dtype in DTYPES:
+        key = torch.cuda.get_device_capability(device)[0], dtype.itemsize
+        before = launch.BLOCKS.get(key)
+        times = results[str(dtype).removeprefix("torch.")] = {}
+        for vectors, warps in BLOCKS:
+            launch.BLOCKS[key] = launch.Block(vectors, warps)
+            entries = contestants("triton", dtype, device, lengths)
+            del entries["copy"]
+            watches = [stopwatch(entry.call, device, calls) for entry in entries.values()]
+            times[f"{vectors} vectors, {warps} warps"] = sum(min(watch() for _ in range(5)) for watch in watches)
+        if before is None:
+            del launch.BLOCKS[key]
+        else:
+            launch.BLOCKS[key] = before
+    return results
 
 
 def revision() -> str:
@@ -112,6 +139,11 @@ def main() -> int:
             for name, x in operators[case].items():
                 micro = " ".join(f"{x[p] * 1e6:8.1f}" for p in ("p20", "p50", "p80"))
                 print(f"{case:18} {name:13} {micro} {x['gb_per_s']:7.0f} {x['of_copy']:8.0%} {x['host'] * 1e6:8.1f}")
+    if available_backends()["triton"] == "available":
+        report["triton_blocks"] = tune(device, lengths, arguments.calls)
+        for dtype_name, blocks in report["triton_blocks"].items():
+            for block, taken in sorted(blocks.items(), key=lambda item: item[1]):
+                print(f"triton {dtype_name:9} {block:24} {taken * 1e6:8.1f} us for all operators")
     report["seconds"] = time.perf_counter() - began
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")

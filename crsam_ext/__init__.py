@@ -1,8 +1,9 @@
 """CR-SAM for PyTorch: curvature regularized sharpness-aware minimization, fused over flat parameter buffers."""
 
+from .amp import GradScaler
 from .backends import available_backends
 from .optimizer import CRSAM
 from .stats import Stats
 
-__all__ = ["CRSAM", "Stats", "available_backends"]
+__all__ = ["CRSAM", "GradScaler", "Stats", "available_backends"]
 __version__ = "0.1.0"

@@ -100,7 +100,7 @@ class Coefficients(NamedTuple):
 
     a: Tensor  #: [groups], weight of the second difference
     b: Tensor  #: [groups], weight of the first difference
-    factor: Tensor | None  #: 0-dim, the clip factor; None when gradients are not clipped
+    factor: Tensor | None  #: 0-dim, the clip factor, over the scale of the gradients; None when there is neither
     ok: Tensor  #: 0-dim bool, False when a gradient held a NaN or an infinity: the step is skipped
     kappa: Tensor | None = None  #: 0-dim, curvature along e, of the log regularizer
     sigma: Tensor | None = None  #: 0-dim, loss difference along e, of the log regularizer
@@ -218,6 +218,7 @@ class Operators(ABC):
         passes: int,
         regularizer: str,
         losses: tuple[Tensor, Tensor, Tensor] | None,
+        grad_scale: Tensor | None,
         max_regularizer_ratio: float,
         max_grad_norm: float | None,
     ) -> Coefficients:
@@ -246,6 +247,8 @@ class Operators(ABC):
             passes: 3, 2 (plain SAM) or 1 (the base optimizer alone).
             regularizer: "linear" or "log".
             losses: L(w), L(w+e), L(w-e) as 0-dim float64 tensors to take kappa and sigma from, or None: from gradients.
+            grad_scale: 0-dim float64, what all gradients (and so ``gram`` and norms) were multiplied with against
+                underflow; ``factor`` takes it out again, and all else is as if it were not there.
             max_regularizer_ratio: the cap; ``math.inf`` for none. A finite one needs ``gram``.
             max_grad_norm: the largest norm of :math:`\hat g`, or None. Needs ``gram`` when ``passes`` is 3.
         """
@@ -253,6 +256,10 @@ class Operators(ABC):
         kappa = sigma = ratio = capped = factor = norm_hat = None
         sums = [norm.sum() for norm in squared_norms] + ([] if gram is None else [gram.sum()])
         ok = torch.isfinite(torch.stack(sums)).all()
+        if grad_scale is not None:
+            squared_norms = [norm / grad_scale**2 for norm in squared_norms]
+            gram = None if gram is None else gram / grad_scale**2
+            scale = scale * grad_scale
         if passes == 3 and regularizer == "log":
             if losses is not None:
                 loss, ascent, descent = losses
@@ -275,6 +282,8 @@ class Operators(ABC):
             assert norm_hat is not None
             # The same expression as torch.nn.utils.clip_grad_norm_, so that the two can be exchanged.
             factor = (max_grad_norm / (norm_hat + 1e-6)).clamp(max=1.0)
+        if grad_scale is not None:
+            factor = 1 / grad_scale if factor is None else factor / grad_scale
         for taken, part in steps:
             taken.addcmul_(part, ok.to(part))
         never = torch.zeros_like(ok)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ _NATIVE: dict[type[Optimizer], type[SGDOptions] | type[AdamOptions]] = {
 }
 # What a copy or a pickle of the optimizer leaves behind: it is made again when needed. (A scheduler puts a function
 # named ``step`` on the instance, which refers to that very instance.)
-_TRANSIENT = ("operators", "_flat", "_step", "_last_loss", "step")
+_TRANSIENT = ("operators", "_flat", "_step", "_last_loss", "_combined", "_scaling", "step")
 
 
 class CRSAM(Optimizer):
@@ -63,6 +63,10 @@ class CRSAM(Optimizer):
         max_grad_norm: clip :math:`\hat g` to this norm.
         max_regularizer_ratio: cap the norm of :math:`a d_2 + b d_1` at this multiple of :math:`\|g_+\|`; default 1 for
             the log regularizer, whose weights are unbounded near kappa = 0, and no cap for the linear one.
+        interval: perturb in every ``interval``-th step only, beginning with the first; the others are the base
+            optimizer's, of one pass.
+        curvature_interval: of the steps that perturb, take the pass at w - e in every ``curvature_interval``-th only;
+            the others are SAM's, of two passes.
         model: if given, the running statistics of its normalization layers follow the first pass only.
         replay_rng: give every pass of ``step(closure)`` the same random numbers (dropout masks, for instance).
         backend: "cuda", "triton", "torch", or "auto" for the first that is available.
@@ -93,6 +97,9 @@ class CRSAM(Optimizer):
     _flat: FlatParameters | None
     _step: Step | None
     _last_loss: Any  # what the last call of a step was given: step() takes no such argument
+    _combined: bool  # whether p.grad holds what combine() has left there
+    _scaling: tuple[Tensor, Tensor] | None  # scale and found_inf of a crsam_ext.GradScaler that steps
+    _step_supports_amp_scaling = True  # torch's GradScaler leaves scale and found_inf to the step
 
     def __init__(
         self,
@@ -108,6 +115,8 @@ class CRSAM(Optimizer):
         adaptive: bool = False,
         max_grad_norm: float | None = None,
         max_regularizer_ratio: float | None = None,
+        interval: int = 1,
+        curvature_interval: int = 1,
         model: torch.nn.Module | None = None,
         replay_rng: bool = True,
         backend: str = "auto",
@@ -127,6 +136,10 @@ class CRSAM(Optimizer):
             raise ValueError(f"max_regularizer_ratio must be at least 0, but is {max_regularizer_ratio}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, but is {max_grad_norm}")
+        for name, value in (("interval", interval), ("curvature_interval", curvature_interval)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, but is {value}")
+        self.interval, self.curvature_interval = interval, curvature_interval
         self.regularizer, self.estimator = regularizer, estimator
         self.max_grad_norm, self.max_regularizer_ratio = max_grad_norm, max_regularizer_ratio
         self.replay_rng, self.compile = replay_rng, compile
@@ -153,8 +166,12 @@ class CRSAM(Optimizer):
 
     @property
     def passes(self) -> int:
-        """How many times ``step(closure)`` calls the closure: 3, 2 where alpha = beta = 0, 1 where rho = 0."""
-        return self._calls if any(_nonzero(group["rho"]) for group in self.param_groups) else 1
+        """How many passes the next step takes, or the one in progress: 3, 2 where alpha = beta = 0, 1 where rho = 0.
+
+        With ``interval`` and ``curvature_interval`` it differs from step to step.
+        """
+        perturbs = any(_nonzero(group["rho"]) for group in self.param_groups)
+        return self._calls if perturbs and self.stats.steps % self.interval == 0 else 1
 
     @property
     def pass_index(self) -> int:
@@ -164,12 +181,17 @@ class CRSAM(Optimizer):
     @property
     def _calls(self) -> int:
         """How many of first_step, second_step, third_step make a step."""
-        return 3 if any(_nonzero(group[name]) for group in self.param_groups for name in ("alpha", "beta")) else 2
+        curved = any(_nonzero(group[name]) for group in self.param_groups for name in ("alpha", "beta"))
+        return 3 if curved and self.stats.steps // self.interval % self.curvature_interval == 0 else 2
 
     def __repr__(self) -> str:
         head, _, groups = super().__repr__().partition("(")
-        base = type(self.base_optimizer).__name__
-        return f"{head}(base_optimizer={base}, regularizer={self.regularizer}, backend={self.backend},{groups}"
+        base, backend = type(self.base_optimizer).__name__, self.backend
+        if self._requested_backend == "auto":
+            reasons = backends.passed_over(compile=self.compile, devices=self._device_types())
+            if reasons:
+                backend += f" ({', '.join(f'{name} {why}' for name, why in reasons.items())})"
+        return f"{head}(base_optimizer={base}, regularizer={self.regularizer}, backend={backend},{groups}"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as for any torch optimizer; it may have its own rho, alpha (or gamma), beta and adaptive.
@@ -197,17 +219,19 @@ class CRSAM(Optimizer):
     # A step ---------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
         """Take a step.
 
         Args:
             closure: computes the loss of the batch, calls ``backward()`` on it and returns it. It is called once for
-                each pass, at w, w + e and w - e, with gradients cleared and the same random numbers. Without a closure,
-                the step that ``first_step`` began is finished.
+                each pass, at w, w + e and w - e, with gradients cleared and the same random numbers. A list of closures
+                accumulates the gradients of its micro-batches: every pass calls them all. Without a closure, the step
+                that ``first_step`` or ``combine`` began is finished.
         Returns:
-            What the closure returned at w; None without a closure.
+            What the closure returned at w, of several the sum; None without a closure.
         Raises:
-            RuntimeError: if no gradient was computed, a gradient is sparse, or a step is in progress already.
+            RuntimeError: if no gradient was computed, a gradient is sparse, a step is in progress already, or torch's
+                own GradScaler was given a closure.
             ValueError: if ``estimator="loss"`` needs a loss and the closure returned none.
 
         Whatever the closure raises passes through, after the parameters are bit for bit w again.
@@ -216,7 +240,9 @@ class CRSAM(Optimizer):
             return self._finish()
         if self._step is not None:
             raise RuntimeError(f"step(closure) called in the middle of a step: {self._due()}")
-        closure = torch.enable_grad()(closure)
+        if hasattr(self, "found_inf"):
+            raise RuntimeError("torch's GradScaler takes no closure: use crsam_ext.GradScaler")
+        closure = _accumulating(closure)
         with self._restoring():
             step = self._begin(self.passes)
             devices = {bucket.device for bucket in step.flat.buckets}
@@ -235,7 +261,7 @@ class CRSAM(Optimizer):
                     step.move()
             if after is not None:
                 after.replay()
-            self._update(step)
+            self._update(step, *(self._scaling or (None, None)))
         return step.losses[0]
 
     def first_step(self, zero_grad: bool = False, loss: Any = None) -> None:
@@ -254,7 +280,7 @@ class CRSAM(Optimizer):
             self._call(zero_grad, loss)
 
     def second_step(self, zero_grad: bool = False, loss: Any = None) -> None:
-        """After ``backward()`` at w + e: move to w - e; with alpha = beta = 0, update w instead.
+        """After ``backward()`` at w + e: move to w - e; in a step of two passes, update w instead.
 
         Arguments and errors as for :meth:`first_step`.
         """
@@ -267,14 +293,36 @@ class CRSAM(Optimizer):
         self._call(zero_grad, loss)
 
     @torch.no_grad()
+    def combine(self, loss: Any = None, grad_scale: Tensor | float | None = None) -> None:
+        r"""Instead of the last of these calls: go back to w, with :math:`\hat g` in ``p.grad``; ``step()`` follows.
+
+        In between, whatever is usually done to a gradient can be done to it: clip it, look at it, unscale it.
+
+        Args:
+            loss: the loss of this pass.
+            grad_scale: what the losses were multiplied with before ``backward()``; :math:`\hat g` still is. Needed for
+                the log regularizer only, whose kappa and sigma have the units of the loss.
+        Raises:
+            RuntimeError: if another call is due, or no gradient was computed.
+        """
+        step = self._step
+        if step is None or step.collected != step.passes - 1:
+            raise RuntimeError(f"combine() called too early: {'first_step() is due' if step is None else self._due()}")
+        with self._restoring():
+            step.collect(loss, keep=False)
+            step.combine(None if grad_scale is None else torch.as_tensor(grad_scale))
+        self._step, self._combined = None, True
+
+    @torch.no_grad()
     def restore(self) -> None:
         """Abandon the step in progress, if there is one: the parameters are bit for bit w again."""
         if self._step is not None:
             self._step.restore()
             self._step = None
 
-    def _begin(self, passes: int) -> Step:
+    def _begin(self, passes: int, combined: bool = False) -> Step:
         """Begin a step, with parameters and state in the flat buffers."""
+        self._combined = False
         options = self._options()
         if self._flat is None or not self._flat.matches(self.param_groups, self.state, options):
             operators = self._load_operators()
@@ -283,7 +331,7 @@ class CRSAM(Optimizer):
             self._flat = FlatParameters(self.param_groups, self.state, options, self.operators.gather_below)
         if not self._flat.buckets:
             raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
-        self._step = Step(self, self._flat, options, passes)
+        self._step = Step(self, self._flat, options, passes, combined)
         return self._step
 
     @contextmanager
@@ -302,7 +350,8 @@ class CRSAM(Optimizer):
         if step.collected < step.passes - 1:
             with self._restoring():
                 step.collect(loss, keep=not zero_grad)
-                step.move()
+                # In calls, a GradScaler looks at the gradients of the last pass only.
+                step.move(show_overflow=True)
         else:
             self._last_loss = loss
             self.step()  # through the public method: hooks and schedulers watch it
@@ -312,23 +361,29 @@ class CRSAM(Optimizer):
     def _finish(self) -> None:
         """Take the last pass of a step of calls, and make the update."""
         if self._step is None:
-            if self.passes > 1:
+            if self.passes > 1 and not self._combined:
                 raise RuntimeError(
                     "step() without a closure finishes what first_step() began: call first_step(), or step(closure)"
                 )
-            self._begin(1)
+            self._begin(1, self._combined)
         step = self._step
         assert step is not None
         if step.collected != step.passes - 1:
             raise RuntimeError(f"step() called too early: {self._due()}")
         loss, self._last_loss = self._last_loss, None
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         with self._restoring():
+            if found_inf is not None and grad_scale is None and step.passes > 1:
+                raise RuntimeError(
+                    "unscale_() was called in the middle of a step, whose earlier gradients are scaled: "
+                    "call combine() before it, or clip with max_grad_norm"
+                )
             step.collect(loss, keep=False)
-            self._update(step)
+            self._update(step, grad_scale, found_inf)
 
-    def _update(self, step: Step) -> None:
+    def _update(self, step: Step, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Make the update with the gradients that the step has collected; it is over."""
-        step.update()
+        step.update(grad_scale, found_inf)
         self._step = None
         # For a scheduler that watches the base optimizer, whose own step() need not have been called.
         self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
@@ -340,7 +395,7 @@ class CRSAM(Optimizer):
 
     def _require(self, call: str, collected: int) -> None:
         if self._step is None:
-            sam = " (with alpha = beta = 0, second_step() makes the update)" if call == "third_step" else ""
+            sam = " (in a step of two passes, second_step() makes the update)" if call == "third_step" else ""
             raise RuntimeError(f"{call}() called outside a step: first_step() is due{sam}")
         if self._step.collected != collected:
             raise RuntimeError(f"{call}() called out of order: {self._due()}")
@@ -403,8 +458,13 @@ class CRSAM(Optimizer):
     # State -----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any torch optimizer, and under "base_optimizer" that of a base optimizer with a form of its own."""
+        """As of any torch optimizer, and where there is something to say, two more.
+
+        "steps" with intervals, which decide on the next step; "base_optimizer" where that has a form of its own.
+        """
         result = super().state_dict()
+        if max(self.interval, self.curvature_interval) > 1:
+            result["steps"] = self.stats.steps
         if type(self.base_optimizer).state_dict is not Optimizer.state_dict:
             result["base_optimizer"] = self.base_optimizer.state_dict()
         return result
@@ -428,6 +488,7 @@ class CRSAM(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+        self.stats.steps = loaded.get("steps", self.stats.steps)
         # torch casts floating state to the parameter's dtype; ours is float32 where that is float16 or bfloat16.
         for own, group in zip(self.param_groups, loaded["param_groups"], strict=True):
             for param, key in zip(own["params"], group["params"], strict=True):
@@ -446,13 +507,16 @@ class CRSAM(Optimizer):
             if shared:
                 self.param_groups = base.param_groups
 
+    def _device_types(self) -> set[str]:
+        return {param.device.type for group in self.param_groups for param in group["params"]}
+
     def _load_operators(self) -> Operators:
-        devices = {param.device.type for group in self.param_groups for param in group["params"]}
-        return backends.load(self._requested_backend, compile=self.compile, devices=devices)
+        return backends.load(self._requested_backend, compile=self.compile, devices=self._device_types())
 
     def _reset(self) -> None:
         self.operators = self._load_operators()
-        self._flat = self._step = self._last_loss = None
+        self._flat = self._step = self._last_loss = self._scaling = None
+        self._combined = False
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {k: v for k, v in _own_attributes(self).items() if k not in _TRANSIENT}
@@ -474,6 +538,20 @@ def _own_attributes(optimizer: Optimizer) -> dict[str, Any]:
     """What makes an optimizer, without what torch puts there for itself: hooks, and the names of profiler ranges."""
     torchs = ("_optimizer_", "_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured")
     return {k: v for k, v in vars(optimizer).items() if not k.startswith(torchs)}
+
+
+def _accumulating(closures: Callable[[], Any] | Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """One closure that calls them all, with gradients enabled, and returns the sum of what they return."""
+    if callable(closures):
+        return torch.enable_grad()(closures)
+    if not closures or not all(map(callable, closures)):
+        raise TypeError("step() takes a closure or a list of closures")
+
+    def closure() -> Any:
+        first, *others = [closure() for closure in closures]
+        return None if first is None else sum((x.detach() for x in others), start=first.detach())
+
+    return torch.enable_grad()(closure)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .flat import FlatParameters, Options, Plan
-from .ops import AdamOptions, Coefficients, SGDOptions
+from .ops import COUNTERS, AdamOptions, Coefficients, SGDOptions
 
 if TYPE_CHECKING:
     from .optimizer import CRSAM
@@ -75,18 +75,22 @@ class RunningStatistics:
 class Step:
     """One step in progress: the gradients of its passes so far, and what to do with them.
 
-    The order of calls is ``collect, move`` (to w + e), ``collect, move`` (to w - e), ``collect, update``; with fewer
-    passes, moves are left out. ``restore`` may come at any time instead.
+    The order of calls is ``collect, move`` (to w + e), ``collect, move`` (to w - e), ``collect``, and ``update`` or
+    ``combine``; with fewer passes, moves are left out. ``restore`` may come at any time instead.
 
     Args:
         optimizer: whose groups, state and settings apply.
         flat: its parameters.
         options: for each group, how its update is computed.
         passes: how many there will be, 1 to 3.
+        combined: whether the one pass is what another step's :meth:`combine` has left, which has counted it.
     """
 
-    def __init__(self, optimizer: CRSAM, flat: FlatParameters, options: list[Options], passes: int) -> None:
+    def __init__(
+        self, optimizer: CRSAM, flat: FlatParameters, options: list[Options], passes: int, combined: bool = False
+    ) -> None:
         self.optimizer, self.flat, self.options, self.passes = optimizer, flat, options, passes
+        self.combined = combined
         self.groups, self.operators = optimizer.param_groups, optimizer.operators
         self.home = flat.buckets[0].device  # where the few numbers are kept that belong to all parameters
         self.losses: list[Any] = []
@@ -123,8 +127,12 @@ class Step:
         self._grads.append(grads)
         self.losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
 
-    def move(self) -> None:
-        """Move the parameters to w + e, or from there to w - e."""
+    def move(self, show_overflow: bool = False) -> None:
+        """Move the parameters to w + e, or from there to w - e.
+
+        With ``show_overflow``, to NaN instead if the last gradient holds a NaN or an infinity: so will the next one.
+        (An overflow in g0 shows in any case: e is not finite.)
+        """
         adaptive = [bool(group["adaptive"]) for group in self.groups]
         plans = self._plans([tuple(g is not None for g in grads) for grads in self._grads[0]])
         rows = self._rows(plans, 0)
@@ -141,6 +149,10 @@ class Step:
         uphill = self._scale
         if any(group.get("maximize") for group in self.groups):
             uphill = uphill * self._vector([-1.0 if group.get("maximize") else 1.0 for group in self.groups])
+        if sign < 0 and show_overflow:
+            ascent = self._plans([tuple(g is not None for g in grads) for grads in self._grads[1]])
+            unweighted = [[None] * len(plan.rows) for plan in ascent]
+            uphill = uphill + 0.0 * self._squared_norm(ascent, self._rows(ascent, 1), unweighted).sum()
         for plan, grads in zip(plans, rows, strict=True):
             if plan.rows:
                 self.operators.perturb_(plan.live, plan.saved, grads, plan.groups, uphill, adaptive, sign, self._undo)
@@ -148,22 +160,56 @@ class Step:
         # Autocast keeps low-precision copies of the weights until its outermost context ends: they are stale now.
         torch.clear_autocast_cache()
 
-    def update(self) -> None:
-        """Make the update of w with the gradients of all passes."""
+    def update(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        """Make the update of w with the gradients of all passes.
+
+        Args:
+            grad_scale: 0-dim, what all gradients were multiplied with.
+            found_inf: 0-dim, not 0 if the step is to be skipped whatever the gradients are; 1 afterwards if it was.
+        """
+        plans, rows = self._finish()
+        if grad_scale is not None:
+            grad_scale = grad_scale.to(self.home, torch.float64, non_blocking=True)
+        steps = self._counted(plans)
+        c = self._coefficients(plans, rows, steps, grad_scale, found_inf, self.optimizer.max_grad_norm)
+        self._apply(plans, rows, c)
+        self._return_gradients()
+        if found_inf is not None:
+            found_inf.copy_(~c.ok, non_blocking=True)
+        self._leave()
+        if not self.combined:
+            self.optimizer.stats.record(self.losses, self._grad_norm, c, grad_scale)
+
+    def combine(self, grad_scale: Tensor | None = None) -> None:
+        """Go back to w, with the regularized gradient in ``p.grad``: ``grad_scale`` times it, as the gradients were."""
+        plans, rows = self._finish()
+        if grad_scale is not None:
+            grad_scale = grad_scale.to(self.home, torch.float64, non_blocking=True)
+        c = self._coefficients(plans, rows, (), grad_scale)._replace(factor=None)
+        self._return_gradients()
+        for plan, grads in zip(plans, rows, strict=True):
+            if plan.rows:
+                self.operators.combine_(plan.live, plan.saved, grads, plan.groups, c)
+                plan.mark_written()
+                plan.scatter(grads[-1])
+        self._leave()
+        self.optimizer.stats.record(self.losses, self._grad_norm, c, grad_scale)
+
+    def _finish(self) -> tuple[list[Plan], list[list[list[Tensor]]]]:
+        """Plans and rows of a step of which all gradients are there; all w are saved that will be written."""
         by_bucket = list(zip(*self._grads, strict=True))
         active = [tuple(any(g is not None for g in of_slot) for of_slot in zip(*gs, strict=True)) for gs in by_bucket]
         plans = self._plans(active)
         by_pass = [self._rows(plans, index) for index in range(self.passes)]
         rows = [list(of_bucket) for of_bucket in zip(*by_pass, strict=True)]
         self._save_late(active)
-        c = self._coefficients(plans, rows)
-        self._apply(plans, rows, c)
+        return plans, rows
+
+    def _return_gradients(self) -> None:
+        """Put g0 into ``p.grad``."""
         for bucket, first in zip(self.flat.buckets, self._grads[0], strict=True):
             for slot, g in zip(bucket.slots, first, strict=True):
                 slot.param.grad = g
-        if self._scale is not None:
-            self._leave()
-        self.optimizer.stats.record(self.losses, self._grad_norm, c)
 
     def restore(self) -> None:
         """Abandon the step: the parameters are bit for bit w again."""
@@ -205,7 +251,15 @@ class Step:
                 not_adaptive = [False] * len(self.groups)
                 self.operators.perturb_(plan.live, plan.saved, zeros, plan.groups, nothing, not_adaptive, 1, self._undo)
 
-    def _coefficients(self, plans: Sequence[Plan], rows: list[list[list[Tensor]]]) -> Coefficients:
+    def _coefficients(
+        self,
+        plans: Sequence[Plan],
+        rows: list[list[list[Tensor]]],
+        steps: Iterable[tuple[Tensor, Tensor]],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None = None,
+        max_grad_norm: float | None = None,
+    ) -> Coefficients:
         """The weights of the update, from the Gram matrix where log form, clip or cap need it.
 
         Otherwise the norms of the three gradients show whether the step is sound, and read a gradient less.
@@ -213,7 +267,7 @@ class Step:
         settings, groups = self.optimizer, self.groups
         log = settings.regularizer == "log" and self.passes == 3
         losses = self._losses() if log and settings.estimator == "loss" else None
-        clips, caps = settings.max_grad_norm is not None, settings.max_regularizer_ratio < math.inf
+        clips, caps = max_grad_norm is not None, settings.max_regularizer_ratio < math.inf
         gram = None
         if self.passes == 3 and (clips or caps or (log and losses is None)):
             parts = []
@@ -231,6 +285,12 @@ class Step:
                 self._squared_norms.append(norm)
             if self._scale is None or not any(group["adaptive"] for group in groups):
                 self._grad_norm = self._squared_norms[0]
+        if found_inf is not None:
+            overflow = torch.where(found_inf.to(self.home, non_blocking=True) > 0, math.nan, 0.0)
+            if gram is None:
+                self._squared_norms[-1] = self._squared_norms[-1] + overflow
+            else:
+                gram = gram + overflow
         alpha, beta = (self._vector([group[name] for group in groups]) for name in ("alpha", "beta"))
         return self.operators.coefficients(
             gram,
@@ -238,13 +298,16 @@ class Step:
             torch.zeros_like(alpha) if self._scale is None else self._scale,
             alpha,
             beta,
-            counters=settings.stats.counters(self.home),
-            steps=list(self._counted(plans)),
+            counters=torch.zeros(len(COUNTERS), dtype=torch.int64, device=self.home)
+            if self.combined
+            else settings.stats.counters(self.home),
+            steps=list(steps),
             passes=self.passes,
             regularizer=settings.regularizer,
             losses=losses,
+            grad_scale=grad_scale,
             max_regularizer_ratio=settings.max_regularizer_ratio,
-            max_grad_norm=settings.max_grad_norm,
+            max_grad_norm=max_grad_norm,
         )
 
     def _counted(self, plans: Sequence[Plan]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -27,6 +27,7 @@ class Stats:
         self._counters = torch.zeros(len(COUNTERS), dtype=torch.int64)
         self._squared_norm: Tensor | None = None
         self._coefficients: Coefficients | None = None
+        self._grad_scale: Tensor | None = None
 
     def counters(self, device: torch.device) -> Tensor:
         """The counters of all steps so far, int64, in the order of :data:`crsam_ext.ops.COUNTERS`."""
@@ -34,11 +35,13 @@ class Stats:
             self._counters = self._counters.to(device)
         return self._counters
 
-    def record(self, losses: list[Any], squared_norm: Tensor | None, coefficients: Coefficients) -> None:
-        """Enter a step."""
+    def record(
+        self, losses: list[Any], squared_norm: Tensor | None, coefficients: Coefficients, grad_scale: Tensor | None
+    ) -> None:
+        """Enter a step; the norm is that of a gradient which was multiplied with ``grad_scale``."""
         self.steps += 1
         self.loss, self.loss_ascent, self.loss_descent = [*losses, None, None][:3]
-        self._squared_norm, self._coefficients = squared_norm, coefficients
+        self._squared_norm, self._coefficients, self._grad_scale = squared_norm, coefficients, grad_scale
 
     @property
     def skipped(self) -> Tensor:
@@ -63,7 +66,10 @@ class Stats:
     @property
     def grad_norm(self) -> Tensor | None:
         """Norm of the gradient at w; None for an adaptive perturbation, unless something needed the Gram matrix."""
-        return None if self._squared_norm is None else self._squared_norm.sum().sqrt()
+        if self._squared_norm is None:
+            return None
+        norm = self._squared_norm.sum().sqrt()
+        return norm if self._grad_scale is None else norm / self._grad_scale
 
     @property
     def a(self) -> Tensor | None:
@@ -93,7 +99,8 @@ class Stats:
     @property
     def clip_factor(self) -> Tensor | None:
         """What the gradient was multiplied with to respect max_grad_norm."""
-        return self._of("factor")
+        factor = self._of("factor")
+        return factor if factor is None or self._grad_scale is None else factor * self._grad_scale
 
     def _of(self, name: str) -> Tensor | None:
         return None if self._coefficients is None else getattr(self._coefficients, name)

@@ -20,7 +20,7 @@ TORCH_LIBRARY(crsam, m) {
   m.def(
       "coefficients(Tensor? gram, Tensor[] squared_norms, Tensor scale, Tensor alpha, Tensor beta, "
       "Tensor(a!) counters, Tensor(b!)[] taken, Tensor[] part, int passes, bool log, Tensor[] losses, "
-      "float max_regularizer_ratio, float max_grad_norm) -> (Tensor, Tensor)");
+      "Tensor? grad_scale, float max_regularizer_ratio, float max_grad_norm) -> (Tensor, Tensor)");
   m.def(
       "sgd_step_(Tensor(a!)[] live, Tensor(b!)[] saved, Tensor(c!)[] momentum_buffer, Tensor[] grad, "
       "Tensor[] grad_ascent, Tensor[] grad_descent, int[] groups, Tensor[] steps, float[] options, "

@@ -11,8 +11,9 @@ import torch
 from hypothesis import settings
 
 from crsam_ext import available_backends
-from crsam_ext.backends import cuda
+from crsam_ext.backends import cuda, triton
 
+from . import triton_interpreted
 from .cuda_on_cpu import build
 
 torch.set_num_threads(1)  # tests are small: threads would only wait for each other
@@ -60,9 +61,20 @@ def cuda_on_cpu(library, monkeypatch):
     monkeypatch.setattr(cuda, "why_unavailable", lambda: None)
 
 
-@pytest.fixture(params=[*available_backends(), "cuda_on_cpu"])
+if triton.interpreted():
+    triton_interpreted.prepare()
+else:
+    collect_ignore = ["test_triton_operators.py"]  # tests/test_triton_interpreted.py runs it
+
+
+@pytest.fixture(params=["triton_interpreted"] if triton.interpreted() else [*available_backends(), "cuda_on_cpu"])
 def backend(request):
-    """The name of each backend in turn, among them cuda a second time, compiled for a CPU."""
+    """The name of each backend in turn, among them cuda a second time, compiled for a CPU.
+
+    With TRITON_INTERPRET=1, Triton alone: tests/test_triton_interpreted.py says what runs so.
+    """
+    if request.param == "triton_interpreted":
+        return "triton"
     if request.param == "cuda_on_cpu":
         request.getfixturevalue("cuda_on_cpu")
         return "cuda"

@@ -243,6 +243,35 @@ def test_accelerate_saves_and_resumes(accelerator, plain, tmp_path):
     assert_equal(model, plain)
 
 
+def test_accelerate_with_a_scaler(accelerator):
+    """torch's takes no closure, and one line says what to use; with that, the scale leaves no trace."""
+    import crsam_ext
+
+    x, y = batches(1)[0]
+
+    def run(scaler):
+        accelerator.scaler = scaler
+        model = network()
+        model, optimizer = accelerator.prepare(model, CRSAM(model.parameters(), torch.optim.SGD, lr=0.5))
+
+        def closure():
+            loss = F.cross_entropy(model(x), y)
+            accelerator.backward(loss)
+            return loss
+
+        if type(scaler) is torch.amp.GradScaler:
+            closure()  # it wants a gradient first
+        seeded(0)
+        optimizer.step(closure)
+        assert optimizer.optimizer.stats.steps == 1
+        return model
+
+    with pytest.raises(RuntimeError, match=r"use crsam_ext\.GradScaler"):
+        run(torch.amp.GradScaler("cpu"))
+    for p, q in zip(run(crsam_ext.GradScaler("cpu")).parameters(), run(None).parameters(), strict=True):
+        assert_close(p, q, 1e-5)
+
+
 # transformers --------------------------------------------------------------------------------------------------------
 
 
@@ -312,14 +341,27 @@ def test_transformers_with_other_numbers_of_passes(options, tmp_path):
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 
+def test_transformers_clips_the_regularized_gradient(tmp_path):
+    """By the Trainer as by CRSAM."""
+    models, optimizers = [], []
+    for ours, theirs in ((0.05, 0.0), (None, 0.05)):
+        model = Wrapped()
+        optimizer = CRSAM(model.parameters(), torch.optim.SGD, lr=0.5, max_grad_norm=ours, model=model)
+        hugging_face(tmp_path, optimizer, model=model, max_grad_norm=theirs).train()
+        models.append(model), optimizers.append(optimizer)
+    assert optimizers[0].stats.clip_factor < 0.5
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert_close(p, q, 1e-5)
+    assert [optimizer.stats.steps for optimizer in optimizers] == [STEPS, STEPS]
+
+
 @pytest.mark.parametrize(
     ("cls", "arguments", "error", "match"),
     [
-        (CRSAM, {"max_grad_norm": 1.0}, ValueError, r"use CRSAM\(max_grad_norm=...\)"),
         (CRSAM, {"gradient_accumulation_steps": 2}, ValueError, "gradient_accumulation_steps must be 1"),
         (torch.optim.AdamW, {}, TypeError, "CRSAMTrainer needs CRSAM as its optimizer, but has AdamW"),
     ],
-    ids=["clip", "accumulate", "AdamW"],
+    ids=["accumulate", "AdamW"],
 )
 def test_transformers_settings_that_are_refused(cls, arguments, error, match, tmp_path):
     trainer = hugging_face(tmp_path, optimizer_cls_and_kwargs=(cls, {"lr": 0.1}), model=Wrapped(), **arguments)

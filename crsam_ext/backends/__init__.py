@@ -5,20 +5,38 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ..ops import Operators
-from . import cuda
+from . import cuda, triton
 from .torch import TorchOperators
 
-__all__ = ["available_backends", "load"]
+__all__ = ["available_backends", "load", "passed_over"]
 
 
 def available_backends() -> dict[str, str]:
     """For each backend, in order of preference, "available" or "unavailable: " and the reason."""
     reasons = {
         "cuda": cuda.why_unavailable(),
-        "triton": "the Triton kernels are not part of this version",
+        "triton": triton.why_unavailable(),
         "torch": None,
     }
     return {name: "available" if why is None else f"unavailable: {why}" for name, why in reasons.items()}
+
+
+def passed_over(*, compile: bool = False, devices: Collection[str] = ()) -> dict[str, str]:
+    """The backends that "auto" prefers to the one it takes, and why it cannot take them; arguments as of `load`."""
+    reasons = {}
+    for name, verdict in available_backends().items():
+        if name != "torch" and verdict == "available":
+            elsewhere = sorted(set(devices) - {"cuda"})
+            if compile:
+                verdict = "is compiled already, and compile=True was asked for"
+            elif elsewhere:
+                verdict = f"does not run on {', '.join(elsewhere)}"
+            elif name == "triton" and triton.interpreted():
+                verdict = "is interpreted, which is for debugging"
+        if verdict == "available":
+            break
+        reasons[name] = verdict
+    return reasons
 
 
 def load(name: str, *, compile: bool = False, devices: Collection[str] = ()) -> Operators:
@@ -36,10 +54,12 @@ def load(name: str, *, compile: bool = False, devices: Collection[str] = ()) -> 
     if name not in ("auto", *available):
         raise ValueError(f"unknown backend {name!r}; choose from {', '.join(('auto', *available))}")
     if name == "auto":
-        fits = {"torch"} if compile or set(devices) - {"cuda"} else set(available)
-        name = next(backend for backend, why in available.items() if why == "available" and backend in fits)
+        reasons = passed_over(compile=compile, devices=devices)
+        name = next(backend for backend in available if backend not in reasons)
     if available[name] != "available":
         raise RuntimeError(f"backend {name!r} is {available[name]}")
     if compile and name != "torch":
         raise ValueError(f"compile=True is for the torch backend; {name!r} is compiled already")
-    return cuda.CudaOperators() if name == "cuda" else TorchOperators(compile)
+    if name == "torch":
+        return TorchOperators(compile)
+    return cuda.CudaOperators() if name == "cuda" else triton.TritonOperators()

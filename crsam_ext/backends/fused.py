@@ -31,8 +31,12 @@ class FusedOperators(Operators):
         self._ops = getattr(torch.ops, self.namespace)
 
     @abstractmethod
+    def _launch_mark(self, live: Tensor) -> int:
+        """A number that tells :meth:`_launched` what came before."""
+
+    @abstractmethod
     def _launched(self, live: Tensor, before: int) -> bool:
-        """Whether ``perturb_`` was launched, in which ``live`` had the version ``before``; asked after an exception."""
+        """Whether ``perturb_`` was launched on ``live`` since ``before``; asked after an exception, so it may wait."""
 
     def grad_norm(
         self, grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
@@ -54,7 +58,7 @@ class FusedOperators(Operators):
         undo: list[tuple[Tensor, Tensor]],
     ) -> None:
         scale = scale.to(live[0].device, non_blocking=True)
-        before, known = live[0]._version, len(undo)
+        before, known = self._launch_mark(live[0]), len(undo)
         try:
             # One launch saves and writes: undo must not wait until it returns, nor stay if it is never made.
             if sign > 0:
@@ -89,6 +93,7 @@ class FusedOperators(Operators):
         passes: int,
         regularizer: str,
         losses: tuple[Tensor, Tensor, Tensor] | None,
+        grad_scale: Tensor | None,
         max_regularizer_ratio: float,
         max_grad_norm: float | None,
     ) -> Coefficients:
@@ -108,6 +113,7 @@ class FusedOperators(Operators):
             passes,
             log,
             [] if losses is None else list(losses),
+            grad_scale,
             max_regularizer_ratio,
             math.inf if max_grad_norm is None else max_grad_norm,
         )
@@ -120,7 +126,7 @@ class FusedOperators(Operators):
         return Coefficients(
             values[:groups],
             values[groups : 2 * groups],
-            None if max_grad_norm is None else factor,
+            None if max_grad_norm is None and grad_scale is None else factor,
             ok,
             kappa if log else None,
             sigma if log else None,

@@ -19,10 +19,11 @@ class CRSAMTrainer(Trainer):
 
     Give it ``optimizers=(optimizer, None)``, or ``optimizer_cls_and_kwargs=(CRSAM, {...})``, which divides parameters
     into those with and without weight decay, but takes the key ``model`` for itself. The reported loss is that at w.
+    The Trainer's ``max_grad_norm`` clips the regularized gradient, as CRSAM's own does with less work.
 
     Raises:
         TypeError: in the first step, for another optimizer.
-        ValueError: then, for settings of the Trainer that three passes do not go with; the message says what to use.
+        ValueError: then, for gradient accumulation: every pass needs the whole batch.
     """
 
     def training_step(
@@ -45,7 +46,11 @@ class CRSAMTrainer(Trainer):
             raise
         if after is not None:
             after.replay()
-        optimizer._last_loss = last  # the Trainer's step() has no argument for it
+        scaler = self.accelerator.scaler
+        if calls and (self.args.max_grad_norm or scaler is not None):  # which act on the regularized gradient
+            optimizer.combine(last, None if scaler is None else scaler.get_scale())
+        else:
+            optimizer._last_loss = last  # the Trainer's step() has no argument for it
         return loss
 
     def _crsam(self) -> CRSAM:
@@ -53,13 +58,6 @@ class CRSAMTrainer(Trainer):
         optimizer = getattr(wrapped, "optimizer", wrapped)  # Accelerate's wrapper has no first_step
         if not isinstance(optimizer, CRSAM):
             raise TypeError(f"CRSAMTrainer needs CRSAM as its optimizer, but has {type(optimizer).__name__}")
-        if self.args.max_grad_norm:
-            raise ValueError(
-                "max_grad_norm of TrainingArguments clips the gradient of the last pass only: set it to 0 and use "
-                "CRSAM(max_grad_norm=...), which clips the gradient of the update"
-            )
         if self.args.gradient_accumulation_steps != 1:
             raise ValueError("gradient_accumulation_steps must be 1: every pass needs the whole batch")
-        if self.accelerator.scaler is not None:
-            raise ValueError("fp16 scales the loss and unscales the last pass only: use bf16")
         return optimizer

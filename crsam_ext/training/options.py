@@ -47,6 +47,8 @@ OPTION_NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "base": ("optimizer", ("sam", "crsam")),
     "alpha": ("optimizer", ("crsam",)),
     "beta": ("optimizer", ("crsam",)),
+    "interval": ("optimizer", ("sam", "crsam")),
+    "curvature_interval": ("optimizer", ("crsam",)),
     "regularizer": ("optimizer", ("crsam",)),
     "estimator": ("optimizer", ("crsam",)),
     "momentum": ("base", ("sgd",)),
@@ -118,6 +120,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--regularizer", choices=("linear", "log"), help="default: linear")
     add("--estimator", choices=("gradient", "loss"), help="where log takes its curvature from (default: gradient)")
     add("--adaptive", action="store_true", help="scale the perturbation with the weights (ASAM)")
+    add("--interval", type=integer(1), metavar="K", help="perturb in every K-th step only (default: 1)")
+    add("--curvature-interval", type=integer(1), metavar="K", help="take the third pass every K-th time (default: 1)")
     add("--max-grad-norm", type=number(1e-12), help="clip the norm of the combined gradient")
     add("--lr", type=number(0), help="peak learning rate")
     add("--momentum", type=number(0, 1), help="of SGD (default: 0.9)")
@@ -201,9 +205,9 @@ def _defaults(options: argparse.Namespace, kind: str) -> dict[str, Any]:
     else:
         defaults |= {"momentum": 0.9}
     if options.optimizer in ("sam", "crsam"):
-        defaults |= {"rho": 0.1}
+        defaults |= {"rho": 0.1, "interval": 1}
     if options.optimizer == "crsam":
-        defaults |= {"regularizer": "linear", "estimator": "gradient"}
+        defaults |= {"regularizer": "linear", "estimator": "gradient", "curvature_interval": 1}
     model = options.model or defaults["model"]
     folder = f"{kind}-{model}-{options.optimizer}-seed{options.seed}".replace("/", "_")
     return defaults | {"output": Path("runs") / folder}

@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(kThreads) coefficients_kernel(CoefficientsArgu
   }
   block_sum(sums, total);
   const bool ok = isfinite(total[everything]);
-  double kappa = total[kappa_sum] / 2, sigma = total[sigma_sum];
+  const double grad_scale = p.grad_scale ? *p.grad_scale : 1;  // of gradients and norms; e is free of it
+  double kappa = total[kappa_sum] / 2 / grad_scale, sigma = total[sigma_sum] / grad_scale;
   if (p.losses[0]) {
     kappa = *p.losses[1] + *p.losses[2] - 2 * *p.losses[0];
     sigma = *p.losses[1] - *p.losses[2];
@@ -86,9 +87,10 @@ __global__ void __launch_bounds__(kThreads) coefficients_kernel(CoefficientsArgu
     for (int64_t j = threadIdx.x; j < steps.count; j += kThreads) steps.taken[j] += steps.part[j];
   }
   if (threadIdx.x > 0) return;
-  const double factor = p.max_grad_norm / (norm_of(p.gram ? squared_hat[0] : total[last_norm]) + 1e-6);
+  const double norm_hat = norm_of(p.gram ? squared_hat[0] : total[last_norm]) / grad_scale;
+  const double factor = p.max_grad_norm / (norm_hat + 1e-6);
   double* rest = p.values + 2 * groups;
-  rest[0] = factor > 1 ? 1 : factor;
+  rest[0] = (factor > 1 || isinf(p.max_grad_norm) ? 1 : factor) / grad_scale;
   rest[1] = kappa;
   rest[2] = sigma;
   rest[3] = ratio;

@@ -37,6 +37,7 @@ struct CoefficientsArguments {
   const double* alpha;            // [groups]
   const double* beta;             // [groups]
   const double* losses[3];        // 0-dim, or null: kappa and sigma come from the gradients
+  const double* grad_scale;       // 0-dim, what all gradients were multiplied with, or null
   StepCounter steps[kCounters];
   int64_t* counters;              // [4]
   double* values;                 // a [groups], b [groups], factor, kappa, sigma, ratio

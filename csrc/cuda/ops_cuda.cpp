@@ -216,6 +216,7 @@ std::tuple<at::Tensor, at::Tensor> coefficients(const std::optional<at::Tensor>&
                                                 const at::Tensor& scale, const at::Tensor& alpha,
                                                 const at::Tensor& beta, at::Tensor counters, at::TensorList taken,
                                                 at::TensorList part, int64_t passes, bool log, at::TensorList losses,
+                                                const std::optional<at::Tensor>& grad_scale,
                                                 double max_regularizer_ratio, double max_grad_norm) {
   using Arguments = CoefficientsArguments;
   const at::Device device = alpha.device();
@@ -242,6 +243,7 @@ std::tuple<at::Tensor, at::Tensor> coefficients(const std::optional<at::Tensor>&
     check_tensor(part[i], "part", device, at::kFloat, count);
     p.steps[p.num_steps++] = {taken[i].mutable_data_ptr<float>(), part[i].const_data_ptr<float>(), count};
   }
+  p.grad_scale = grad_scale ? numbers(*grad_scale, "grad_scale", device, 1) : nullptr;
   p.counters = counters.mutable_data_ptr<int64_t>();
   p.values = values.mutable_data_ptr<double>();
   p.flags = flags.mutable_data_ptr<bool>();

@@ -8,13 +8,22 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from crsam_ext import CRSAM
+from crsam_ext import CRSAM, available_backends
 
 from ..conftest import missing
 
 pytestmark = pytest.mark.require_cuda
 
 STEPS = 3
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def fused(request):
+    """The name of each backend with kernels of its own."""
+    verdict = available_backends()[request.param]
+    if verdict != "available":
+        missing(f"backend {request.param} is {verdict}")
+    return request.param
 
 
 def params_and_gradients(seed=0):
@@ -45,16 +54,16 @@ def train(backend, base, steps=STEPS):
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-def test_same_as_torch_and_deterministic(base):
-    found, again, expected = train("cuda", base), train("cuda", base), train("torch", base)
+def test_same_as_torch_and_deterministic(base, fused):
+    found, again, expected = train(fused, base), train(fused, base), train("torch", base)
     for x, y, z in zip(found, again, expected, strict=True):
         assert torch.equal(x, y)
         torch.testing.assert_close(x, z, rtol=1e-5, atol=1e-5)
 
 
-def test_no_synchronisation():
+def test_no_synchronisation(fused):
     params, grads = params_and_gradients()
-    optimizer = CRSAM(params, lr=0.1, momentum=0.9, backend="cuda")
+    optimizer = CRSAM(params, lr=0.1, momentum=0.9, backend=fused)
     closure = closure_of(params, grads)
     optimizer.step(closure)
     torch.cuda.set_sync_debug_mode("error")
@@ -64,11 +73,11 @@ def test_no_synchronisation():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_step_in_a_graph():
+def test_step_in_a_graph(fused):
     """Replayed steps are the same, bit for bit, as steps without a graph."""
-    expected = train("cuda", torch.optim.SGD, steps=5)
+    expected = train(fused, torch.optim.SGD, steps=5)
     params, grads = params_and_gradients()
-    optimizer = CRSAM(params, torch.optim.SGD, lr=0.1, backend="cuda", max_grad_norm=1.0, replay_rng=False)
+    optimizer = CRSAM(params, torch.optim.SGD, lr=0.1, backend=fused, max_grad_norm=1.0, replay_rng=False)
     closure = closure_of(params, grads)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -85,15 +94,15 @@ def test_step_in_a_graph():
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_compute_sanitizer(tool):
+def test_compute_sanitizer(tool, fused):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         missing("no compute-sanitizer was found")
-    code = """
+    code = f"""
 import torch
 from crsam_ext import CRSAM
 params = [torch.nn.Parameter(torch.randn(n, device="cuda")) for n in (1, 3, 4097, 40000)]
-optimizer = CRSAM(params, torch.optim.AdamW, lr=0.1, backend="cuda", regularizer="log")
+optimizer = CRSAM(params, torch.optim.AdamW, lr=0.1, backend="{fused}", regularizer="log")
 def closure():
     for p in params:
         p.grad = torch.randn_like(p)

@@ -1,0 +1,66 @@
+"""Mixed precision in float16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import OptState
+from torch.optim import Optimizer
+
+from .optimizer import CRSAM
+
+__all__ = ["GradScaler"]
+
+
+class GradScaler(torch.amp.GradScaler):
+    """torch's :class:`torch.amp.GradScaler`, whose ``step`` takes closures for :class:`crsam_ext.CRSAM`.
+
+    The scale cancels in the perturbation, and the update takes it out of the gradient without a pass of its own. An
+    overflow in any pass skips the step and lowers the scale. Clip with ``max_grad_norm``: it means unscaled gradients.
+
+    Example::
+
+        scaler = crsam_ext.GradScaler()
+
+        def closure():
+            with torch.autocast("cuda", torch.float16):
+                loss = criterion(model(x), y)
+            scaler.scale(loss).backward()
+            return loss
+
+        loss = scaler.step(optimizer, closure)
+        scaler.update()
+    """
+
+    def step(self, optimizer: Optimizer, closure: Any = None) -> Any:
+        """Take a step; without a closure, or for another optimizer, as torch's GradScaler does.
+
+        Args:
+            optimizer: whose gradients are scaled.
+            closure: as for :meth:`crsam_ext.CRSAM.step`; it calls ``scaler.scale(loss).backward()``.
+        Returns:
+            What the closure returned at w.
+        Raises:
+            RuntimeError: if ``unscale_`` or ``step`` has been called for this optimizer since the last ``update``.
+        """
+        if closure is None:
+            return super().step(optimizer)
+        if not self._enabled or not isinstance(optimizer, CRSAM):
+            return super().step(optimizer, closure)
+        state = self._per_optimizer_states[id(optimizer)]
+        if state["stage"] is not OptState.READY:
+            raise RuntimeError("step(optimizer, closure) called after unscale_() or step(): update() is due")
+        if self._scale is None:  # nothing has been scaled yet
+            self._lazy_init_scale_growth_tracker(optimizer.param_groups[0]["params"][0].device)
+        scale = self._get_scale_async()
+        assert scale is not None
+        found_inf = torch.zeros((), device=scale.device)
+        optimizer._scaling = scale, found_inf
+        try:
+            loss = optimizer.step(closure)
+        finally:
+            optimizer._scaling = None
+        state["found_inf_per_device"] = {found_inf.device: found_inf}
+        state["stage"] = OptState.STEPPED
+        return loss

@@ -1,0 +1,66 @@
+"""The tests of every backend on interpreted Triton kernels: in a process of its own, with TRITON_INTERPRET=1.
+
+That decides, when kernels are defined, that they are interpreted; other tests need them compiled. An interpreted step
+of a small network takes half a second, so here is all of what concerns an operator alone, and of the rest what calls
+them in ways of its own. What is left out are the other base optimizers, options and dtypes of the same tests, which
+differ in what Python does, and training a network. All of it, in half an hour or so:
+
+    TRITON_INTERPRET=1 python -m pytest -k triton_interpreted --ignore tests/test_triton_interpreted.py
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import missing
+
+ROOT = Path(__file__).parent.parent
+OPTIMIZER = (
+    "points_of_the_passes",
+    "low_precision",
+    "terms_without_a_logarithm",
+    "two_groups and adamw-log-everything",
+    "test_bad_gradient and linear-momentum and nan",  # skipped steps
+    "several_dtypes",
+    "tensor_learning_rate",
+    "empty_and_scalar_parameters",
+    "gradient_in_some_passes and momentum",
+    "momentum_that_is_switched",
+    "scale_cancels and clip-sgd",
+    "scale_cancels and log-sgd",
+    "overflow_skips_the_step and 2-closure-log-sgd",
+)
+PARTS = {
+    # Files, expression that chooses among the tests there, and how many are chosen.
+    "operators": (["test_ops.py"], "triton_interpreted", 196),
+    "triton_operators": (["test_triton_operators.py"], "", 76),
+    "trajectories": (
+        ["test_golden.py"],
+        "given_gradients and triton_interpreted and float32 and (adamw or momentum)",
+        4,
+    ),
+    "optimizer": (
+        ["test_optimizer.py", "test_invariants.py", "test_hard_inputs.py", "test_amp.py"],
+        f"triton_interpreted and ({' or '.join(f'({name})' for name in OPTIMIZER)})",
+        35,
+    ),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_interpreted(part):
+    if importlib.util.find_spec("triton") is None:
+        missing("Triton was not found")
+    files, chosen, count = PARTS[part]
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-k", chosen, *(f"tests/{file}" for file in files)]
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes = {outcome: int(n) for n, outcome in re.findall(r"(\d+) (passed|skipped)", done.stdout)}
+    assert outcomes.get("passed", 0) + outcomes.get("skipped", 0) == count, done.stdout
+    assert outcomes.get("skipped", 0) <= 1, done.stdout  # in test_ops.py, an interrupt in the middle of a launch

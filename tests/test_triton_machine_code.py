@@ -1,0 +1,243 @@
+"""What Triton makes of the kernels: wide accesses, registers, spills, and where float64 is used. No GPU is needed."""
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from crsam_ext.backends import triton as backend
+
+from .conftest import missing
+from .operator_cases import Case
+
+# For each compute capability the dtypes that are looked at: to compile all kernels for all of them would take minutes.
+# float16 differs from bfloat16 in a conversion.
+COMPILED = {
+    80: (torch.float32, torch.bfloat16),
+    90: (torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    100: (torch.float32, torch.bfloat16),
+    120: (torch.float32, torch.bfloat16),
+}
+POINTERS = {
+    "rows": "*i64", "chunks": "*i32", "group_begin": "*i64", "tickets": "*i32", "num_groups": "i32", "partial": "*fp64",
+    "norms": "*fp64", "gram": "*fp64", "scale": "*fp64", "marker": "*i64", "number": "i64", "option_table": "*i64",
+    "a": "*fp64", "b": "*fp64", "factor": "*fp64", "ok": "*u8",
+}  # fmt: skip
+
+
+class Kernel(NamedTuple):
+    """A kernel, its constants, and the streams of its main loop, of rows and of masters."""
+
+    function: str
+    constants: dict[str, bool]
+    loads: int
+    master_loads: int
+    stores: int
+    master_stores: int
+    writes_master: bool = False  #: of w, where the rows are float16 or bfloat16
+
+
+KERNELS = {
+    "grad_norm": Kernel("grad_norm_kernel", {}, 2, 0, 0, 0),
+    "perturb_first": Kernel("perturb_kernel", {"SAVE": True}, 2, 0, 1, 1),
+    "perturb_second": Kernel("perturb_kernel", {"SAVE": False}, 1, 1, 1, 0),
+    "fd_gram": Kernel("fd_gram_kernel", {}, 3, 1, 0, 0),
+    "sgd_step": Kernel("sgd_step_kernel", {"DIFFERENCES": True}, 3, 2, 1, 1, True),
+    "sgd_step_plain": Kernel("sgd_step_kernel", {"DIFFERENCES": False}, 1, 2, 1, 1, True),
+    "adamw_step": Kernel("adamw_step_kernel", {"DIFFERENCES": True}, 3, 3, 1, 2, True),
+    "adamw_step_plain": Kernel("adamw_step_kernel", {"DIFFERENCES": False}, 1, 3, 1, 2, True),
+    "combine": Kernel("combine_kernel", {"DIFFERENCES": True}, 3, 0, 1, 0),
+}
+
+
+class Compiled(NamedTuple):
+    """What a kernel was compiled to."""
+
+    kernel: Kernel
+    dtype: torch.dtype
+    ptx: str
+    sass: str
+    resources: dict[str, int]
+    shared: int
+
+    @property
+    def accesses(self):
+        """How many 128-bit loads and stores the main loop has at least. A vector of masters is as long as that of a
+        16-bit row, in elements, so twice as long in bytes."""
+        words = 2 if self.dtype.itemsize == 2 else 1
+        k = self.kernel
+        master_stores = k.master_stores + (k.writes_master and words == 2)
+        return k.loads + words * k.master_loads, k.stores + words * master_stores
+
+    @property
+    def main_loops(self):
+        """The basic blocks that load or store 128 bits."""
+        blocks = re.split(r"^\$L\w+:", self.ptx, flags=re.MULTILINE)
+        return [block for block in blocks if WIDE.search(block)]
+
+
+WIDE = re.compile(r"\b(?:ld|st)\.global\S*\.(?:v4\.b32|v2\.b64)")
+
+
+def registers(name):
+    """How many a thread may have: what the launchers say."""
+    from crsam_ext.triton_kernels import launch
+
+    return launch.REGISTERS_OF_ADAM if name.startswith("adamw") else launch.REGISTERS
+
+
+@pytest.fixture(scope="module", params=COMPILED, ids=lambda architecture: f"sm_{architecture}")
+def compiled(request, tmp_path_factory):
+    """(name, dtype) -> what Triton made of the kernel."""
+    if importlib.util.find_spec("triton") is None:
+        missing("Triton was not found")
+    if backend.interpreted():
+        pytest.skip("with TRITON_INTERPRET=1, Triton does not compile")
+    from crsam_ext.triton_kernels import fd_gram, grad_norm, launch, perturb, step
+    from triton import compile, knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    functions = {k: v for m in (grad_norm, perturb, fd_gram, step) for k, v in vars(m).items() if k.endswith("_kernel")}
+    tools = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
+    cubin, found, block = tmp_path_factory.mktemp("cubin") / "kernel.cubin", {}, launch.DEFAULT_BLOCK
+
+    def dump(option):
+        return subprocess.run([tools / "cuobjdump", option, cubin], capture_output=True, text=True, check=True).stdout
+
+    with knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+        for name, kernel in KERNELS.items():
+            if name.endswith("plain") and request.param != 90:  # they have less of everything
+                continue
+            for dtype in COMPILED[request.param]:
+                function = functions[kernel.function]
+                constants = kernel.constants | {"dtype": launch.DTYPES[dtype], "VECTORS": block.vectors}
+                signature = {p: "constexpr" if p in constants else POINTERS[p] for p in function.arg_names}
+                done = compile(
+                    ASTSource(function, signature, constants),
+                    target=GPUTarget("cuda", request.param, 32),
+                    options={"num_warps": block.warps, "maxnreg": registers(name)},
+                )
+                cubin.write_bytes(done.asm["cubin"])
+                usage = re.search(r"Function .+:\n\s*(REG:.*)", dump("-res-usage"))[1]
+                resources = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", usage)}
+                found[name, dtype] = Compiled(
+                    kernel, dtype, done.asm["ptx"], dump("-sass"), resources, done.metadata.shared
+                )
+    return found
+
+
+def test_wide_accesses(compiled):
+    """Every stream of a main loop moves in words of 128 bits, past the caches, and nothing else is moved there."""
+    for key, one in compiled.items():
+        loads = stores = 0
+        for block in one.main_loops:
+            accesses = re.findall(r"\b(?:ld|st)\.global\S*", block)
+            narrow = [access for access in accesses if not WIDE.match(access)]
+            assert not narrow, (key, narrow)
+            assert all(".L1::evict_first" in a or a.startswith("st.global.cs") for a in accesses), (key, accesses)
+            loads += sum(access.startswith("ld") for access in accesses)
+            stores += sum(access.startswith("st") for access in accesses)
+        expected_loads, expected_stores = one.accesses
+        assert loads >= expected_loads, (key, loads)
+        assert stores >= expected_stores, (key, stores)
+
+
+def test_no_spills(compiled):
+    for key, one in compiled.items():
+        assert one.resources["STACK"] == one.resources["LOCAL"] == 0, (key, one.resources)
+        assert not re.search(r"\b(LDL|STL)\b", one.sass), key
+
+
+def test_registers(compiled):
+    """Four programs of 256 threads on a multiprocessor, which has 65536 registers; two of Adam."""
+    for (name, dtype), one in compiled.items():
+        programs = 2 if name.startswith("adamw") else 4
+        assert one.resources["REG"] * 256 * programs <= 65536, (name, dtype, one.resources)
+
+
+def test_no_exchange_in_main_loops(compiled):
+    """Nothing passes through shared memory: only reductions use it, at their end."""
+    for (name, dtype), one in compiled.items():
+        assert (one.shared > 0) == (name in ("grad_norm", "fd_gram")), (name, dtype)
+        for block in one.main_loops:
+            assert not re.search(r"\.shared|bar\.sync|shfl", block), (name, dtype)
+
+
+def test_no_float64_in_main_loops_of_float32(compiled):
+    for (name, dtype), one in compiled.items():
+        if dtype != torch.float64:
+            for block in one.main_loops:
+                assert ".f64" not in block, (name, dtype)
+
+
+@pytest.fixture
+def compile_only(monkeypatch, tmp_path):
+    """Makes launches on CPU tensors go as far as they can without a GPU: until a kernel is compiled.
+
+    Returns:
+        The kernels that were launched: names, and functions with the variants that Triton keeps of each.
+    """
+    if importlib.util.find_spec("triton") is None:
+        missing("Triton was not found")
+    if backend.interpreted():
+        pytest.skip("with TRITON_INTERPRET=1, Triton does not compile")
+    from crsam_ext.triton_kernels import launch
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    gpu = {
+        "get_current_target": lambda: GPUTarget("cuda", 90, 32),
+        "get_current_device": lambda: 0,
+        "get_current_stream": lambda device: 0,
+    }
+    launched, run = {}, JITFunction.run
+
+    def warm_up(self, *args, grid, warmup, **kwargs):
+        if self.fn.__name__ not in launched:
+            self.device_caches.clear()
+            launched[self.fn.__name__] = self
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    monkeypatch.setattr(launch, "INTERPRETED_BLOCK", launch.DEFAULT_BLOCK)
+    monkeypatch.setattr(JITFunction, "run", warm_up)
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(**gpu))
+    with knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path)
+        yield launched
+    for function in launched.values():
+        function.device_caches.clear()
+
+
+def test_nothing_is_compiled_twice(compile_only):
+    """Neither other sizes, numbers of rows and addresses, nor later steps make Triton compile a kernel again."""
+    operators = backend.TritonOperators()
+    for sizes, offset in (((1, 3, 4097, 40000), 0), ((5,), 1), ((16,) * 16, 0)):
+        case = Case(torch.float32, sizes=sizes, groups=[0] * len(sizes), offset=offset)
+        for operator in Case.OPERATORS:
+            operator(case, operators)
+        gram, counters = torch.ones(2, 9, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+        operators.perturbation_scale(gram[:, 0].contiguous(), case.scale)
+        operators.coefficients(
+            gram, [], case.scale, case.scale, case.scale, counters=counters, steps=[(torch.ones(3), torch.ones(3))],
+            passes=3, regularizer="log", losses=None, max_regularizer_ratio=1.0 / len(sizes), max_grad_norm=1.0,
+        )  # fmt: skip
+    variants = {name: len(function.device_caches[0][0]) for name, function in compile_only.items()}
+    expected = {kernel.function for kernel in KERNELS.values()} | {"perturbation_scale_kernel", "coefficients_kernel"}
+    assert variants == {name: 2 if name == "perturb_kernel" else 1 for name in expected}  # two signs
+
+
+def test_order_of_the_last_stage_of_sums(compiled):
+    """Partial sums, barrier, ticket; barrier, and the partial sums of others, past this multiprocessor's cache."""
+    order = r"st\.global\.b64.*bar\.sync.*atom\.global\.gpu\.acq_rel.*bar\.sync.*ld\.global\.cg\.b64"
+    for (name, dtype), one in compiled.items():
+        if name in ("grad_norm", "fd_gram"):
+            assert re.search(order, one.ptx, re.DOTALL), (name, dtype)

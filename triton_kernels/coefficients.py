@@ -1,0 +1,183 @@
+"""What a few numbers per group decide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import jit, launch_one
+
+LANES = tl.constexpr(128)  # groups, or step counters, that are read at a time
+
+
+@jit
+def perturbation_scale_kernel(squared_norm, rho, epsilon: tl.float64, scale, num_groups):
+    """scale = rho / (sqrt(sum of squared norms) + epsilon), per group.   One program."""
+    lane = tl.arange(0, LANES)
+    total = tl.zeros([LANES], tl.float64)
+    for first in range(0, num_groups, LANES):
+        total += tl.load(squared_norm + first + lane, mask=first + lane < num_groups, other=0)
+    norm = tl.sqrt(tl.sum(total, 0))
+    for first in range(0, num_groups, LANES):
+        known = first + lane < num_groups
+        tl.store(scale + first + lane, tl.load(rho + first + lane, mask=known) / (norm + epsilon), mask=known)
+
+
+@triton.jit
+def quadratic_form(gram, known, x, y, z):
+    """Squared norm of x g0 + y d1 + z d2, of each group from its row of the Gram matrix."""
+    g00 = tl.load(gram, mask=known, other=0)
+    g01 = tl.load(gram + 1, mask=known, other=0)
+    g02 = tl.load(gram + 2, mask=known, other=0)
+    g11 = tl.load(gram + 3, mask=known, other=0)
+    g12 = tl.load(gram + 4, mask=known, other=0)
+    g22 = tl.load(gram + 5, mask=known, other=0)
+    return x * x * g00 + y * y * g11 + z * z * g22 + 2 * (x * y * g01 + x * z * g02 + y * z * g12)
+
+
+@triton.jit
+def norm_of(squared):
+    """Rounding can leave a small negative number; a NaN stays one."""
+    return tl.sqrt(tl.where(squared < 0, 0.0, squared))
+
+
+@triton.jit
+def weight_of(weight, curvature, known, LOG: tl.constexpr):
+    """a = alpha, or alpha / kappa and 0 where kappa is not positive; and b from beta and sigma."""
+    x = tl.load(weight, mask=known, other=0)
+    if LOG:
+        x = tl.where(curvature > 0, x / curvature, 0.0)
+    return x
+
+
+@jit
+def coefficients_kernel(
+    gram, norms, scale, alpha, beta, losses, grad_scale, counters, taken, part, counts, values, flags, num_groups,
+    max_regularizer_ratio: tl.float64, max_grad_norm: tl.float64, LOG: tl.constexpr,
+):  # fmt: skip
+    """a, b, the clip factor and whether the step is sound, from sums over all elements; advances the counters.
+
+    One program: its inputs are a few numbers per group. See `Operators.coefficients` for the mathematics.
+    """
+    lane = tl.arange(0, LANES)
+    zero = tl.zeros([LANES], tl.float64)
+
+    # What is summed over groups: everything, to see a NaN or an infinity; the norm of the last pass; kappa and sigma.
+    everything, last_norm, kappas, sigmas = zero, zero, zero, zero
+    for first in range(0, num_groups, LANES):
+        group = first + lane
+        known = group < num_groups
+        for i in tl.static_range(len(norms)):
+            norm = tl.load(norms[i] + group, mask=known, other=0)
+            everything += norm
+            if i == len(norms) - 1:
+                last_norm += norm
+        if gram is not None:
+            for k in tl.static_range(9):
+                everything += tl.load(gram + 9 * group + k, mask=known, other=0)
+            s = tl.load(scale + group, mask=known, other=0)
+            eg0 = tl.load(gram + 9 * group + 6, mask=known, other=0)
+            ed1 = tl.load(gram + 9 * group + 7, mask=known, other=0)
+            ed2 = tl.load(gram + 9 * group + 8, mask=known, other=0)
+            kappas += s * ed1
+            sigmas += s * (2 * eg0 + ed2 / 3)
+    total = tl.sum(everything, 0)
+    ok = tl.abs(total) < float("inf")  # false for a NaN
+    factor = tl.full([], 1.0, tl.float64)
+    if grad_scale is not None:  # of gradients and norms; e is free of it
+        factor /= tl.load(grad_scale)
+    kappa, sigma = tl.sum(kappas, 0) / 2 * factor, tl.sum(sigmas, 0) * factor
+    if len(losses) == 3:
+        loss, ascent, descent = tl.load(losses[0]), tl.load(losses[1]), tl.load(losses[2])
+        kappa = ascent + descent - 2 * loss
+        sigma = ascent - descent
+
+    # The weights before the cap, and the norms of a d2 + b d1 and of g+ = g0 + d1 / 2 + d2 / 2.
+    regularizers, ascents = zero, zero
+    if gram is not None:
+        for first in range(0, num_groups, LANES):
+            group = first + lane
+            known = group < num_groups
+            a = weight_of(alpha + group, kappa, known, LOG)
+            b = weight_of(beta + group, sigma, known, LOG)
+            regularizers += quadratic_form(gram + 9 * group, known, 0.0, b, a)
+            ascents += quadratic_form(gram + 9 * group, known, 1.0, 0.5, 0.5)
+    ratio = tl.full([], 0.0, tl.float64)
+    if gram is not None:
+        ratio = norm_of(tl.sum(regularizers, 0)) / norm_of(tl.sum(ascents, 0))
+    capped = ratio > max_regularizer_ratio
+    cap = tl.where(capped, max_regularizer_ratio / ratio, 1.0)
+
+    # The weights as they are used, and the norm of ghat = g0 + (1/2 + b) d1 + (1/2 + a) d2.
+    ghats = zero
+    for first in range(0, num_groups, LANES):
+        group = first + lane
+        known = group < num_groups
+        a = weight_of(alpha + group, kappa, known, LOG) * cap
+        b = weight_of(beta + group, sigma, known, LOG) * cap
+        tl.store(values + group, a, mask=known)
+        tl.store(values + num_groups + group, b, mask=known)
+        if gram is not None:
+            ghats += quadratic_form(gram + 9 * group, known, 1.0, b + 0.5, a + 0.5)
+    squared = tl.sum(last_norm, 0)
+    if gram is not None:
+        squared = tl.sum(ghats, 0)
+    clip = max_grad_norm / (norm_of(squared) * factor + 1e-6)
+    rest = values + 2 * num_groups
+    unclipped = (clip > 1) | (max_grad_norm == float("inf"))
+    tl.store(rest, tl.where(unclipped, 1.0, clip) * factor)
+    tl.store(rest + 1, kappa)
+    tl.store(rest + 2, sigma)
+    tl.store(rest + 3, ratio)
+    tl.store(flags, ok.to(tl.uint8))
+    tl.store(flags + 1, capped.to(tl.uint8))
+
+    tl.store(counters, tl.load(counters) + (ok == 0).to(tl.int64))
+    if LOG:
+        tl.store(counters + 1, tl.load(counters + 1) + (ok & (kappa <= 0)).to(tl.int64))
+        tl.store(counters + 2, tl.load(counters + 2) + (ok & (sigma <= 0)).to(tl.int64))
+    tl.store(counters + 3, tl.load(counters + 3) + (ok & capped).to(tl.int64))
+    for i in tl.static_range(len(taken)):
+        count = counts[i] * ok.to(tl.int32)
+        for first in range(0, count, LANES):
+            known = first + lane < count
+            steps = tl.load(taken[i] + first + lane, mask=known) + tl.load(part[i] + first + lane, mask=known)
+            tl.store(taken[i] + first + lane, steps, mask=known)
+
+
+def launch_perturbation_scale(squared_norm: Tensor, rho: Tensor, epsilon: float, scale: Tensor) -> None:
+    """scale [groups] <- rho / (norm + epsilon)"""
+    launch_one(perturbation_scale_kernel, squared_norm, rho, epsilon, scale, len(scale))
+
+
+def launch_coefficients(
+    gram: Tensor | None,
+    norms: Sequence[Tensor],
+    scale: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    losses: Sequence[Tensor],
+    grad_scale: Tensor | None,
+    counters: Tensor,
+    taken: Sequence[Tensor],
+    part: Sequence[Tensor],
+    values: Tensor,
+    flags: Tensor,
+    max_regularizer_ratio: float,
+    max_grad_norm: float,
+    log: bool,
+) -> None:
+    """values <- a [groups], b [groups], factor, kappa, sigma, ratio; flags <- ok, capped; counters and taken advance.
+
+    norms: one [groups] for each pass, maybe none. losses: three 0-dim tensors, or none: kappa and sigma come from the
+    gradients. grad_scale: 0-dim, what all gradients were multiplied with. max_grad_norm: infinite for no clipping.
+    part: 1 for those of `taken` that take part in this step.
+    """
+    counts = tuple(x.numel() for x in taken)
+    launch_one(
+        coefficients_kernel, gram, tuple(norms), scale, alpha, beta, tuple(losses), grad_scale, counters, tuple(taken),
+        tuple(part), counts, values, flags, alpha.numel(), max_regularizer_ratio, max_grad_norm, LOG=log,
+    )  # fmt: skip

@@ -1,0 +1,75 @@
+"""The Gram matrix of the gradient and its finite differences."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .chunk_table import (
+    ADAPTIVE,
+    GRAD,
+    GRAD_ASCENT,
+    GRAD_DESCENT,
+    SAVED,
+    Table,
+    chunk_of,
+    compute_dtype,
+    for_each,
+    load,
+)  # fmt: skip
+from .launch import jit, launch
+from .reduce import group_sum
+from .update_math import differences
+
+
+@triton.jit
+def add_products(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
+    """One tile of the nine sums. Only ASAM loads w; the arithmetic is the same, and costs less than a branch."""
+    grad, grad_ascent, grad_descent, saved, adaptive = arguments
+    g = load(grad, where, mask, dtype, width)
+    d1, d2 = differences(g, load(grad_ascent, where, mask, dtype, width), load(grad_descent, where, mask, dtype, width))
+    w = load(saved, where, mask & adaptive, compute_dtype(dtype), width)
+    h = tl.where(adaptive, w * w * g, g)
+    return (
+        sums[0] + tl.sum(g * g, 1),
+        sums[1] + tl.sum(g * d1, 1),
+        sums[2] + tl.sum(g * d2, 1),
+        sums[3] + tl.sum(d1 * d1, 1),
+        sums[4] + tl.sum(d1 * d2, 1),
+        sums[5] + tl.sum(d2 * d2, 1),
+        sums[6] + tl.sum(h * g, 1),
+        sums[7] + tl.sum(h * d1, 1),
+        sums[8] + tl.sum(h * d2, 1),
+    )
+
+
+@jit
+def fd_gram_kernel(
+    rows, chunks, group_begin, tickets, num_groups, partial, gram, dtype: tl.constexpr, VECTORS: tl.constexpr
+):
+    """Inner products of (g0, d1, d2) and of h = g0, or w^2 g0 (ASAM), with each of them, per group.
+
+    Reads g0, g+, g-, and w for ASAM: 12 bytes an element in float32.
+    """
+    row, index = chunk_of(rows, chunks)
+    arguments = (
+        tl.load(row + GRAD),
+        tl.load(row + GRAD_ASCENT),
+        tl.load(row + GRAD_DESCENT),
+        tl.load(row + SAVED),
+        tl.load(row + ADAPTIVE) != 0,
+    )
+    zero = tl.zeros([VECTORS], compute_dtype(dtype))
+    sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    sums = for_each(add_products, arguments, sums, row, index, dtype, VECTORS)
+    group_sum(sums, row, group_begin, tickets, num_groups, partial, gram, 9)
+
+
+def launch_fd_gram(dtype: torch.dtype, table: Table, partial: Tensor, gram: Tensor) -> None:
+    """gram [groups, 9] <- inner products of (g0, d1, d2), and with h, which weighs with `saved` where `adaptive`.
+
+    partial [chunks, 9] is scratch.
+    """
+    launch(fd_gram_kernel, table, dtype, *table, len(gram), partial, gram)

@@ -1,0 +1,409 @@
+"""From tensors to addresses: checks, device, table, launch. csrc/ops.cpp says what the arguments mean."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from array import array
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from .checks import check, check_count, check_groups, check_tensor, name_of
+from .chunk_table import CHUNK, COLUMNS, Table
+from .coefficients import launch_coefficients, launch_perturbation_scale
+from .fd_gram import launch_fd_gram
+from .grad_norm import launch_grad_norm
+from .launch import DTYPES, guard
+from .perturb import launch_perturb
+from .step import Decision, launch_adamw_step, launch_combine, launch_sgd_step
+from .table_cache import TableCache
+from .update_math import ADAM_OPTIONS, SGD_OPTIONS
+
+_cache = TableCache()
+_ADDRESSES = ("live", "saved", "first", "second", "grad", "grad_ascent", "grad_descent")
+
+
+class Rows:
+    """The rows of one call, as they are collected from its lists of tensors.
+
+    Args:
+        like: gives the rows their number, lengths, dtype and device.
+    """
+
+    def __init__(self, like: Sequence[Tensor], name: str, groups: Sequence[int], num_groups: int) -> None:
+        check(len(like) > 0, f"{name} is empty")
+        self.device, self.dtype = like[0].device, like[0].dtype
+        self.master = torch.float64 if self.dtype == torch.float64 else torch.float32
+        check_count(len(groups), "groups", len(like))
+        check_groups(groups, num_groups)
+        self.numels, self.groups, self.num_groups = [t.numel() for t in like], groups, num_groups
+        check(self.dtype in DTYPES, f"rows are {name_of(self.dtype)}, not float64, float32, float16 or bfloat16")
+        self._nothing = [0] * len(like)
+        self._columns = dict.fromkeys(_ADDRESSES, self._nothing)
+        self._steps = self._adaptive = self._nothing
+
+    def enter(self, column: str, tensors: Sequence[Tensor], name: str, dtype: torch.dtype) -> None:
+        """Enter a list of tensors; those without elements stand for none."""
+        check_count(len(tensors), name, len(self.numels))
+        numels = [t.numel() for t in tensors]
+        addresses = [t.data_ptr() if n else 0 for t, n in zip(tensors, numels, strict=True)]
+        same = (
+            numels == self.numels
+            and {t.dtype for t in tensors} == {dtype}
+            and {t.device for t in tensors} == {self.device}
+        )
+        if not (same and all(t.is_contiguous() for t in tensors)):
+            for tensor, n in zip(tensors, self.numels, strict=True):
+                if tensor.numel():
+                    check_tensor(tensor, name, self.device, dtype, n)
+        self._columns[column] = addresses
+
+    def enter_weights(self, column: str, weights: Sequence[Tensor | None], dtype: torch.dtype) -> None:
+        """Enter the tensors that rows are weighted with, where there are any."""
+        check_count(len(weights), "weights", len(self.numels))
+        for weight, n in zip(weights, self.numels, strict=True):
+            if weight is not None:
+                check_tensor(weight, "weights", self.device, dtype, n)
+        self._columns[column] = [0 if w is None else w.data_ptr() for w in weights]
+        self._adaptive = [int(w is not None) for w in weights]
+
+    def enter_adaptive(self, adaptive: Sequence[bool]) -> None:
+        """Enter, for each group, whether its perturbation is that of ASAM."""
+        check_count(len(adaptive), "adaptive", self.num_groups)
+        self._adaptive = [int(adaptive[group]) for group in self.groups]
+
+    def enter_steps(self, steps: Sequence[Tensor]) -> None:
+        """Enter how many steps each row has taken."""
+        check_count(len(steps), "steps", len(self.numels))
+        for step in {id(step): step for step in steps}.values():  # rows share them
+            check_tensor(step, "steps", self.device, torch.float32, 1)
+        self._steps = [step.data_ptr() for step in steps]
+
+    @property
+    def empty(self) -> bool:
+        return not any(self.numels)
+
+    def table(self) -> Table:
+        """The table on the device."""
+        pointers = [self._columns[name] for name in _ADDRESSES]
+        aligned = [int(not (a | b | c | d | e | f | g) % 16) for a, b, c, d, e, f, g in zip(*pointers, strict=True)]
+        rows = list(zip(*pointers, self._steps, self.numels, self.groups, self._adaptive, aligned, strict=True))
+        order = sorted(range(len(rows)), key=self.groups.__getitem__)  # stable
+        content = array("q", chain.from_iterable(rows[i] for i in order)).tobytes()
+        # Lengths and groups stay from step to step, so this part, which is long, is neither built nor compared again.
+        lengths = (self.num_groups, tuple(self.numels), tuple(self.groups))
+        layout = _cache.get(("layout", lengths), self.device, lambda: self._layout(order))
+        begin = 8 * (self.num_groups + 1)
+        end = len(layout) - 4 * self.num_groups
+        return Table(
+            _cache.get(("rows", content), self.device, lambda: content).view(torch.int64).view(-1, COLUMNS.value),
+            layout[begin:end].view(torch.int32).view(-1, 2),
+            layout[:begin].view(torch.int64),
+            layout[end:].view(torch.int32),
+        )
+
+    def _layout(self, order: Sequence[int]) -> bytes:
+        """What depends on lengths and groups alone: group_begin, chunks, tickets."""
+        begin, chunks = [0] * (self.num_groups + 1), array("i")
+        for row, i in enumerate(order):
+            count = -(-self.numels[i] // CHUNK.value)
+            begin[self.groups[i] + 1] += count
+            chunks.extend(chain.from_iterable((row, index) for index in range(count)))
+        check(len(chunks) // 2 <= 2**31 - 1, "too many elements for one launch")
+        for group in range(self.num_groups):
+            begin[group + 1] += begin[group]
+        return array("q", begin).tobytes() + chunks.tobytes() + bytes(4 * self.num_groups)
+
+
+def _numbers(tensor: Tensor, name: str, device: torch.device, count: int) -> Tensor:
+    check_tensor(tensor, name, device, torch.float64, count)
+    return tensor
+
+
+def _new_numbers(device: torch.device, *sizes: int) -> Tensor:
+    return torch.empty(sizes, dtype=torch.float64, device=device)
+
+
+def grad_norm(
+    grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
+) -> Tensor:
+    """Squared norm of the gradient per group."""
+    rows = Rows(grads, "grads", groups, num_groups)
+    rows.enter("grad", grads, "grads", rows.dtype)
+    rows.enter_weights("live", weights, rows.dtype)
+    if rows.empty:
+        return torch.zeros(num_groups, dtype=torch.float64, device=rows.device)
+    with guard(rows.device):
+        table = rows.table()
+        norms = _new_numbers(rows.device, num_groups)
+        launch_grad_norm(rows.dtype, table, _new_numbers(rows.device, len(table.chunks)), norms)
+    return norms
+
+
+def perturbation_scale(squared_norm: Tensor, rho: Tensor, epsilon: float) -> Tensor:
+    """rho / (norm + epsilon) per group."""
+    device, groups = squared_norm.device, squared_norm.numel()
+    scale = _new_numbers(device, groups)
+    with guard(device):
+        launch_perturbation_scale(
+            _numbers(squared_norm, "squared_norm", device, groups), _numbers(rho, "rho", device, groups), epsilon, scale
+        )
+    return scale
+
+
+class _Launches(threading.local):
+    """How often this thread has launched the perturbation, and the number of the last launch that a device has run."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.markers: dict[torch.device, Tensor] = {}
+
+
+_launches = _Launches()
+
+
+def perturbations_launched() -> int:
+    """How often this thread has set out to launch the perturbation."""
+    return _launches.count
+
+
+def last_perturbation(device: torch.device) -> int:
+    """The number of the last one that a device has run for this thread. Waits for the device."""
+    marker = _launches.markers.get(device)
+    return 0 if marker is None else int(marker.item())
+
+
+def perturb_(
+    live: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    groups: Sequence[int],
+    scale: Tensor,
+    adaptive: Sequence[bool],
+    sign: int,
+) -> None:
+    """w + sign e into `live`; with sign +1, w is saved first."""
+    if not live:
+        return
+    check(sign in (1, -1), f"sign is {sign}")
+    rows = Rows(live, "live", groups, scale.numel())
+    rows.enter("live", live, "live", rows.dtype)
+    rows.enter("saved", saved, "saved", rows.master)
+    rows.enter("grad", grads, "grads", rows.dtype)
+    rows.enter_adaptive(adaptive)
+    if rows.empty:
+        return
+    _numbers(scale, "scale", rows.device, rows.num_groups)
+    with guard(rows.device):
+        if rows.device not in _launches.markers:
+            _launches.markers[rows.device] = torch.zeros(1, dtype=torch.int64, device=rows.device)
+        table = rows.table()
+        _launches.count += 1
+        launch_perturb(rows.dtype, table, scale, sign, _launches.markers[rows.device], _launches.count)
+
+
+def fd_gram(
+    grad: Sequence[Tensor],
+    grad_ascent: Sequence[Tensor],
+    grad_descent: Sequence[Tensor],
+    groups: Sequence[int],
+    num_groups: int,
+    weights: Sequence[Tensor | None],
+) -> Tensor:
+    """Gram matrix of the gradient and its differences, per group."""
+    rows = Rows(grad, "grad", groups, num_groups)
+    _enter_gradients(rows, grad, grad_ascent, grad_descent)
+    rows.enter_weights("saved", weights, rows.master)
+    if rows.empty:
+        return torch.zeros(num_groups, 9, dtype=torch.float64, device=rows.device)
+    with guard(rows.device):
+        table = rows.table()
+        gram = _new_numbers(rows.device, num_groups, 9)
+        launch_fd_gram(rows.dtype, table, _new_numbers(rows.device, len(table.chunks), 9), gram)
+    return gram
+
+
+def coefficients(
+    gram: Tensor | None,
+    squared_norms: Sequence[Tensor],
+    scale: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    counters: Tensor,
+    taken: Sequence[Tensor],
+    part: Sequence[Tensor],
+    passes: int,
+    log: bool,
+    losses: Sequence[Tensor],
+    grad_scale: Tensor | None,
+    max_regularizer_ratio: float,
+    max_grad_norm: float,
+) -> tuple[Tensor, Tensor]:
+    """What a step does with its gradients: values, and flags."""
+    device, groups = alpha.device, alpha.numel()
+    check_count(len(part), "part", len(taken))
+    check_tensor(counters, "counters", device, torch.int64, 4)
+    if gram is not None:
+        _numbers(gram, "gram", device, 9 * groups)
+    for norm in squared_norms:
+        _numbers(norm, "squared_norms", device, groups)
+    for name, tensor in (("scale", scale), ("alpha", alpha), ("beta", beta)):
+        _numbers(tensor, name, device, groups)
+    if losses:
+        check_count(len(losses), "losses", 3)
+    for loss in losses:
+        _numbers(loss, "losses", device, 1)
+    if grad_scale is not None:
+        _numbers(grad_scale, "grad_scale", device, 1)
+    for steps, taking in zip(taken, part, strict=True):
+        check_tensor(steps, "taken", device, torch.float32, steps.numel())
+        check_tensor(taking, "part", device, torch.float32, steps.numel())
+    values = _new_numbers(device, 2 * groups + 4)
+    flags = torch.empty(2, dtype=torch.bool, device=device)
+    with guard(device):
+        launch_coefficients(
+            gram, squared_norms, scale, alpha, beta, losses, grad_scale, counters, taken, part, values,
+            flags.view(torch.uint8),
+            max_regularizer_ratio, max_grad_norm, log and passes == 3,
+        )  # fmt: skip
+    return values, flags
+
+
+def _enter_gradients(
+    rows: Rows, grad: Sequence[Tensor], grad_ascent: Sequence[Tensor], grad_descent: Sequence[Tensor]
+) -> None:
+    rows.enter("grad", grad, "grad", rows.dtype)
+    rows.enter("grad_ascent", grad_ascent, "grad_ascent", rows.dtype)
+    rows.enter("grad_descent", grad_descent, "grad_descent", rows.dtype)
+
+
+def _decision(rows: Rows, a: Tensor, b: Tensor, factor: Tensor | None) -> Decision:
+    _numbers(a, "a", rows.device, a.numel())
+    _numbers(b, "b", rows.device, a.numel())
+    return Decision(a, b, None if factor is None else _numbers(factor, "factor", rows.device, 1))
+
+
+def _options(options: Sequence[float], tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """The options of all groups on the device, WORDS for each."""
+    check_count(len(tensors), "option_tensors", len(options))
+    words: list[float] = []
+    for value, tensor in zip(options, tensors, strict=True):
+        if tensor is None:
+            words += (0, 0, value, 1 - value)
+            continue
+        wide = tensor.dtype == torch.float64
+        check_tensor(tensor, "option_tensors", device, torch.float64 if wide else torch.float32, 1)
+        words += (0, tensor.data_ptr(), 0, 0) if wide else (tensor.data_ptr(), 0, 0, 0)
+    content = struct.pack("qqdd" * len(options), *words)
+    return _cache.get(("options", content), device, lambda: content).view(torch.int64)
+
+
+def sgd_step_(
+    live: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    momentum_buffer: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    grad_ascent: Sequence[Tensor],
+    grad_descent: Sequence[Tensor],
+    groups: Sequence[int],
+    steps: Sequence[Tensor],
+    options: Sequence[float],
+    option_tensors: Sequence[Tensor | None],
+    a: Tensor,
+    b: Tensor,
+    factor: Tensor | None,
+    ok: Tensor,
+) -> None:
+    """A step of SGD."""
+    if not live:
+        return
+    rows = Rows(live, "live", groups, a.numel())
+    rows.enter("live", live, "live", rows.dtype)
+    rows.enter("saved", saved, "saved", rows.master)
+    rows.enter("first", momentum_buffer, "momentum_buffer", rows.master)
+    rows.enter_steps(steps)
+    differences = _enter_step_gradients(rows, grad, grad_ascent, grad_descent)
+    check_tensor(ok, "ok", rows.device, torch.bool, 1)
+    check_count(len(options), "options", a.numel() * SGD_OPTIONS.value)
+    if rows.empty:
+        return
+    decision = _decision(rows, a, b, factor)
+    with guard(rows.device):
+        own = _options(options, option_tensors, rows.device)
+        launch_sgd_step(rows.dtype, rows.table(), own, decision, ok.view(torch.uint8), differences)
+
+
+def adamw_step_(
+    live: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    grad_ascent: Sequence[Tensor],
+    grad_descent: Sequence[Tensor],
+    groups: Sequence[int],
+    steps: Sequence[Tensor],
+    options: Sequence[float],
+    option_tensors: Sequence[Tensor | None],
+    a: Tensor,
+    b: Tensor,
+    factor: Tensor | None,
+    ok: Tensor,
+) -> None:
+    """A step of Adam or AdamW."""
+    if not live:
+        return
+    rows = Rows(live, "live", groups, a.numel())
+    rows.enter("live", live, "live", rows.dtype)
+    rows.enter("saved", saved, "saved", rows.master)
+    rows.enter("first", exp_avg, "exp_avg", rows.master)
+    rows.enter("second", exp_avg_sq, "exp_avg_sq", rows.master)
+    rows.enter_steps(steps)
+    differences = _enter_step_gradients(rows, grad, grad_ascent, grad_descent)
+    check_tensor(ok, "ok", rows.device, torch.bool, 1)
+    check_count(len(options), "options", a.numel() * ADAM_OPTIONS.value)
+    if rows.empty:
+        return
+    decision = _decision(rows, a, b, factor)
+    with guard(rows.device):
+        own = _options(options, option_tensors, rows.device)
+        launch_adamw_step(rows.dtype, rows.table(), own, decision, ok.view(torch.uint8), differences)
+
+
+def _enter_step_gradients(
+    rows: Rows, grad: Sequence[Tensor], grad_ascent: Sequence[Tensor], grad_descent: Sequence[Tensor]
+) -> bool:
+    """Enter the gradients of a step, and say whether there are all three."""
+    if not grad_ascent:
+        rows.enter("grad", grad, "grad", rows.dtype)
+        return False
+    _enter_gradients(rows, grad, grad_ascent, grad_descent)
+    return True
+
+
+def combine_(
+    live: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    grad_ascent: Sequence[Tensor],
+    grad_descent: Sequence[Tensor],
+    groups: Sequence[int],
+    a: Tensor,
+    b: Tensor,
+    factor: Tensor | None,
+) -> None:
+    """The regularized gradient over the last one, and w into `live`."""
+    if not live:
+        return
+    rows = Rows(live, "live", groups, a.numel())
+    rows.enter("live", live, "live", rows.dtype)
+    rows.enter("saved", saved, "saved", rows.master)
+    differences = _enter_step_gradients(rows, grad, grad_ascent, grad_descent)
+    if rows.empty:
+        return
+    decision = _decision(rows, a, b, factor)
+    with guard(rows.device):
+        launch_combine(rows.dtype, rows.table(), decision, differences)

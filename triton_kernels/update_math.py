@@ -1,0 +1,171 @@
+"""The formulas, element by element. Everything else in this folder moves data to them and away.
+
+Multiply-adds are written as fma, so that the result does not depend on what a compiler contracts; division and square
+root are those of IEEE, which in float32 are not Triton's default.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# The order of a group's options, and how many there are.
+SGD_LR = tl.constexpr(0)
+SGD_MOMENTUM = tl.constexpr(1)
+SGD_DAMPENING = tl.constexpr(2)
+SGD_WEIGHT_DECAY = tl.constexpr(3)
+SGD_NESTEROV = tl.constexpr(4)
+SGD_MAXIMIZE = tl.constexpr(5)
+SGD_OPTIONS = tl.constexpr(6)
+
+ADAM_LR = tl.constexpr(0)
+ADAM_BETA1 = tl.constexpr(1)
+ADAM_BETA2 = tl.constexpr(2)
+ADAM_EPS = tl.constexpr(3)
+ADAM_WEIGHT_DECAY = tl.constexpr(4)
+ADAM_DECOUPLED_WEIGHT_DECAY = tl.constexpr(5)
+ADAM_MAXIMIZE = tl.constexpr(6)
+ADAM_OPTIONS = tl.constexpr(7)
+
+# An option takes four words of the table of options: the address of a float32, that of a float64, a value and 1 - value
+# in float64. The value holds where both addresses are 0.
+WORDS = tl.constexpr(4)
+
+
+@triton.jit
+def root(x):
+    """The square root; Triton has different names for it."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def quotient(x, y):
+    """x / y; Triton has different names for it."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def resolve(option, dtype: tl.constexpr):
+    """An option, x."""
+    single, wide = tl.load(option), tl.load(option + 1)
+    value = tl.load(option + 2).to(tl.float64, bitcast=True)
+    from_single = tl.load(single.to(tl.pointer_type(tl.float32)), mask=single != 0, other=0)
+    from_wide = tl.load(wide.to(tl.pointer_type(tl.float64)), mask=wide != 0, other=0)
+    return tl.where(single != 0, from_single.to(dtype), tl.where(wide != 0, from_wide, value).to(dtype))
+
+
+@triton.jit
+def resolve_complement(option, dtype: tl.constexpr):
+    """1 - x, subtracted in float64 where x is float64: float32 would leave 1 - 0.999 four digits."""
+    single, wide = tl.load(option), tl.load(option + 1)
+    complement = tl.load(option + 3).to(tl.float64, bitcast=True)
+    from_single = tl.load(single.to(tl.pointer_type(tl.float32)), mask=single != 0, other=0)
+    from_wide = tl.load(wide.to(tl.pointer_type(tl.float64)), mask=wide != 0, other=0)
+    return tl.where(single != 0, 1 - from_single.to(dtype), tl.where(wide != 0, 1 - from_wide, complement).to(dtype))
+
+
+@triton.jit
+def one_minus_power(x, t):
+    """1 - (1 - x)^t, to full precision for small x, in the dtype of x.
+
+    That is -expm1(t log1p(-x)), with Kahan's forms of the two, which need only exp and log: an error in 1 - x, or in
+    exp(y), cancels between numerator and denominator. In float64, once a program.
+    """
+    small = x.to(tl.float64)
+    u = 1 - small
+    log1p = tl.where(u == 1, -small, tl.log(u) * (small / tl.where(u == 1, 1.0, 1 - u)))
+    y = t.to(tl.float64) * log1p
+    e = tl.exp(y)
+    inside = (e != 1) & (e > 0)
+    expm1 = tl.where(inside, (e - 1) * (y / tl.log(tl.where(inside, e, 2.0))), tl.where(e == 1, y, e - 1))
+    return (-expm1).to(x.dtype)
+
+
+@triton.jit
+def perturbed(w, g, scale, adaptive):
+    """w + s g (SAM) or w + s w^2 g (ASAM)"""
+    return tl.fma(scale, tl.where(adaptive, w * w * g, g), w)
+
+
+@triton.jit
+def differences(grad, ascent, descent):
+    """d1 = g+ - g-,  d2 = (g+ - g0) + (g- - g0)"""
+    return ascent - descent, (ascent - grad) + (descent - grad)
+
+
+@triton.jit
+def combined(weights, grad, ascent, descent):
+    """ghat = c (g+ + a d2 + b d1)"""
+    a, b, factor = weights
+    d1, d2 = differences(grad, ascent, descent)
+    return factor * tl.fma(b, d1, tl.fma(a, d2, ascent))
+
+
+@triton.jit
+def sgd_rule(options, step, has_momentum, dtype: tl.constexpr):
+    """What torch.optim.SGD needs to know for one group. Its first momentum is the gradient itself, undamped."""
+    momentum = tl.where(has_momentum, resolve(options + WORDS * SGD_MOMENTUM, dtype), 0.0)
+    dampened = has_momentum & (step > 1)
+    return (
+        resolve(options + WORDS * SGD_LR, dtype),
+        momentum,
+        tl.where(dampened, resolve_complement(options + WORDS * SGD_DAMPENING, dtype), 1.0),
+        resolve(options + WORDS * SGD_WEIGHT_DECAY, dtype),
+        resolve(options + WORDS * SGD_NESTEROV, dtype) != 0,
+    )
+
+
+@triton.jit
+def sgd(rule, w, m, g):
+    """w and m after a step of torch.optim.SGD; without momentum, m is the gradient.
+
+    g += weight_decay w,  m = momentum m + (1 - dampening) g,  w -= lr m, or nesterov: w -= lr (g + momentum m)
+    """
+    lr, momentum, undamped, weight_decay, nesterov = rule
+    g = tl.where(weight_decay != 0, tl.fma(weight_decay, w, g), g)
+    m = tl.fma(undamped, g, momentum * m)
+    return tl.fma(-lr, tl.where(nesterov, tl.fma(momentum, m, g), m), w), m
+
+
+@triton.jit
+def adam_rule(options, step, dtype: tl.constexpr):
+    """What torch.optim.Adam and AdamW need to know for one group."""
+    lr = resolve(options + WORDS * ADAM_LR, dtype)
+    rest1 = resolve_complement(options + WORDS * ADAM_BETA1, dtype)
+    rest2 = resolve_complement(options + WORDS * ADAM_BETA2, dtype)
+    weight_decay = resolve(options + WORDS * ADAM_WEIGHT_DECAY, dtype)
+    decoupled = resolve(options + WORDS * ADAM_DECOUPLED_WEIGHT_DECAY, dtype) != 0
+    one = tl.full([], 1.0, dtype)
+    return (
+        resolve(options + WORDS * ADAM_BETA1, dtype),
+        resolve(options + WORDS * ADAM_BETA2, dtype),
+        rest1,
+        rest2,
+        root(one_minus_power(rest2, step)),
+        resolve(options + WORDS * ADAM_EPS, dtype),
+        quotient(lr, one_minus_power(rest1, step)),
+        tl.where(decoupled, 0.0, weight_decay),
+        tl.where(decoupled, tl.fma(-lr, weight_decay, one), one),
+    )
+
+
+@triton.jit
+def adam(rule, w, m, v, g):
+    """w, m and v after a step of torch.optim.Adam or AdamW.
+
+    m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
+    w = (1 - lr weight_decay) w - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps), and for Adam, before all
+    that, g += weight_decay w instead of the factor on w
+    """
+    beta1, beta2, rest1, rest2, root_correction2, eps, step_size, weight_decay, shrink = rule
+    g = tl.where(weight_decay != 0, tl.fma(weight_decay, w, g), g)
+    m = tl.fma(beta1, m, rest1 * g)
+    v = tl.fma(beta2, v, rest2 * g * g)
+    denominator = quotient(root(v), root_correction2) + eps
+    return tl.fma(-step_size, quotient(m, denominator), shrink * w), m, v
