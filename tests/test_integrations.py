@@ -188,6 +188,20 @@ def test_lightning_settings_that_are_refused(options, match):
         lightning_run(1, options)
 
 
+def test_lightning_in_float16():
+    """With a plugin whose scaler takes closures: the losses are scaled, and the update is not."""
+    pytest.importorskip("lightning")
+    from crsam_ext.integrations.lightning import CRSAMMixedPrecision
+
+    plugin = CRSAMMixedPrecision("cpu")
+    half, full = (lightning_run(1, options)[1] for options in ({"plugins": [plugin]}, {}))
+    assert plugin.scaler.get_scale() == 2.0**16
+    stats = half.optimizers().stats.as_dict()
+    assert (stats["steps"], stats["skipped"]) == (2, 0)
+    assert_close(stats["grad_norm"], full.optimizers().stats.grad_norm, 0.05)
+    assert half.calls == 6
+
+
 def test_lightning_16_mixed_without_the_callback():
     """Its precision plugin calls the closure itself, and then step() without one."""
     pytest.importorskip("lightning")

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 
+from ..amp import GradScaler
 from ..optimizer import CRSAM
 
-__all__ = ["CRSAMCallback"]
+__all__ = ["CRSAMCallback", "CRSAMMixedPrecision"]
+
+
+class CRSAMMixedPrecision(MixedPrecision):
+    """Lightning's "16-mixed" with a GradScaler that takes closures: ``Trainer(plugins=[CRSAMMixedPrecision()])``.
+
+    Args:
+        device: type of the device for autocast and scaler.
+    """
+
+    def __init__(self, device: str = "cuda") -> None:
+        super().__init__("16-mixed", device, GradScaler(device))
+
+    def optimizer_step(self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any) -> Any:
+        """Step with the closure, which Lightning's own plugin would call once, before the step."""
+        loss = self.scaler.step(optimizer, partial(self._wrap_closure, model, optimizer, closure))
+        self.scaler.update()
+        return loss
 
 
 class CRSAMCallback(Callback):
@@ -41,8 +62,12 @@ class CRSAMCallback(Callback):
                 "accumulate_grad_batches gives the later passes the last batch only; use larger batches, "
                 "or manual optimization with a closure over all of them"
             )
-        if trainer.precision == "16-mixed":
-            raise ValueError("precision='16-mixed' calls optimizer.step() without a closure; use 'bf16-mixed'")
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and not isinstance(scaler, GradScaler):
+            raise ValueError(
+                "precision='16-mixed' calls optimizer.step() without a closure; "
+                "use 'bf16-mixed', or plugins=[CRSAMMixedPrecision()]"
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
