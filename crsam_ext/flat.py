@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.utils.dlpack import from_dlpack
 
 from .ops import AdamOptions, SGDOptions, compute_dtype
 
@@ -52,8 +53,13 @@ class Slot:
     published: bool = False  # whether the state holds the views
 
     def view(self, flat: Tensor) -> Tensor:
-        """The parameter's segment of ``flat``, with its shape and strides."""
-        return flat.as_strided(self.shape, self.stride, self.offset)
+        """The parameter's segment of ``flat``, with its shape and strides.
+
+        It has a storage of its own over that memory: safetensors and Accelerate take tensors of one storage for one
+        tied tensor, of which they save one or refuse to save any, and torch.save writes storages whole.
+        """
+        segment = from_dlpack(flat[self.offset : self.offset + self.numel])
+        return segment.as_strided(self.shape, self.stride)
 
     def matches_layout(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` has the elements of the parameter in the same memory order, without gaps."""
@@ -385,6 +391,8 @@ class FlatParameters:
             key = (slot, index)
             if key not in self._copies:
                 self._copies[key] = torch.empty_strided(slot.shape, slot.stride, dtype=slot.dtype, device=g.device)
+            if keep and g.data_ptr() == self._copies[key].data_ptr():  # left in p.grad by the last step
+                slot.param.grad = g.clone()
             g = self._copies[key].copy_(g)
         if not keep:
             slot.param.grad = None

@@ -46,11 +46,13 @@ class CRSAM(Optimizer):
     Args:
         params: parameters, named parameters or group dictionaries, as for any torch optimizer.
         base_optimizer: a class or an instance of :class:`torch.optim.Optimizer`. SGD, Adam and AdamW are computed here,
-            on flat state; any other optimizer receives :math:`\hat g` as the gradient at w.
+            on flat state; any other optimizer receives :math:`\hat g` as the gradient at w. Options of the same name
+            (RMSprop has an ``alpha``) are CRSAM's here: give such a base optimizer as an instance to set its own.
         rho: radius of the perturbation. Per group, as are alpha, beta and adaptive.
         alpha: weight of the curvature term; default 0.1 for the linear and 0.01 for the log regularizer.
         beta: weight of the gradient-norm term; default 0.01.
-        gamma: another name of alpha, the one that the authors' code uses.
+        gamma: another name of alpha, the one that the authors' code uses. (In a group, a base optimizer's own gamma
+            comes first.)
         regularizer: "linear", a = alpha and b = beta, as the authors' code computes it; or "log", the regularizer
             :math:`\alpha \log \mathrm{Tr}\nabla^2 L + \beta \log\|\nabla L\|` of the paper, a = alpha / kappa and
             b = beta / sigma, see :meth:`crsam_ext.ops.Operators.coefficients`.
@@ -86,7 +88,7 @@ class CRSAM(Optimizer):
         loss = optimizer.step(closure)
 
     Note:
-        From the first step on, parameters are views of flat buffers (:mod:`crsam_ext.flat`), and ``p.grad`` holds
+        From the first step on, parameters lie in flat buffers (:mod:`crsam_ext.flat`), and ``p.grad`` holds
         :math:`g_0` between steps. A wrapped base optimizer costs one synchronisation a step: whether to call it is
         decided on the device.
     """
@@ -172,6 +174,11 @@ class CRSAM(Optimizer):
         return self._calls if perturbs and self.stats.steps % self.interval == 0 else 1
 
     @property
+    def pass_index(self) -> int:
+        """The pass that is running, or comes next: 0 at w, 1 at w + e, 2 at w - e. Metrics belong to pass 0."""
+        return 0 if self._step is None else self._step.collected
+
+    @property
     def _calls(self) -> int:
         """How many of first_step, second_step, third_step make a step."""
         curved = any(_nonzero(group[name]) for group in self.param_groups for name in ("alpha", "beta"))
@@ -194,7 +201,7 @@ class CRSAM(Optimizer):
                 not floating point, expanded, or no plain tensors.
         """
         if isinstance(param_group, dict):
-            if "gamma" in param_group:
+            if "gamma" in param_group and "gamma" not in self.defaults:
                 param_group["alpha"] = param_group.pop("gamma")
             for name, default in self._own.items():
                 value = param_group.setdefault(name, default)
@@ -254,8 +261,7 @@ class CRSAM(Optimizer):
                     step.move()
             if after is not None:
                 after.replay()
-            step.update(*(self._scaling or (None, None)))
-        self._step = None
+            self._update(step, *(self._scaling or (None, None)))
         return step.losses[0]
 
     def first_step(self, zero_grad: bool = False, loss: Any = None) -> None:
@@ -373,8 +379,14 @@ class CRSAM(Optimizer):
                     "call combine() before it, or clip with max_grad_norm"
                 )
             step.collect(loss, keep=False)
-            step.update(grad_scale, found_inf)
+            self._update(step, grad_scale, found_inf)
+
+    def _update(self, step: Step, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Make the update with the gradients that the step has collected; it is over."""
+        step.update(grad_scale, found_inf)
         self._step = None
+        # For a scheduler that watches the base optimizer, whose own step() need not have been called.
+        self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
 
     def _due(self) -> str:
         assert self._step is not None
@@ -390,8 +402,35 @@ class CRSAM(Optimizer):
 
     def step_base(self) -> None:
         """Have the base optimizer make the update with the gradients that are in ``p.grad``."""
+        self._call_base("step")
+
+    def train(self) -> None:
+        """Put the base optimizer into training mode, if it has one, as schedule-free optimizers do.
+
+        Nothing happens in the middle of a step, which was begun in training mode.
+        """
+        if self._step is None and hasattr(self.base_optimizer, "train"):
+            self._call_base("train")
+
+    def eval(self) -> None:
+        """Put the base optimizer into evaluation mode, if it has one, as schedule-free optimizers do.
+
+        Raises:
+            RuntimeError: in the middle of a step, because it moves the parameters.
+        """
+        if hasattr(self.base_optimizer, "eval"):
+            if self._step is not None:
+                raise RuntimeError(f"eval() called in the middle of a step: {self._due()}")
+            self._call_base("eval")
+
+    def _call_base(self, method: str) -> None:
+        """Call a method of the base optimizer, with our options before and its own changes of them after."""
         self._inform_base()
-        self.base_optimizer.step()
+        base = self.base_optimizer
+        getattr(base, method)()
+        if base.param_groups is not self.param_groups:
+            for ours, theirs in zip(self.param_groups, base.param_groups, strict=True):
+                ours.update({k: v for k, v in theirs.items() if k not in self._own and k != "params"})
 
     def _inform_base(self) -> None:
         """Hand the groups to a base optimizer that does not share them, because an option of its own has our name."""
@@ -419,10 +458,15 @@ class CRSAM(Optimizer):
     # State -----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any torch optimizer; with intervals also "steps", how many there were: they decide on the next one."""
+        """As of any torch optimizer, and where there is something to say, two more.
+
+        "steps" with intervals, which decide on the next step; "base_optimizer" where that has a form of its own.
+        """
         result = super().state_dict()
         if max(self.interval, self.curvature_interval) > 1:
             result["steps"] = self.stats.steps
+        if type(self.base_optimizer).state_dict is not Optimizer.state_dict:
+            result["base_optimizer"] = self.base_optimizer.state_dict()
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -451,6 +495,17 @@ class CRSAM(Optimizer):
                 for name, value in loaded["state"].get(key, {}).items():
                     if param.dtype.itemsize == 2 and isinstance(value, Tensor) and value.is_floating_point():
                         self.state[param][name] = value.detach().clone().to(param.device)
+        base = self.base_optimizer
+        if type(base).load_state_dict is not Optimizer.load_state_dict:  # it knows best what its state is made of
+            shared = base.param_groups is self.param_groups
+            theirs = [
+                {**new, **({} if shared else {k: old[k] for k in self._own if k in old})}
+                for old, new in zip(base.param_groups, loaded["param_groups"], strict=True)
+            ]
+            base.load_state_dict(loaded.get("base_optimizer", {**loaded, "param_groups": theirs}))
+            self.state = base.state
+            if shared:
+                self.param_groups = base.param_groups
 
     def _device_types(self) -> set[str]:
         return {param.device.type for group in self.param_groups for param in group["params"]}
@@ -464,16 +519,25 @@ class CRSAM(Optimizer):
         self._combined = False
 
     def __getstate__(self) -> dict[str, Any]:
-        hooks = ("_optimizer_", "_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured")
-        return {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT and not k.startswith(hooks)}
+        kept = {k: v for k, v in _own_attributes(self).items() if k not in _TRANSIENT}
+        # torch's __getstate__ of the base optimizer leaves attributes behind that its class has added.
+        return {**kept, "_base_attributes": _own_attributes(self.base_optimizer)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        attributes = state.pop("_base_attributes", {})
         super().__setstate__(state)
         base = self.base_optimizer
+        base.__dict__.update(attributes)
         shares = not self._own.keys() & base.defaults.keys()
         groups = self.param_groups if shares else base.param_groups
         base.__setstate__({"state": self.state, "param_groups": groups})
         self._reset()
+
+
+def _own_attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """What makes an optimizer, without what torch puts there for itself: hooks, and the names of profiler ranges."""
+    torchs = ("_optimizer_", "_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured")
+    return {k: v for k, v in vars(optimizer).items() if not k.startswith(torchs)}
 
 
 def _accumulating(closures: Callable[[], Any] | Sequence[Callable[[], Any]]) -> Callable[[], Any]:
@@ -516,21 +580,22 @@ def _make_base(
             for name in kwargs.keys() - accepted.keys():
                 raise TypeError(f"unexpected keyword argument {name!r}: neither CRSAM nor {base.__name__} takes it")
         if not isinstance(params, (Tensor, str, set)):  # torch's own errors say best what is wrong with these
-            params = given = _groups(params)
+            params = given = _groups(params, "gamma" in accepted)
             params = [{k: v for k, v in group.items() if k not in own & accepted.keys()} for group in given]
         made = base(params, **kwargs)
     elif isinstance(base, Optimizer):
         if kwargs:
             raise TypeError(f"{', '.join(kwargs)} given with an instance of {type(base).__name__}: set them there")
         wanted = {id(p) for group in base.param_groups for p in group["params"]}
-        members = [p for group in _groups(params) for p in group["params"]]
+        members = [p for group in _groups(params, "gamma" in base.defaults) for p in group["params"]]
         if {id(p[1] if isinstance(p, tuple) else p) for p in members} != wanted:
             raise ValueError("params are not the parameters of the base optimizer that was given")
         made = base
     else:
         raise TypeError(f"base_optimizer must be a class or an instance of torch.optim.Optimizer, but is {base!r}")
-    if isinstance(made, torch.optim.LBFGS):
-        raise ValueError("LBFGS evaluates the loss within its step and cannot be a base optimizer")
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(f"{type(made).__name__} evaluates the loss within its step and cannot be a base optimizer")
     clash = own & made.defaults.keys()
     if not clash:
         return made, None
@@ -540,7 +605,7 @@ def _make_base(
     return made, groups
 
 
-def _groups(params: Any) -> list[dict[str, Any]]:
+def _groups(params: Any, gamma_is_the_bases: bool) -> list[dict[str, Any]]:
     """``params`` as a list of groups, in each every tensor once: a tied parameter is one parameter."""
     items = list(params)
     groups = [dict(group) for group in items] if items and isinstance(items[0], dict) else [{"params": items}]
@@ -548,6 +613,6 @@ def _groups(params: Any) -> list[dict[str, Any]]:
         members = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
         if not isinstance(members, set):
             group["params"] = list({id(p[1] if isinstance(p, tuple) else p): p for p in members}.values())
-        if "gamma" in group:
+        if "gamma" in group and not gamma_is_the_bases:
             group["alpha"] = group.pop("gamma")
     return groups if items else []

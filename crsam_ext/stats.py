@@ -110,3 +110,15 @@ class Stats:
         names = [name for name, member in vars(Stats).items() if isinstance(member, property)]
         values = {name: getattr(self, name) for name in ("steps", "loss", "loss_ascent", "loss_descent", *names)}
         return {name: v.tolist() if isinstance(v, Tensor) else v for name, v in values.items()}
+
+    def scalars(self, prefix: str = "") -> dict[str, float]:
+        """:meth:`as_dict` for a logger: only what the last step computed, and per-group values as "a/0", "a/1".
+
+        Synchronises with the device.
+        """
+        values = {k: v for k, v in self.as_dict().items() if isinstance(v, (int, float, list))}
+        lists = {name: value for name, value in values.items() if isinstance(value, list)}
+        flat = {name: value for name, value in values.items() if not isinstance(value, list)}
+        for name, value in lists.items():
+            flat.update({name: value[0]} if len(value) == 1 else {f"{name}/{i}": v for i, v in enumerate(value)})
+        return {prefix + name: float(value) for name, value in flat.items()}

@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -793,7 +794,7 @@ def test_writes_bump_the_version_counter(backend_options, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("base", BASES)
-def test_parameters_are_views_of_one_storage(base, dtype, backend_options, device):
+def test_parameters_lie_in_one_buffer(base, dtype, backend_options, device):
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Flatten(), torch.nn.Linear(80, 7)).to(device, dtype)
     model = model.to(memory_format=torch.channels_last)
     transposed = torch.nn.Parameter(torch.randn(6, 3, device=device, dtype=dtype).t())
@@ -810,16 +811,24 @@ def test_parameters_are_views_of_one_storage(base, dtype, backend_options, devic
     assert [p.shape for p in params] == shapes
     assert [p.stride() for p in params] == strides
     assert same_bits(params, values)
-    assert len({p.untyped_storage().data_ptr() for p in params}) == 1
     assert all(p.data_ptr() % 16 == 0 for p in params)
+    assert_side_by_side(params)
     for name in optimizer.state[params[0]] if base != "nadam" else ():
         buffers = [optimizer.state[p][name] for p in params]
-        assert len({b.untyped_storage().data_ptr() for b in buffers}) == 1
         if name != "step":
+            assert_side_by_side(buffers)
             assert [b.stride() for b in buffers] == strides
     pointers = [p.data_ptr() for p in params]
     optimizer.step(closure)
     assert [p.data_ptr() for p in params] == pointers
+
+
+def assert_side_by_side(tensors):
+    """In one block of memory, with gaps of less than 16 bytes, and each a storage of its own, which is not longer."""
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors)
+    assert all(0 <= start - stop < 16 for (_, stop), (start, _) in pairwise(spans))
+    assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in tensors)
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
 
 
 def test_gradients_are_taken_not_copied(backend_options, device):

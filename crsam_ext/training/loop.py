@@ -300,9 +300,9 @@ def _save(state: Run, options: Namespace, row: dict[str, Any]) -> None:
     state.history.append(row)
     if best:
         names = ("epoch", "test_accuracy")
-        # Cloned, because parameters are views of one large buffer, which would be stored whole.
-        weights = {name: value.detach().clone() for name, value in state.evaluated.state_dict().items()}
-        best_state = {"config": run_config(options), "model": weights} | {name: row[name] for name in names}
+        best_state = {"config": run_config(options), "model": state.evaluated.state_dict()} | {
+            name: row[name] for name in names
+        }
         checkpoint.save(options.output / "best.pt", best_state)
     _save_last(state, options)
     _save_log(state, options)

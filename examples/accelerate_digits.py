@@ -1,0 +1,61 @@
+"""CR-SAM with Hugging Face Accelerate, on scikit-learn's digits: micro-batches, bfloat16, save and restore."""
+
+import argparse
+import tempfile
+
+import torch
+from accelerate import Accelerator
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset, random_split
+
+from crsam_ext import CRSAM
+
+
+def main(mixed_precision="no", micro_batches=2, epochs=10):
+    """Train for half of the epochs, restore what was saved there, and train on; returns model and optimizer."""
+    torch.manual_seed(0)
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=True)
+    images, labels = load_digits(return_X_y=True)
+    data = TensorDataset(torch.tensor(images / 16).float(), torch.tensor(labels))
+    train, test = random_split(data, [0.8, 0.2])
+
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, 10))
+    optimizer = CRSAM(model.parameters(), torch.optim.AdamW, rho=0.1, lr=2e-3, weight_decay=0.05, max_grad_norm=1.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+    loader = DataLoader(train, 64, shuffle=True)
+    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+
+    with tempfile.TemporaryDirectory() as folder:
+        for epoch in range(epochs):
+            model.train()
+            for x, y in loader:
+
+                def closure(x=x, y=y):
+                    """All micro-batches: every pass needs them all, so they are accumulated here and not outside."""
+                    total = 0.0
+                    for part, target in zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True):
+                        with accelerator.autocast():
+                            loss = F.cross_entropy(model(part), target, reduction="sum") / len(x)
+                        accelerator.backward(loss)
+                        total += loss.detach()
+                    return total
+
+                optimizer.step(closure)
+            schedule.step()
+            if epoch == epochs // 2:
+                accelerator.save_state(folder)
+                accelerator.load_state(folder)
+
+    model.eval()
+    with torch.no_grad():
+        x, y = (column.to(accelerator.device) for column in next(iter(DataLoader(test, len(test)))))
+        accelerator.print(f"test accuracy {(model(x).argmax(1) == y).float().mean():.2%}")
+    return model, optimizer.optimizer
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mixed-precision", default="no", choices=["no", "bf16"])
+    main(**vars(parser.parse_args()))

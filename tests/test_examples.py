@@ -1,0 +1,105 @@
+"""The programs in examples/ run, learn, and say what they should; one whose library is missing is skipped."""
+
+import importlib.util
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+pytestmark = pytest.mark.filterwarnings("default")  # those of other libraries are theirs
+
+NEEDS = {
+    "digits": ["sklearn"],
+    "lightning_digits": ["lightning", "sklearn"],
+    "accelerate_digits": ["accelerate", "sklearn"],
+    "transformers_digits": ["accelerate", "sklearn", "transformers"],
+    "timm_digits": ["sklearn", "tensorboard", "timm", "torchmetrics"],
+}
+
+
+def load(name):
+    """The example as a module, or a skip."""
+    for library in NEEDS[name]:
+        pytest.importorskip(library)
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def forget_accelerator():
+    """Accelerate keeps its first settings for the whole process."""
+    yield
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def accuracy(capsys):
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("test accuracy ")
+    return float(last.split()[-1].rstrip("%"))
+
+
+def test_all_are_tested():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == NEEDS.keys()
+
+
+def test_digits(capsys):
+    pytest.importorskip("sklearn")
+    runpy.run_path(str(EXAMPLES / "digits.py"))
+    assert accuracy(capsys) > 95
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_lightning(precision, capsys):
+    trainer, model = load("lightning_digits").main(precision, epochs=4)
+    assert accuracy(capsys) > 93
+    steps = 4 * (1438 // 64)
+    assert trainer.global_step == steps
+    assert model.optimizers().stats.steps == steps // 2, "the second Trainer took half of the steps"
+    assert trainer.callback_metrics["crsam/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate(precision, capsys):
+    model, optimizer = load("accelerate_digits").main(precision, epochs=6)
+    assert accuracy(capsys) > 85
+    assert optimizer.stats.steps == 6 * -(-1438 // 64)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_transformers(capsys):
+    trainer = load("transformers_digits").main(epochs=2, disable_tqdm=True)
+    assert accuracy(capsys) > 80
+    assert trainer.state.global_step == trainer.optimizer.optimizer.stats.steps == 2 * -(-1438 // 64)
+
+
+def test_transformers_in_bfloat16():
+    """A few steps only: not every CPU is quick at it."""
+    trainer = load("transformers_digits").main(bf16=True, max_steps=3, disable_tqdm=True)
+    assert trainer.optimizer.optimizer.stats.as_dict()["steps"] == 3
+    assert trainer.optimizer.optimizer.stats.skipped == 0
+
+
+def test_transformers_resumes(tmp_path):
+    """After two of three epochs, from the Trainer's own checkpoint, to the same bits."""
+    example = load("transformers_digits")
+    straight = example.main(epochs=3, folder=tmp_path, disable_tqdm=True)
+    checkpoint = tmp_path / "checkpoint-46"
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["epoch"] == 2
+    resumed = example.main(epochs=3, folder=tmp_path / "resumed", resume=str(checkpoint), disable_tqdm=True)
+    for p, q in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_timm(tmp_path, capsys):
+    model, average, optimizer = load("timm_digits").main(epochs=3, folder=tmp_path)
+    assert accuracy(capsys) > 85
+    assert optimizer.stats.steps == 3 * -(-1437 // 64)
+    assert list(tmp_path.glob("events.*"))
+    assert not torch.equal(next(model.parameters()), next(average.module.parameters()))
