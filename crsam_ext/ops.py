@@ -37,7 +37,16 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["COUNTERS", "EPSILON", "AdamOptions", "Coefficients", "Operators", "SGDOptions", "compute_dtype"]
+__all__ = [
+    "COUNTERS",
+    "EPSILON",
+    "AdamOptions",
+    "Coefficients",
+    "Operators",
+    "SGDOptions",
+    "compute_dtype",
+    "quadratic_form",
+]
 
 #: What is added to the gradient norm before dividing by it, as in the published SAM and CR-SAM implementations.
 EPSILON = 1e-12
@@ -108,7 +117,7 @@ class Coefficients(NamedTuple):
     capped: Tensor | None = None  #: 0-dim bool, whether the cap acted
 
 
-def _quadratic_form(gram: Tensor, x: float, y: Tensor | float, z: Tensor | float) -> Tensor:
+def quadratic_form(gram: Tensor, x: float, y: Tensor | float, z: Tensor | float) -> Tensor:
     """Squared norm of x g0 + y d1 + z d2 over all groups, from the [groups, >=6] Gram matrix."""
     g00, g01, g02, g11, g12, g22 = gram[:, :6].unbind(1)
     form = x * x * g00 + y * y * g11 + z * z * g22 + 2 * (x * y * g01 + x * z * g02 + y * z * g12)
@@ -121,6 +130,8 @@ class Operators(ABC):
     name: ClassVar[str]
     #: Rows of parameters with fewer elements than this are merged with their neighbours, their gradients gathered.
     gather_below: int
+    #: Whether :meth:`fd_gram` costs hardly more than the norms of the three gradients, and is always run.
+    fuses_gram: ClassVar[bool]
 
     @abstractmethod
     def grad_norm(
@@ -271,11 +282,11 @@ class Operators(ABC):
             a = torch.where(kappa > 0, alpha / kappa, 0.0)
             b = torch.where(sigma > 0, beta / sigma, 0.0)
         if gram is not None:
-            ratio = (_quadratic_form(gram, 0.0, b, a) / _quadratic_form(gram, 1.0, 0.5, 0.5)).sqrt()
+            ratio = (quadratic_form(gram, 0.0, b, a) / quadratic_form(gram, 1.0, 0.5, 0.5)).sqrt()
             capped = ratio > max_regularizer_ratio
             cap = torch.where(capped, max_regularizer_ratio / ratio, 1.0)
             a, b = a * cap, b * cap
-            norm_hat = _quadratic_form(gram, 1.0, b + 0.5, a + 0.5).sqrt()
+            norm_hat = quadratic_form(gram, 1.0, b + 0.5, a + 0.5).sqrt()
         elif passes < 3:
             norm_hat = squared_norms[-1].sum().sqrt()
         if max_grad_norm is not None:

@@ -98,6 +98,7 @@ class Step:
         self._gathered: dict[tuple[Any, ...], list[list[Tensor]]] = {}
         self._squared_norms: list[Tensor] = []
         self._grad_norm: Tensor | None = None  # squared, per group, of g0; not known when only |w| g0 was reduced
+        self._gram: Tensor | None = None
         self._scale: Tensor | None = None  # of the perturbation, once there is one
         self._undo: list[tuple[Tensor, Tensor]] = []  # copying second into first gives w back
 
@@ -178,7 +179,7 @@ class Step:
             found_inf.copy_(~c.ok, non_blocking=True)
         self._leave()
         if not self.combined:
-            self.optimizer.stats.record(self.losses, self._grad_norm, c, grad_scale)
+            self._record(c, grad_scale)
 
     def combine(self, grad_scale: Tensor | None = None) -> None:
         """Go back to w, with the regularized gradient in ``p.grad``: ``grad_scale`` times it, as the gradients were."""
@@ -193,7 +194,7 @@ class Step:
                 plan.mark_written()
                 plan.scatter(grads[-1])
         self._leave()
-        self.optimizer.stats.record(self.losses, self._grad_norm, c, grad_scale)
+        self._record(c, grad_scale)
 
     def _finish(self) -> tuple[list[Plan], list[list[list[Tensor]]]]:
         """Plans and rows of a step of which all gradients are there; all w are saved that will be written."""
@@ -210,6 +211,11 @@ class Step:
         for bucket, first in zip(self.flat.buckets, self._grads[0], strict=True):
             for slot, g in zip(bucket.slots, first, strict=True):
                 slot.param.grad = g
+
+    def _record(self, c: Coefficients, grad_scale: Tensor | None) -> None:
+        plain = not any(group["adaptive"] for group in self.groups)  # e is a multiple of g0
+        scale = self._scale if plain else None
+        self.optimizer.stats.record(self.losses, self._grad_norm, self._gram, scale, c, grad_scale)
 
     def restore(self) -> None:
         """Abandon the step: the parameters are bit for bit w again."""
@@ -260,23 +266,24 @@ class Step:
         found_inf: Tensor | None = None,
         max_grad_norm: float | None = None,
     ) -> Coefficients:
-        """The weights of the update, from the Gram matrix where log form, clip or cap need it.
+        """The weights of the update.
 
-        Otherwise the norms of the three gradients show whether the step is sound, and read a gradient less.
+        From the Gram matrix, where it costs little, or where log form, clip or cap need it. Otherwise the norms of the
+        three gradients show whether the step is sound.
         """
         settings, groups = self.optimizer, self.groups
         log = settings.regularizer == "log" and self.passes == 3
         losses = self._losses() if log and settings.estimator == "loss" else None
         clips, caps = max_grad_norm is not None, settings.max_regularizer_ratio < math.inf
         gram = None
-        if self.passes == 3 and (clips or caps or (log and losses is None)):
+        if self.passes == 3 and (self.operators.fuses_gram or clips or caps or (log and losses is None)):
             parts = []
             for plan, (grad, ascent, descent) in zip(plans, rows, strict=True):
                 if plan.rows:
                     pairs = zip(plan.saved, plan.groups, strict=True)
                     weights = [w if groups[g]["adaptive"] else None for w, g in pairs]
                     parts.append(self.operators.fd_gram(grad, ascent, descent, plan.groups, len(groups), weights))
-            gram = self._total(parts)
+            gram = self._gram = self._total(parts)
             self._grad_norm = gram[:, 0]
         else:
             for index in range(len(self._squared_norms), self.passes):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import COUNTERS, Coefficients
+from .ops import COUNTERS, Coefficients, quadratic_form
 
 __all__ = ["Stats"]
 
@@ -28,6 +28,8 @@ class Stats:
         self._squared_norm: Tensor | None = None
         self._coefficients: Coefficients | None = None
         self._grad_scale: Tensor | None = None
+        self._gram: Tensor | None = None
+        self._scale: Tensor | None = None
 
     def counters(self, device: torch.device) -> Tensor:
         """The counters of all steps so far, int64, in the order of :data:`crsam_ext.ops.COUNTERS`."""
@@ -36,12 +38,28 @@ class Stats:
         return self._counters
 
     def record(
-        self, losses: list[Any], squared_norm: Tensor | None, coefficients: Coefficients, grad_scale: Tensor | None
+        self,
+        losses: list[Any],
+        squared_norm: Tensor | None,
+        gram: Tensor | None,
+        scale: Tensor | None,
+        coefficients: Coefficients,
+        grad_scale: Tensor | None,
     ) -> None:
-        """Enter a step; the norm is that of a gradient which was multiplied with ``grad_scale``."""
+        """Enter a step.
+
+        Args:
+            losses: of its passes.
+            squared_norm: [groups], of g0.
+            gram: [groups, 9], see :meth:`crsam_ext.ops.Operators.fd_gram`.
+            scale: [groups], with e = scale g0; None where e is no multiple of g0.
+            coefficients: what was decided.
+            grad_scale: what all gradients were multiplied with.
+        """
         self.steps += 1
         self.loss, self.loss_ascent, self.loss_descent = [*losses, None, None][:3]
         self._squared_norm, self._coefficients, self._grad_scale = squared_norm, coefficients, grad_scale
+        self._gram, self._scale = gram, scale
 
     @property
     def skipped(self) -> Tensor:
@@ -66,10 +84,32 @@ class Stats:
     @property
     def grad_norm(self) -> Tensor | None:
         """Norm of the gradient at w; None for an adaptive perturbation, unless something needed the Gram matrix."""
-        if self._squared_norm is None:
+        return None if self._squared_norm is None else self._unscaled(self._squared_norm.sum().sqrt())
+
+    @property
+    def directional_curvature(self) -> Tensor | None:
+        r""":math:`v^T H v` along the perturbation, :math:`v = e/\|e\|`, from :math:`e \cdot d_1 / (2 \|e\|^2)`.
+
+        None without the Gram matrix (the torch backend computes it only where the log form, a clip or a cap needs it)
+        and for an adaptive perturbation.
+        """
+        if self._gram is None or self._scale is None:
             return None
-        norm = self._squared_norm.sum().sqrt()
-        return norm if self._grad_scale is None else norm / self._grad_scale
+        return self._unscaled((self._scale * self._gram[:, 1]).sum() / (2 * self._scale**2 @ self._gram[:, 0]))
+
+    @property
+    def normalized_curvature(self) -> Tensor | None:
+        """The directional curvature over the norm of the gradient at w; None where the former is."""
+        curvature, norm = self.directional_curvature, self.grad_norm
+        return None if curvature is None or norm is None else curvature / norm
+
+    @property
+    def regularized_norm(self) -> Tensor | None:
+        """Norm of the gradient that the update was made of, before it was clipped; None without the Gram matrix."""
+        if self._gram is None or self._coefficients is None:
+            return None
+        a, b = self._coefficients.a, self._coefficients.b
+        return self._unscaled(quadratic_form(self._gram, 1.0, b + 0.5, a + 0.5).sqrt())
 
     @property
     def a(self) -> Tensor | None:
@@ -101,6 +141,9 @@ class Stats:
         """What the gradient was multiplied with to respect max_grad_norm."""
         factor = self._of("factor")
         return factor if factor is None or self._grad_scale is None else factor * self._grad_scale
+
+    def _unscaled(self, x: Tensor) -> Tensor:
+        return x if self._grad_scale is None else x / self._grad_scale
 
     def _of(self, name: str) -> Tensor | None:
         return None if self._coefficients is None else getattr(self._coefficients, name)

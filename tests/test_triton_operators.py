@@ -215,7 +215,7 @@ def test_launches_of_a_step(options, base, launches):
     step = stepping(base, options, backend="triton")
     launches.clear()
     step()
-    assert len(launches) == (7 if options else 8)
+    assert len(launches) == 7
 
 
 def test_tables_are_copied_when_an_address_changes(monkeypatch):

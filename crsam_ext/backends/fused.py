@@ -26,6 +26,7 @@ class FusedOperators(Operators):
     namespace: ClassVar[str]  #: of the registered operators
 
     gather_below = 0
+    fuses_gram = True
 
     def __init__(self) -> None:
         self._ops = getattr(torch.ops, self.namespace)

@@ -219,6 +219,7 @@ class TorchOperators(Operators):
     """
 
     name = "torch"
+    fuses_gram = False
     # A call costs tens of microseconds; gathering this much costs about as many, and the rows become few.
     gather_below = 2**17
 
