@@ -228,7 +228,8 @@ def test_nothing_is_compiled_twice(compile_only):
         operators.perturbation_scale(gram[:, 0].contiguous(), case.scale)
         operators.coefficients(
             gram, [], case.scale, case.scale, case.scale, counters=counters, steps=[(torch.ones(3), torch.ones(3))],
-            passes=3, regularizer="log", losses=None, max_regularizer_ratio=1.0 / len(sizes), max_grad_norm=1.0,
+            passes=3, regularizer="log", losses=None, grad_scale=None, max_regularizer_ratio=1.0 / len(sizes),
+                max_grad_norm=1.0,
         )  # fmt: skip
     variants = {name: len(function.device_caches[0][0]) for name, function in compile_only.items()}
     expected = {kernel.function for kernel in KERNELS.values()} | {"perturbation_scale_kernel", "coefficients_kernel"}
