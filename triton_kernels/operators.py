@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -301,6 +301,52 @@ def _options(options: Sequence[float], tensors: Sequence[Tensor | None], device:
     return _cache.get(("options", content), device, lambda: content).view(torch.int64)
 
 
+def _enter_step_gradients(
+    rows: Rows, grad: Sequence[Tensor], grad_ascent: Sequence[Tensor], grad_descent: Sequence[Tensor]
+) -> bool:
+    """Enter the gradients of a step, and say whether there are all three."""
+    if not grad_ascent:
+        rows.enter("grad", grad, "grad", rows.dtype)
+        return False
+    _enter_gradients(rows, grad, grad_ascent, grad_descent)
+    return True
+
+
+def _step(
+    launch: Callable[..., None],
+    num_options: int,
+    buffers: Mapping[str, tuple[str, Sequence[Tensor]]],
+    live: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    grads: Sequence[Sequence[Tensor]],
+    groups: Sequence[int],
+    steps: Sequence[Tensor],
+    options: Sequence[float],
+    option_tensors: Sequence[Tensor | None],
+    decided: tuple[Tensor, Tensor, Tensor | None],
+    ok: Tensor,
+) -> None:
+    """The step of a base optimizer, with so many options a group; ``buffers`` has name and rows for each column."""
+    if not live:
+        return
+    groups_in_all = decided[0].numel()
+    rows = Rows(live, "live", groups, groups_in_all)
+    rows.enter("live", live, "live", rows.dtype)
+    rows.enter("saved", saved, "saved", rows.master)
+    for column, (name, tensors) in buffers.items():
+        rows.enter(column, tensors, name, rows.master)
+    rows.enter_steps(steps)
+    differences = _enter_step_gradients(rows, *grads)
+    check_tensor(ok, "ok", rows.device, torch.bool, 1)
+    check_count(len(options), "options", groups_in_all * num_options)
+    if rows.empty:
+        return
+    decision = _decision(rows, *decided)
+    with guard(rows.device):
+        own = _options(options, option_tensors, rows.device)
+        launch(rows.dtype, rows.table(), own, decision, ok.view(torch.uint8), differences)
+
+
 def sgd_step_(
     live: Sequence[Tensor],
     saved: Sequence[Tensor],
@@ -318,22 +364,12 @@ def sgd_step_(
     ok: Tensor,
 ) -> None:
     """A step of SGD."""
-    if not live:
-        return
-    rows = Rows(live, "live", groups, a.numel())
-    rows.enter("live", live, "live", rows.dtype)
-    rows.enter("saved", saved, "saved", rows.master)
-    rows.enter("first", momentum_buffer, "momentum_buffer", rows.master)
-    rows.enter_steps(steps)
-    differences = _enter_step_gradients(rows, grad, grad_ascent, grad_descent)
-    check_tensor(ok, "ok", rows.device, torch.bool, 1)
-    check_count(len(options), "options", a.numel() * SGD_OPTIONS.value)
-    if rows.empty:
-        return
-    decision = _decision(rows, a, b, factor)
-    with guard(rows.device):
-        own = _options(options, option_tensors, rows.device)
-        launch_sgd_step(rows.dtype, rows.table(), own, decision, ok.view(torch.uint8), differences)
+    buffers = {"first": ("momentum_buffer", momentum_buffer)}
+    grads = (grad, grad_ascent, grad_descent)
+    _step(
+        launch_sgd_step, SGD_OPTIONS.value, buffers, live, saved, grads, groups, steps, options, option_tensors,
+        (a, b, factor), ok,
+    )  # fmt: skip
 
 
 def adamw_step_(
@@ -354,34 +390,12 @@ def adamw_step_(
     ok: Tensor,
 ) -> None:
     """A step of Adam or AdamW."""
-    if not live:
-        return
-    rows = Rows(live, "live", groups, a.numel())
-    rows.enter("live", live, "live", rows.dtype)
-    rows.enter("saved", saved, "saved", rows.master)
-    rows.enter("first", exp_avg, "exp_avg", rows.master)
-    rows.enter("second", exp_avg_sq, "exp_avg_sq", rows.master)
-    rows.enter_steps(steps)
-    differences = _enter_step_gradients(rows, grad, grad_ascent, grad_descent)
-    check_tensor(ok, "ok", rows.device, torch.bool, 1)
-    check_count(len(options), "options", a.numel() * ADAM_OPTIONS.value)
-    if rows.empty:
-        return
-    decision = _decision(rows, a, b, factor)
-    with guard(rows.device):
-        own = _options(options, option_tensors, rows.device)
-        launch_adamw_step(rows.dtype, rows.table(), own, decision, ok.view(torch.uint8), differences)
-
-
-def _enter_step_gradients(
-    rows: Rows, grad: Sequence[Tensor], grad_ascent: Sequence[Tensor], grad_descent: Sequence[Tensor]
-) -> bool:
-    """Enter the gradients of a step, and say whether there are all three."""
-    if not grad_ascent:
-        rows.enter("grad", grad, "grad", rows.dtype)
-        return False
-    _enter_gradients(rows, grad, grad_ascent, grad_descent)
-    return True
+    buffers = {"first": ("exp_avg", exp_avg), "second": ("exp_avg_sq", exp_avg_sq)}
+    grads = (grad, grad_ascent, grad_descent)
+    _step(
+        launch_adamw_step, ADAM_OPTIONS.value, buffers, live, saved, grads, groups, steps, options, option_tensors,
+        (a, b, factor), ok,
+    )  # fmt: skip
 
 
 def combine_(

@@ -7,6 +7,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -292,25 +293,42 @@ const Scalar* scalars(at::ArrayRef<double> options, const OptionalTensors& tenso
   return static_cast<const Scalar*>(cache().get("options" + bytes, device, stream, [&] { return bytes; }));
 }
 
-void sgd_step_(at::TensorList live, at::TensorList saved, at::TensorList momentum_buffer, at::TensorList grad,
-               at::TensorList grad_ascent, at::TensorList grad_descent, at::IntArrayRef groups, at::TensorList steps,
-               at::ArrayRef<double> options, const OptionalTensors& option_tensors, const at::Tensor& a,
-               const at::Tensor& b, const std::optional<at::Tensor>& factor, const at::Tensor& ok) {
+// A list of tensors for a column of the rows.
+struct Buffer {
+  void* Row::*column;
+  at::TensorList tensors;
+  const char* name;
+};
+
+// The step of a base optimizer, whose kernel `launch` launches, with so many options a group.
+void step(decltype(launch_sgd_step)* launch, int64_t num_options, std::initializer_list<Buffer> buffers,
+          at::TensorList live, at::TensorList saved, at::TensorList grad, at::TensorList grad_ascent,
+          at::TensorList grad_descent, at::IntArrayRef groups, at::TensorList steps, at::ArrayRef<double> options,
+          const OptionalTensors& option_tensors, const at::Tensor& a, const at::Tensor& b,
+          const std::optional<at::Tensor>& factor, const at::Tensor& ok) {
   if (live.empty()) return;
   Rows rows(live, "live", groups, a.numel());
   const c10::DeviceGuard guard(rows.device);
   rows.enter(&Row::live, live, "live", rows.type);
   rows.enter(&Row::saved, saved, "saved", compute_type(rows.type));
-  rows.enter(&Row::first, momentum_buffer, "momentum_buffer", compute_type(rows.type));
+  for (const Buffer& x : buffers) rows.enter(x.column, x.tensors, x.name, compute_type(rows.type));
   rows.enter_steps(steps);
   const bool differences = enter_gradients(rows, grad, grad_ascent, grad_descent);
   check_tensor(ok, "ok", rows.device, at::kBool, 1);
-  check_count(options.size(), "options", a.numel() * kSgdOptions);
+  check_count(options.size(), "options", a.numel() * num_options);
   if (rows.empty()) return;
   const cudaStream_t stream = current_stream(rows.device);
-  launch_sgd_step(rows.dtype(), rows.table(stream), scalars(options, option_tensors, rows.device, stream),
-                  decision_of(rows.device, a, b, factor, ok.const_data_ptr<bool>()), differences, stream);
+  launch(rows.dtype(), rows.table(stream), scalars(options, option_tensors, rows.device, stream),
+         decision_of(rows.device, a, b, factor, ok.const_data_ptr<bool>()), differences, stream);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void sgd_step_(at::TensorList live, at::TensorList saved, at::TensorList momentum_buffer, at::TensorList grad,
+               at::TensorList grad_ascent, at::TensorList grad_descent, at::IntArrayRef groups, at::TensorList steps,
+               at::ArrayRef<double> options, const OptionalTensors& option_tensors, const at::Tensor& a,
+               const at::Tensor& b, const std::optional<at::Tensor>& factor, const at::Tensor& ok) {
+  step(launch_sgd_step, kSgdOptions, {{&Row::first, momentum_buffer, "momentum_buffer"}}, live, saved, grad,
+       grad_ascent, grad_descent, groups, steps, options, option_tensors, a, b, factor, ok);
 }
 
 void adamw_step_(at::TensorList live, at::TensorList saved, at::TensorList exp_avg, at::TensorList exp_avg_sq,
@@ -318,22 +336,9 @@ void adamw_step_(at::TensorList live, at::TensorList saved, at::TensorList exp_a
                  at::TensorList steps, at::ArrayRef<double> options, const OptionalTensors& option_tensors,
                  const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& factor,
                  const at::Tensor& ok) {
-  if (live.empty()) return;
-  Rows rows(live, "live", groups, a.numel());
-  const c10::DeviceGuard guard(rows.device);
-  rows.enter(&Row::live, live, "live", rows.type);
-  rows.enter(&Row::saved, saved, "saved", compute_type(rows.type));
-  rows.enter(&Row::first, exp_avg, "exp_avg", compute_type(rows.type));
-  rows.enter(&Row::second, exp_avg_sq, "exp_avg_sq", compute_type(rows.type));
-  rows.enter_steps(steps);
-  const bool differences = enter_gradients(rows, grad, grad_ascent, grad_descent);
-  check_tensor(ok, "ok", rows.device, at::kBool, 1);
-  check_count(options.size(), "options", a.numel() * kAdamOptions);
-  if (rows.empty()) return;
-  const cudaStream_t stream = current_stream(rows.device);
-  launch_adamw_step(rows.dtype(), rows.table(stream), scalars(options, option_tensors, rows.device, stream),
-                    decision_of(rows.device, a, b, factor, ok.const_data_ptr<bool>()), differences, stream);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  step(launch_adamw_step, kAdamOptions,
+       {{&Row::first, exp_avg, "exp_avg"}, {&Row::second, exp_avg_sq, "exp_avg_sq"}}, live, saved, grad, grad_ascent,
+       grad_descent, groups, steps, options, option_tensors, a, b, factor, ok);
 }
 
 void combine_(at::TensorList live, at::TensorList saved, at::TensorList grad, at::TensorList grad_ascent,
