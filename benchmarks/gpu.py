@@ -21,6 +21,7 @@ import torch
 
 from crsam_ext import available_backends
 
+from . import parallel
 from .operators import contestants, measure, stopwatch
 from .shapes import resnet50
 
@@ -144,6 +145,8 @@ def main() -> int:
         for dtype_name, blocks in report["triton_blocks"].items():
             for block, taken in sorted(blocks.items(), key=lambda item: item[1]):
                 print(f"triton {dtype_name:9} {block:24} {taken * 1e6:8.1f} us for all operators")
+    report["parallel"] = parallel.measure(device, arguments.rounds, batch=128)
+    print(f"\nA step with w + e and w - e evaluated in turn, and at once\n{parallel.table(report['parallel'])}")
     report["seconds"] = time.perf_counter() - began
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")

@@ -61,6 +61,12 @@ class Slot:
         segment = from_dlpack(flat[self.offset : self.offset + self.numel])
         return segment.as_strided(self.shape, self.stride)
 
+    def lay_out(self, values: Tensor) -> Tensor:
+        """``values`` in the memory order of the parameter, a copy where it is another."""
+        if self.matches_layout(values):
+            return values
+        return torch.empty_strided(self.shape, self.stride, dtype=values.dtype, device=values.device).copy_(values)
+
     def matches_layout(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` has the elements of the parameter in the same memory order, without gaps."""
         if tensor.stride() == self.stride:
@@ -151,14 +157,17 @@ class Bucket:
 
     Attributes:
         slots: in the order in which they lie in memory: by group, small parameters first.
-        live: what the model reads.
+        points: [1 or 2, elements]: what the model reads and, where asked for, w - e beside it.
+        live: the first of these.
         saved: w in the compute dtype, a master copy for float16 and bfloat16 where the update is computed here.
         buffers: the optimizer's buffers by name, in the compute dtype.
         steps: float32, for each slot the steps it has taken; None where another optimizer makes the update.
         history: for each slot a number, equal for slots that have taken part in the same steps and so count alike.
     """
 
-    def __init__(self, members: list[tuple[Tensor, int]], options: Sequence[Options], gather_below: int) -> None:
+    def __init__(
+        self, members: list[tuple[Tensor, int]], options: Sequence[Options], gather_below: int, num_points: int
+    ) -> None:
         first = members[0][0]
         self.device, self.dtype = first.device, first.dtype
         self._gather_below = gather_below
@@ -176,7 +185,8 @@ class Bucket:
             return torch.zeros(offset, dtype=dtype, device=self.device)
 
         wide = compute_dtype(self.dtype)
-        self.live, self.saved = flat(self.dtype), flat(wide)
+        self.points = torch.zeros(num_points, offset, dtype=self.dtype, device=self.device)
+        self.live, self.saved = self.points[0], flat(wide)
         names = {name for slot in self.slots if (o := options[slot.group]) is not None for name in o.buffers}
         self.buffers = {name: flat(wide) for name in sorted(names)}
         self.steps = None if options[0] is None else torch.zeros(len(self.slots), device=self.device)
@@ -187,6 +197,11 @@ class Bucket:
     def has_master(self) -> bool:
         """Whether ``saved`` is wider than the parameters, and kept from step to step."""
         return self.saved.dtype != self.dtype
+
+    def stacked(self, slot: Slot) -> Tensor:
+        """All points of a parameter: [points, *its shape]."""
+        strides = (self.points.stride(0), *slot.stride)
+        return self.points.as_strided((len(self.points), *slot.shape), strides, slot.offset)
 
     def adopt(self, state: Mapping[Tensor, dict[str, Any]], options: Sequence[Options]) -> None:
         """Move parameters and state into the flat buffers, and point the parameters at them."""
@@ -280,6 +295,7 @@ class FlatParameters:
         state: the optimizer's; what it holds is carried over.
         options: for each group, how its update is computed, or None for all where another optimizer computes it.
         gather_below: see :class:`crsam_ext.ops.Operators`.
+        num_points: how many points are evaluated at once, 1 or 2.
     Raises:
         ValueError: for parameters that cannot be made views of a flat buffer; the message says why.
     """
@@ -290,7 +306,9 @@ class FlatParameters:
         state: Mapping[Tensor, dict[str, Any]],
         options: Sequence[Options],
         gather_below: int,
+        num_points: int = 1,
     ) -> None:
+        self.num_points = num_points
         self._names = [None if o is None else o.buffers for o in options]
         members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int]]] = {}
         for group, param in _members(param_groups):
@@ -299,7 +317,7 @@ class FlatParameters:
                 _check_device(param)
                 members.setdefault((param.device, param.dtype), []).append((param, group))
         _check_sharing([param for bucket in members.values() for param, _ in bucket])
-        self.buckets = [Bucket(bucket, options, gather_below) for bucket in members.values()]
+        self.buckets = [Bucket(bucket, options, gather_below, num_points) for bucket in members.values()]
         self._slots = {slot.param: slot for bucket in self.buckets for slot in bucket.slots}
         self._copies: dict[tuple[Slot, int], Tensor] = {}
         self._constants: dict[tuple[float, ...], Tensor] = {}

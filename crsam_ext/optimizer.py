@@ -15,6 +15,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from . import backends
 from .flat import FlatParameters, Options, check_parameter
 from .ops import AdamOptions, Operators, SGDOptions
+from .parallel import gradients_at
 from .passes import RandomState, RunningStatistics, Step
 from .stats import Stats
 
@@ -219,7 +220,12 @@ class CRSAM(Optimizer):
     # A step ---------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None,
+        *,
+        parallel: torch.nn.Module | None = None,
+    ) -> Any:
         """Take a step.
 
         Args:
@@ -227,11 +233,16 @@ class CRSAM(Optimizer):
                 each pass, at w, w + e and w - e, with gradients cleared and the same random numbers. A list of closures
                 accumulates the gradients of its micro-batches: every pass calls them all. Without a closure, the step
                 that ``first_step`` or ``combine`` began is finished.
+            parallel: the model, to compute the gradients at w + e and w - e at once, by ``torch.func.vmap``, on twice
+                the memory for activations; a step of fewer passes is as without. The closure only returns the loss
+                and leaves ``backward()`` to the step. Hooks on gradients do not see the two; random numbers, which
+                ``vmap`` would draw anew, are refused unless ``replay_rng`` is off.
         Returns:
             What the closure returned at w, of several the sum; None without a closure.
         Raises:
             RuntimeError: if no gradient was computed, a gradient is sparse, a step is in progress already, or torch's
-                own GradScaler was given a closure.
+                own GradScaler was given a closure; with ``parallel``, if the loss draws random numbers.
+            TypeError: if ``parallel`` is no module, is a DistributedDataParallel, or comes with a list of closures.
             ValueError: if ``estimator="loss"`` needs a loss and the closure returned none.
 
         Whatever the closure raises passes through, after the parameters are bit for bit w again.
@@ -242,9 +253,12 @@ class CRSAM(Optimizer):
             raise RuntimeError(f"step(closure) called in the middle of a step: {self._due()}")
         if hasattr(self, "found_inf"):
             raise RuntimeError("torch's GradScaler takes no closure: use crsam_ext.GradScaler")
+        loss_of: Any = closure
+        if parallel is not None:
+            closure = _with_backward(closure, parallel)
         closure = _accumulating(closure)
         with self._restoring():
-            step = self._begin(self.passes)
+            step = self._begin(self.passes, num_points=1 if parallel is None or self.passes < 3 else 2)
             devices = {bucket.device for bucket in step.flat.buckets}
             replay = self.replay_rng and step.passes > 1
             before = RandomState(devices) if replay else None
@@ -257,6 +271,15 @@ class CRSAM(Optimizer):
                 if index == 0 and replay:
                     after = RandomState(devices)
                 step.collect(loss, keep=False)
+                if parallel is not None and step.passes == 3:
+                    if before is not None and before.was_used:
+                        raise RuntimeError(
+                            "the loss draws random numbers (dropout?), and vmap would draw others: "
+                            "step without parallel=, or set replay_rng=False"
+                        )
+                    for point in gradients_at(step.move_apart(), parallel, loss_of, step.flat):
+                        step.add(*point)
+                    break
                 if index < step.passes - 1:
                     step.move()
             if after is not None:
@@ -320,15 +343,22 @@ class CRSAM(Optimizer):
             self._step.restore()
             self._step = None
 
-    def _begin(self, passes: int, combined: bool = False) -> Step:
+    def _begin(self, passes: int, combined: bool = False, num_points: int = 1) -> Step:
         """Begin a step, with parameters and state in the flat buffers."""
         self._combined = False
         options = self._options()
-        if self._flat is None or not self._flat.matches(self.param_groups, self.state, options):
+        if self._flat is not None:
+            num_points = max(num_points, self._flat.num_points)
+        if (
+            self._flat is None
+            or self._flat.num_points < num_points
+            or not self._flat.matches(self.param_groups, self.state, options)
+        ):
             operators = self._load_operators()
             if operators.name != self.operators.name:  # the parameters have moved to another kind of device
                 self.operators = operators
-            self._flat = FlatParameters(self.param_groups, self.state, options, self.operators.gather_below)
+            gather_below = self.operators.gather_below
+            self._flat = FlatParameters(self.param_groups, self.state, options, gather_below, num_points)
         if not self._flat.buckets:
             raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
         self._step = Step(self, self._flat, options, passes, combined)
@@ -552,6 +582,23 @@ def _accumulating(closures: Callable[[], Any] | Sequence[Callable[[], Any]]) -> 
         return None if first is None else sum((x.detach() for x in others), start=first.detach())
 
     return torch.enable_grad()(closure)
+
+
+def _with_backward(closure: Any, model: Any) -> Callable[[], Any]:
+    """A closure that calls ``backward()`` on the loss of one that does not."""
+    if not isinstance(model, torch.nn.Module) or isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise TypeError(f"parallel= takes the model, but was given a {type(model).__name__}")
+    if not callable(closure):
+        raise TypeError("with parallel=, step() takes one closure")
+
+    def with_backward() -> Any:
+        loss = closure()
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            raise TypeError("with parallel=, the closure returns the loss and leaves backward() to the step")
+        loss.backward()
+        return loss
+
+    return with_backward
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

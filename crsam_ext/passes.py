@@ -15,9 +15,10 @@ from .ops import COUNTERS, AdamOptions, Coefficients, SGDOptions
 if TYPE_CHECKING:
     from .optimizer import CRSAM
 
-__all__ = ["RandomState", "RunningStatistics", "Step"]
+__all__ = ["STATISTICS", "RandomState", "RunningStatistics", "Step"]
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+#: Names of the buffers that normalization layers keep their running statistics in.
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class RandomState:
@@ -31,6 +32,13 @@ class RandomState:
         self._accelerators = {
             device: torch.get_device_module(device).get_rng_state(device) for device in devices if device.type != "cpu"
         }
+
+    @property
+    def was_used(self) -> bool:
+        """Whether random numbers have been drawn since."""
+        now = RandomState(self._accelerators)
+        pairs = [(now._cpu, self._cpu), *((now._accelerators[d], state) for d, state in self._accelerators.items())]
+        return not all(torch.equal(a, b) for a, b in pairs)
 
     def replay(self) -> None:
         """Put the generators back to where they were."""
@@ -53,7 +61,7 @@ class RunningStatistics:
         self._valid = False
 
     def _buffers(self) -> list[Tensor]:
-        buffers = (getattr(module, name, None) for module in self._modules for name in _STATISTICS)
+        buffers = (getattr(module, name, None) for module in self._modules for name in STATISTICS)
         return [buffer for buffer in buffers if isinstance(buffer, Tensor)]
 
     def keep(self) -> None:
@@ -76,7 +84,8 @@ class Step:
     """One step in progress: the gradients of its passes so far, and what to do with them.
 
     The order of calls is ``collect, move`` (to w + e), ``collect, move`` (to w - e), ``collect``, and ``update`` or
-    ``combine``; with fewer passes, moves are left out. ``restore`` may come at any time instead.
+    ``combine``; with fewer passes, moves are left out, and ``collect, move_apart, add, add`` evaluates both points at
+    once. ``restore`` may come at any time instead.
 
     Args:
         optimizer: whose groups, state and settings apply.
@@ -112,7 +121,11 @@ class Step:
         index = self.collected
         if index:
             self.flat.check_in_place()
-        grads = self.flat.take_gradients(index, keep)
+        self.add(loss, self.flat.take_gradients(index, keep))
+
+    def add(self, loss: Any, grads: list[list[Tensor | None]]) -> None:
+        """Enter the next pass: its loss and, for each bucket and slot, its gradient in the parameter's own layout."""
+        index = self.collected
         if not any(g is not None for bucket in grads for g in bucket):
             raise RuntimeError(f"pass {index + 1} left no gradient in any parameter: has loss.backward() been called?")
         for earlier in self._grads:
@@ -147,9 +160,7 @@ class Step:
             self._scale = self.operators.perturbation_scale(self._squared_norms[0], rho)
             if self.optimizer.statistics is not None:
                 self.optimizer.statistics.keep()
-        uphill = self._scale
-        if any(group.get("maximize") for group in self.groups):
-            uphill = uphill * self._vector([-1.0 if group.get("maximize") else 1.0 for group in self.groups])
+        uphill = self._uphill()
         if sign < 0 and show_overflow:
             ascent = self._plans([tuple(g is not None for g in grads) for grads in self._grads[1]])
             unweighted = [[None] * len(plan.rows) for plan in ascent]
@@ -160,6 +171,30 @@ class Step:
                 plan.mark_written()
         # Autocast keeps low-precision copies of the weights until its outermost context ends: they are stale now.
         torch.clear_autocast_cache()
+
+    def move_apart(self) -> dict[Tensor, Tensor]:
+        """Move the parameters to w + e and write w - e beside them; both, [2, *its shape], for each that was moved."""
+        self.move()
+        plans = self._plans([tuple(g is not None for g in grads) for grads in self._grads[0]])
+        adaptive = [bool(group["adaptive"]) for group in self.groups]
+        both = {}
+        for bucket, plan, rows, grads in zip(
+            self.flat.buckets, plans, self._rows(plans, 0), self._grads[0], strict=True
+        ):
+            if plan.rows:
+                beside = [row.of(bucket.points[1]) for row in plan.rows]
+                self.operators.perturb_(beside, plan.saved, rows, plan.groups, self._uphill(), adaptive, -1, [])
+            both.update(
+                {slot.param: bucket.stacked(slot) for slot, g in zip(bucket.slots, grads, strict=True) if g is not None}
+            )
+        return both
+
+    def _uphill(self) -> Tensor:
+        """The scale of the perturbation, negative for a group that is maximized."""
+        assert self._scale is not None
+        if any(group.get("maximize") for group in self.groups):
+            return self._scale * self._vector([-1.0 if group.get("maximize") else 1.0 for group in self.groups])
+        return self._scale
 
     def update(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         """Make the update of w with the gradients of all passes.

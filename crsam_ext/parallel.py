@@ -1,0 +1,75 @@
+"""The gradients at w + e and w - e at once, on one device, by ``torch.func.vmap``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+
+from .flat import FlatParameters
+from .passes import STATISTICS
+
+__all__ = ["gradients_at"]
+
+
+class _Loss(nn.Module):
+    """The loss as a module, so that ``functional_call`` can exchange the model's parameters while it is computed."""
+
+    def __init__(self, model: nn.Module, closure: Callable[[], Any]) -> None:
+        super().__init__()
+        self.model, self.closure = model, closure
+
+    def forward(self) -> Any:
+        return self.closure()
+
+
+def gradients_at(
+    points: Mapping[Tensor, Tensor], model: nn.Module, closure: Callable[[], Tensor], flat: FlatParameters
+) -> list[tuple[Tensor, list[list[Tensor | None]]]]:
+    """Losses and gradients at several points, evaluated together.
+
+    Args:
+        points: for each parameter its values at all points, [points, *its shape].
+        model: to which the parameters belong.
+        closure: computes the loss of the batch by calling ``model``, without ``backward()``.
+        flat: where the parameters lie.
+    Returns:
+        For each point the loss (0-dim), and the gradient for each bucket and slot, laid out as the parameter.
+    Raises:
+        ValueError: for a parameter of the optimizer that is none of the model's.
+    """
+    names: dict[Tensor, str] = {param: f"model.{name}" for name, param in model.named_parameters()}
+    for param in points:
+        if param not in names:
+            raise ValueError(f"a parameter of shape {tuple(param.shape)} is none of the model's given as parallel=")
+    loss = _Loss(model, closure)
+    parameters = {names[param]: values for param, values in points.items()}
+    # Each point moves running statistics of its own, which are thrown away: they follow the first pass only.
+    count = len(next(iter(points.values())))
+    statistics = {
+        f"model.{name}": buffer.expand(count, *buffer.shape).clone()
+        for name, buffer in model.named_buffers()
+        if name.rpartition(".")[2] in STATISTICS
+    }
+
+    def compute(parameters: dict[str, Tensor], statistics: dict[str, Tensor]) -> Tensor:
+        return functional_call(loss, {**parameters, **statistics})
+
+    with torch.enable_grad():
+        grads, losses = vmap(grad_and_value(compute), randomness="same")(parameters, statistics)
+    return [
+        (
+            losses[index],
+            [
+                [
+                    slot.lay_out(grads[names[slot.param]][index]) if slot.param in points else None
+                    for slot in bucket.slots
+                ]
+                for bucket in flat.buckets
+            ],
+        )
+        for index in range(count)
+    ]
