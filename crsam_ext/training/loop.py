@@ -23,13 +23,13 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crsam_ext import CRSAM
+from crsam_ext import CRSAM, Scheduled
 
 from . import checkpoint
 from .data import Batch, Data, load
 from .errors import TrainingError
 from .models import create_model
-from .options import run_config
+from .options import SCHEDULED, run_config
 from .plot import draw
 from .progress import progress, say
 
@@ -135,29 +135,37 @@ def _pick(options: Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def create_schedule(optimizer: torch.optim.Optimizer, options: Namespace) -> Scheduler:
-    """timm's scheduler of ``--schedule``.
+def create_schedules(optimizer: CRSAM, options: Namespace) -> list[Scheduler]:
+    """timm's schedulers, of the learning rate (``--schedule``) and of what else is not constant.
 
-    Its ``step(epoch)`` sets the learning rate as a function of the epoch alone, so it has no state to save.
+    Their ``step(epoch)`` sets the option as a function of the epoch alone, so they have no state to save.
     """
+    schedules = [_schedule(optimizer, options.schedule, options, warmup_epochs=options.warmup_epochs)]
+    for option in SCHEDULED:
+        kind = getattr(options, f"{option}_schedule")
+        if kind != "constant":
+            schedules.append(_schedule(Scheduled(optimizer, option), kind, options, warmup_epochs=0))
+    return schedules
+
+
+def _schedule(optimizer: torch.optim.Optimizer, kind: str, options: Namespace, warmup_epochs: int) -> Scheduler:
     kinds: dict[str, dict[str, Any]] = {
         "cosine": {"sched": "cosine"},
         "linear": {"sched": "poly", "decay_rate": 1.0},
         "step": {"sched": "step", "decay_epochs": max(1, options.epochs // 3), "decay_rate": 0.1},
         "constant": {"sched": "step", "decay_epochs": 1, "decay_rate": 1.0},
     }
-    schedule, _ = create_scheduler_v2(
-        optimizer, num_epochs=options.epochs, warmup_epochs=options.warmup_epochs, **kinds[options.schedule]
-    )
+    schedule, _ = create_scheduler_v2(optimizer, num_epochs=options.epochs, warmup_epochs=warmup_epochs, **kinds[kind])
     return schedule
 
 
 def _train(state: Run, options: Namespace, data: Data) -> None:
-    schedule = create_schedule(state.optimizer, options)
+    schedules = create_schedules(state.optimizer, options)
     done = len(state.history)
     with progress(options.epochs * data.steps, done * data.steps) as (advance, line):
         for epoch in range(done, options.epochs):
-            schedule.step(epoch)
+            for schedule in schedules:
+                schedule.step(epoch)
             start = time.perf_counter()
             row = {"epoch": epoch + 1, "lr": state.optimizer.param_groups[0]["lr"]}
             row |= train_epoch(state, options, data.train(epoch), epoch * data.steps, advance)

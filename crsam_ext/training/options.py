@@ -10,6 +10,7 @@ from .errors import TrainingError
 
 OPTIMIZERS = ("sgd", "adamw", "sam", "crsam")
 SCHEDULES = ("cosine", "linear", "step", "constant")
+SCHEDULED = ("rho", "alpha", "beta")  # besides the learning rate
 DATA_KINDS = ("digits", "mnist1d", "cifar10", "cifar100", "folder")
 
 # Where and how a run is computed may change when it is resumed. Everything else is what the run is.
@@ -49,6 +50,9 @@ OPTION_NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "beta": ("optimizer", ("crsam",)),
     "interval": ("optimizer", ("sam", "crsam")),
     "curvature_interval": ("optimizer", ("crsam",)),
+    "rho_schedule": ("optimizer", ("sam", "crsam")),
+    "alpha_schedule": ("optimizer", ("crsam",)),
+    "beta_schedule": ("optimizer", ("crsam",)),
     "regularizer": ("optimizer", ("crsam",)),
     "estimator": ("optimizer", ("crsam",)),
     "momentum": ("base", ("sgd",)),
@@ -137,7 +141,14 @@ def build_parser() -> argparse.ArgumentParser:
         default="cosine",
         help="of the learning rate, per epoch; step divides by 10 after each third of the run (default: cosine)",
     )
-    add("--warmup-epochs", type=integer(0), default=0, help="linear warm-up, part of --epochs (default: 0)")
+    for option in SCHEDULED:
+        add(f"--{option}-schedule", choices=SCHEDULES, help=f"of {option}, as --schedule (default: constant)")
+    add(
+        "--warmup-epochs",
+        type=integer(0),
+        default=0,
+        help="linear, of the learning rate, part of --epochs (default: 0)",
+    )
     add("--label-smoothing", type=number(0, 1), default=0.0, help="default: 0")
     add("--mixup", type=number(0), default=0.0, metavar="ALPHA", help="timm's mixup (default: 0, none)")
     add("--auto-augment", metavar="POLICY", help="of timm, such as rand-m9-mstd0.5, for CIFAR and folder:PATH")
@@ -206,6 +217,7 @@ def _defaults(options: argparse.Namespace, kind: str) -> dict[str, Any]:
         defaults |= {"momentum": 0.9}
     if options.optimizer in ("sam", "crsam"):
         defaults |= {"rho": 0.1, "interval": 1}
+    defaults |= {f"{option}_schedule": "constant" for option in SCHEDULED}
     if options.optimizer == "crsam":
         defaults |= {"regularizer": "linear", "estimator": "gradient", "curvature_interval": 1}
     model = options.model or defaults["model"]

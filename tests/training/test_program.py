@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from crsam_ext.training.data import load
-from crsam_ext.training.loop import create_optimizer, create_schedule
+from crsam_ext.training.loop import create_optimizer, create_schedules
 from crsam_ext.training.models import create_model
 from crsam_ext.training.options import parse
 
@@ -105,13 +105,24 @@ def test_optimizer_of_the_options(command, passes, base):
 def test_schedule(command, rates):
     options = parse(f"--epochs 3 --lr 1 {command}".split())
     optimizer = create_optimizer(torch.nn.Linear(2, 2), options)
-    schedule = create_schedule(optimizer, options)
+    (schedule,) = create_schedules(optimizer, options)
     seen = []
     for epoch in range(3):
         schedule.step(epoch)
         seen.append(optimizer.param_groups[0]["lr"])
 
     assert seen == pytest.approx(rates)
+
+
+def test_schedules_of_other_options():
+    command = "--epochs 4 --lr 1 --rho 0.2 --rho-schedule linear --alpha 0.4 --alpha-schedule cosine"
+    options = parse(command.split())
+    optimizer = create_optimizer(torch.nn.Linear(2, 2), options)
+    for schedule in create_schedules(optimizer, options):
+        schedule.step(2)
+
+    group = optimizer.param_groups[0]
+    assert [group[name] for name in ("lr", "rho", "alpha", "beta")] == pytest.approx([0.5, 0.1, 0.2, 0.01])
 
 
 def test_moving_average_is_what_counts(crsam_train, here):
