@@ -16,7 +16,7 @@ from . import backends
 from .flat import FlatParameters, Options, check_parameter
 from .ops import AdamOptions, Operators, SGDOptions
 from .parallel import gradients_at
-from .passes import RandomState, RunningStatistics, Step
+from .passes import RandomState, RunningStatistics, SecondDifference, Step
 from .stats import Stats
 
 __all__ = ["CRSAM"]
@@ -67,7 +67,8 @@ class CRSAM(Optimizer):
         interval: perturb in every ``interval``-th step only, beginning with the first; the others are the base
             optimizer's, of one pass.
         curvature_interval: of the steps that perturb, take the pass at w - e in every ``curvature_interval``-th only;
-            the others are SAM's, of two passes.
+            the others take two passes, and :math:`d_2` from the last step that had three, which is kept for them.
+            (Not with ``estimator="loss"``, which needs the loss at w - e.)
         model: if given, the running statistics of its normalization layers follow the first pass only.
         replay_rng: give every pass of ``step(closure)`` the same random numbers (dropout masks, for instance).
         backend: "cuda", "triton", "torch", or "auto" for the first that is available.
@@ -140,11 +141,14 @@ class CRSAM(Optimizer):
         for name, value in (("interval", interval), ("curvature_interval", curvature_interval)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, but is {value}")
+        if curvature_interval > 1 and estimator == "loss":
+            raise ValueError('curvature_interval leaves out losses that estimator="loss" needs: use "gradient"')
         self.interval, self.curvature_interval = interval, curvature_interval
         self.regularizer, self.estimator = regularizer, estimator
         self.max_grad_norm, self.max_regularizer_ratio = max_grad_norm, max_regularizer_ratio
         self.replay_rng, self.compile = replay_rng, compile
         self.stats = Stats()
+        self._difference = SecondDifference()
         self._requested_backend = backend
         self.statistics = None if model is None else RunningStatistics(model)
         backends.load(backend, compile=compile)  # what is asked for in vain is said first
@@ -182,8 +186,11 @@ class CRSAM(Optimizer):
     @property
     def _calls(self) -> int:
         """How many of first_step, second_step, third_step make a step."""
-        curved = any(_nonzero(group[name]) for group in self.param_groups for name in ("alpha", "beta"))
-        return 3 if curved and self.stats.steps // self.interval % self.curvature_interval == 0 else 2
+        return 3 if self._curved and self.stats.steps // self.interval % self.curvature_interval == 0 else 2
+
+    @property
+    def _curved(self) -> bool:
+        return any(_nonzero(group[name]) for group in self.param_groups for name in ("alpha", "beta"))
 
     def __repr__(self) -> str:
         head, _, groups = super().__repr__().partition("(")
@@ -361,7 +368,8 @@ class CRSAM(Optimizer):
             self._flat = FlatParameters(self.param_groups, self.state, options, gather_below, num_points)
         if not self._flat.buckets:
             raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
-        self._step = Step(self, self._flat, options, passes, combined)
+        difference = self._difference if self.curvature_interval > 1 and self._curved else None
+        self._step = Step(self, self._flat, options, passes, combined, difference)
         return self._step
 
     @contextmanager
@@ -488,13 +496,18 @@ class CRSAM(Optimizer):
     # State -----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any torch optimizer, and where there is something to say, two more.
+        """As of any torch optimizer, and where there is something to say, three more.
 
-        "steps" with intervals, which decide on the next step; "base_optimizer" where that has a form of its own.
+        "steps" with intervals, which decide on the next step; "second_difference" with ``curvature_interval``, keyed as
+        the state is; "base_optimizer" where that has a form of its own.
         """
         result = super().state_dict()
         if max(self.interval, self.curvature_interval) > 1:
             result["steps"] = self.stats.steps
+        if self._difference.values:
+            params = enumerate(param for group in self.param_groups for param in group["params"])
+            values = self._difference.values
+            result["second_difference"] = {index: values[param] for index, param in params if param in values}
         if type(self.base_optimizer).state_dict is not Optimizer.state_dict:
             result["base_optimizer"] = self.base_optimizer.state_dict()
         return result
@@ -519,6 +532,9 @@ class CRSAM(Optimizer):
         finally:
             hook.remove()
         self.stats.steps = loaded.get("steps", self.stats.steps)
+        params = [param for group in self.param_groups for param in group["params"]]
+        kept = loaded.get("second_difference", {}).items()
+        self._difference.values = {params[i]: d2.detach().to(params[i].device, copy=True) for i, d2 in kept}
         # torch casts floating state to the parameter's dtype; ours is float32 where that is float16 or bfloat16.
         for own, group in zip(self.param_groups, loaded["param_groups"], strict=True):
             for param, key in zip(own["params"], group["params"], strict=True):

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .flat import FlatParameters, Options, Plan
-from .ops import COUNTERS, AdamOptions, Coefficients, SGDOptions
+from .flat import FlatParameters, Options, Plan, Slot
+from .ops import COUNTERS, AdamOptions, Coefficients, SGDOptions, compute_dtype
 
 if TYPE_CHECKING:
     from .optimizer import CRSAM
 
-__all__ = ["STATISTICS", "RandomState", "RunningStatistics", "Step"]
+__all__ = ["STATISTICS", "RandomState", "RunningStatistics", "SecondDifference", "Step"]
 
 #: Names of the buffers that normalization layers keep their running statistics in.
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -80,6 +80,53 @@ class RunningStatistics:
         self._valid = False
 
 
+class SecondDifference:
+    """The second difference of the last step that had all three gradients, for steps that leave out the third.
+
+    There d2 = g+ + g- - 2 g0 is taken to be what it was, and so the gradient at w - e is g0 - (g+ - g0) + d2.
+    """
+
+    def __init__(self) -> None:
+        #: For each parameter d2 in the compute dtype, for losses that are not scaled.
+        self.values: dict[Tensor, Tensor] = {}
+
+    def keep(self, step: Step, ok: Tensor, grad_scale: Tensor | None) -> None:
+        """Take d2 of a step of three passes, unless it is skipped: ``ok`` says so on the device."""
+        for slots, (g0, gp, gm) in _complete(step):
+            new = torch._foreach_add(torch._foreach_sub(gp, g0), torch._foreach_sub(gm, g0))
+            if grad_scale is not None:
+                torch._foreach_div_(new, grad_scale.to(new[0]))
+            here = ok.to(new[0].device, non_blocking=True)
+            for slot, d2 in zip(slots, new, strict=True):
+                old = self.values.setdefault(slot.param, torch.zeros_like(d2))
+                torch.where(here, d2, old, out=old)
+
+    def descent(self, step: Step, grad_scale: Tensor | None) -> list[list[Tensor | None]]:
+        """The gradient at w - e of a step that has the other two, for each bucket and slot."""
+        guess: dict[Slot, Tensor] = {}
+        for slots, (g0, gp) in _complete(step):
+            d2 = [
+                self.values.get(slot.param, torch.zeros_like(g)).to(g.device) for slot, g in zip(slots, g0, strict=True)
+            ]
+            if grad_scale is not None:
+                d2 = list(torch._foreach_mul(d2, grad_scale.to(d2[0])))
+            down = torch._foreach_sub(g0, gp)
+            torch._foreach_add_(down, d2)
+            torch._foreach_add_(down, g0)
+            guess.update({slot: g.to(slot.dtype) for slot, g in zip(slots, down, strict=True)})
+        return [[guess.get(slot) for slot in bucket.slots] for bucket in step.flat.buckets]
+
+
+def _complete(step: Step) -> Iterator[tuple[list[Slot], list[list[Tensor]]]]:
+    """For each bucket the slots with a gradient in every pass, and for each pass these gradients, in compute dtype."""
+    for bucket, *by_pass in zip(step.flat.buckets, *step.grads, strict=True):
+        pairs = zip(bucket.slots, zip(*by_pass, strict=True), strict=True)
+        found = {slot: of_slot for slot, of_slot in pairs if all(g is not None for g in of_slot)}
+        if found:
+            wide = compute_dtype(bucket.dtype)
+            yield list(found), [[g.to(wide) for g in grads] for grads in zip(*found.values(), strict=True)]
+
+
 class Step:
     """One step in progress: the gradients of its passes so far, and what to do with them.
 
@@ -93,17 +140,27 @@ class Step:
         options: for each group, how its update is computed.
         passes: how many there will be, 1 to 3.
         combined: whether the one pass is what another step's :meth:`combine` has left, which has counted it.
+        difference: of earlier steps, where the third of their passes is not always taken.
+
+    Attributes:
+        grads: for each pass so far, for each bucket and slot, its gradient in the parameter's own layout.
     """
 
     def __init__(
-        self, optimizer: CRSAM, flat: FlatParameters, options: list[Options], passes: int, combined: bool = False
+        self,
+        optimizer: CRSAM,
+        flat: FlatParameters,
+        options: list[Options],
+        passes: int,
+        combined: bool = False,
+        difference: SecondDifference | None = None,
     ) -> None:
         self.optimizer, self.flat, self.options, self.passes = optimizer, flat, options, passes
-        self.combined = combined
+        self.combined, self.difference = combined, difference
         self.groups, self.operators = optimizer.param_groups, optimizer.operators
         self.home = flat.buckets[0].device  # where the few numbers are kept that belong to all parameters
         self.losses: list[Any] = []
-        self._grads: list[list[list[Tensor | None]]] = []  # pass, bucket, slot
+        self.grads: list[list[list[Tensor | None]]] = []
         self._gathered: dict[tuple[Any, ...], list[list[Tensor]]] = {}
         self._squared_norms: list[Tensor] = []
         self._grad_norm: Tensor | None = None  # squared, per group, of g0; not known when only |w| g0 was reduced
@@ -113,8 +170,8 @@ class Step:
 
     @property
     def collected(self) -> int:
-        """How many passes have been collected."""
-        return len(self._grads)
+        """How many passes have been collected, a guessed one included."""
+        return len(self.grads)
 
     def collect(self, loss: Any, keep: bool) -> None:
         """Take over the gradients that autograd left in this pass; ``keep`` leaves them in ``p.grad`` as well."""
@@ -128,7 +185,7 @@ class Step:
         index = self.collected
         if not any(g is not None for bucket in grads for g in bucket):
             raise RuntimeError(f"pass {index + 1} left no gradient in any parameter: has loss.backward() been called?")
-        for earlier in self._grads:
+        for earlier in self.grads:
             if any(
                 g is not None and held is not None and g.data_ptr() == held.data_ptr()
                 for gs, held_ones in zip(grads, earlier, strict=True)
@@ -138,7 +195,7 @@ class Step:
                     f"pass {index + 1} wrote a gradient into the memory of an earlier pass's, which is lost: "
                     "leave p.grad to autograd, give each pass its own tensor, or call first_step(zero_grad=False)"
                 )
-        self._grads.append(grads)
+        self.grads.append(grads)
         self.losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
 
     def move(self, show_overflow: bool = False) -> None:
@@ -148,7 +205,7 @@ class Step:
         (An overflow in g0 shows in any case: e is not finite.)
         """
         adaptive = [bool(group["adaptive"]) for group in self.groups]
-        plans = self._plans([tuple(g is not None for g in grads) for grads in self._grads[0]])
+        plans = self._plans([tuple(g is not None for g in grads) for grads in self.grads[0]])
         rows = self._rows(plans, 0)
         sign = 1 if self._scale is None else -1
         if self._scale is None:
@@ -162,7 +219,7 @@ class Step:
                 self.optimizer.statistics.keep()
         uphill = self._uphill()
         if sign < 0 and show_overflow:
-            ascent = self._plans([tuple(g is not None for g in grads) for grads in self._grads[1]])
+            ascent = self._plans([tuple(g is not None for g in grads) for grads in self.grads[1]])
             unweighted = [[None] * len(plan.rows) for plan in ascent]
             uphill = uphill + 0.0 * self._squared_norm(ascent, self._rows(ascent, 1), unweighted).sum()
         for plan, grads in zip(plans, rows, strict=True):
@@ -175,11 +232,11 @@ class Step:
     def move_apart(self) -> dict[Tensor, Tensor]:
         """Move the parameters to w + e and write w - e beside them; both, [2, *its shape], for each that was moved."""
         self.move()
-        plans = self._plans([tuple(g is not None for g in grads) for grads in self._grads[0]])
+        plans = self._plans([tuple(g is not None for g in grads) for grads in self.grads[0]])
         adaptive = [bool(group["adaptive"]) for group in self.groups]
         both = {}
         for bucket, plan, rows, grads in zip(
-            self.flat.buckets, plans, self._rows(plans, 0), self._grads[0], strict=True
+            self.flat.buckets, plans, self._rows(plans, 0), self.grads[0], strict=True
         ):
             if plan.rows:
                 beside = [row.of(bucket.points[1]) for row in plan.rows]
@@ -203,11 +260,12 @@ class Step:
             grad_scale: 0-dim, what all gradients were multiplied with.
             found_inf: 0-dim, not 0 if the step is to be skipped whatever the gradients are; 1 afterwards if it was.
         """
-        plans, rows = self._finish()
         if grad_scale is not None:
             grad_scale = grad_scale.to(self.home, torch.float64, non_blocking=True)
+        plans, rows = self._finish(grad_scale)
         steps = self._counted(plans)
         c = self._coefficients(plans, rows, steps, grad_scale, found_inf, self.optimizer.max_grad_norm)
+        self._keep_difference(c, grad_scale)
         self._apply(plans, rows, c)
         self._return_gradients()
         if found_inf is not None:
@@ -218,10 +276,11 @@ class Step:
 
     def combine(self, grad_scale: Tensor | None = None) -> None:
         """Go back to w, with the regularized gradient in ``p.grad``: ``grad_scale`` times it, as the gradients were."""
-        plans, rows = self._finish()
         if grad_scale is not None:
             grad_scale = grad_scale.to(self.home, torch.float64, non_blocking=True)
+        plans, rows = self._finish(grad_scale)
         c = self._coefficients(plans, rows, (), grad_scale)._replace(factor=None)
+        self._keep_difference(c, grad_scale)
         self._return_gradients()
         for plan, grads in zip(plans, rows, strict=True):
             if plan.rows:
@@ -231,19 +290,25 @@ class Step:
         self._leave()
         self._record(c, grad_scale)
 
-    def _finish(self) -> tuple[list[Plan], list[list[list[Tensor]]]]:
-        """Plans and rows of a step of which all gradients are there; all w are saved that will be written."""
-        by_bucket = list(zip(*self._grads, strict=True))
+    def _finish(self, grad_scale: Tensor | None) -> tuple[list[Plan], list[list[list[Tensor]]]]:
+        """Plans and rows of a step of which all passes are there; all w are saved that will be written."""
+        if self.passes == 2 and self.difference is not None:
+            self.grads.append(self.difference.descent(self, grad_scale))
+        by_bucket = list(zip(*self.grads, strict=True))
         active = [tuple(any(g is not None for g in of_slot) for of_slot in zip(*gs, strict=True)) for gs in by_bucket]
         plans = self._plans(active)
-        by_pass = [self._rows(plans, index) for index in range(self.passes)]
+        by_pass = [self._rows(plans, index) for index in range(self.collected)]
         rows = [list(of_bucket) for of_bucket in zip(*by_pass, strict=True)]
         self._save_late(active)
         return plans, rows
 
+    def _keep_difference(self, c: Coefficients, grad_scale: Tensor | None) -> None:
+        if self.passes == 3 and self.difference is not None:
+            self.difference.keep(self, c.ok, grad_scale)
+
     def _return_gradients(self) -> None:
         """Put g0 into ``p.grad``."""
-        for bucket, first in zip(self.flat.buckets, self._grads[0], strict=True):
+        for bucket, first in zip(self.flat.buckets, self.grads[0], strict=True):
             for slot, g in zip(bucket.slots, first, strict=True):
                 slot.param.grad = g
 
@@ -258,7 +323,7 @@ class Step:
             return
         for live, saved in self._undo:
             live.copy_(saved)
-        self.flat.return_to_moved([tuple(g is not None for g in grads) for grads in self._grads[0]])
+        self.flat.return_to_moved([tuple(g is not None for g in grads) for grads in self.grads[0]])
         self.flat.mark_written()
         self._leave()
 
@@ -275,7 +340,7 @@ class Step:
         """The gradients of a pass as rows of each bucket, gathered once for each set of participants."""
         key = (index, *plans)
         if key not in self._gathered:
-            grads = self._grads[index]
+            grads = self.grads[index]
             self._gathered[key] = [plan.gather(gs, index) for plan, gs in zip(plans, grads, strict=True)]
         return self._gathered[key]
 
@@ -283,7 +348,7 @@ class Step:
         """Save w of parameters that were not moved: without a gradient in the first pass, or all in a single pass."""
         moved = self._scale is not None
         nothing = self._vector([0.0] * len(self.groups))
-        for bucket, mask, first in zip(self.flat.buckets, active, self._grads[0], strict=True):
+        for bucket, mask, first in zip(self.flat.buckets, active, self.grads[0], strict=True):
             late = tuple(a and not (moved and g is not None) for a, g in zip(mask, first, strict=True))
             # In a single pass, w is where the parameters are, unless there is a master.
             if any(late) and (moved or bucket.has_master):
@@ -307,11 +372,11 @@ class Step:
         three gradients show whether the step is sound.
         """
         settings, groups = self.optimizer, self.groups
-        log = settings.regularizer == "log" and self.passes == 3
+        log = settings.regularizer == "log" and self.collected == 3
         losses = self._losses() if log and settings.estimator == "loss" else None
         clips, caps = max_grad_norm is not None, settings.max_regularizer_ratio < math.inf
         gram = None
-        if self.passes == 3 and (self.operators.fuses_gram or clips or caps or (log and losses is None)):
+        if self.collected == 3 and (self.operators.fuses_gram or clips or caps or (log and losses is None)):
             parts = []
             for plan, (grad, ascent, descent) in zip(plans, rows, strict=True):
                 if plan.rows:
@@ -321,7 +386,7 @@ class Step:
             gram = self._gram = self._total(parts)
             self._grad_norm = gram[:, 0]
         else:
-            for index in range(len(self._squared_norms), self.passes):
+            for index in range(len(self._squared_norms), self.collected):
                 unweighted: list[list[Tensor | None]] = [[None] * len(plan.rows) for plan in plans]
                 norm = self._squared_norm(plans, [r[index] for r in rows], unweighted)
                 self._squared_norms.append(norm)
@@ -344,7 +409,7 @@ class Step:
             if self.combined
             else settings.stats.counters(self.home),
             steps=list(steps),
-            passes=self.passes,
+            passes=self.collected,
             regularizer=settings.regularizer,
             losses=losses,
             grad_scale=grad_scale,
@@ -371,7 +436,7 @@ class Step:
 
     def _apply(self, plans: Sequence[Plan], rows: list[list[list[Tensor]]], c: Coefficients) -> None:
         """Run the base optimizer's operator on every bucket, or the base optimizer itself."""
-        if self.options[0] is None and self.passes == 1 and c.factor is not None:
+        if self.options[0] is None and self.collected == 1 and c.factor is not None:
             # combine_ writes over the gradient of the last pass, and here that is the one which p.grad will hold.
             rows = [[[g.clone() for g in of_pass] for of_pass in of_bucket] for of_bucket in rows]
         for bucket, plan, grads in zip(self.flat.buckets, plans, rows, strict=True):
@@ -386,7 +451,7 @@ class Step:
             elif adam:
                 m, v = plan.buffers["exp_avg"], plan.buffers["exp_avg_sq"]
                 self.operators.adamw_step_(plan.live, saved, m, v, grads, plan.groups, plan.steps, adam, c)
-            elif self.passes > 1 or c.factor is not None:
+            elif self.collected > 1 or c.factor is not None:
                 self.operators.combine_(plan.live, saved, grads, plan.groups, c)
             plan.mark_written()
             # The flag is read in the first step of a plan only: what enters the state must have been used.

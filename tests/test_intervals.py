@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from crsam_ext import CRSAM
+from crsam_ext import CRSAM, GradScaler
 
-from .reference import batch, closure_of, network_loss, network_params, run_three_calls
+from .reference import EXACT, assert_close, batch, closure_of, network_loss, network_params, run_three_calls
 
 PASSES = {
     (1, 1): [3] * 6,
@@ -28,28 +28,104 @@ def problem(backend_options=None, device="cpu", **options):
 
 @intervals
 def test_passes(interval, curvature_interval, backend_options, device):
-    """The steps between are, to the bit, those of rho = 0 and of alpha = beta = 0."""
+    """The steps between are those of rho = 0, and of a third gradient made from the last second difference."""
     params, optimizer, closure = problem(
         backend_options, device, interval=interval, curvature_interval=curvature_interval
     )
     others, by_hand, closure_by_hand = problem(backend_options, device)
-    group = by_hand.param_groups[0]
-    given = {name: group[name] for name in ("rho", "alpha", "beta")}
+    group, d2 = by_hand.param_groups[0], None
     for passes in PASSES[interval, curvature_interval]:
         assert optimizer.passes == passes
-        calls = 0
+        calls = []
+        optimizer.step(lambda calls=calls: calls.append(0) or closure())
+        assert len(calls) == passes
+        group["rho"] = 0 if passes == 1 else 0.1
+        seen = []
 
-        def counting():
-            nonlocal calls
-            calls += 1
-            return closure()
+        def collecting(passes=passes, seen=seen, d2=d2):
+            if passes == 2 and len(seen) == 2:
+                for p, g0, gp, d in zip(others, *seen, d2, strict=True):
+                    p.grad = 2 * g0 - gp + d
+            else:
+                closure_by_hand()
+                seen.append([p.grad.clone() for p in others])
 
-        optimizer.step(counting)
-        assert calls == passes
-        group.update(given)
-        group.update({3: {}, 2: {"alpha": 0, "beta": 0}, 1: {"rho": 0}}[passes])
-        by_hand.step(closure_by_hand)
-        assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+        by_hand.step(collecting)
+        if passes == 3:
+            d2 = [gp + gm - 2 * g0 for g0, gp, gm in zip(*seen, strict=True)]
+        for p, q in zip(params, others, strict=True):
+            assert_close(p, q, EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_guess_of_a_quadratic_function_is_its_gradient(dtype):
+    """There d2 is 0, so that nothing is lost; and it is kept in the compute dtype."""
+    param = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=dtype))
+    optimizer = CRSAM([param], lr=0.0625, rho=0.5, curvature_interval=2)
+    twin = torch.nn.Parameter(param.detach().clone())
+    every = CRSAM([twin], lr=0.0625, rho=0.5)
+    for _ in range(4):
+        optimizer.step(closure_of(lambda p: (p[0] ** 2).sum(), [param]))
+        every.step(closure_of(lambda p: (p[0] ** 2).sum(), [twin]))
+    assert_close(param, twin, 1e-6 if dtype == torch.float32 else 2**-7)
+    assert optimizer.state_dict()["second_difference"][0].dtype == torch.float32
+
+
+def test_a_skipped_step_leaves_no_difference():
+    """A NaN in the third gradient skips that step, and not those that follow."""
+    params, optimizer, closure = problem(curvature_interval=2)
+    bad = [0, 0, 1, 0, 0, 0, 0]
+
+    def failing():
+        loss = closure()
+        if bad.pop(0):
+            params[0].grad.fill_(torch.nan)
+        return loss
+
+    optimizer.step(failing)
+    optimizer.step(failing)
+    assert optimizer.stats.skipped == 1
+    assert all(p.isfinite().all() for p in params)
+
+
+def test_parameters_without_a_gradient_stay():
+    used, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+    optimizer = CRSAM([used, unused], lr=0.1, curvature_interval=2, weight_decay=0.1)
+    for _ in range(4):
+        optimizer.step(closure_of(lambda p: (p[0] ** 3).sum(), [used]))
+    assert torch.equal(unused, torch.ones(3))
+    assert not torch.equal(used, torch.ones(2))
+
+
+@pytest.mark.parametrize("form", ["closure", "calls"])
+def test_a_scale_that_changes(form):
+    """The difference is kept for losses that are not scaled."""
+    params, optimizer, closure = problem(curvature_interval=2)
+    others, scaled, _ = problem(curvature_interval=2)
+    scaler = (GradScaler if form == "closure" else torch.amp.GradScaler)("cpu", init_scale=1024.0, growth_interval=1)
+    torch.manual_seed(0)  # for the data of problem()
+    _, data = network_params(torch.float64), batch(torch.float64)
+
+    def scaled_closure():
+        loss = network_loss(others, data)
+        scaler.scale(loss).backward()
+        return loss
+
+    for _ in range(4):
+        optimizer.step(closure)
+        if form == "closure":
+            scaler.step(scaled, scaled_closure)
+        else:
+            calls = (scaled.first_step, scaled.second_step)[: scaled.passes - 1]
+            for call in calls:
+                scaled_closure()
+                call(zero_grad=True)
+            scaled_closure()
+            scaler.step(scaled)
+            scaled.zero_grad()  # g0 is there
+        scaler.update()
+    for p, q in zip(params, others, strict=True):
+        assert_close(p, q, EXACT)
 
 
 def test_calls():
@@ -82,6 +158,11 @@ def test_resume(copied):
         optimizer.step(closure)
         resumed.step(closure_of_others)
     assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+def test_the_loss_estimator_needs_every_loss():
+    with pytest.raises(ValueError, match="leaves out losses"):
+        problem(curvature_interval=2, regularizer="log", estimator="loss")
 
 
 @pytest.mark.parametrize("name", ["interval", "curvature_interval"])
