@@ -2,9 +2,10 @@
 
 from .amp import GradScaler
 from .backends import available_backends
+from .graphs import GraphedStep
 from .optimizer import CRSAM
 from .schedules import Scheduled
 from .stats import Stats
 
-__all__ = ["CRSAM", "GradScaler", "Scheduled", "Stats", "available_backends"]
+__all__ = ["CRSAM", "GradScaler", "GraphedStep", "Scheduled", "Stats", "available_backends"]
 __version__ = "0.1.0"

@@ -309,6 +309,7 @@ class FlatParameters:
         num_points: int = 1,
     ) -> None:
         self.num_points = num_points
+        self.published = False  # whether the state holds all buffers that the last update used
         self._names = [None if o is None else o.buffers for o in options]
         members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int]]] = {}
         for group, param in _members(param_groups):

@@ -16,7 +16,7 @@ from . import backends
 from .flat import FlatParameters, Options, check_parameter
 from .ops import AdamOptions, Operators, SGDOptions
 from .parallel import gradients_at
-from .passes import RandomState, RunningStatistics, SecondDifference, Step
+from .passes import RunningStatistics, SecondDifference, SharedNoise, Step
 from .stats import Stats
 
 __all__ = ["CRSAM"]
@@ -101,6 +101,7 @@ class CRSAM(Optimizer):
     _last_loss: Any  # what the last call of a step was given: step() takes no such argument
     _combined: bool  # whether p.grad holds what combine() has left there
     _scaling: tuple[Tensor, Tensor] | None  # scale and found_inf of a crsam_ext.GradScaler that steps
+    _shared_noise: Any = SharedNoise  # a CUDA graph needs another
     _step_supports_amp_scaling = True  # torch's GradScaler leaves scale and found_inf to the step
 
     def __init__(
@@ -266,20 +267,15 @@ class CRSAM(Optimizer):
         closure = _accumulating(closure)
         with self._restoring():
             step = self._begin(self.passes, num_points=1 if parallel is None or self.passes < 3 else 2)
-            devices = {bucket.device for bucket in step.flat.buckets}
-            replay = self.replay_rng and step.passes > 1
-            before = RandomState(devices) if replay else None
-            after = None
+            shares = self.replay_rng and step.passes > 1
+            noise = self._shared_noise({bucket.device for bucket in step.flat.buckets}) if shares else None
             for index in range(step.passes):
                 self._clear_gradients()
-                if index and before is not None:
-                    before.replay()
-                loss = closure()
-                if index == 0 and replay:
-                    after = RandomState(devices)
-                step.collect(loss, keep=False)
+                if index and noise is not None:
+                    noise.repeat()
+                step.collect(closure(), keep=False)
                 if parallel is not None and step.passes == 3:
-                    if before is not None and before.was_used:
+                    if noise is not None and noise.drawn:
                         raise RuntimeError(
                             "the loss draws random numbers (dropout?), and vmap would draw others: "
                             "step without parallel=, or set replay_rng=False"
@@ -289,8 +285,8 @@ class CRSAM(Optimizer):
                     break
                 if index < step.passes - 1:
                     step.move()
-            if after is not None:
-                after.replay()
+            if noise is not None:
+                noise.end()
             self._update(step, *(self._scaling or (None, None)))
         return step.losses[0]
 

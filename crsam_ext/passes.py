@@ -15,36 +15,47 @@ from .ops import COUNTERS, AdamOptions, Coefficients, SGDOptions, compute_dtype
 if TYPE_CHECKING:
     from .optimizer import CRSAM
 
-__all__ = ["STATISTICS", "RandomState", "RunningStatistics", "SecondDifference", "Step"]
+__all__ = ["STATISTICS", "RunningStatistics", "SecondDifference", "SharedNoise", "Step"]
 
 #: Names of the buffers that normalization layers keep their running statistics in.
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-class RandomState:
-    """State of torch's random number generators, on the CPU and on the devices of the parameters.
+class SharedNoise:
+    """The random numbers of the first pass, for the other passes too, on the CPU and on the devices of the parameters.
 
-    Replaying it gives every pass the same dropout masks: otherwise the finite differences would measure the masks.
+    So every pass has the same dropout masks: otherwise the finite differences would measure the masks.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._cpu = torch.get_rng_state()
-        self._accelerators = {
-            device: torch.get_device_module(device).get_rng_state(device) for device in devices if device.type != "cpu"
-        }
+        self._accelerators = [device for device in devices if device.type != "cpu"]
+        self._before = self._states()
+        self._after: list[Tensor] | None = None
+
+    def _states(self) -> list[Tensor]:
+        accelerators = [torch.get_device_module(d).get_rng_state(d) for d in self._accelerators]
+        return [torch.get_rng_state(), *accelerators]
+
+    def _set(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for device, state in zip(self._accelerators, states[1:], strict=True):
+            torch.get_device_module(device).set_rng_state(state, device)
 
     @property
-    def was_used(self) -> bool:
-        """Whether random numbers have been drawn since."""
-        now = RandomState(self._accelerators)
-        pairs = [(now._cpu, self._cpu), *((now._accelerators[d], state) for d, state in self._accelerators.items())]
-        return not all(torch.equal(a, b) for a, b in pairs)
+    def drawn(self) -> bool:
+        """Whether any random numbers have been drawn."""
+        return not all(torch.equal(x, y) for x, y in zip(self._states(), self._before, strict=True))
 
-    def replay(self) -> None:
-        """Put the generators back to where they were."""
-        torch.set_rng_state(self._cpu)
-        for device, state in self._accelerators.items():
-            torch.get_device_module(device).set_rng_state(state, device)
+    def repeat(self) -> None:
+        """Another pass begins."""
+        if self._after is None:
+            self._after = self._states()
+        self._set(self._before)
+
+    def end(self) -> None:
+        """No other pass comes: go on as after the first."""
+        if self._after is not None:
+            self._set(self._after)
 
 
 class RunningStatistics:
@@ -98,7 +109,9 @@ class SecondDifference:
                 torch._foreach_div_(new, grad_scale.to(new[0]))
             here = ok.to(new[0].device, non_blocking=True)
             for slot, d2 in zip(slots, new, strict=True):
-                old = self.values.setdefault(slot.param, torch.zeros_like(d2))
+                old = self.values.get(slot.param)
+                if old is None:
+                    old = self.values[slot.param] = torch.zeros_like(d2)
                 torch.where(here, d2, old, out=old)
 
     def descent(self, step: Step, grad_scale: Tensor | None) -> list[list[Tensor | None]]:
@@ -457,6 +470,7 @@ class Step:
             # The flag is read in the first step of a plan only: what enters the state must have been used.
             if (sgd or adam) and not plan.published and bool(c.ok):
                 bucket.publish(plan, self.optimizer.state)
+        self.flat.published = all(plan.published for plan in plans if plan.rows)
         if self.options[0] is None and bool(c.ok):
             for plan, grads in zip(plans, rows, strict=True):
                 plan.scatter(grads[-1])

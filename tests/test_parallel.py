@@ -83,6 +83,7 @@ def losses(model, x, y):
     return loss_of, closure
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of attention on a CPU
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_two_passes(name, base, backend_options, device):

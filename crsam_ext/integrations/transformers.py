@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..optimizer import CRSAM
-from ..passes import RandomState
+from ..passes import SharedNoise
 
 __all__ = ["CRSAMTrainer"]
 
@@ -32,20 +32,19 @@ class CRSAMTrainer(Trainer):
         """All passes of a batch but the update, which the Trainer's own ``optimizer.step()`` makes."""
         optimizer = self._crsam()
         calls = (optimizer.first_step, optimizer.second_step)[: optimizer.passes - 1]
-        before = RandomState({torch.device(self.args.device)}) if calls and optimizer.replay_rng else None
+        noise = SharedNoise({torch.device(self.args.device)}) if calls and optimizer.replay_rng else None
         try:
             loss = last = super().training_step(model, inputs, num_items_in_batch)
-            after = None if before is None else RandomState({torch.device(self.args.device)})
             for call in calls:
                 call(zero_grad=True, loss=last)
-                if before is not None:
-                    before.replay()
+                if noise is not None:
+                    noise.repeat()
                 last = super().training_step(model, inputs, num_items_in_batch)
         except BaseException:
             optimizer.restore()
             raise
-        if after is not None:
-            after.replay()
+        if noise is not None:
+            noise.end()
         scaler = self.accelerator.scaler
         if calls and (self.args.max_grad_norm or scaler is not None):  # which act on the regularized gradient
             optimizer.combine(last, None if scaler is None else scaler.get_scale())

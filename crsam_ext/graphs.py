@@ -1,0 +1,186 @@
+"""A whole step in a CUDA graph: three forward and backward passes and all kernels between them are one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .optimizer import CRSAM
+
+__all__ = ["GraphedStep"]
+
+# What schedulers change. As tensors on the device, they are read anew by each replay.
+_SCHEDULED = ("lr", "rho", "alpha", "beta")
+
+
+def why_not(optimizer: CRSAM) -> str | None:
+    """Why the steps of an optimizer cannot be captured; None if they can."""
+    devices = sorted({str(param.device) for group in optimizer.param_groups for param in group["params"]})
+    if len(devices) != 1 or not devices[0].startswith("cuda"):
+        return f"the parameters are on {', '.join(devices)}, not on one CUDA device"
+    if optimizer.backend not in ("cuda", "triton"):
+        return f"backend {optimizer.backend!r} reads numbers on the host; use cuda or triton"
+    if optimizer._options()[0] is None:
+        return f"whether {type(optimizer.base_optimizer).__name__} makes its step is decided on the host"
+    return None
+
+
+class GraphedStep:
+    """``optimizer.step(closure)``, captured in a CUDA graph and replayed.
+
+    Every call makes one step. The first are ordinary ones; then one is captured, for each number of passes that occurs.
+    In the groups, ``lr``, ``rho``, ``alpha`` and ``beta`` become tensors on the device, unless they are 0, so that
+    schedulers go on working, those that assign numbers too. After a change of other options a step is captured anew;
+    after parameters were moved or state was loaded, ordinary steps come first again.
+
+    Args:
+        optimizer: around SGD, Adam or AdamW, with backend "cuda" or "triton", all parameters on one CUDA device.
+        closure: as for :meth:`crsam_ext.CRSAM.step`. It reads its batch from tensors that stay where they are, may not
+            synchronise with the host, and runs in Python only while a step is not replayed; so do hooks.
+        warmup: how many ordinary steps come first, at least one.
+    Raises:
+        ValueError: for an optimizer that cannot be captured, saying why.
+
+    Example::
+
+        x, y = torch.empty(256, 3, 224, 224, device="cuda"), torch.empty(256, dtype=torch.long, device="cuda")
+        step = GraphedStep(optimizer, closure)  # of x and y
+        for images, labels in loader:
+            x.copy_(images)
+            y.copy_(labels)
+            loss = step()  # overwritten by the next step
+            scheduler.step()
+    """
+
+    def __init__(self, optimizer: CRSAM, closure: Callable[[], Any], warmup: int = 3) -> None:
+        reason = why_not(optimizer)
+        if reason is not None:
+            raise ValueError(f"this step cannot be captured in a CUDA graph: {reason}")
+        if warmup < 1:
+            raise ValueError(f"warmup must be at least 1, but is {warmup}")
+        self.optimizer, self.closure, self.warmup = optimizer, closure, warmup
+        self.device = optimizer.param_groups[0]["params"][0].device
+        self._stream = torch.cuda.Stream(self.device)
+        self._tensors: dict[tuple[int, str], Tensor] = {}
+        self._forget()
+
+    def __call__(self) -> Any:
+        """Make a step.
+
+        Returns:
+            What the closure returned at w; a tensor is overwritten by the next step.
+        """
+        optimizer = self.optimizer
+        self._options_to_device()
+        flat = optimizer._flat
+        if flat is None or not flat.matches(optimizer.param_groups, optimizer.state, optimizer._options()):
+            self._forget()
+        passes, baked = optimizer.passes, self._baked()
+        graph = self._graphs.get(passes)
+        if graph is None or graph.baked != baked:
+            # Until a first step was sound, the host is asked whether its state is to be entered.
+            if flat is None or not flat.published or self._ordinary.get(passes, 0) < self.warmup:
+                self._ordinary[passes] = self._ordinary.get(passes, 0) + 1
+                return self._on_stream(lambda: optimizer.step(self.closure))
+            graph = self._graphs[passes] = _Graph(optimizer, self.closure, baked, self._stream, self.device)
+        self._on_stream(graph.replay)
+        return graph.loss
+
+    def _on_stream(self, function: Callable[[], Any]) -> Any:
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = function()
+        current.wait_stream(self._stream)
+        return result
+
+    def _forget(self) -> None:
+        self._graphs: dict[int, _Graph] = {}  # for each number of passes
+        self._ordinary: dict[int, int] = {}  # likewise, how many steps were not replayed
+
+    def _options_to_device(self) -> None:
+        for index, group in enumerate(self.optimizer.param_groups):
+            for name in _SCHEDULED:
+                value = group[name]
+                tensor = self._tensors.get((index, name))
+                if value is tensor or (tensor is None and not isinstance(value, Tensor) and value == 0):
+                    continue
+                if tensor is None:
+                    tensor = self._tensors[index, name] = torch.zeros((), dtype=torch.float64, device=self.device)
+                tensor.copy_(value) if isinstance(value, Tensor) else tensor.fill_(value)
+                group[name] = tensor
+
+    def _baked(self) -> Any:
+        """All options that a graph holds as numbers."""
+        optimizer = self.optimizer
+        groups = [
+            {
+                name: id(value) if isinstance(value, Tensor) else value
+                for name, value in group.items()
+                if name not in (*_SCHEDULED, "params") and not name.startswith("initial_")
+            }
+            for group in optimizer.param_groups
+        ]
+        return groups, optimizer.max_grad_norm, optimizer.max_regularizer_ratio
+
+
+class _Graph:
+    """One captured step."""
+
+    def __init__(
+        self, optimizer: CRSAM, closure: Callable[[], Any], baked: Any, stream: torch.cuda.Stream, device: torch.device
+    ) -> None:
+        self.baked, self._stats = baked, optimizer.stats
+        self._graph = torch.cuda.CUDAGraph()
+        self._noise = _GraphNoise(self._graph, device, optimizer.passes)
+        steps = self._stats.steps
+        optimizer._shared_noise = lambda devices: self._noise
+        try:
+            with torch.cuda.graph(self._graph, stream=stream):
+                self.loss = optimizer.step(closure)
+        finally:
+            del optimizer._shared_noise
+            self._noise.end()
+        self._measured = dict(vars(self._stats))
+        self._stats.steps = steps
+        self._grads = [(param, param.grad) for group in optimizer.param_groups for param in group["params"]]
+
+    def replay(self) -> None:
+        self._noise.align()
+        self._graph.replay()
+        vars(self._stats).update(self._measured, steps=self._stats.steps + 1)
+        for param, grad in self._grads:
+            param.grad = grad
+
+
+class _GraphNoise:
+    """:class:`crsam_ext.passes.SharedNoise` of a graph: a state of the generator for each pass, which go in step.
+
+    A graph knows the states of a generator by identity; each counts what was drawn from it, and a replay begins where
+    the last one ended.
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device, passes: int) -> None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._generator = torch.cuda.default_generators[index]
+        self._states = [self._generator.graphsafe_get_state()]
+        self._states += [self._states[0].clone_state() for _ in range(passes - 1)]
+        self._pass = 0
+        for state in self._states:
+            graph.register_generator_state(state)
+
+    def repeat(self) -> None:
+        self._pass += 1
+        self._generator.graphsafe_set_state(self._states[self._pass])
+
+    def end(self) -> None:
+        self._generator.graphsafe_set_state(self._states[0])
+
+    def align(self) -> None:
+        """Before a replay: others may have drawn from the generator since the last."""
+        first = self._states[0].get_state()
+        for state in self._states[1:]:
+            state.set_state(first)

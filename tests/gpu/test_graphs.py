@@ -1,0 +1,104 @@
+"""Steps replayed from a CUDA graph equal ordinary ones, bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from crsam_ext import CRSAM, GraphedStep, Scheduled, available_backends
+
+from ..conftest import missing
+
+pytestmark = pytest.mark.require_cuda
+
+STEPS = 10
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def fused(request):
+    verdict = available_backends()[request.param]
+    if verdict != "available":
+        missing(f"backend {request.param} is {verdict}")
+    return request.param
+
+
+def train(fused, graphed, base=torch.optim.SGD, bad_step=None, **options):
+    torch.manual_seed(0)
+    layers = (nn.Linear(20, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.3), nn.Linear(64, 5))
+    model = nn.Sequential(*layers).cuda()
+    optimizer = CRSAM(model.parameters(), base, lr=0.05, rho=0.1, backend=fused, model=model, **options)
+    schedulers = [
+        torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
+        torch.optim.lr_scheduler.LinearLR(Scheduled(optimizer, "rho"), total_iters=STEPS),
+    ]
+    x, y = torch.empty(32, 20, device="cuda"), torch.empty(32, dtype=torch.long, device="cuda")
+
+    def closure():
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    step = GraphedStep(optimizer, closure) if graphed else lambda: optimizer.step(closure)
+    losses = []
+    for index in range(STEPS):
+        x.copy_(torch.randn(32, 20) * (torch.nan if index == bad_step else 1.0))
+        y.copy_(torch.randint(5, (32,)))
+        losses.append(step().detach().clone())
+        for scheduler in schedulers:
+            scheduler.step()
+    return copy.deepcopy(model.state_dict()), torch.stack(losses), torch.cuda.get_rng_state(), optimizer.stats.as_dict()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.9},
+        {"base": torch.optim.AdamW},
+        {"regularizer": "log", "max_grad_norm": 0.5},
+        {"momentum": 0.9, "interval": 2},
+        {"momentum": 0.9, "curvature_interval": 2},
+        {"momentum": 0.9, "bad_step": STEPS - 2},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_equal_to_ordinary_steps(fused, options):
+    """Dropout masks, running statistics, schedules, skipped steps and measurements included."""
+    weights, losses, random, stats = train(fused, False, **options)
+    graphed_weights, graphed_losses, graphed_random, graphed_stats = train(fused, True, **options)
+    assert all(torch.equal(w, graphed_weights[name]) for name, w in weights.items())
+    torch.testing.assert_close(losses, graphed_losses, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(random, graphed_random)
+    assert str(stats) == str(graphed_stats)  # NaN is not equal to itself
+
+
+def test_numbers_drawn_between_replays(fused):
+    """Whoever else draws from the generator leaves the passes of a step with equal masks: a loss without parameters
+    in it, three times the same noise."""
+    weight = nn.Parameter(torch.ones(3, device="cuda"))
+    optimizer = CRSAM([weight], lr=0.0, rho=0.1, backend=fused)
+
+    def closure():
+        loss = 0 * weight.sum() + torch.rand((), device="cuda")
+        loss.backward()
+        return loss
+
+    step, seen = GraphedStep(optimizer, closure, warmup=1), []
+    for _ in range(6):
+        step()
+        stats = optimizer.stats.as_dict()
+        assert stats["loss"] == stats["loss_ascent"] == stats["loss_descent"]
+        seen.append(stats["loss"])
+        torch.rand(5, device="cuda")
+    assert len(set(seen)) == 6
+
+
+def test_what_cannot_be_captured():
+    weight = nn.Parameter(torch.ones(3, device="cuda"))
+    for options, why in (
+        ({"backend": "torch"}, "backend 'torch' reads numbers on the host"),
+        ({"base_optimizer": torch.optim.RMSprop}, "RMSprop makes its step is decided on the host"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            GraphedStep(CRSAM([weight], lr=0.1, **options), lambda: None)

@@ -1,0 +1,140 @@
+"""What GraphedStep does on the host, with a stand-in for the graph: tests/gpu/test_graphs.py captures real ones."""
+
+import pytest
+import torch
+
+from crsam_ext import CRSAM, GraphedStep, graphs
+
+from .reference import EXACT, assert_close, batch, closure_of, network_loss, network_params
+
+
+class StandIn:
+    """A graph of which each replay is a step, on the device and in the counters, as of a real one."""
+
+    captured = 0
+
+    def __init__(self, optimizer, closure, baked, *_):
+        self.optimizer, self.closure, self.baked = optimizer, closure, baked
+        self.passes = optimizer.passes
+        StandIn.captured += 1
+
+    def replay(self):
+        assert self.optimizer.passes == self.passes
+        self.loss = self.optimizer.step(self.closure)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    monkeypatch.setattr(StandIn, "captured", 0)
+    monkeypatch.setattr(graphs, "_Graph", StandIn)
+    monkeypatch.setattr(graphs, "why_not", lambda optimizer: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(GraphedStep, "_on_stream", lambda self, function: function())
+    return StandIn
+
+
+def problem(**options):
+    torch.manual_seed(0)
+    params, data = network_params(torch.float64), batch(torch.float64)
+    optimizer = CRSAM(params, torch.optim.SGD, **{"lr": 0.1, "momentum": 0.9, "rho": 0.2, **options})
+    return params, optimizer, closure_of(lambda p: network_loss(p, data), params)
+
+
+def test_steps_and_captures(stand_in):
+    """Each call is one step, and there is a graph for each number of passes."""
+    params, optimizer, closure = problem(curvature_interval=2)
+    others, plain, closure_of_others = problem(curvature_interval=2)
+    step = GraphedStep(optimizer, closure, warmup=2)
+    for index in range(8):
+        assert step() == plain.step(closure_of_others)
+        assert stand_in.captured == (0, 0, 0, 0, 1, 2, 2, 2)[index]
+    assert optimizer.stats.steps == 8
+    for p, q in zip(params, others, strict=True):
+        assert_close(p, q, EXACT)
+
+
+def assigning(optimizer, epoch):
+    """As a scheduler of timm does."""
+    optimizer.param_groups[0]["lr"] = 0.1 / (epoch + 2)
+
+
+def test_schedulers(stand_in):
+    """Those that change a tensor in place, and those that assign a number, take effect without another capture."""
+    params, optimizer, closure = problem(alpha=0.0)
+    others, plain, closure_of_others = problem(alpha=0.0)
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (optimizer, plain)]
+    step = GraphedStep(optimizer, closure, warmup=1)
+    for index in range(8):
+        step()
+        plain.step(closure_of_others)
+        for o, scheduler in zip((optimizer, plain), schedulers, strict=True):
+            assigning(o, index) if index > 4 else scheduler.step()
+    group = optimizer.param_groups[0]
+    assert all(isinstance(group[name], torch.Tensor) for name in ("rho", "beta"))
+    assert group["alpha"] == 0.0  # a number: it decides how many passes there are
+    assert stand_in.captured == 1
+    for p, q in zip(params, others, strict=True):
+        assert_close(p, q, EXACT)
+
+
+def test_other_options_are_captured_anew(stand_in):
+    params, optimizer, closure = problem()
+    others, plain, closure_of_others = problem()
+    step = GraphedStep(optimizer, closure, warmup=1)
+    for momentum in (0.9, 0.9, 0.9, 0.8, 0.8):
+        optimizer.param_groups[0]["momentum"] = plain.param_groups[0]["momentum"] = momentum
+        step()
+        plain.step(closure_of_others)
+    assert stand_in.captured == 2
+    for p, q in zip(params, others, strict=True):
+        assert_close(p, q, EXACT)
+
+
+@pytest.mark.parametrize("event", ["moved", "loaded"])
+def test_ordinary_steps_after(event, stand_in):
+    params, optimizer, closure = problem()
+    step = GraphedStep(optimizer, closure, warmup=1)
+    for _ in range(3):
+        step()
+    if event == "moved":
+        params[0].data = params[0].data.clone()
+    else:
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert stand_in.captured == 1
+    step()
+    assert stand_in.captured == 1
+    step()
+    assert stand_in.captured == 2
+
+
+def test_no_capture_before_a_sound_step(stand_in):
+    """Until then the host reads whether the state is to be entered."""
+    params, optimizer, closure = problem()
+    sound = False
+
+    def failing():
+        loss = closure()
+        if not sound:
+            params[0].grad.fill_(torch.nan)
+        return loss
+
+    step = GraphedStep(optimizer, failing, warmup=1)
+    for _ in range(3):
+        step()
+    assert stand_in.captured == 0
+    sound = True
+    step()
+    step()
+    assert stand_in.captured == 1
+
+
+def test_what_cannot_be_captured():
+    _, optimizer, closure = problem()
+    with pytest.raises(ValueError, match=r"cannot be captured in a CUDA graph: .* not on one CUDA device"):
+        GraphedStep(optimizer, closure)
+
+
+def test_warmup(stand_in):
+    _, optimizer, closure = problem()
+    with pytest.raises(ValueError, match="warmup must be at least 1"):
+        GraphedStep(optimizer, closure, warmup=0)
