@@ -172,6 +172,7 @@ class Operators(ABC):
         adaptive: Sequence[bool],
         sign: int,
         undo: list[tuple[Tensor, Tensor]],
+        stochastic: bool = False,
     ) -> None:
         r"""Write :math:`w \pm e` into ``live``, absolutely, from the saved :math:`w`.
 
@@ -190,6 +191,9 @@ class Operators(ABC):
             sign: +1 for w + e, -1 for w - e.
             undo: with ``sign=+1``, pairs of ``live`` and ``saved`` (rows, or pieces of them) are appended. Wherever an
                 exception or Ctrl-C has struck, copying each second into its first gives w back.
+            stochastic: for float16 and bfloat16, step from w as the model reads it, and round the end up or down with
+                the probability that makes the mean exact: else a step of less than half the distance to the next
+                number is none. The random bits are a hash of w and g0, so both signs have the same.
         """
 
     @abstractmethod

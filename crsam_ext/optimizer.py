@@ -71,6 +71,9 @@ class CRSAM(Optimizer):
             (Not with ``estimator="loss"``, which needs the loss at w - e.)
         model: if given, the running statistics of its normalization layers follow the first pass only.
         replay_rng: give every pass of ``step(closure)`` the same random numbers (dropout masks, for instance).
+        stochastic_rounding: round perturbed float16 and bfloat16 parameters up or down at random, so that the model
+            moves by e on average: rounded to nearest, most bfloat16 parameters do not move at all. (w itself is kept
+            in float32 and rounded to nearest, either way.)
         backend: "cuda", "triton", "torch", or "auto" for the first that is available.
         compile: run the torch backend through ``torch.compile``.
         **base_kwargs: lr, momentum and whatever else the base optimizer takes.
@@ -122,6 +125,7 @@ class CRSAM(Optimizer):
         curvature_interval: int = 1,
         model: torch.nn.Module | None = None,
         replay_rng: bool = True,
+        stochastic_rounding: bool = False,
         backend: str = "auto",
         compile: bool = False,
         **base_kwargs: Any,
@@ -148,6 +152,7 @@ class CRSAM(Optimizer):
         self.regularizer, self.estimator = regularizer, estimator
         self.max_grad_norm, self.max_regularizer_ratio = max_grad_norm, max_regularizer_ratio
         self.replay_rng, self.compile = replay_rng, compile
+        self.stochastic_rounding = stochastic_rounding
         self.stats = Stats()
         self._difference = SecondDifference()
         self._requested_backend = backend

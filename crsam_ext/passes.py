@@ -218,6 +218,7 @@ class Step:
         (An overflow in g0 shows in any case: e is not finite.)
         """
         adaptive = [bool(group["adaptive"]) for group in self.groups]
+        stochastic = self.optimizer.stochastic_rounding
         plans = self._plans([tuple(g is not None for g in grads) for grads in self.grads[0]])
         rows = self._rows(plans, 0)
         sign = 1 if self._scale is None else -1
@@ -237,7 +238,9 @@ class Step:
             uphill = uphill + 0.0 * self._squared_norm(ascent, self._rows(ascent, 1), unweighted).sum()
         for plan, grads in zip(plans, rows, strict=True):
             if plan.rows:
-                self.operators.perturb_(plan.live, plan.saved, grads, plan.groups, uphill, adaptive, sign, self._undo)
+                self.operators.perturb_(
+                    plan.live, plan.saved, grads, plan.groups, uphill, adaptive, sign, self._undo, stochastic
+                )
                 plan.mark_written()
         # Autocast keeps low-precision copies of the weights until its outermost context ends: they are stale now.
         torch.clear_autocast_cache()
@@ -247,13 +250,16 @@ class Step:
         self.move()
         plans = self._plans([tuple(g is not None for g in grads) for grads in self.grads[0]])
         adaptive = [bool(group["adaptive"]) for group in self.groups]
+        stochastic = self.optimizer.stochastic_rounding
         both = {}
         for bucket, plan, rows, grads in zip(
             self.flat.buckets, plans, self._rows(plans, 0), self.grads[0], strict=True
         ):
             if plan.rows:
                 beside = [row.of(bucket.points[1]) for row in plan.rows]
-                self.operators.perturb_(beside, plan.saved, rows, plan.groups, self._uphill(), adaptive, -1, [])
+                self.operators.perturb_(
+                    beside, plan.saved, rows, plan.groups, self._uphill(), adaptive, -1, [], stochastic
+                )
             both.update(
                 {slot.param: bucket.stacked(slot) for slot, g in zip(bucket.slots, grads, strict=True) if g is not None}
             )

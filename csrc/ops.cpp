@@ -12,7 +12,7 @@ TORCH_LIBRARY(crsam, m) {
   m.def("perturbation_scale(Tensor squared_norm, Tensor rho, float epsilon) -> Tensor");
   m.def(
       "perturb_(Tensor(a!)[] live, Tensor(b!)[] saved, Tensor[] grads, int[] groups, Tensor scale, bool[] adaptive, "
-      "int sign) -> ()");
+      "int sign, bool stochastic=False) -> ()");
   m.def(
       "fd_gram(Tensor[] grad, Tensor[] grad_ascent, Tensor[] grad_descent, int[] groups, int num_groups, "
       "Tensor?[] weights) -> Tensor");

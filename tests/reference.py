@@ -24,6 +24,7 @@ LIMIT          1e-5            finite differences at rho = 1e-3 against autograd
 
 import math
 
+import numpy as np
 import torch
 
 EXACT = 1e-12
@@ -69,6 +70,22 @@ def perturbation(w, g0, rho, adaptive):
     """e of SAM, or ASAM where adaptive; lists with one entry a parameter."""
     length = norm([p.abs() * g if a else g for p, g, a in zip(w, g0, adaptive, strict=True)]) + 1e-12
     return [r * (p**2 * g if a else g) / length for p, g, r, a in zip(w, g0, rho, adaptive, strict=True)]
+
+
+def random_bits(w, g):
+    """u in [0, 1) of stochastic rounding: 13 bits of MurmurHash3's finalizer over float32 w and g."""
+    w, g = (np.ascontiguousarray(x.float().numpy()).view(np.uint32).astype(np.uint64) for x in (w, g))
+    h = (w ^ (g * 0x9E3779B1)) % 2**32
+    h = ((h ^ (h >> 16)) * 0x85EBCA6B) % 2**32
+    h = ((h ^ (h >> 13)) * 0xC2B2AE35) % 2**32
+    return torch.from_numpy(((h ^ (h >> 16)) >> 19).astype(np.float64)) / 2**13
+
+
+def spacing(x, dtype):
+    """Distance of neighbours of float64 x among the numbers of ``dtype``."""
+    info = torch.finfo(dtype)
+    smallest = info.smallest_normal if dtype == torch.float16 else 2.0**-119
+    return torch.exp2(torch.floor(torch.log2(x.abs().clamp(min=smallest)))) * info.eps
 
 
 def differences(g0, gp, gm):

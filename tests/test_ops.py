@@ -177,6 +177,94 @@ def test_perturb(adaptive, sign, dtype, operators, device):
     check_perturb(operators, dtype, adaptive, sign, device)
 
 
+low_precision = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+
+
+@low_precision
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_stochastic_rounding(sign, adaptive, dtype, operators, device):
+    """Against the formula; a float32 product may differ in its last digit, and then, rarely, the result."""
+    master = [
+        p * (1 + torch.finfo(dtype).eps * (torch.rand(p.shape) - 0.5)).to(device) / 8
+        for p in rows(torch.float32, device)
+    ]
+    live, g, scale = [p.to(dtype) for p in master], rows(dtype, device), vector([0.01, -0.3], device)
+    w, saved = wide(live), [p.clone() for p in master]
+    if sign < 0:
+        for p in live:
+            p.fill_(math.nan)
+    operators.perturb_(live, saved, g, GROUPS, scale, [adaptive] * 2, sign, [], stochastic=True)
+    off = count = 0
+    for p, s, m, x, gi, k in zip(live, saved, master, w, g, GROUPS, strict=True):
+        assert torch.equal(s, m)
+        gi = gi.double().cpu()
+        e = scale[k].item() * (x**2 * gi if adaptive else gi)
+        cancelled = 4 * unit(dtype) * (x.abs() + e.abs())
+        x = x + sign * e
+        q = reference.spacing(x, dtype)
+        expected = torch.floor(x / q + reference.random_bits(m.cpu(), gi)) * q
+        error = (p.double().cpu() - expected).abs()
+        assert (error <= 2 * q + cancelled).all()
+        off, count = off + int((error > 0).sum()), count + len(p)
+    assert off <= count / 1000
+
+
+@low_precision
+def test_stochastic_rounding_is_right_on_average(dtype, operators, device):
+    """The model moves by e, also where that is a hundredth of the distance to the next number, and by -e likewise."""
+    n = 2**16
+    master = (0.5 + torch.rand(n)).to(device)
+    live, g = master.to(dtype), torch.randn(n).to(device, dtype)
+    w, moved = live.double(), []
+    for sign in (1, -1):
+        operators.perturb_(
+            [live],
+            [master],
+            [g],
+            [0],
+            vector([torch.finfo(dtype).eps / 100], device),
+            [False],
+            sign,
+            [],
+            stochastic=True,
+        )
+        moved.append(live.double() - w)
+    e = g.double() * torch.finfo(dtype).eps / 100
+    for sign, found in zip((1, -1), moved, strict=True):
+        slope = (found * e).sum() / (e * e).sum()
+        # Each element is off by at most a spacing, with a variance of at most e times it.
+        deviation = (e.abs().pow(3) * torch.finfo(dtype).eps).sum().sqrt() / (e * e).sum()
+        assert abs(slope - sign) < 5 * deviation
+    assert (moved[0] != 0).double().mean() < 0.05  # rounded to nearest, none would have moved
+
+
+@low_precision
+def test_stochastic_rounding_of_hard_numbers(dtype, operators, device):
+    """Without a gradient nothing moves, near 0 the mean is right too, and what is not finite stays so."""
+    tiny = torch.finfo(dtype).smallest_normal
+    live = torch.tensor([0.0, -1.0, 3 * tiny, -tiny, 1.0, 1.0, 1.0], device=device, dtype=dtype)
+    g = torch.tensor([0.0, 0.0, 0.0, 0.0, math.inf, -math.inf, math.nan], device=device, dtype=dtype)
+    w, saved = live.clone(), live.float()
+    operators.perturb_([live], [saved], [g], [0], vector([0.5], device), [False], 1, [], stochastic=True)
+    assert torch.equal(live[:2], w[:2])
+    assert ((live[2:4] - w[2:4]).abs() <= 2.0**-119).all()
+    assert not live[4:].isfinite().any()
+
+
+def test_no_stochastic_rounding_of_wide_numbers(operators, device):
+    for dtype in (torch.float32, torch.float64):
+        results = []
+        for stochastic in (False, True):
+            torch.manual_seed(0)
+            live, g, saved = rows(dtype, device), rows(dtype, device), rows(dtype, device)
+            operators.perturb_(
+                live, saved, g, GROUPS, vector([0.3, 0.3], device), [False] * 2, 1, [], stochastic=stochastic
+            )
+            results.append(live)
+        assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
 def test_perturb_can_be_undone_from_any_point(operators, device, monkeypatch):
     """An exception after any number of blocks: what was appended until then gives w back."""
     if operators.name != "torch":

@@ -230,6 +230,44 @@ def test_low_precision_accumulates_small_updates(dtype, backend_options, device)
     assert torch.equal(param, torch.full_like(param, 1 - 2 * ulp))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("parallel", [False, True], ids=["in_turn", "at_once"])
+def test_stochastic_rounding(parallel, dtype, backend_options, device):
+    """Of a perturbation a tenth of the distance of neighbours, which is otherwise none; w itself stays what it is."""
+    rho = torch.finfo(dtype).eps / 2 / 10 * 2000**0.5
+
+    def moved(stochastic):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(100, 20, bias=False).to(device, dtype)
+        torch.nn.init.uniform_(model.weight, 0.5, 1.0)
+        w, points = model.weight.detach().clone(), []
+        optimizer = CRSAM(model.parameters(), lr=0.0, rho=rho, stochastic_rounding=stochastic, **backend_options)
+
+        def loss_of():
+            return model(x).square().mean()
+
+        def closure():
+            points.append(model.weight.detach().clone())
+            loss = loss_of()
+            loss.backward()
+            return loss
+
+        x = torch.randn(8, 100).to(device, dtype)
+        for _ in range(2):
+            optimizer.step(loss_of, parallel=model) if parallel else optimizer.step(closure)
+        assert torch.equal(model.weight, w)
+        if parallel:
+            (bucket,) = optimizer._flat.buckets
+            points = [w, None, bucket.points[1][: w.numel()].view_as(w)] * 2
+        return [(p != w).double().mean().item() for p in points if p is not None]
+
+    assert max(moved(False)) < 0.02
+    shares = moved(True)
+    assert shares[0] == shares[len(shares) // 2] == 0  # at w itself
+    assert all(0.02 < share < 0.5 for share in shares if share)
+    assert any(shares)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
 def test_points_of_the_passes(adaptive, dtype, backend_options, device):

@@ -37,7 +37,7 @@ OPTIMIZER = (
 )
 PARTS = {
     # Files, expression that chooses among the tests there, and how many are chosen.
-    "operators": (["test_ops.py"], "triton_interpreted", 196),
+    "operators": (["test_ops.py"], "triton_interpreted", 209),
     "triton_operators": (["test_triton_operators.py"], "", 76),
     "trajectories": (
         ["test_golden.py"],

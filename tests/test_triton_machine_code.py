@@ -44,8 +44,10 @@ class Kernel(NamedTuple):
 
 KERNELS = {
     "grad_norm": Kernel("grad_norm_kernel", {}, 2, 0, 0, 0),
-    "perturb_first": Kernel("perturb_kernel", {"SAVE": True}, 2, 0, 1, 1),
-    "perturb_second": Kernel("perturb_kernel", {"SAVE": False}, 1, 1, 1, 0),
+    "perturb_first": Kernel("perturb_kernel", {"SAVE": True, "STOCHASTIC": False}, 2, 0, 1, 1),
+    "perturb_second": Kernel("perturb_kernel", {"SAVE": False, "STOCHASTIC": False}, 1, 1, 1, 0),
+    "perturb_first_stochastic": Kernel("perturb_kernel", {"SAVE": True, "STOCHASTIC": True}, 2, 0, 1, 1),
+    "perturb_second_stochastic": Kernel("perturb_kernel", {"SAVE": False, "STOCHASTIC": True}, 1, 1, 1, 0),
     "fd_gram": Kernel("fd_gram_kernel", {}, 3, 1, 0, 0),
     "sgd_step": Kernel("sgd_step_kernel", {"DIFFERENCES": True}, 3, 2, 1, 1, True),
     "sgd_step_plain": Kernel("sgd_step_kernel", {"DIFFERENCES": False}, 1, 2, 1, 1, True),
@@ -116,6 +118,8 @@ def compiled(request, tmp_path_factory):
             if name.endswith("plain") and request.param != 90:  # they have less of everything
                 continue
             for dtype in COMPILED[request.param]:
+                if name.endswith("stochastic") and dtype.itemsize > 2:
+                    continue
                 function = functions[kernel.function]
                 constants = kernel.constants | {"dtype": launch.DTYPES[dtype], "VECTORS": block.vectors}
                 signature = {p: "constexpr" if p in constants else POINTERS[p] for p in function.arg_names}

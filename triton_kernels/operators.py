@@ -184,6 +184,7 @@ def perturb_(
     scale: Tensor,
     adaptive: Sequence[bool],
     sign: int,
+    stochastic: bool = False,
 ) -> None:
     """w + sign e into `live`; with sign +1, w is saved first."""
     if not live:
@@ -202,7 +203,7 @@ def perturb_(
             _launches.markers[rows.device] = torch.zeros(1, dtype=torch.int64, device=rows.device)
         table = rows.table()
         _launches.count += 1
-        launch_perturb(rows.dtype, table, scale, sign, _launches.markers[rows.device], _launches.count)
+        launch_perturb(rows.dtype, table, scale, sign, stochastic, _launches.markers[rows.device], _launches.count)
 
 
 def fd_gram(

@@ -94,6 +94,33 @@ def perturbed(w, g, scale, adaptive):
 
 
 @triton.jit
+def hashed(w, g):
+    """13 random bits from those of w and g, by the finalizer of MurmurHash3.
+
+    They are the same for w + e and w - e, and others in the next step.
+    """
+    h = w.to(tl.uint32, bitcast=True) ^ (g.to(tl.uint32, bitcast=True) * 0x9E3779B1)
+    h = (h ^ (h >> 16)) * 0x85EBCA6B
+    h = (h ^ (h >> 13)) * 0xC2B2AE35
+    return (h ^ (h >> 16)) >> 19
+
+
+@triton.jit
+def dithered(x, random, dtype: tl.constexpr):
+    """x rounded down after q u is added, where q is the distance of neighbours in `dtype` and u a number in [0, 1).
+
+    So it is rounded up with the probability of the part that is cut off. All but x + q u is exact. Numbers next to 0,
+    which `dtype` could round more finely, are treated as larger ones.
+    """
+    DIGITS: tl.constexpr = 10 if dtype == tl.float16 else 7
+    SMALLEST: tl.constexpr = 113 if dtype == tl.float16 else 8  # exponents are biased by 127
+    exponent = tl.maximum((x.to(tl.uint32, bitcast=True) >> 23) & 255, SMALLEST)
+    q = ((exponent - DIGITS) << 23).to(tl.float32, bitcast=True)
+    inverse = ((254 + DIGITS - exponent) << 23).to(tl.float32, bitcast=True)
+    return tl.floor(tl.fma(x, inverse, random.to(tl.float32) * 2.0**-13)) * q
+
+
+@triton.jit
 def differences(grad, ascent, descent):
     """d1 = g+ - g-,  d2 = (g+ - g0) + (g- - g0)"""
     return ascent - descent, (ascent - grad) + (descent - grad)

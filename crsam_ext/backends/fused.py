@@ -57,6 +57,7 @@ class FusedOperators(Operators):
         adaptive: Sequence[bool],
         sign: int,
         undo: list[tuple[Tensor, Tensor]],
+        stochastic: bool = False,
     ) -> None:
         scale = scale.to(live[0].device, non_blocking=True)
         before, known = self._launch_mark(live[0]), len(undo)
@@ -64,7 +65,7 @@ class FusedOperators(Operators):
             # One launch saves and writes: undo must not wait until it returns, nor stay if it is never made.
             if sign > 0:
                 undo += zip(live, saved, strict=True)
-            self._ops.perturb_(live, saved, grads, groups, scale, adaptive, sign)
+            self._ops.perturb_(live, saved, grads, groups, scale, adaptive, sign, stochastic)
         except BaseException:
             if not self._launched(live[0], before):
                 del undo[known:]

@@ -98,14 +98,36 @@ def _save(live: Tensor, saved: Tensor, scratch: Scratch) -> None:
         torch.where(unchanged, saved, scratch(2).copy_(live), out=saved)
 
 
-def _perturb(live: Tensor, saved: Tensor, g: Tensor, scale: Tensor, scratch: Scratch, adaptive: bool) -> None:
-    g = _up(g, scratch, 0)
+def _perturb(
+    live: Tensor, saved: Tensor, g: Tensor, scale: Tensor, scratch: Scratch, adaptive: bool, stochastic: bool
+) -> None:
+    g = e = _up(g, scratch, 0)
+    rounds = live.dtype != saved.dtype
+    w = scratch(3).copy_(live.copy_(saved)) if rounds and stochastic else saved
     if adaptive:
-        g = torch.mul(saved, saved, out=scratch(1)).mul_(g)
-    if live.dtype == saved.dtype:
-        torch.addcmul(saved, g, scale, out=live)
-    else:
-        live.copy_(torch.addcmul(saved, g, scale, out=scratch(2)))
+        e = torch.mul(w, w, out=scratch(1)).mul_(g)
+    if not rounds:
+        torch.addcmul(w, e, scale, out=live)
+        return
+    moved = torch.addcmul(w, e, scale, out=scratch(2))
+    live.copy_(_dithered(moved, _hashed(saved, g), live.dtype) if stochastic else moved)
+
+
+def _hashed(w: Tensor, g: Tensor) -> Tensor:
+    """13 random bits from those of float32 w and g, by the finalizer of MurmurHash3; int32."""
+    h = g.view(torch.int32) * -0x61C8864F ^ w.view(torch.int32)  # torch has no shifts of uint32: bits are masked
+    h = (h ^ (h >> 16 & 0xFFFF)) * -0x7A143595
+    h = (h ^ (h >> 13 & 0x7FFFF)) * -0x3D4D51CB
+    return (h ^ (h >> 16 & 0xFFFF)) >> 19 & 0x1FFF
+
+
+def _dithered(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
+    """x rounded to ``dtype``, up with the probability of the part that is cut off, see csrc/cuda/update_math.cuh."""
+    digits, smallest = (10, 113) if dtype == torch.float16 else (7, 8)  # exponents are biased by 127
+    exponent = (x.view(torch.int32) >> 23 & 255).clamp_(min=smallest)
+    q = (exponent - digits << 23).view(torch.float32)
+    inverse = (254 + digits - exponent << 23).view(torch.float32)
+    return torch.floor(x * inverse + random * 2.0**-13) * q
 
 
 def _sum_of_products(x: Tensor, y: Tensor, blind: bool = True) -> Tensor:
@@ -318,6 +340,7 @@ class TorchOperators(Operators):
         adaptive: Sequence[bool],
         sign: int,
         undo: list[tuple[Tensor, Tensor]],
+        stochastic: bool = False,
     ) -> None:
         # Never compiled: a block is still in the cache after it was saved, so fusing would gain nothing on a CPU, and
         # ``undo`` must be told between the two.
@@ -327,7 +350,7 @@ class TorchOperators(Operators):
                 if sign > 0:
                     _save(p, w, scratch)
                     undo.append((p, w))
-                _perturb(p, w, g, table[group], scratch, adaptive[group])
+                _perturb(p, w, g, table[group], scratch, adaptive[group], stochastic)
 
     def fd_gram(
         self,

@@ -25,7 +25,7 @@ SCHEMAS = {
     "grad_norm": "(Tensor[] grads, int[] groups, int num_groups, Tensor?[] weights) -> Tensor",
     "perturbation_scale": "(Tensor squared_norm, Tensor rho, float epsilon) -> Tensor",
     "perturb_": "(Tensor(a!)[] live, Tensor(b!)[] saved, Tensor[] grads, int[] groups, Tensor scale, bool[] adaptive, "
-    "int sign) -> ()",
+    "int sign, bool stochastic=False) -> ()",
     "fd_gram": "(Tensor[] grad, Tensor[] grad_ascent, Tensor[] grad_descent, int[] groups, int num_groups, "
     "Tensor?[] weights) -> Tensor",
     "coefficients": "(Tensor? gram, Tensor[] squared_norms, Tensor scale, Tensor alpha, Tensor beta, "

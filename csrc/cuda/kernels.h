@@ -14,8 +14,9 @@ void launch_grad_norm(Dtype dtype, const Table& table, double* partial, double* 
 void launch_perturbation_scale(const double* squared_norm, const double* rho, double epsilon, double* scale,
                                int32_t num_groups, cudaStream_t stream);
 
-// live <- w + sign e. With sign +1, w is saved first.
-void launch_perturb(Dtype dtype, const Table& table, const double* scale, int sign, cudaStream_t stream);
+// live <- w + sign e. With sign +1, w is saved first. Float16 and bfloat16 may be rounded stochastically.
+void launch_perturb(Dtype dtype, const Table& table, const double* scale, int sign, bool stochastic,
+                    cudaStream_t stream);
 
 // gram [groups, 9] <- inner products of (g0, d1, d2), and with h, which weighs with `saved` where `adaptive`.
 // partial [chunks, 9] is scratch.

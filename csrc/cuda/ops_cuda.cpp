@@ -178,7 +178,7 @@ at::Tensor perturbation_scale(const at::Tensor& squared_norm, const at::Tensor& 
 }
 
 void perturb_(at::TensorList live, at::TensorList saved, at::TensorList grads, at::IntArrayRef groups,
-              const at::Tensor& scale, const c10::List<bool>& adaptive, int64_t sign) {
+              const at::Tensor& scale, const c10::List<bool>& adaptive, int64_t sign, bool stochastic) {
   if (live.empty()) return;
   TORCH_CHECK(sign == 1 || sign == -1, "sign is ", sign);
   const int64_t num_groups = scale.numel();
@@ -191,7 +191,7 @@ void perturb_(at::TensorList live, at::TensorList saved, at::TensorList grads, a
   if (rows.empty()) return;
   const cudaStream_t stream = current_stream(rows.device);
   launch_perturb(rows.dtype(), rows.table(stream), numbers(scale, "scale", rows.device, num_groups),
-                 static_cast<int>(sign), stream);
+                 static_cast<int>(sign), stochastic, stream);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

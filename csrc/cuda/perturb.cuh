@@ -12,7 +12,10 @@ namespace crsam {
 // For float16 and bfloat16 `saved` is a master that normally rounds to `live`, and holds then more digits of w. Where
 // it does not, someone has changed the parameter since the last step, and w is `live`. Writes are rare, so they are
 // skipped where nothing has changed.
-template <typename T, bool kSave>
+//
+// kStochastic, for these two: the step is made from w as the model has read it, rounded, and its end is rounded up or
+// down at random, so that on average the model moves by e, however small that is.
+template <typename T, bool kSave, bool kStochastic>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) perturb_kernel(Table table, const double* scale, int sign) {
   using C = compute_t<T>;
   const Chunk chunk = table.chunks[blockIdx.x];
@@ -44,7 +47,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) perturb_kernel(Table tab
       if (changed) store(saved + i, w);
     }
 #pragma unroll
-    for (int j = 0; j < width; ++j) moved[j] = perturbed(w[j], g[j], s, row.adaptive);
+    for (int j = 0; j < width; ++j) {
+      if constexpr (kStochastic) {
+        moved[j] = dithered<T>(perturbed(widen(narrow<T>(w[j])), g[j], s, row.adaptive), hashed(w[j], g[j]));
+      } else {
+        moved[j] = perturbed(w[j], g[j], s, row.adaptive);
+      }
+    }
     store(live + i, moved);
   });
 }

@@ -35,6 +35,28 @@ __device__ __forceinline__ C perturbed(C w, C g, C scale, bool adaptive) {
   return fused(scale, adaptive ? w * w * g : g, w);
 }
 
+// 13 random bits from those of w and g, by the finalizer of MurmurHash3: the same for w + e and w - e, and others in
+// the next step.
+__device__ __forceinline__ uint32_t hashed(float w, float g) {
+  uint32_t h = __float_as_uint(w) ^ (__float_as_uint(g) * 0x9E3779B1u);
+  h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
+  h = (h ^ (h >> 13)) * 0xC2B2AE35u;
+  return (h ^ (h >> 16)) >> 19;
+}
+
+// x rounded down after q u is added, where q is the distance of neighbours in T and u the random number in [0, 1): up
+// with the probability of the part that is cut off. All but q u + x is exact. Numbers next to 0, which T could round
+// more finely, are treated as larger ones.
+template <typename T>
+__device__ __forceinline__ float dithered(float x, uint32_t random) {
+  constexpr uint32_t kDigits = std::is_same_v<T, __half> ? 10 : 7;
+  constexpr uint32_t kSmallest = std::is_same_v<T, __half> ? 113 : 8;  // exponents are biased by 127
+  uint32_t exponent = __float_as_uint(x) >> 23 & 255;
+  exponent = exponent < kSmallest ? kSmallest : exponent;
+  const float q = __uint_as_float((exponent - kDigits) << 23), inverse = __uint_as_float((254 + kDigits - exponent) << 23);
+  return floorf(fmaf(x, inverse, random * 0x1p-13f)) * q;
+}
+
 // d1 = g+ - g-,  d2 = (g+ - g0) + (g- - g0)
 template <typename C>
 struct Differences {

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -433,6 +434,8 @@ int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Paramete
 }
 
 inline void __syncthreads(emu::Site site = emu::Site::current()) { emu::sync_block(site); }
+inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
+inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline void __threadfence() { emu::fence(); }
 inline unsigned atomicAdd(unsigned* p, unsigned value) { return emu::add(p, value); }
 template <class T>
