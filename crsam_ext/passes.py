@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
+from operator import eq, is_not
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,6 +97,8 @@ class Step:
         self.home = flat.buckets[0].device  # where the few numbers are kept that belong to all parameters
         self.losses: list[Any] = []
         self._grads: list[list[list[Tensor | None]]] = []  # pass, bucket, slot
+        self._given: list[list[tuple[bool, ...]]] = []  # pass, bucket, slot: whether there is a gradient
+        self._pointers: list[list[int]] = []  # pass, and all slots: of the gradient
         self._gathered: dict[tuple[Any, ...], list[list[Tensor]]] = {}
         self._squared_norms: list[Tensor] = []
         self._grad_norm: Tensor | None = None  # squared, per group, of g0; not known when only |w| g0 was reduced
@@ -113,19 +117,20 @@ class Step:
         if index:
             self.flat.check_in_place()
         grads = self.flat.take_gradients(index, keep)
-        if not any(g is not None for bucket in grads for g in bucket):
+        given = [tuple(map(is_not, of_bucket, repeat(None))) for of_bucket in grads]
+        if not any(map(any, given)):
             raise RuntimeError(f"pass {index + 1} left no gradient in any parameter: has loss.backward() been called?")
-        for earlier in self._grads:
-            if any(
-                g is not None and held is not None and g.data_ptr() == held.data_ptr()
-                for gs, held_ones in zip(grads, earlier, strict=True)
-                for g, held in zip(gs, held_ones, strict=True)
-            ):
+        # What stands for none differs from pass to pass.
+        pointers = [-index - 1 if g is None else g.data_ptr() for of_bucket in grads for g in of_bucket]
+        for earlier in self._pointers:
+            if any(map(eq, pointers, earlier)):
                 raise RuntimeError(
                     f"pass {index + 1} wrote a gradient into the memory of an earlier pass's, which is lost: "
                     "leave p.grad to autograd, give each pass its own tensor, or call first_step(zero_grad=False)"
                 )
         self._grads.append(grads)
+        self._given.append(given)
+        self._pointers.append(pointers)
         self.losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
 
     def move(self, show_overflow: bool = False) -> None:
@@ -135,7 +140,7 @@ class Step:
         (An overflow in g0 shows in any case: e is not finite.)
         """
         adaptive = [bool(group["adaptive"]) for group in self.groups]
-        plans = self._plans([tuple(g is not None for g in grads) for grads in self._grads[0]])
+        plans = self._plans(self._given[0])
         rows = self._rows(plans, 0)
         sign = 1 if self._scale is None else -1
         if self._scale is None:
@@ -151,7 +156,7 @@ class Step:
         if any(group.get("maximize") for group in self.groups):
             uphill = uphill * self._vector([-1.0 if group.get("maximize") else 1.0 for group in self.groups])
         if sign < 0 and show_overflow:
-            ascent = self._plans([tuple(g is not None for g in grads) for grads in self._grads[1]])
+            ascent = self._plans(self._given[1])
             unweighted = [[None] * len(plan.rows) for plan in ascent]
             uphill = uphill + 0.0 * self._squared_norm(ascent, self._rows(ascent, 1), unweighted).sum()
         for plan, grads in zip(plans, rows, strict=True):
@@ -198,8 +203,7 @@ class Step:
 
     def _finish(self) -> tuple[list[Plan], list[list[list[Tensor]]]]:
         """Plans and rows of a step of which all gradients are there; all w are saved that will be written."""
-        by_bucket = list(zip(*self._grads, strict=True))
-        active = [tuple(any(g is not None for g in of_slot) for of_slot in zip(*gs, strict=True)) for gs in by_bucket]
+        active = [_either(masks) for masks in zip(*self._given, strict=True)]
         plans = self._plans(active)
         by_pass = [self._rows(plans, index) for index in range(self.passes)]
         rows = [list(of_bucket) for of_bucket in zip(*by_pass, strict=True)]
@@ -223,7 +227,7 @@ class Step:
             return
         for live, saved in self._undo:
             live.copy_(saved)
-        self.flat.return_to_moved([tuple(g is not None for g in grads) for grads in self._grads[0]])
+        self.flat.return_to_moved(self._given[0])
         self.flat.mark_written()
         self._leave()
 
@@ -248,8 +252,10 @@ class Step:
         """Save w of parameters that were not moved: without a gradient in the first pass, or all in a single pass."""
         moved = self._scale is not None
         nothing = self._vector([0.0] * len(self.groups))
-        for bucket, mask, first in zip(self.flat.buckets, active, self._grads[0], strict=True):
-            late = tuple(a and not (moved and g is not None) for a, g in zip(mask, first, strict=True))
+        for bucket, mask, first in zip(self.flat.buckets, active, self._given[0], strict=True):
+            if moved and mask == first:
+                continue
+            late = tuple(a and not (moved and given) for a, given in zip(mask, first, strict=True))
             # In a single pass, w is where the parameters are, unless there is a master.
             if any(late) and (moved or bucket.has_master):
                 plan = bucket.plan(late)
@@ -383,3 +389,9 @@ class Step:
             columns = [torch.as_tensor(v).to(self.home, torch.float64, non_blocking=True) for v in values]
             return torch.stack([column.reshape(()) for column in columns])
         return self.flat.constants(tuple(values))
+
+
+def _either(masks: Sequence[tuple[bool, ...]]) -> tuple[bool, ...]:
+    """Where one of the masks is true."""
+    first, *others = masks
+    return first if all(mask == first for mask in others) else tuple(map(any, zip(*masks, strict=True)))

@@ -5,14 +5,34 @@ from __future__ import annotations
 import struct
 import threading
 from array import array
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, repeat
+from operator import is_not, le, or_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from crsam_ext.ops import Column
+
 from .checks import check, check_count, check_groups, check_tensor, name_of
-from .chunk_table import CHUNK, COLUMNS, Table
+from .chunk_table import (
+    ADAPTIVE,
+    ALIGNED,
+    CHUNK,
+    COLUMNS,
+    FIRST,
+    GRAD,
+    GRAD_ASCENT,
+    GRAD_DESCENT,
+    GROUP,
+    LIVE,
+    NUMEL,
+    SAVED,
+    SECOND,
+    STEP,
+    Table,
+)
 from .coefficients import launch_coefficients, launch_perturbation_scale
 from .fd_gram import launch_fd_gram
 from .grad_norm import launch_grad_norm
@@ -23,7 +43,7 @@ from .table_cache import TableCache
 from .update_math import ADAM_OPTIONS, SGD_OPTIONS
 
 _cache = TableCache()
-_ADDRESSES = ("live", "saved", "first", "second", "grad", "grad_ascent", "grad_descent")
+_ADDRESSES = (LIVE, SAVED, FIRST, SECOND, GRAD, GRAD_ASCENT, GRAD_DESCENT)
 
 
 class Rows:
@@ -39,48 +59,44 @@ class Rows:
         self.master = torch.float64 if self.dtype == torch.float64 else torch.float32
         check_count(len(groups), "groups", len(like))
         check_groups(groups, num_groups)
-        self.numels, self.groups, self.num_groups = [t.numel() for t in like], groups, num_groups
+        self.numels, self.groups, self.num_groups = _describe(like).numels, groups, num_groups
         check(self.dtype in DTYPES, f"rows are {name_of(self.dtype)}, not float64, float32, float16 or bfloat16")
-        self._nothing = [0] * len(like)
-        self._columns = dict.fromkeys(_ADDRESSES, self._nothing)
-        self._steps = self._adaptive = self._nothing
+        # The columns of the table that are not 0.
+        self._columns: dict[int, Sequence[int]] = {NUMEL.value: self.numels, GROUP.value: groups}
 
-    def enter(self, column: str, tensors: Sequence[Tensor], name: str, dtype: torch.dtype) -> None:
+    def enter(self, column: Any, tensors: Sequence[Tensor], name: str, dtype: torch.dtype) -> None:
         """Enter a list of tensors; those without elements stand for none."""
         check_count(len(tensors), name, len(self.numels))
-        numels = [t.numel() for t in tensors]
-        addresses = [t.data_ptr() if n else 0 for t, n in zip(tensors, numels, strict=True)]
-        same = (
-            numels == self.numels
-            and {t.dtype for t in tensors} == {dtype}
-            and {t.device for t in tensors} == {self.device}
-        )
-        if not (same and all(t.is_contiguous() for t in tensors)):
+        found = _describe(tensors)
+        if found.numels != self.numels or found.kinds != {(dtype, self.device, True)}:
             for tensor, n in zip(tensors, self.numels, strict=True):
                 if tensor.numel():
                     check_tensor(tensor, name, self.device, dtype, n)
-        self._columns[column] = addresses
+        self._columns[column.value] = found.addresses
 
-    def enter_weights(self, column: str, weights: Sequence[Tensor | None], dtype: torch.dtype) -> None:
+    def enter_weights(self, column: Any, weights: Sequence[Tensor | None], dtype: torch.dtype) -> None:
         """Enter the tensors that rows are weighted with, where there are any."""
         check_count(len(weights), "weights", len(self.numels))
+        if not any(map(is_not, weights, repeat(None))):
+            return
         for weight, n in zip(weights, self.numels, strict=True):
             if weight is not None:
                 check_tensor(weight, "weights", self.device, dtype, n)
-        self._columns[column] = [0 if w is None else w.data_ptr() for w in weights]
-        self._adaptive = [int(w is not None) for w in weights]
+        self._columns[column.value] = [0 if w is None else w.data_ptr() for w in weights]
+        self._columns[ADAPTIVE.value] = [int(w is not None) for w in weights]
 
     def enter_adaptive(self, adaptive: Sequence[bool]) -> None:
         """Enter, for each group, whether its perturbation is that of ASAM."""
         check_count(len(adaptive), "adaptive", self.num_groups)
-        self._adaptive = [int(adaptive[group]) for group in self.groups]
+        if any(adaptive):
+            self._columns[ADAPTIVE.value] = [int(adaptive[group]) for group in self.groups]
 
     def enter_steps(self, steps: Sequence[Tensor]) -> None:
         """Enter how many steps each row has taken."""
         check_count(len(steps), "steps", len(self.numels))
         for step in {id(step): step for step in steps}.values():  # rows share them
             check_tensor(step, "steps", self.device, torch.float32, 1)
-        self._steps = [step.data_ptr() for step in steps]
+        self._columns[STEP.value] = _describe(steps).addresses
 
     @property
     def empty(self) -> bool:
@@ -88,18 +104,24 @@ class Rows:
 
     def table(self) -> Table:
         """The table on the device."""
-        pointers = [self._columns[name] for name in _ADDRESSES]
-        aligned = [int(not (a | b | c | d | e | f | g) % 16) for a, b, c, d, e, f, g in zip(*pointers, strict=True)]
-        rows = list(zip(*pointers, self._steps, self.numels, self.groups, self._adaptive, aligned, strict=True))
-        order = sorted(range(len(rows)), key=self.groups.__getitem__)  # stable
-        content = array("q", chain.from_iterable(rows[i] for i in order)).tobytes()
+        pointers = [self._columns[column.value] for column in _ADDRESSES if column.value in self._columns]
+        bits = pointers[0]
+        for more in pointers[1:]:
+            bits = list(map(or_, bits, more))
+        self._columns[ALIGNED.value] = [int(not x % 16) for x in bits]
+        content = array("q", bytes(8 * COLUMNS.value * len(self.numels)))
+        order = sorted(range(len(self.numels)), key=self.groups.__getitem__)  # stable
+        in_order = all(map(le, order, order[1:]))
+        for column, values in self._columns.items():
+            content[column :: COLUMNS.value] = array("q", values if in_order else map(values.__getitem__, order))
+        found = content.tobytes()
         # Lengths and groups stay from step to step, so this part, which is long, is neither built nor compared again.
         lengths = (self.num_groups, tuple(self.numels), tuple(self.groups))
         layout = _cache.get(("layout", lengths), self.device, lambda: self._layout(order))
         begin = 8 * (self.num_groups + 1)
         end = len(layout) - 4 * self.num_groups
         return Table(
-            _cache.get(("rows", content), self.device, lambda: content).view(torch.int64).view(-1, COLUMNS.value),
+            _cache.get(("rows", found), self.device, lambda: found).view(torch.int64).view(-1, COLUMNS.value),
             layout[begin:end].view(torch.int32).view(-1, 2),
             layout[:begin].view(torch.int64),
             layout[end:].view(torch.int32),
@@ -118,6 +140,27 @@ class Rows:
         return array("q", begin).tobytes() + chunks.tobytes() + bytes(4 * self.num_groups)
 
 
+class _Description(NamedTuple):
+    """What is to be known about a list of tensors."""
+
+    numels: list[int]
+    addresses: list[int]  #: 0 for those without elements
+    kinds: set[tuple[torch.dtype, torch.device, bool]]  #: dtypes, devices, whether contiguous
+
+
+def _describe(tensors: Sequence[Tensor]) -> _Description:
+    if isinstance(tensors, Column) and tensors.known is not None:
+        return tensors.known
+    numels = list(map(Tensor.numel, tensors))
+    addresses = list(map(Tensor.data_ptr, tensors))
+    if not all(numels):
+        addresses = [address if n else 0 for address, n in zip(addresses, numels, strict=True)]
+    found = _Description(numels, addresses, {(t.dtype, t.device, t.is_contiguous()) for t in tensors})
+    if isinstance(tensors, Column):
+        tensors.known = found
+    return found
+
+
 def _numbers(tensor: Tensor, name: str, device: torch.device, count: int) -> Tensor:
     check_tensor(tensor, name, device, torch.float64, count)
     return tensor
@@ -132,8 +175,8 @@ def grad_norm(
 ) -> Tensor:
     """Squared norm of the gradient per group."""
     rows = Rows(grads, "grads", groups, num_groups)
-    rows.enter("grad", grads, "grads", rows.dtype)
-    rows.enter_weights("live", weights, rows.dtype)
+    rows.enter(GRAD, grads, "grads", rows.dtype)
+    rows.enter_weights(LIVE, weights, rows.dtype)
     if rows.empty:
         return torch.zeros(num_groups, dtype=torch.float64, device=rows.device)
     with guard(rows.device):
@@ -190,9 +233,9 @@ def perturb_(
         return
     check(sign in (1, -1), f"sign is {sign}")
     rows = Rows(live, "live", groups, scale.numel())
-    rows.enter("live", live, "live", rows.dtype)
-    rows.enter("saved", saved, "saved", rows.master)
-    rows.enter("grad", grads, "grads", rows.dtype)
+    rows.enter(LIVE, live, "live", rows.dtype)
+    rows.enter(SAVED, saved, "saved", rows.master)
+    rows.enter(GRAD, grads, "grads", rows.dtype)
     rows.enter_adaptive(adaptive)
     if rows.empty:
         return
@@ -216,7 +259,7 @@ def fd_gram(
     """Gram matrix of the gradient and its differences, per group."""
     rows = Rows(grad, "grad", groups, num_groups)
     _enter_gradients(rows, grad, grad_ascent, grad_descent)
-    rows.enter_weights("saved", weights, rows.master)
+    rows.enter_weights(SAVED, weights, rows.master)
     if rows.empty:
         return torch.zeros(num_groups, 9, dtype=torch.float64, device=rows.device)
     with guard(rows.device):
@@ -275,9 +318,9 @@ def coefficients(
 def _enter_gradients(
     rows: Rows, grad: Sequence[Tensor], grad_ascent: Sequence[Tensor], grad_descent: Sequence[Tensor]
 ) -> None:
-    rows.enter("grad", grad, "grad", rows.dtype)
-    rows.enter("grad_ascent", grad_ascent, "grad_ascent", rows.dtype)
-    rows.enter("grad_descent", grad_descent, "grad_descent", rows.dtype)
+    rows.enter(GRAD, grad, "grad", rows.dtype)
+    rows.enter(GRAD_ASCENT, grad_ascent, "grad_ascent", rows.dtype)
+    rows.enter(GRAD_DESCENT, grad_descent, "grad_descent", rows.dtype)
 
 
 def _decision(rows: Rows, a: Tensor, b: Tensor, factor: Tensor | None) -> Decision:
@@ -306,7 +349,7 @@ def _enter_step_gradients(
 ) -> bool:
     """Enter the gradients of a step, and say whether there are all three."""
     if not grad_ascent:
-        rows.enter("grad", grad, "grad", rows.dtype)
+        rows.enter(GRAD, grad, "grad", rows.dtype)
         return False
     _enter_gradients(rows, grad, grad_ascent, grad_descent)
     return True
@@ -315,7 +358,7 @@ def _enter_step_gradients(
 def _step(
     launch: Callable[..., None],
     num_options: int,
-    buffers: Mapping[str, tuple[str, Sequence[Tensor]]],
+    buffers: Iterable[tuple[Any, str, Sequence[Tensor]]],
     live: Sequence[Tensor],
     saved: Sequence[Tensor],
     grads: Sequence[Sequence[Tensor]],
@@ -326,14 +369,14 @@ def _step(
     decided: tuple[Tensor, Tensor, Tensor | None],
     ok: Tensor,
 ) -> None:
-    """The step of a base optimizer, with so many options a group; ``buffers`` has name and rows for each column."""
+    """The step of a base optimizer, with so many options a group; ``buffers`` has columns, names and rows."""
     if not live:
         return
     groups_in_all = decided[0].numel()
     rows = Rows(live, "live", groups, groups_in_all)
-    rows.enter("live", live, "live", rows.dtype)
-    rows.enter("saved", saved, "saved", rows.master)
-    for column, (name, tensors) in buffers.items():
+    rows.enter(LIVE, live, "live", rows.dtype)
+    rows.enter(SAVED, saved, "saved", rows.master)
+    for column, name, tensors in buffers:
         rows.enter(column, tensors, name, rows.master)
     rows.enter_steps(steps)
     differences = _enter_step_gradients(rows, *grads)
@@ -364,7 +407,7 @@ def sgd_step_(
     ok: Tensor,
 ) -> None:
     """A step of SGD."""
-    buffers = {"first": ("momentum_buffer", momentum_buffer)}
+    buffers = ((FIRST, "momentum_buffer", momentum_buffer),)
     grads = (grad, grad_ascent, grad_descent)
     _step(
         launch_sgd_step, SGD_OPTIONS.value, buffers, live, saved, grads, groups, steps, options, option_tensors,
@@ -390,7 +433,7 @@ def adamw_step_(
     ok: Tensor,
 ) -> None:
     """A step of Adam or AdamW."""
-    buffers = {"first": ("exp_avg", exp_avg), "second": ("exp_avg_sq", exp_avg_sq)}
+    buffers = ((FIRST, "exp_avg", exp_avg), (SECOND, "exp_avg_sq", exp_avg_sq))
     grads = (grad, grad_ascent, grad_descent)
     _step(
         launch_adamw_step, ADAM_OPTIONS.value, buffers, live, saved, grads, groups, steps, options, option_tensors,
@@ -413,8 +456,8 @@ def combine_(
     if not live:
         return
     rows = Rows(live, "live", groups, a.numel())
-    rows.enter("live", live, "live", rows.dtype)
-    rows.enter("saved", saved, "saved", rows.master)
+    rows.enter(LIVE, live, "live", rows.dtype)
+    rows.enter(SAVED, saved, "saved", rows.master)
     differences = _enter_step_gradients(rows, grad, grad_ascent, grad_descent)
     if rows.empty:
         return
