@@ -1,9 +1,9 @@
 """What a step costs the host: Python, dispatch, checks and tables of pointers, with kernels that are never started.
 
 No GPU is needed. Backend "cuda" is its own C++ (csrc/cuda/ops_cuda.cpp) with launchers that do nothing
-(empty_kernels.cpp); "triton" is its own Python and Triton's launcher, up to where the compiled kernel would be handed to
-the driver. Both work on CPU tensors, which skips two things that a GPU has: setting the current device, and the driver's
-part of seven launches.
+(empty_kernels.cpp); "triton" is its own Python and Triton's launcher, up to where the compiled kernel would be handed
+to the driver. Both work on CPU tensors, which skips two things that a GPU has: setting the current device, and the
+driver's part of seven launches.
 
 The floor beside it is what no optimizer of this kind can leave out, repeated with the arguments of a real step: reading
 and clearing every ``p.grad`` in every pass, marking the parameters as written, returning g0, and the seven calls.
@@ -158,7 +158,7 @@ def _record(optimizer: CRSAM, step: Callable[[], float]) -> list[Callable[[], ob
 @contextmanager
 def _empty_cuda() -> Iterator[None]:
     torch.ops.load_library(_library())
-    with mock.patch.object(cuda, "why_unavailable", lambda: None):
+    with mock.patch.object(cuda, "why_unavailable", return_value=None):
         yield
 
 
@@ -166,13 +166,23 @@ def _library() -> Path:
     """csrc/ with empty launchers, compiled for CPU tensors."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    sources = [ROOT / "csrc" / "ops.cpp", ROOT / "csrc" / "cuda" / "ops_cuda.cpp", ROOT / "benchmarks" / "empty_kernels.cpp"]
+    sources = [
+        ROOT / "csrc" / "ops.cpp",
+        ROOT / "csrc" / "cuda" / "ops_cuda.cpp",
+        ROOT / "benchmarks" / "empty_kernels.cpp",
+    ]
     shim = ROOT / "tests" / "cuda_on_cpu" / "shim"
     compile_flags = ["-std=c++20", "-O2", "-fPIC", "-DCRSAM_DISPATCH_KEY=CPU", f"-I{shim}", f"-I{ROOT}/csrc/cuda"]
     compile_flags += [f"-isystem{path}" for path in include_paths()]
     compile_flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
     folders = library_paths()
-    link_flags = ["-shared", *(f"-L{p}" for p in folders), *(f"-Wl,-rpath,{p}" for p in folders), "-ltorch_cpu", "-lc10"]
+    link_flags = [
+        "-shared",
+        *(f"-L{p}" for p in folders),
+        *(f"-Wl,-rpath,{p}" for p in folders),
+        "-ltorch_cpu",
+        "-lc10",
+    ]
     everything = [*sources, *sorted((ROOT / "csrc").rglob("*.*h")), *sorted(p for p in shim.rglob("*") if p.is_file())]
     digest = hashlib.sha256(torch.__version__.encode() + b"".join(p.read_bytes() for p in everything)).hexdigest()[:16]
     library = ROOT / "build" / "host" / digest / "crsam_empty.so"
@@ -203,7 +213,7 @@ def _empty_triton() -> Iterator[None]:
         utils=utils,
     )
     with (
-        mock.patch.object(triton, "why_unavailable", lambda: None),
+        mock.patch.object(triton, "why_unavailable", return_value=None),
         mock.patch.object(launch, "INTERPRETED_BLOCK", launch.DEFAULT_BLOCK),
         mock.patch.object(driver, "_active", gpu),
     ):

@@ -31,7 +31,7 @@ _ALIGNMENT = 16  # bytes: the widest load of a GPU
 _MAX_CONSTANTS = 64  # tuples of numbers that are kept on the device
 _MAX_PLANS = 64  # sets of participants that are remembered: layers dropped at random make ever new ones
 # A step does these for every parameter: mapped, the loop runs in C.
-_grad_of, _shape_of = attrgetter("grad"), attrgetter("shape")
+_grad_of, _shape_of, _dtype_of, _requires_grad_of = map(attrgetter, ("grad", "shape", "dtype", "requires_grad"))
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 Options = SGDOptions | AdamOptions | None  # None: another optimizer makes the update and owns its state
@@ -138,7 +138,7 @@ class Plan:
     def gather(self, grads: Gradients, index: int) -> list[Tensor]:
         """Rows of the gradients of pass ``index``."""
         if self._contiguous is not None:
-            members = [grads[row.slots[0].index] for row in self.rows]
+            members: list[Any] = [grads[row.slots[0].index] for row in self.rows]
             if all(map(is_not, members, repeat(None))):
                 return Column(members) if self._contiguous else Column(map(_contiguous, members))
         return Column(row.gather(grads, index) for row in self.rows)
@@ -191,8 +191,8 @@ class Bucket:
         self.steps = None if options[0] is None else torch.zeros(len(self.slots), device=self.device)
         self.history: list[float] = []
         self.params = [slot.param for slot in self.slots]
-        #: What a gradient is like that is ours to hold as it is: see :func:`_describe`.
-        self.expected = [(slot.dtype, False, slot.nbytes, slot.stride) for slot in self.slots]
+        self._sizes = [slot.nbytes for slot in self.slots]
+        self._strides = [slot.stride for slot in self.slots]
         self._plans: dict[tuple[bool, ...], Plan] = {}
 
     @property
@@ -233,6 +233,22 @@ class Bucket:
                 kept.update(slot.views)
                 slot.published = True
         self.history = [] if self.steps is None else self.steps.tolist()
+
+    def can_hold(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether every slot has a gradient, and all are ours to hold as they are: see `FlatParameters._take`."""
+        if not all(map(is_not, grads, repeat(None))):
+            return False
+        given: Any = grads
+        try:
+            return (
+                [storage.nbytes() for storage in map(Tensor.untyped_storage, given)] == self._sizes
+                and list(map(Tensor.stride, given)) == self._strides
+                and not any(map(_requires_grad_of, given))
+                # As many elements in as many bytes: two of our dtypes can be taken for one another.
+                and (self.dtype.itemsize != 2 or set(map(_dtype_of, given)) == {self.dtype})
+            )
+        except RuntimeError:  # a sparse one has neither storage nor strides
+            return False
 
     def plan(self, active: tuple[bool, ...]) -> Plan:
         """The rows for the slots that are ``active``."""
@@ -399,12 +415,8 @@ class FlatParameters:
         taken = []
         for bucket in self.buckets:
             grads: list[Tensor | None] = list(map(_grad_of, bucket.params))
-            found = [None] * len(grads) if keep else _describe(grads)
-            if found != bucket.expected:
-                grads = [
-                    g if is_like == wanted else self._take(slot, g, index, keep)
-                    for slot, g, is_like, wanted in zip(bucket.slots, grads, found, bucket.expected, strict=True)
-                ]
+            if keep or not bucket.can_hold(grads):
+                grads = [self._take(slot, g, index, keep) for slot, g in zip(bucket.slots, grads, strict=True)]
             if not keep:
                 for param in bucket.params:
                     param.grad = None
@@ -441,14 +453,6 @@ def _contiguous(g: Tensor) -> Tensor:
     return g if g.is_contiguous() else _flat(g)
 
 
-def _describe(grads: Sequence[Tensor | None]) -> list[Any]:
-    """For each gradient dtype, whether it requires a gradient, bytes of its storage, strides; None for none."""
-    try:
-        return [None if g is None else (g.dtype, g.requires_grad, g.untyped_storage().nbytes(), g.stride()) for g in grads]
-    except RuntimeError:  # a sparse one has no strides
-        return [None] * len(grads)
-
-
 def _look(param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> list[list[Any]]:
     """All that :meth:`FlatParameters.matches` looks at, as lists that are equal if it is the same."""
     by_group = [group["params"] for group in param_groups]
@@ -459,8 +463,6 @@ def _look(param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict
         list(map(len, by_group)),
         list(map(Tensor.data_ptr, params)),
         list(map(_shape_of, params)),
-        list(map(id, state)),
-        list(map(len, kept)),
         list(chain.from_iterable(kept)),
         list(map(id, chain.from_iterable(map(dict.values, kept)))),
     ]

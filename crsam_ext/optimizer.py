@@ -250,7 +250,8 @@ class CRSAM(Optimizer):
             before = RandomState(devices) if replay else None
             after = None
             for index in range(step.passes):
-                self._clear_gradients()
+                if index == 0:
+                    self._clear_gradients()  # later, they were taken
                 if index and before is not None:
                     before.replay()
                 loss = closure()

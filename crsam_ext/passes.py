@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import repeat
+from itertools import chain, repeat
 from operator import eq, is_not
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +121,7 @@ class Step:
         if not any(map(any, given)):
             raise RuntimeError(f"pass {index + 1} left no gradient in any parameter: has loss.backward() been called?")
         # What stands for none differs from pass to pass.
-        pointers = [-index - 1 if g is None else g.data_ptr() for of_bucket in grads for g in of_bucket]
+        pointers = [-index - 1 if g is None else g.data_ptr() for g in chain.from_iterable(grads)]
         for earlier in self._pointers:
             if any(map(eq, pointers, earlier)):
                 raise RuntimeError(
