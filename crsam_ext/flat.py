@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
+from operator import attrgetter, is_not
 from typing import Any
 
 import torch
@@ -22,13 +23,15 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils.dlpack import from_dlpack
 
-from .ops import AdamOptions, SGDOptions, compute_dtype
+from .ops import AdamOptions, Column, SGDOptions, compute_dtype
 
 __all__ = ["FlatParameters", "Options", "check_parameter"]
 
 _ALIGNMENT = 16  # bytes: the widest load of a GPU
 _MAX_CONSTANTS = 64  # tuples of numbers that are kept on the device
 _MAX_PLANS = 64  # sets of participants that are remembered: layers dropped at random make ever new ones
+# A step does these for every parameter: mapped, the loop runs in C.
+_grad_of, _shape_of, _dtype_of, _requires_grad_of = map(attrgetter, ("grad", "shape", "dtype", "requires_grad"))
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 Options = SGDOptions | AdamOptions | None  # None: another optimizer makes the update and owns its state
@@ -97,7 +100,7 @@ class Row:
         """The gradient of pass ``index`` over the row; a pass that gave a parameter none counts as zero there."""
         members = [grads[slot.index] for slot in self.slots]
         if len(members) == 1 and members[0] is not None:
-            return members[0].as_strided((members[0].numel(),), (1,))
+            return _flat(members[0])
         if index not in self.staging:
             like = self.slots[0].param
             row = torch.zeros(self.stop - self.start, dtype=like.dtype, device=like.device)
@@ -118,14 +121,16 @@ class Plan:
     def __init__(self, bucket: Bucket, rows: list[Row]) -> None:
         self.rows = rows
         self.groups = [row.slots[0].group for row in rows]
-        self.live = [row.of(bucket.live) for row in rows]
-        self.saved = [row.of(bucket.saved) for row in rows]
+        self.live = Column(row.of(bucket.live) for row in rows)
+        self.saved = Column(row.of(bucket.saved) for row in rows)
         self.buffers: dict[str, list[Any]] = {
-            name: [row.of(flat) if name in row.slots[0].views else None for row in rows]
+            name: Column(row.of(flat) if name in row.slots[0].views else None for row in rows)
             for name, flat in bucket.buffers.items()
         }
         self.published = False
         self._params = [slot.param for row in rows for slot in row.slots]
+        # Whether gradients can be rows as they are: None where rows must be 1-D.
+        self._contiguous = None if bucket.gather_below else all(param.is_contiguous() for param in self._params)
         if bucket.steps is not None:
             slots = [slot for row in rows for slot in row.slots]
             mask = torch.zeros(len(bucket.slots))
@@ -134,11 +139,15 @@ class Plan:
             # One tensor object for all rows with the same history, so that operators can tell by identity.
             by_history = {row: bucket.history[row.slots[0].index] for row in rows}
             counters = {h: bucket.steps[row.slots[0].index] for row, h in by_history.items()}
-            self.steps = [counters[by_history[row]] for row in rows]
+            self.steps = Column(counters[by_history[row]] for row in rows)
 
     def gather(self, grads: Gradients, index: int) -> list[Tensor]:
         """Rows of the gradients of pass ``index``."""
-        return [row.gather(grads, index) for row in self.rows]
+        if self._contiguous is not None:
+            members: list[Any] = [grads[row.slots[0].index] for row in self.rows]
+            if all(map(is_not, members, repeat(None))):
+                return Column(members) if self._contiguous else Column(map(_contiguous, members))
+        return Column(row.gather(grads, index) for row in self.rows)
 
     def mark_written(self) -> None:
         """Tell autograd that the parameters changed: a backward that still needs the old ones then raises."""
@@ -170,7 +179,7 @@ class Bucket:
     ) -> None:
         first = members[0][0]
         self.device, self.dtype = first.device, first.dtype
-        self._gather_below = gather_below
+        self.gather_below = gather_below
         align = _ALIGNMENT // first.element_size()
         self.slots: list[Slot] = []
         offset = 0
@@ -191,6 +200,9 @@ class Bucket:
         self.buffers = {name: flat(wide) for name in sorted(names)}
         self.steps = None if options[0] is None else torch.zeros(len(self.slots), device=self.device)
         self.history: list[float] = []
+        self.params = [slot.param for slot in self.slots]
+        self._sizes = [slot.nbytes for slot in self.slots]
+        self._strides = [slot.stride for slot in self.slots]
         self._plans: dict[tuple[bool, ...], Plan] = {}
 
     @property
@@ -237,6 +249,22 @@ class Bucket:
                 slot.published = True
         self.history = [] if self.steps is None else self.steps.tolist()
 
+    def can_hold(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether every slot has a gradient, and all are ours to hold as they are: see `FlatParameters._take`."""
+        if not all(map(is_not, grads, repeat(None))):
+            return False
+        given: Any = grads
+        try:
+            return (
+                [storage.nbytes() for storage in map(Tensor.untyped_storage, given)] == self._sizes
+                and list(map(Tensor.stride, given)) == self._strides
+                and not any(map(_requires_grad_of, given))
+                # As many elements in as many bytes: two of our dtypes can be taken for one another.
+                and (self.dtype.itemsize != 2 or set(map(_dtype_of, given)) == {self.dtype})
+            )
+        except RuntimeError:  # a sparse one has neither storage nor strides
+            return False
+
     def plan(self, active: tuple[bool, ...]) -> Plan:
         """The rows for the slots that are ``active``."""
         if active not in self._plans:
@@ -273,7 +301,7 @@ class Bucket:
         return (
             slot.index == last.index + 1
             and slot.group == last.group
-            and max(slot.numel, last.numel) < self._gather_below
+            and max(slot.numel, last.numel) < self.gather_below
             and (self.steps is None or self.history[slot.index] == self.history[last.index])
         )
 
@@ -324,6 +352,9 @@ class FlatParameters:
         self._constants: dict[tuple[float, ...], Tensor] = {}
         for bucket in self.buckets:
             bucket.adopt(state, options)
+        self._pointers = [slot.pointer for slot in self._slots.values()]
+        self._matched: list[list[Any]] = []  # what was found in place
+        self._outside: list[Tensor] = []  # parameters that were left where they are
 
     def matches(
         self,
@@ -334,6 +365,9 @@ class FlatParameters:
         """Whether parameters and state are still where they were put, and no others have joined or left."""
         if self._names != [None if o is None else o.buffers for o in options]:
             return False
+        look = _look(param_groups, state)
+        if look == self._matched and not any(_wanted(param, state) for param in self._outside):
+            return True
         found = 0
         for group, param in _members(param_groups):
             slot = self._slots.get(param)
@@ -349,7 +383,11 @@ class FlatParameters:
                 return False
             if slot.published and not kept:
                 return False
-        return found == len(self._slots)
+        if found < len(self._slots):
+            return False
+        self._matched = look
+        self._outside = [param for _, param in _members(param_groups) if param not in self._slots]
+        return True
 
     @staticmethod
     def _in_place(slot: Slot) -> bool:
@@ -377,7 +415,7 @@ class FlatParameters:
 
     def check_in_place(self) -> None:
         """Raise RuntimeError if a parameter was re-pointed while a step is in progress."""
-        if not all(map(self._in_place, self._slots.values())):
+        if list(map(Tensor.data_ptr, self._slots)) != self._pointers:
             raise RuntimeError(
                 "a parameter was moved or re-pointed between the passes of a step; call restore() before moving the "
                 "model, then begin a new step"
@@ -393,10 +431,18 @@ class FlatParameters:
         Raises:
             RuntimeError: for a sparse gradient.
         """
-        return [[self._take(slot, index, keep) for slot in bucket.slots] for bucket in self.buckets]
+        taken = []
+        for bucket in self.buckets:
+            grads: list[Tensor | None] = list(map(_grad_of, bucket.params))
+            if keep or not bucket.can_hold(grads):
+                grads = [self._take(slot, g, index, keep) for slot, g in zip(bucket.slots, grads, strict=True)]
+            if not keep:
+                for param in bucket.params:
+                    param.grad = None
+            taken.append(grads)
+        return taken
 
-    def _take(self, slot: Slot, index: int, keep: bool) -> Tensor | None:
-        g = slot.param.grad
+    def _take(self, slot: Slot, g: Tensor | None, index: int, keep: bool) -> Tensor | None:
         if g is None:
             return None
         if g.layout != torch.strided:
@@ -413,9 +459,32 @@ class FlatParameters:
             if keep and g.data_ptr() == self._copies[key].data_ptr():  # left in p.grad by the last step
                 slot.param.grad = g.clone()
             g = self._copies[key].copy_(g)
-        if not keep:
-            slot.param.grad = None
         return g
+
+
+def _flat(g: Tensor) -> Tensor:
+    """A dense tensor as its memory lies."""
+    return g.as_strided((g.numel(),), (1,))
+
+
+def _contiguous(g: Tensor) -> Tensor:
+    """A dense tensor, or if it is not contiguous, its memory."""
+    return g if g.is_contiguous() else _flat(g)
+
+
+def _look(param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> list[list[Any]]:
+    """All that :meth:`FlatParameters.matches` looks at, as lists that are equal if it is the same."""
+    by_group = [group["params"] for group in param_groups]
+    params = list(chain.from_iterable(by_group))
+    kept = state.values()
+    return [
+        list(map(id, params)),
+        list(map(len, by_group)),
+        list(map(Tensor.data_ptr, params)),
+        list(map(_shape_of, params)),
+        list(chain.from_iterable(kept)),
+        list(map(id, chain.from_iterable(map(dict.values, kept)))),
+    ]
 
 
 def _members(param_groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Tensor]]:

@@ -42,6 +42,7 @@ __all__ = [
     "EPSILON",
     "AdamOptions",
     "Coefficients",
+    "Column",
     "Operators",
     "SGDOptions",
     "compute_dtype",
@@ -104,6 +105,12 @@ class AdamOptions:
         return ("exp_avg", "exp_avg_sq")
 
 
+class Column(list[Any]):
+    """A list of rows that nobody changes, for which a backend works out what it needs to know once."""
+
+    known: Any = None
+
+
 class Coefficients(NamedTuple):
     """What :meth:`Operators.coefficients` decides for a step; every tensor float64 on one device, unless noted."""
 
@@ -129,6 +136,7 @@ class Operators(ABC):
 
     name: ClassVar[str]
     #: Rows of parameters with fewer elements than this are merged with their neighbours, their gradients gathered.
+    #: 0 for kernels that see addresses: a row is a parameter, and its gradient may be contiguous in any shape.
     gather_below: int
     #: Whether :meth:`fd_gram` costs hardly more than the norms of the three gradients, and is always run.
     fuses_gram: ClassVar[bool]

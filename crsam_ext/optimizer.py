@@ -275,8 +275,9 @@ class CRSAM(Optimizer):
             shares = self.replay_rng and step.passes > 1
             noise = self._shared_noise({bucket.device for bucket in step.flat.buckets}) if shares else None
             for index in range(step.passes):
-                self._clear_gradients()
-                if index and noise is not None:
+                if index == 0:
+                    self._clear_gradients()  # later, they were taken
+                elif noise is not None:
                     noise.repeat()
                 step.collect(closure(), keep=False)
                 if parallel is not None and step.passes == 3:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, repeat
+from operator import eq, is_not
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,6 +176,8 @@ class Step:
         self.home = flat.buckets[0].device  # where the few numbers are kept that belong to all parameters
         self.losses: list[Any] = []
         self.grads: list[list[list[Tensor | None]]] = []
+        self._given: list[list[tuple[bool, ...]]] = []  # pass, bucket, slot: whether there is a gradient
+        self._pointers: list[list[int]] = []  # pass, and all slots: of the gradient
         self._gathered: dict[tuple[Any, ...], list[list[Tensor]]] = {}
         self._squared_norms: list[Tensor] = []
         self._grad_norm: Tensor | None = None  # squared, per group, of g0; not known when only |w| g0 was reduced
@@ -196,19 +200,20 @@ class Step:
     def add(self, loss: Any, grads: list[list[Tensor | None]]) -> None:
         """Enter the next pass: its loss and, for each bucket and slot, its gradient in the parameter's own layout."""
         index = self.collected
-        if not any(g is not None for bucket in grads for g in bucket):
+        given = [tuple(map(is_not, of_bucket, repeat(None))) for of_bucket in grads]
+        if not any(map(any, given)):
             raise RuntimeError(f"pass {index + 1} left no gradient in any parameter: has loss.backward() been called?")
-        for earlier in self.grads:
-            if any(
-                g is not None and held is not None and g.data_ptr() == held.data_ptr()
-                for gs, held_ones in zip(grads, earlier, strict=True)
-                for g, held in zip(gs, held_ones, strict=True)
-            ):
+        # What stands for none differs from pass to pass.
+        pointers = [-index - 1 if g is None else g.data_ptr() for g in chain.from_iterable(grads)]
+        for earlier in self._pointers:
+            if any(map(eq, pointers, earlier)):
                 raise RuntimeError(
                     f"pass {index + 1} wrote a gradient into the memory of an earlier pass's, which is lost: "
                     "leave p.grad to autograd, give each pass its own tensor, or call first_step(zero_grad=False)"
                 )
         self.grads.append(grads)
+        self._given.append(given)
+        self._pointers.append(pointers)
         self.losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
 
     def move(self, show_overflow: bool = False) -> None:
@@ -219,7 +224,7 @@ class Step:
         """
         adaptive = [bool(group["adaptive"]) for group in self.groups]
         stochastic = self.optimizer.stochastic_rounding
-        plans = self._plans([tuple(g is not None for g in grads) for grads in self.grads[0]])
+        plans = self._plans(self._given[0])
         rows = self._rows(plans, 0)
         sign = 1 if self._scale is None else -1
         if self._scale is None:
@@ -233,7 +238,7 @@ class Step:
                 self.optimizer.statistics.keep()
         uphill = self._uphill()
         if sign < 0 and show_overflow:
-            ascent = self._plans([tuple(g is not None for g in grads) for grads in self.grads[1]])
+            ascent = self._plans(self._given[1])
             unweighted = [[None] * len(plan.rows) for plan in ascent]
             uphill = uphill + 0.0 * self._squared_norm(ascent, self._rows(ascent, 1), unweighted).sum()
         for plan, grads in zip(plans, rows, strict=True):
@@ -248,7 +253,7 @@ class Step:
     def move_apart(self) -> dict[Tensor, Tensor]:
         """Move the parameters to w + e and write w - e beside them; both, [2, *its shape], for each that was moved."""
         self.move()
-        plans = self._plans([tuple(g is not None for g in grads) for grads in self.grads[0]])
+        plans = self._plans(self._given[0])
         adaptive = [bool(group["adaptive"]) for group in self.groups]
         stochastic = self.optimizer.stochastic_rounding
         both = {}
@@ -312,9 +317,8 @@ class Step:
     def _finish(self, grad_scale: Tensor | None) -> tuple[list[Plan], list[list[list[Tensor]]]]:
         """Plans and rows of a step of which all passes are there; all w are saved that will be written."""
         if self.passes == 2 and self.difference is not None:
-            self.grads.append(self.difference.descent(self, grad_scale))
-        by_bucket = list(zip(*self.grads, strict=True))
-        active = [tuple(any(g is not None for g in of_slot) for of_slot in zip(*gs, strict=True)) for gs in by_bucket]
+            self.add(None, self.difference.descent(self, grad_scale))
+        active = [_either(masks) for masks in zip(*self._given, strict=True)]
         plans = self._plans(active)
         by_pass = [self._rows(plans, index) for index in range(self.collected)]
         rows = [list(of_bucket) for of_bucket in zip(*by_pass, strict=True)]
@@ -342,7 +346,7 @@ class Step:
             return
         for live, saved in self._undo:
             live.copy_(saved)
-        self.flat.return_to_moved([tuple(g is not None for g in grads) for grads in self.grads[0]])
+        self.flat.return_to_moved(self._given[0])
         self.flat.mark_written()
         self._leave()
 
@@ -367,8 +371,10 @@ class Step:
         """Save w of parameters that were not moved: without a gradient in the first pass, or all in a single pass."""
         moved = self._scale is not None
         nothing = self._vector([0.0] * len(self.groups))
-        for bucket, mask, first in zip(self.flat.buckets, active, self.grads[0], strict=True):
-            late = tuple(a and not (moved and g is not None) for a, g in zip(mask, first, strict=True))
+        for bucket, mask, first in zip(self.flat.buckets, active, self._given[0], strict=True):
+            if moved and mask == first:
+                continue
+            late = tuple(a and not (moved and given) for a, given in zip(mask, first, strict=True))
             # In a single pass, w is where the parameters are, unless there is a master.
             if any(late) and (moved or bucket.has_master):
                 plan = bucket.plan(late)
@@ -503,3 +509,9 @@ class Step:
             columns = [torch.as_tensor(v).to(self.home, torch.float64, non_blocking=True) for v in values]
             return torch.stack([column.reshape(()) for column in columns])
         return self.flat.constants(tuple(values))
+
+
+def _either(masks: Sequence[tuple[bool, ...]]) -> tuple[bool, ...]:
+    """Where one of the masks is true."""
+    first, *others = masks
+    return first if all(mask == first for mask in others) else tuple(map(any, zip(*masks, strict=True)))

@@ -247,7 +247,7 @@ def test_versions_of_what_is_written():
 @pytest.mark.parametrize("launched", [False, True], ids=["before", "after"])
 def test_interrupted_perturb_can_be_undone(launched, monkeypatch):
     backend = TritonOperators()
-    check_interrupted_perturb(backend, torch.ops.crsam_triton, launched, monkeypatch)
+    check_interrupted_perturb(backend, backend._ops, launched, monkeypatch)
 
 
 def test_schemas_and_fakes():

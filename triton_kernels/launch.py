@@ -57,6 +57,7 @@ def launch(
 ) -> None:
     """Launch a kernel with one program per chunk."""
     block = block_of(dtype, table.rows.device)
+    _forget_globals(kernel)
     kernel[(len(table.chunks),)](
         *arguments,
         dtype=DTYPES[dtype],
@@ -69,7 +70,13 @@ def launch(
 
 def launch_one(kernel: Any, *arguments: Any, **constants: Any) -> None:
     """Launch a kernel that is one program, over a few numbers per group."""
+    _forget_globals(kernel)
     kernel[(1,)](*arguments, num_warps=4, **constants)
+
+
+def _forget_globals(kernel: Any) -> None:
+    """Triton compares, at every launch, all globals that a kernel was compiled with: microseconds each. Ours stay."""
+    getattr(kernel, "used_global_vals", {}).clear()
 
 
 def jit(function: Any) -> Any:

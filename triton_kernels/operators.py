@@ -5,14 +5,35 @@ from __future__ import annotations
 import struct
 import threading
 from array import array
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+from itertools import chain, repeat
+from operator import attrgetter, is_not, le, or_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from crsam_ext.ops import Column
+
 from .checks import check, check_count, check_groups, check_tensor, name_of
-from .chunk_table import CHUNK, COLUMNS, Table
+from .chunk_table import (
+    ADAPTIVE,
+    ALIGNED,
+    CHUNK,
+    COLUMNS,
+    FIRST,
+    GRAD,
+    GRAD_ASCENT,
+    GRAD_DESCENT,
+    GROUP,
+    LIVE,
+    NUMEL,
+    SAVED,
+    SECOND,
+    STEP,
+    Table,
+)
 from .coefficients import launch_coefficients, launch_perturbation_scale
 from .fd_gram import launch_fd_gram
 from .grad_norm import launch_grad_norm
@@ -23,7 +44,16 @@ from .table_cache import TableCache
 from .update_math import ADAM_OPTIONS, SGD_OPTIONS
 
 _cache = TableCache()
-_ADDRESSES = ("live", "saved", "first", "second", "grad", "grad_ascent", "grad_descent")
+# Columns of the table.
+_LIVE, _SAVED, _FIRST, _SECOND, _GRAD, _GRAD_ASCENT, _GRAD_DESCENT, _STEP, _NUMEL, _GROUP, _ADAPTIVE, _ALIGNED = (
+    column.value
+    for column in (
+        LIVE, SAVED, FIRST, SECOND, GRAD, GRAD_ASCENT, GRAD_DESCENT, STEP, NUMEL, GROUP, ADAPTIVE, ALIGNED
+    )
+)  # fmt: skip
+_COLUMNS, _CHUNK = COLUMNS.value, CHUNK.value
+_ADDRESSES = (_LIVE, _SAVED, _FIRST, _SECOND, _GRAD, _GRAD_ASCENT, _GRAD_DESCENT)
+_kind_of = attrgetter("dtype"), attrgetter("device")
 
 
 class Rows:
@@ -39,48 +69,47 @@ class Rows:
         self.master = torch.float64 if self.dtype == torch.float64 else torch.float32
         check_count(len(groups), "groups", len(like))
         check_groups(groups, num_groups)
-        self.numels, self.groups, self.num_groups = [t.numel() for t in like], groups, num_groups
+        self.numels, self.groups, self.num_groups = _describe(like).numels, groups, num_groups
         check(self.dtype in DTYPES, f"rows are {name_of(self.dtype)}, not float64, float32, float16 or bfloat16")
-        self._nothing = [0] * len(like)
-        self._columns = dict.fromkeys(_ADDRESSES, self._nothing)
-        self._steps = self._adaptive = self._nothing
+        # The columns of the table that are not 0.
+        self._misaligned = False
+        self._columns: dict[int, Sequence[int]] = {_NUMEL: self.numels, _GROUP: groups}
 
-    def enter(self, column: str, tensors: Sequence[Tensor], name: str, dtype: torch.dtype) -> None:
+    def enter(self, column: int, tensors: Sequence[Tensor], name: str, dtype: torch.dtype) -> None:
         """Enter a list of tensors; those without elements stand for none."""
         check_count(len(tensors), name, len(self.numels))
-        numels = [t.numel() for t in tensors]
-        addresses = [t.data_ptr() if n else 0 for t, n in zip(tensors, numels, strict=True)]
-        same = (
-            numels == self.numels
-            and {t.dtype for t in tensors} == {dtype}
-            and {t.device for t in tensors} == {self.device}
-        )
-        if not (same and all(t.is_contiguous() for t in tensors)):
+        found = _describe(tensors)
+        if found.numels != self.numels or found.kinds != (dtype, self.device):
             for tensor, n in zip(tensors, self.numels, strict=True):
                 if tensor.numel():
                     check_tensor(tensor, name, self.device, dtype, n)
-        self._columns[column] = addresses
+        self._columns[column] = found.addresses
+        self._misaligned = self._misaligned or found.misaligned
 
-    def enter_weights(self, column: str, weights: Sequence[Tensor | None], dtype: torch.dtype) -> None:
+    def enter_weights(self, column: int, weights: Sequence[Tensor | None], dtype: torch.dtype) -> None:
         """Enter the tensors that rows are weighted with, where there are any."""
         check_count(len(weights), "weights", len(self.numels))
+        if not any(map(is_not, weights, repeat(None))):
+            return
         for weight, n in zip(weights, self.numels, strict=True):
             if weight is not None:
                 check_tensor(weight, "weights", self.device, dtype, n)
         self._columns[column] = [0 if w is None else w.data_ptr() for w in weights]
-        self._adaptive = [int(w is not None) for w in weights]
+        self._misaligned = True  # perhaps
+        self._columns[_ADAPTIVE] = [int(w is not None) for w in weights]
 
     def enter_adaptive(self, adaptive: Sequence[bool]) -> None:
         """Enter, for each group, whether its perturbation is that of ASAM."""
         check_count(len(adaptive), "adaptive", self.num_groups)
-        self._adaptive = [int(adaptive[group]) for group in self.groups]
+        if any(adaptive):
+            self._columns[_ADAPTIVE] = [int(adaptive[group]) for group in self.groups]
 
     def enter_steps(self, steps: Sequence[Tensor]) -> None:
         """Enter how many steps each row has taken."""
         check_count(len(steps), "steps", len(self.numels))
         for step in {id(step): step for step in steps}.values():  # rows share them
             check_tensor(step, "steps", self.device, torch.float32, 1)
-        self._steps = [step.data_ptr() for step in steps]
+        self._columns[_STEP] = _describe(steps).addresses
 
     @property
     def empty(self) -> bool:
@@ -88,20 +117,33 @@ class Rows:
 
     def table(self) -> Table:
         """The table on the device."""
-        pointers = [self._columns[name] for name in _ADDRESSES]
-        aligned = [int(not (a | b | c | d | e | f | g) % 16) for a, b, c, d, e, f, g in zip(*pointers, strict=True)]
-        rows = list(zip(*pointers, self._steps, self.numels, self.groups, self._adaptive, aligned, strict=True))
-        order = sorted(range(len(rows)), key=self.groups.__getitem__)  # stable
-        content = array("q", chain.from_iterable(rows[i] for i in order)).tobytes()
+        n = len(self.numels)
+        self._columns[_ALIGNED] = [1] * n
+        if self._misaligned:
+            bits = [0] * n
+            for column in _ADDRESSES:
+                bits = list(map(or_, bits, self._columns.get(column, bits)))
+            self._columns[_ALIGNED] = [int(not x % 16) for x in bits]
+        content = array("q", bytes(8 * _COLUMNS * n))
+        order = sorted(range(len(self.numels)), key=self.groups.__getitem__)  # stable
+        in_order = all(map(le, order, order[1:]))
+        for column, values in self._columns.items():
+            content[column::_COLUMNS] = array("q", values if in_order else map(values.__getitem__, order))
+        found = content.tobytes()
         # Lengths and groups stay from step to step, so this part, which is long, is neither built nor compared again.
         lengths = (self.num_groups, tuple(self.numels), tuple(self.groups))
-        layout = _cache.get(("layout", lengths), self.device, lambda: self._layout(order))
+        group_begin, chunks, tickets = _cache.get(
+            ("layout", lengths), self.device, lambda: self._layout(order), self._parts
+        )
+        rows = _cache.get(("rows", found), self.device, lambda: found, lambda table: table.view(torch.int64))
+        return Table(rows, chunks, group_begin, tickets)
+
+    def _parts(self, layout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         begin = 8 * (self.num_groups + 1)
         end = len(layout) - 4 * self.num_groups
-        return Table(
-            _cache.get(("rows", content), self.device, lambda: content).view(torch.int64).view(-1, COLUMNS.value),
-            layout[begin:end].view(torch.int32).view(-1, 2),
+        return (
             layout[:begin].view(torch.int64),
+            layout[begin:end].view(torch.int32).view(-1, 2),
             layout[end:].view(torch.int32),
         )
 
@@ -109,13 +151,39 @@ class Rows:
         """What depends on lengths and groups alone: group_begin, chunks, tickets."""
         begin, chunks = [0] * (self.num_groups + 1), array("i")
         for row, i in enumerate(order):
-            count = -(-self.numels[i] // CHUNK.value)
+            count = -(-self.numels[i] // _CHUNK)
             begin[self.groups[i] + 1] += count
             chunks.extend(chain.from_iterable((row, index) for index in range(count)))
         check(len(chunks) // 2 <= 2**31 - 1, "too many elements for one launch")
         for group in range(self.num_groups):
             begin[group + 1] += begin[group]
         return array("q", begin).tobytes() + chunks.tobytes() + bytes(4 * self.num_groups)
+
+
+class _Description(NamedTuple):
+    """What is to be known about a list of tensors."""
+
+    numels: list[int]
+    addresses: list[int]  #: 0 for those without elements
+    misaligned: bool  #: whether an address is no multiple of 16
+    kinds: tuple[torch.dtype, torch.device] | None  #: of all of them; None if they differ, or are not contiguous
+
+
+def _describe(tensors: Sequence[Tensor]) -> _Description:
+    if isinstance(tensors, Column) and tensors.known is not None:
+        return tensors.known
+    numels = list(map(Tensor.numel, tensors))
+    addresses = list(map(Tensor.data_ptr, tensors))
+    if not all(numels):
+        addresses = [address if n else 0 for address, n in zip(addresses, numels, strict=True)]
+    dtypes, devices = (set(map(kind, tensors)) for kind in _kind_of)
+    alike = len(dtypes) == len(devices) == 1 and all(map(Tensor.is_contiguous, tensors))
+    found = _Description(
+        numels, addresses, bool(reduce(or_, addresses, 0) % 16), (*dtypes, *devices) if alike else None
+    )
+    if isinstance(tensors, Column):
+        tensors.known = found
+    return found
 
 
 def _numbers(tensor: Tensor, name: str, device: torch.device, count: int) -> Tensor:
@@ -132,8 +200,8 @@ def grad_norm(
 ) -> Tensor:
     """Squared norm of the gradient per group."""
     rows = Rows(grads, "grads", groups, num_groups)
-    rows.enter("grad", grads, "grads", rows.dtype)
-    rows.enter_weights("live", weights, rows.dtype)
+    rows.enter(_GRAD, grads, "grads", rows.dtype)
+    rows.enter_weights(_LIVE, weights, rows.dtype)
     if rows.empty:
         return torch.zeros(num_groups, dtype=torch.float64, device=rows.device)
     with guard(rows.device):
@@ -191,9 +259,9 @@ def perturb_(
         return
     check(sign in (1, -1), f"sign is {sign}")
     rows = Rows(live, "live", groups, scale.numel())
-    rows.enter("live", live, "live", rows.dtype)
-    rows.enter("saved", saved, "saved", rows.master)
-    rows.enter("grad", grads, "grads", rows.dtype)
+    rows.enter(_LIVE, live, "live", rows.dtype)
+    rows.enter(_SAVED, saved, "saved", rows.master)
+    rows.enter(_GRAD, grads, "grads", rows.dtype)
     rows.enter_adaptive(adaptive)
     if rows.empty:
         return
@@ -217,7 +285,7 @@ def fd_gram(
     """Gram matrix of the gradient and its differences, per group."""
     rows = Rows(grad, "grad", groups, num_groups)
     _enter_gradients(rows, grad, grad_ascent, grad_descent)
-    rows.enter_weights("saved", weights, rows.master)
+    rows.enter_weights(_SAVED, weights, rows.master)
     if rows.empty:
         return torch.zeros(num_groups, 9, dtype=torch.float64, device=rows.device)
     with guard(rows.device):
@@ -276,9 +344,9 @@ def coefficients(
 def _enter_gradients(
     rows: Rows, grad: Sequence[Tensor], grad_ascent: Sequence[Tensor], grad_descent: Sequence[Tensor]
 ) -> None:
-    rows.enter("grad", grad, "grad", rows.dtype)
-    rows.enter("grad_ascent", grad_ascent, "grad_ascent", rows.dtype)
-    rows.enter("grad_descent", grad_descent, "grad_descent", rows.dtype)
+    rows.enter(_GRAD, grad, "grad", rows.dtype)
+    rows.enter(_GRAD_ASCENT, grad_ascent, "grad_ascent", rows.dtype)
+    rows.enter(_GRAD_DESCENT, grad_descent, "grad_descent", rows.dtype)
 
 
 def _decision(rows: Rows, a: Tensor, b: Tensor, factor: Tensor | None) -> Decision:
@@ -299,7 +367,7 @@ def _options(options: Sequence[float], tensors: Sequence[Tensor | None], device:
         check_tensor(tensor, "option_tensors", device, torch.float64 if wide else torch.float32, 1)
         words += (0, tensor.data_ptr(), 0, 0) if wide else (tensor.data_ptr(), 0, 0, 0)
     content = struct.pack("qqdd" * len(options), *words)
-    return _cache.get(("options", content), device, lambda: content).view(torch.int64)
+    return _cache.get(("options", content), device, lambda: content, lambda table: table.view(torch.int64))
 
 
 def _enter_step_gradients(
@@ -307,7 +375,7 @@ def _enter_step_gradients(
 ) -> bool:
     """Enter the gradients of a step, and say whether there are all three."""
     if not grad_ascent:
-        rows.enter("grad", grad, "grad", rows.dtype)
+        rows.enter(_GRAD, grad, "grad", rows.dtype)
         return False
     _enter_gradients(rows, grad, grad_ascent, grad_descent)
     return True
@@ -316,7 +384,7 @@ def _enter_step_gradients(
 def _step(
     launch: Callable[..., None],
     num_options: int,
-    buffers: Mapping[str, tuple[str, Sequence[Tensor]]],
+    buffers: Iterable[tuple[int, str, Sequence[Tensor]]],
     live: Sequence[Tensor],
     saved: Sequence[Tensor],
     grads: Sequence[Sequence[Tensor]],
@@ -327,14 +395,14 @@ def _step(
     decided: tuple[Tensor, Tensor, Tensor | None],
     ok: Tensor,
 ) -> None:
-    """The step of a base optimizer, with so many options a group; ``buffers`` has name and rows for each column."""
+    """The step of a base optimizer, with so many options a group; ``buffers`` has columns, names and rows."""
     if not live:
         return
     groups_in_all = decided[0].numel()
     rows = Rows(live, "live", groups, groups_in_all)
-    rows.enter("live", live, "live", rows.dtype)
-    rows.enter("saved", saved, "saved", rows.master)
-    for column, (name, tensors) in buffers.items():
+    rows.enter(_LIVE, live, "live", rows.dtype)
+    rows.enter(_SAVED, saved, "saved", rows.master)
+    for column, name, tensors in buffers:
         rows.enter(column, tensors, name, rows.master)
     rows.enter_steps(steps)
     differences = _enter_step_gradients(rows, *grads)
@@ -365,7 +433,7 @@ def sgd_step_(
     ok: Tensor,
 ) -> None:
     """A step of SGD."""
-    buffers = {"first": ("momentum_buffer", momentum_buffer)}
+    buffers = ((_FIRST, "momentum_buffer", momentum_buffer),)
     grads = (grad, grad_ascent, grad_descent)
     _step(
         launch_sgd_step, SGD_OPTIONS.value, buffers, live, saved, grads, groups, steps, options, option_tensors,
@@ -391,7 +459,7 @@ def adamw_step_(
     ok: Tensor,
 ) -> None:
     """A step of Adam or AdamW."""
-    buffers = {"first": ("exp_avg", exp_avg), "second": ("exp_avg_sq", exp_avg_sq)}
+    buffers = ((_FIRST, "exp_avg", exp_avg), (_SECOND, "exp_avg_sq", exp_avg_sq))
     grads = (grad, grad_ascent, grad_descent)
     _step(
         launch_adamw_step, ADAM_OPTIONS.value, buffers, live, saved, grads, groups, steps, options, option_tensors,
@@ -414,8 +482,8 @@ def combine_(
     if not live:
         return
     rows = Rows(live, "live", groups, a.numel())
-    rows.enter("live", live, "live", rows.dtype)
-    rows.enter("saved", saved, "saved", rows.master)
+    rows.enter(_LIVE, live, "live", rows.dtype)
+    rows.enter(_SAVED, saved, "saved", rows.master)
     differences = _enter_step_gradients(rows, grad, grad_ascent, grad_descent)
     if rows.empty:
         return

@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,18 +26,24 @@ class TableCache:
     LIMIT = 256  # entries; some 10 are in use in a training loop
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._entries: OrderedDict[Hashable, Any] = OrderedDict()
         self._captured: list[tuple[Tensor, Tensor]] = []
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, device: torch.device, build: Callable[[], bytes]) -> Tensor:
-        """What ``build`` returns, as uint8 on the device; equal keys must stand for equal bytes."""
+    def get(
+        self,
+        key: Hashable,
+        device: torch.device,
+        build: Callable[[], bytes],
+        view: Callable[[Tensor], Any] = lambda table: table,
+    ) -> Any:
+        """What ``build`` returns, as uint8 on the device, through ``view``; equal keys must stand for equal bytes."""
         on_gpu = device.type == "cuda"
         if on_gpu and torch.cuda.is_current_stream_capturing():
             source = _pinned(build())
             table = source.to(device, non_blocking=True)
             self._captured.append((table, source))
-            return table
+            return view(table)
         key = (key, device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0)
         with self._lock:
             if key in self._entries:
@@ -47,10 +54,10 @@ class TableCache:
                 table = _pinned(build()).to(device, non_blocking=True)
             else:
                 table = torch.frombuffer(bytearray(build()), dtype=torch.uint8)
-            self._entries[key] = table
+            self._entries[key] = view(table)
             if len(self._entries) > self.LIMIT:
                 self._entries.popitem(last=False)
-            return table
+            return self._entries[key]
 
 
 def _pinned(content: bytes) -> Tensor:

@@ -59,7 +59,7 @@ class FusedOperators(Operators):
         undo: list[tuple[Tensor, Tensor]],
         stochastic: bool = False,
     ) -> None:
-        scale = scale.to(live[0].device, non_blocking=True)
+        scale = _on(live[0].device, scale)
         before, known = self._launch_mark(live[0]), len(undo)
         try:
             # One launch saves and writes: undo must not wait until it returns, nor stay if it is never made.
@@ -158,7 +158,7 @@ class FusedOperators(Operators):
             steps,
             *_options(values, live[0].device),
             *_decision(coefficients, live[0].device),
-            coefficients.ok.to(live[0].device, non_blocking=True),
+            _on(live[0].device, coefficients.ok),
         )
 
     def adamw_step_(
@@ -184,7 +184,7 @@ class FusedOperators(Operators):
             steps,
             *_options(values, live[0].device),
             *_decision(coefficients, live[0].device),
-            coefficients.ok.to(live[0].device, non_blocking=True),
+            _on(live[0].device, coefficients.ok),
         )
 
     def combine_(
@@ -206,8 +206,11 @@ def _gradients(grads: Sequence[Sequence[Tensor]]) -> tuple[Sequence[Tensor], Seq
 
 
 def _decision(c: Coefficients, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    a, b = (x.to(device, non_blocking=True) for x in (c.a, c.b))
-    return a, b, None if c.factor is None else c.factor.to(device, non_blocking=True)
+    return _on(device, c.a), _on(device, c.b), None if c.factor is None else _on(device, c.factor)
+
+
+def _on(device: torch.device, x: Tensor) -> Tensor:
+    return x if x.device == device else x.to(device, non_blocking=True)
 
 
 def _options(

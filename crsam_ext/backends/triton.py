@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .fused import FAKES, FusedOperators
 
@@ -69,12 +72,13 @@ class TritonOperators(FusedOperators):
         _register()
         super().__init__()
         self._implementations = import_module("crsam_ext.triton_kernels.operators")
+        self._ops = _direct()
 
     def _launch_mark(self, live: Tensor) -> int:
         return int(self._implementations.perturbations_launched())
 
     def _launched(self, live: Tensor, before: int) -> bool:
-        # The version says nothing: torch bumps it before it calls the implementation.
+        # The version says nothing: it goes up after the launch, and Ctrl-C may come between the two.
         return bool(self._implementations.last_perturbation(live.device) > before)
 
 
@@ -83,12 +87,37 @@ def _register() -> None:
     implementations = import_module("crsam_ext.triton_kernels.operators")
     for name, schema in SCHEMAS.items():
         define: Any = torch.library.custom_op(
-            f"crsam_triton::{name}", getattr(implementations, name), mutates_args=_written(schema), schema=schema
+            f"crsam_triton::{name}",
+            getattr(implementations, name),
+            mutates_args=[argument for argument, written in _arguments(schema) if written],
+            schema=schema,
         )
         define.register_fake(FAKES[name])
 
 
-def _written(schema: str) -> list[str]:
-    """Names of the arguments that a schema marks as written."""
+@cache
+def _direct() -> SimpleNamespace:
+    """The implementations, with the versions of what they write: torch's dispatcher would turn every list of tensors
+    into one of its own and back, which takes longer than all the rest."""
+    implementations = import_module("crsam_ext.triton_kernels.operators")
+    return SimpleNamespace(
+        **{name: _versioned(getattr(implementations, name), schema) for name, schema in SCHEMAS.items()}
+    )
+
+
+def _versioned(implementation: Callable[..., Any], schema: str) -> Callable[..., Any]:
+    positions = [i for i, (_, written) in enumerate(_arguments(schema)) if written]
+
+    def operator(*arguments: Any) -> Any:
+        result = implementation(*arguments)
+        for i in positions:
+            increment_version(arguments[i])
+        return result
+
+    return operator
+
+
+def _arguments(schema: str) -> list[tuple[str, bool]]:
+    """Name of each argument of a schema, and whether it is marked as written."""
     arguments = schema[1:].split(") -> ")[0].split(", ")
-    return [argument.split()[-1] for argument in arguments if "!" in argument]
+    return [(argument.split()[-1], "!" in argument) for argument in arguments]

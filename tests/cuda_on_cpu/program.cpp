@@ -100,8 +100,8 @@ void run(crsam::Dtype dtype) {
 
   launch_perturbation_scale(norms, half, 1e-12, scale, kNumGroups, nullptr);
   expect_near(scale[0], 0.5 / std::sqrt(norms[0] + norms[1]), "scale");
-  launch_perturb(dtype, table, scale, +1, nullptr);
-  launch_perturb(dtype, table, scale, -1, nullptr);
+  launch_perturb(dtype, table, scale, +1, false, nullptr);
+  launch_perturb(dtype, table, scale, -1, true, nullptr);
 
   CoefficientsArguments p = {};
   p.gram = gram;
@@ -163,8 +163,8 @@ void run(crsam::Dtype dtype) {
   expect_near(norms[0], expected, "norm of the last chunk");
   launch_fd_gram(dtype, far, partial, gram, nullptr);
   expect_near(gram[0], expected, "gram[0] of the last chunk");
-  launch_perturb(dtype, far, scale, +1, nullptr);
-  launch_perturb(dtype, far, scale, -1, nullptr);
+  launch_perturb(dtype, far, scale, +1, true, nullptr);
+  launch_perturb(dtype, far, scale, -1, false, nullptr);
   update(far);
 }
 

@@ -1,0 +1,16 @@
+// Launchers that launch nothing: with csrc/cuda/ops_cuda.cpp they make operators that do all of a step's host work.
+#include "kernels.h"
+
+namespace crsam {
+
+void launch_grad_norm(Dtype, const Table&, double*, double*, cudaStream_t) {}
+void launch_perturbation_scale(const double*, const double*, double, double*, int32_t, cudaStream_t) {}
+void launch_perturb(Dtype, const Table&, const double*, int, cudaStream_t) {}
+void launch_fd_gram(Dtype, const Table&, double*, double*, cudaStream_t) {}
+// A step that is sound: parameters enter the optimizer's state as they do in training.
+void launch_coefficients(const CoefficientsArguments& arguments, cudaStream_t) { arguments.flags[0] = true; }
+void launch_sgd_step(Dtype, const Table&, const Scalar*, Decision, bool, cudaStream_t) {}
+void launch_adamw_step(Dtype, const Table&, const Scalar*, Decision, bool, cudaStream_t) {}
+void launch_combine(Dtype, const Table&, Decision, bool, cudaStream_t) {}
+
+}  // namespace crsam

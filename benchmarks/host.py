@@ -1,0 +1,220 @@
+"""What a step costs the host: Python, dispatch, checks and tables of pointers, with kernels that are never started.
+
+No GPU is needed. Backend "cuda" is its own C++ (csrc/cuda/ops_cuda.cpp) with launchers that do nothing
+(empty_kernels.cpp); "triton" is its own Python and Triton's launcher, up to where the compiled kernel would be handed
+to the driver. Both work on CPU tensors, which skips two things that a GPU has: setting the current device, and the
+driver's part of seven launches.
+
+The floor beside it is what no optimizer of this kind can leave out, repeated with the arguments of a real step: reading
+and clearing every ``p.grad`` in every pass, marking the parameters as written, returning g0, and the seven calls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from crsam_ext import CRSAM
+from crsam_ext.backends import cuda, triton
+
+__all__ = ["BACKENDS", "HostTime", "measure"]
+
+ROOT = Path(__file__).parents[1]
+BACKENDS = ("cuda", "triton")
+BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}),
+    "adamw": (torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 1e-2}),
+}
+
+
+class HostTime(NamedTuple):
+    """Seconds of this thread on a processor, one a round."""
+
+    step: list[float]
+    floor: list[float]
+
+
+def measure(backend: str, base: str, shapes: Sequence[tuple[int, ...]], form: str, rounds: int) -> HostTime:
+    """The host's share of a step of three passes.
+
+    Args:
+        backend: "cuda" or "triton".
+        base: "sgd" (with momentum) or "adamw".
+        shapes: of the parameters; only their number matters much.
+        form: "closure" for ``step(closure)``, "calls" for first_step, second_step and third_step.
+        rounds: how many steps are measured, in turn with as many floors.
+    """
+    with {"cuda": _empty_cuda, "triton": _empty_triton}[backend]():
+        # Nothing touches what is in them. They must lie at different addresses, as autograd's own do.
+        params = [torch.nn.Parameter(torch.empty(shape)) for shape in shapes]
+        grads = [[torch.empty(shape) for shape in shapes] for _ in range(3)]
+        cls, options = BASES[base]
+        optimizer = CRSAM(params, cls, rho=0.1, backend=backend, **options)
+        step = _step_of(optimizer, params, grads, form)
+        for _ in range(3):
+            step()
+        floor = _floor_of(optimizer, params, grads, step)
+        times = HostTime([], [])
+        for index in range(-10, rounds):
+            taken = step(), floor()
+            if index >= 0:
+                times.step.append(taken[0])
+                times.floor.append(taken[1])
+    return times
+
+
+def _step_of(
+    optimizer: CRSAM, params: list[torch.nn.Parameter], grads: list[list[Tensor]], form: str
+) -> Callable[[], float]:
+    """A function that takes a step and returns its seconds, without those in which gradients are assigned."""
+    index, outside = 0, 0.0
+
+    def assign() -> None:
+        nonlocal index, outside
+        began = time.thread_time()
+        for p, g in zip(params, grads[index % 3], strict=True):
+            p.grad = g
+        index += 1
+        outside += time.thread_time() - began
+
+    def step() -> float:
+        nonlocal outside
+        began, outside = time.thread_time(), 0.0
+        if form == "closure":
+            optimizer.step(assign)
+        else:
+            for call in (optimizer.first_step, optimizer.second_step, optimizer.third_step):
+                assign()
+                call(zero_grad=True)
+        return time.thread_time() - began - outside
+
+    return step
+
+
+def _floor_of(
+    optimizer: CRSAM, params: list[torch.nn.Parameter], grads: list[list[Tensor]], step: Callable[[], float]
+) -> Callable[[], float]:
+    calls = _record(optimizer, step)
+
+    def floor() -> float:
+        spent = 0.0
+        for given in grads:
+            for p, g in zip(params, given, strict=True):
+                p.grad = g
+            began = time.thread_time()
+            for p in params:
+                p.grad  # noqa: B018
+            for p in params:
+                p.grad = None
+            increment_version(params)
+            spent += time.thread_time() - began
+        began = time.thread_time()
+        for call in calls:
+            call()
+        for p, g in zip(params, grads[0], strict=True):
+            p.grad = g
+        return spent + time.thread_time() - began
+
+    return floor
+
+
+def _record(optimizer: CRSAM, step: Callable[[], float]) -> list[Callable[[], object]]:
+    """The calls of a step that start kernels, as functions without arguments."""
+    calls: list[Callable[[], object]] = []
+
+    def recorder(function: Callable[..., object]) -> Callable[..., object]:
+        def record(*arguments: Any, **keywords: Any) -> object:
+            calls.append(lambda: function(*arguments, **keywords))
+            return function(*arguments, **keywords)
+
+        return record
+
+    if optimizer.backend == "triton":
+        from triton.runtime.jit import JITFunction
+
+        with mock.patch.object(JITFunction, "run", recorder(JITFunction.run)):
+            step()
+    else:
+        operators, own = optimizer.operators, optimizer.operators._ops
+        names = [name for name in dir(own) if not name.startswith("_")]
+        operators._ops = SimpleNamespace(**{name: recorder(getattr(own, name)) for name in names})
+        step()
+        operators._ops = own
+    return calls
+
+
+@contextmanager
+def _empty_cuda() -> Iterator[None]:
+    torch.ops.load_library(_library())
+    with mock.patch.object(cuda, "why_unavailable", return_value=None):
+        yield
+
+
+def _library() -> Path:
+    """csrc/ with empty launchers, compiled for CPU tensors."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    sources = [
+        ROOT / "csrc" / "ops.cpp",
+        ROOT / "csrc" / "cuda" / "ops_cuda.cpp",
+        ROOT / "benchmarks" / "empty_kernels.cpp",
+    ]
+    shim = ROOT / "tests" / "cuda_on_cpu" / "shim"
+    compile_flags = ["-std=c++20", "-O2", "-fPIC", "-DCRSAM_DISPATCH_KEY=CPU", f"-I{shim}", f"-I{ROOT}/csrc/cuda"]
+    compile_flags += [f"-isystem{path}" for path in include_paths()]
+    compile_flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
+    folders = library_paths()
+    link_flags = [
+        "-shared",
+        *(f"-L{p}" for p in folders),
+        *(f"-Wl,-rpath,{p}" for p in folders),
+        "-ltorch_cpu",
+        "-lc10",
+    ]
+    everything = [*sources, *sorted((ROOT / "csrc").rglob("*.*h")), *sorted(p for p in shim.rglob("*") if p.is_file())]
+    digest = hashlib.sha256(torch.__version__.encode() + b"".join(p.read_bytes() for p in everything)).hexdigest()[:16]
+    library = ROOT / "build" / "host" / digest / "crsam_empty.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        compiler, partial = os.environ.get("CXX", "g++"), library.with_suffix(f".{os.getpid()}.so")
+        subprocess.run([compiler, *compile_flags, *map(str, sources), *link_flags, "-o", str(partial)], check=True)
+        partial.replace(library)
+    return library
+
+
+@contextmanager
+def _empty_triton() -> Iterator[None]:
+    from crsam_ext.triton_kernels import launch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    utils = SimpleNamespace(
+        load_binary=lambda name, kernel, shared, device: (object(), 0, 0, 0, 1024),
+        get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
+        unload_module=lambda module: None,
+    )
+    gpu = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        launcher_cls=lambda source, metadata: lambda *arguments: None,
+        utils=utils,
+    )
+    with (
+        mock.patch.object(triton, "why_unavailable", return_value=None),
+        mock.patch.object(launch, "INTERPRETED_BLOCK", launch.DEFAULT_BLOCK),
+        mock.patch.object(driver, "_active", gpu),
+    ):
+        yield
