@@ -2,6 +2,7 @@
 
 import copy
 import math
+import statistics
 
 import pytest
 import torch
@@ -149,12 +150,21 @@ def test_probes_are_the_same_in_all_batches(model):
 
 def test_seeds_give_independent_probes():
     model = mlp().double()
-    values = {curvature.hessian_trace(model, F.cross_entropy, batches(), probes=1, seed=s).value for s in range(5)}
+    singles = [curvature.hessian_trace(model, F.cross_entropy, batches(), probes=1, seed=s) for s in range(5)]
     again = curvature.hessian_trace(model, F.cross_entropy, batches(), probes=1, seed=4)
 
-    assert len(values) == 5
-    assert again.value in values
+    assert len({single.value for single in singles}) == 5
+    assert again.value == singles[4].value
     assert math.isnan(again.standard_error)
+
+
+def test_standard_error_is_that_of_the_mean_over_probes():
+    args = (mlp().double(), F.cross_entropy, batches())
+    result = curvature.hessian_trace(*args, probes=4)
+    # Probe k of seed 0 is the first probe of the seed that is k large primes further on.
+    values = [curvature.hessian_trace(*args, probes=1, seed=1_000_003 * k).value for k in range(4)]
+    assert result.value == pytest.approx(statistics.mean(values))
+    assert result.standard_error == pytest.approx(statistics.stdev(values) / 2)
 
 
 @pytest.mark.parametrize("estimator", ["gradient", "loss"])
