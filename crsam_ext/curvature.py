@@ -18,7 +18,8 @@ All of them take ``(model, loss_fn, loader)`` and these options:
     or a list is given as positional arguments, a dictionary as keywords.
 ``loader``
     Batches ``(input, target)``, on any device: a DataLoader, a list, anything that can be gone through more than once
-    and gives the same batches each time. Batches count by the length of their target's first dimension.
+    and gives the same batches each time. A batch has as many samples as the first dimension of its target is long, or,
+    where the target holds no tensor, of its input.
 ``training``
     The model is measured in evaluation mode: no dropout, and running statistics in batch norm. ``training=True``
     measures it as it trains: batch norm couples the samples of a batch, and each batch has one fixed draw of dropout
@@ -345,7 +346,8 @@ class _Batch:
         self._objective = objective
         self._input, self._target = (_to(x, objective.params[0].device) for x in (inputs, target))
         self._random = RandomState(objective.devices)
-        self.size = len(self._target) if getattr(self._target, "ndim", 1) else 1
+        lengths = (n for n in map(_length, (self._target, self._input)) if n is not None)
+        self.size = next(lengths, 1)
 
     def loss(self) -> Tensor:
         """The mean loss of the batch, 0-dim, with its graph where gradients are enabled."""
@@ -619,6 +621,14 @@ def _to(x: Any, device: torch.device) -> Any:
     if isinstance(x, (tuple, list)):
         return [_to(value, device) for value in x]
     return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+
+
+def _length(x: Any) -> int | None:
+    """Of the first dimension of the first tensor in x."""
+    if isinstance(x, Tensor):
+        return len(x) if x.ndim else 1
+    values = x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else ()
+    return next((n for n in map(_length, values) if n is not None), None)
 
 
 def _import(name: str) -> Any:

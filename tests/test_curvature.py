@@ -387,6 +387,11 @@ def test_inputs_of_several_tensors():
     a, b, y = torch.tensor([[1.0, 3.0]]), torch.zeros(1), torch.zeros(1)
     for x in ((a, b), {"a": a, "b": b}):
         assert curvature.hessian_trace(Sum(), F.mse_loss, [(x, y)], estimator="exact").value == pytest.approx(20)
+        # Without a target, the input says how many samples there are.
+        loader = [(x, None), ([a.repeat(3, 1), b.repeat(3)], None)]
+        result = curvature.hessian_trace(Sum(), lambda output, _: output.square().mean(), loader, estimator="exact")
+        assert result.value == pytest.approx(20)
+        assert result.samples == 4
 
 
 @pytest.mark.parametrize("progress", [True, False])
@@ -404,6 +409,7 @@ BAD = {
     "no graph": ((mlp().double(), lambda o, y: o.detach().sum(), batches()), {}, ValueError, "does not depend"),
     "no loader": ((mlp().double(), F.cross_entropy, 3), {}, TypeError, "iterable of batches"),
     "generator": ((mlp().double(), F.cross_entropy, iter(batches())), {}, TypeError, "only once"),
+    "no samples": ((mlp(), F.cross_entropy, batches(torch.float32, sizes=(0,))), {}, ValueError, "no samples"),
     "empty": ((mlp().double(), F.cross_entropy, []), {}, ValueError, "no batches"),
     "no pairs": ((mlp().double(), F.cross_entropy, [3]), {}, TypeError, r"pairs \(input, target\)"),
     "frozen": ((mlp().double().requires_grad_(False), F.cross_entropy, batches()), {}, ValueError, "no parameter"),
