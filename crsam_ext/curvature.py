@@ -78,7 +78,10 @@ class Measurement:
         return self.value
 
     def __str__(self) -> str:
-        return f"{self.value:.6g}" + (f" ± {self.standard_error:.2g}" if self.probes else "")
+        if not 0 < self.standard_error < math.inf:
+            return f"{self.value:.6g}"
+        places = max(0, 1 - math.floor(math.log10(self.standard_error)))
+        return f"{self.value:.{places}f} ± {self.standard_error:.{places}f}"
 
 
 @dataclass(frozen=True)

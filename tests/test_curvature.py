@@ -328,6 +328,13 @@ def test_bf16_autocast():
     assert differences.value == pytest.approx(direct.value, rel=0.2)
 
 
+def test_prints_as_many_digits_as_it_knows():
+    assert str(curvature.Measurement(84.1629, 5.23, 16, 9)) == "84.2 ± 5.2"
+    assert str(curvature.Measurement(-0.0123456, 0.00021, 16, 9)) == "-0.01235 ± 0.00021"
+    assert str(curvature.Measurement(12345.678, 190.0, 16, 9)) == "12346 ± 190"
+    assert str(curvature.Measurement(84.1629, 0.0, 0, 9)) == "84.1629"
+
+
 def test_frozen_parameters_do_not_count():
     model = mlp().double()
     model[0].requires_grad_(False)

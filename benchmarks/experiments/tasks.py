@@ -150,8 +150,8 @@ class GraphNetwork(nn.Module):
 
 TASKS = {
     "mnist1d-mlp": Task(lambda: images("mnist1d"), image_model("mnist1d", "mlp"), 128, 60, 20, ablation=True),
-    "mnist1d-cnn": Task(lambda: images("mnist1d"), image_model("mnist1d", "cnn"), 128, 15, 3, ablation=True),
-    "digits-cnn": Task(lambda: images("digits"), image_model("digits", "cnn"), 64, 15, 5, ablation=True),
+    "mnist1d-cnn": Task(lambda: images("mnist1d"), image_model("mnist1d", "cnn"), 128, 12, 3, ablation=True),
+    "digits-cnn": Task(lambda: images("digits"), image_model("digits", "cnn"), 64, 12, 5, ablation=True),
     "characters-transformer": Task(source_code, Transformer, 32, 8, 3, torch.optim.AdamW, ADAMW, 1 / 16),
     "characters-gru": Task(source_code, Recurrent, 32, 8, 3, torch.optim.AdamW, ADAMW, 1 / 16),
     "graph": Task(nodes, GraphNetwork, 100, 200, 60),
