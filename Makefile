@@ -12,10 +12,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.crsam_ext-installed
 HAS_TORCH := $(PYTHON) -c 'import torch, pytest, hypothesis' 2>/dev/null
 
-.PHONY: help train test lint bench gpu clean
+.PHONY: help train test lint bench experiments gpu clean
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(INSTALLED)  ## Train a network on the digits data with CR-SAM; results and the picture in runs/digits
 	$(BIN)/crsam-train --data digits --optimizer crsam --output runs/digits --overwrite
@@ -30,6 +30,9 @@ lint: $(INSTALLED)  ## Check style, format and types
 
 bench: $(INSTALLED)  ## Measure the time of a step; the numbers go to benchmarks/results
 	$(BIN)/python -m benchmarks.overhead
+
+experiments: $(INSTALLED)  ## Measure what CR-SAM does to accuracy and curvature: an hour on two cores; it can be stopped
+	$(BIN)/python -m benchmarks.experiments
 
 gpu:  ## On a machine with a GPU: build the extension, run all tests that need one, measure the operators
 	@$(HAS_TORCH) || $(MAKE) $(INSTALLED)

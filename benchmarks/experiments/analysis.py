@@ -1,0 +1,100 @@
+"""Means and errors over seeds, and how well a measure ranks checkpoints by their generalization gap."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+DRAWS = 1000  # of the bootstrap
+#: Of the training set, so that they could have been measured without a test set.
+PREDICTORS = ("train_c", "train_trace", "train_top_eigenvalue", "train_gradient_norm")
+
+
+def best_rho(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """For each task and method, the rho with the best mean validation accuracy; of equals, the smallest."""
+    scores: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for result in results:
+        config = result["config"]
+        by_rho = scores.setdefault((config["task"], config["method"]), {})
+        by_rho.setdefault(config["rho"], []).append(result["rows"][-1]["test_accuracy"])
+    return {key: max(sorted(by_rho), key=lambda rho: np.mean(by_rho[rho])) for key, by_rho in scores.items()}
+
+
+def mean_and_error(values: Sequence[float | None]) -> tuple[float, float]:
+    """Mean and its standard error; a value that is missing makes both NaN."""
+    array = np.array([math.nan if v is None else v for v in values], dtype=float)
+    error = array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else math.nan
+    return float(array.mean()), float(error)
+
+
+def summaries(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each task, method and checkpoint: mean and error over seeds of everything that was measured."""
+    groups: dict[tuple[str, str, float, int], list[dict[str, Any]]] = {}
+    for result in results:
+        config = result["config"]
+        for row in result["rows"]:
+            key = (config["task"], config["method"], config["rho"], row["epoch"])
+            groups.setdefault(key, []).append(row)
+    return [
+        {"task": task, "method": method, "rho": rho, "epoch": epoch, "seeds": len(rows)}
+        | {name: mean_and_error([row[name] for row in rows]) for name in rows[0] if name != "epoch"}
+        for (task, method, rho, epoch), rows in groups.items()
+    ]
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray, kind: str) -> float:
+    """Spearman's or Kendall's coefficient; NaN where either is constant."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        return float((stats.spearmanr if kind == "spearman" else stats.kendalltau)(x, y).statistic)
+
+
+def bootstrap_interval(runs: Sequence[tuple[np.ndarray, np.ndarray]], kind: str, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile interval of a rank correlation over the checkpoints of all runs.
+
+    Whole runs are drawn, with all their checkpoints: those of one run are not independent, and a run with more of them
+    tells no more about other runs.
+
+    Args:
+        runs: for each run, the two quantities at its checkpoints.
+        kind: "spearman" or "kendall".
+    """
+    generator = np.random.default_rng(seed)
+    values = []
+    for _ in range(DRAWS):
+        chosen = [runs[i] for i in generator.integers(len(runs), size=len(runs))]
+        x, y = (np.concatenate(parts) for parts in zip(*chosen, strict=True))
+        values.append(rank_correlation(x, y, kind))
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def predictions(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rank correlations of each predictor with the gap test loss − training loss: for each task, over all checkpoints,
+    and over the last ones alone, where runs differ by method and seed but not by how long they have trained."""
+    rows = []
+    for task in dict.fromkeys(result["config"]["task"] for result in results):
+        for which in ("all checkpoints", "last checkpoints"):
+            for predictor in PREDICTORS:
+                runs = []
+                for result in results:
+                    if result["config"]["task"] != task:
+                        continue
+                    chosen = result["rows"] if which == "all checkpoints" else result["rows"][-1:]
+                    names = (predictor, "test_loss", "train_loss")
+                    points = [r for r in chosen if all(r[n] is not None for n in names)]
+                    if points:
+                        gap = [r["test_loss"] - r["train_loss"] for r in points]
+                        runs.append((np.array([r[predictor] for r in points]), np.array(gap)))
+                row = {"task": task, "over": which, "predictor": predictor, "runs": len(runs)}
+                for kind in ("spearman", "kendall") if len(runs) > 2 else ():
+                    x, y = (np.concatenate(parts) for parts in zip(*runs, strict=True))
+                    row[kind] = rank_correlation(x, y, kind)
+                    row[f"{kind}_interval"] = bootstrap_interval(runs, kind)
+                rows.append(row)
+    return rows

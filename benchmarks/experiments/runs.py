@@ -1,0 +1,165 @@
+"""One training run with its measurements, and many of them in parallel, each computed once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from crsam_ext import CRSAM, curvature
+from crsam_ext.training import checkpoint
+from crsam_ext.training.data import batches, epoch_order
+from crsam_ext.training.loop import step
+
+from .methods import METHODS
+from .tasks import TASKS, Samples
+
+#: Part of the name of a cached run: to be raised when a change of the code changes what a run computes.
+VERSION = 1
+ASCENT_RHO = 0.2  # of the ascent gap, the same for all methods
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a run computes."""
+
+    task: str
+    method: str
+    rho: float
+    seed: int
+    epochs: int
+    checkpoints: tuple[int, ...]  #: after these epochs, losses and curvature are measured
+    probes: int = 8
+    samples: int = 500  #: the first of each set, in one batch, at which curvature is measured
+    tuning: bool = False  #: leave the validation samples out, measure only accuracy, and on them
+
+    @property
+    def key(self) -> str:
+        text = json.dumps([VERSION, torch.__version__, asdict(self)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train and measure. Returns the configuration, a row of numbers for each checkpoint, and seconds."""
+    start = time.perf_counter()
+    torch.set_num_threads(1)
+    task = TASKS[config.task]
+    splits = task.load()
+    train, test = splits.train, splits.validation
+    if not config.tuning:
+        train = (torch.cat([train[0], splits.validation[0]]), torch.cat([train[1], splits.validation[1]]))
+        test = splits.test
+    checkpoint.seed_everything(config.seed)
+    model = task.model()
+    optimizer = CRSAM(
+        model.parameters(), task.base, rho=config.rho, model=model, **METHODS[config.method], **task.base_options
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
+    rows = []
+    for epoch in range(config.epochs):
+        model.train()
+        for x, y in batches(*train, task.batch_size, epoch_order(len(train[0]), config.seed, epoch)):
+            step(model, optimizer, x, y, 0.0, False)
+        schedule.step()
+        if epoch + 1 in config.checkpoints:
+            row = {"epoch": epoch + 1} | evaluate(model, test, "test")
+            if not config.tuning:
+                row |= evaluate(model, train, "train") | measure(model, train, test, config)
+            rows.append({name: value if math.isfinite(value) else None for name, value in row.items()})
+    skipped = int(optimizer.stats.skipped)
+    return {
+        "config": asdict(config),
+        "rows": rows,
+        "skipped": skipped,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, samples: Samples, name: str) -> dict[str, float]:
+    """Mean cross-entropy and accuracy over all samples, or all characters of them."""
+    model.eval()
+    loss = correct = 0.0
+    for x, y in zip(samples[0].split(500), samples[1].split(500), strict=True):
+        output = model(x)
+        loss += F.cross_entropy(output, y, reduction="sum").item()
+        correct += (output.argmax(1) == y).sum().item()
+    labels = samples[1].numel()
+    return {f"{name}_loss": loss / labels, f"{name}_accuracy": correct / labels}
+
+
+def measure(model: nn.Module, train: Samples, test: Samples, config: Config) -> dict[str, float]:
+    """Curvature at the first samples of both sets, in evaluation mode."""
+    row = {}
+    count = math.ceil(config.samples * TASKS[config.task].share)
+    for name, (x, y) in (("train", train), ("test", test)):
+        loader = [(x[:count], y[:count])]
+        c = curvature.normalized_trace(model, F.cross_entropy, loader, probes=config.probes)
+        row |= {f"{name}_c": c.value, f"{name}_c_error": c.standard_error}
+        row |= {f"{name}_trace": c.trace.value, f"{name}_gradient_norm": c.gradient_norm.value}
+    loader = [(train[0][:count], train[1][:count])]
+    try:
+        top = curvature.top_eigenvalues(model, F.cross_entropy, loader, tolerance=0.02).values[0]
+    except RuntimeError:  # of a run that has diverged
+        top = math.nan
+    gap = curvature.ascent_gap(model, F.cross_entropy, loader, rho=ASCENT_RHO, steps=10)
+    return row | {"train_top_eigenvalue": top, "train_ascent_gap": gap.ratio}
+
+
+def run_all(configs: Sequence[Config], cache: Path, workers: int, progress: Any = None) -> list[dict[str, Any]]:
+    """Results of all configurations, in their order, from the cache where they are there.
+
+    Args:
+        cache: folder of one JSON file for each run; written as soon as a run is complete.
+        workers: processes, of one thread each; 0 computes in this one.
+        progress: called with the number of runs that are complete and the last one's result.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    missing = list(dict.fromkeys(c for c in configs if load(c, cache) is None))
+    done = len(set(configs)) - len(missing)
+    for config, result in _computed(missing, workers):
+        checkpoint.write(cache / f"{config.key}.json", lambda file, result=result: file.write(_encoded(result)))
+        done += 1
+        if progress is not None:
+            progress(done, result)
+    results = [load(config, cache) for config in configs]
+    assert all(result is not None for result in results)
+    return results
+
+
+def load(config: Config, cache: Path) -> dict[str, Any] | None:
+    """The cached result; None if there is none, or none that can be read."""
+    try:
+        return json.loads((cache / f"{config.key}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _computed(configs: Sequence[Config], workers: int) -> Iterable[tuple[Config, dict[str, Any]]]:
+    if not workers or not configs:
+        yield from ((config, run(config)) for config in configs)
+        return
+    # New processes: a forked one would share the state of this one's threads.
+    with ProcessPoolExecutor(min(workers, len(configs)), mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(run, config): config for config in configs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _encoded(result: dict[str, Any]) -> bytes:
+    return json.dumps(result, allow_nan=False).encode()

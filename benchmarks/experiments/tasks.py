@@ -1,0 +1,158 @@
+"""Data, networks and base optimizers. Nothing is downloaded; a task is the same wherever Python's library is."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crsam_ext.training.data import load as load_training_data
+from crsam_ext.training.models import create_model
+from crsam_ext.training.options import parse
+
+Samples = tuple[Tensor, Tensor]
+SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}
+ADAMW = {"lr": 2e-3, "weight_decay": 0.05}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training, validation and test samples: inputs (N, ...), int64 labels (N,) or (N, length)."""
+
+    train: Samples
+    validation: Samples
+    test: Samples
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem: classification of samples, of each character of a text, or of nodes."""
+
+    load: Callable[[], Splits]
+    model: Callable[[], nn.Module]
+    batch_size: int
+    epochs: int
+    quick_epochs: int
+    base: type[torch.optim.Optimizer] = torch.optim.SGD
+    base_options: dict[str, Any] = field(default_factory=lambda: SGD)
+    share: float = 1.0  #: of the samples at which curvature is measured: less where each has many labels
+    ablation: bool = False  #: whether all methods are compared, or the base, SAM and CR-SAM only
+
+
+@cache
+def images(name: str) -> Splits:
+    """mnist1d or digits as crsam-train has them; a fifth of the training samples, chosen once, is for validation."""
+    data = load_training_data(parse(["--data", name]), torch.device("cpu"))
+    x, y = (torch.cat(parts) for parts in zip(*data.train(0), strict=True))
+    test = tuple(torch.cat(parts) for parts in zip(*data.test(), strict=True))
+    kept = len(x) - len(x) // 5
+    return Splits((x[:kept], y[:kept]), (x[kept:], y[kept:]), (test[0], test[1]))
+
+
+def image_model(name: str, model: str) -> Callable[[], nn.Module]:
+    shape = {"mnist1d": (40,), "digits": (1, 8, 8)}[name]
+    return lambda: create_model(model, shape, 10)
+
+
+LENGTH, CHARACTERS = 64, 128
+FILES = {
+    "train": ("configparser",),
+    "validation": ("csv",),
+    "test": ("calendar",),
+}
+
+
+@cache
+def source_code() -> Splits:
+    """Windows of characters of modules of the running Python's own library; the label is the next character."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    splits = []
+    for names in FILES.values():
+        text = "".join((folder / f"{name}.py").read_text(encoding="utf-8") for name in names)
+        codes = torch.tensor([code for code in text.encode() if code < CHARACTERS])
+        count = (len(codes) - 1) // LENGTH
+        x, y = (codes[start : start + count * LENGTH].view(count, LENGTH) for start in (0, 1))
+        splits.append((x, y))
+    return Splits(*splits)
+
+
+class Transformer(nn.Module):
+    """Two causal layers; input int64 (N, length), output (N, characters, length)."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Embedding(CHARACTERS, width), nn.Embedding(LENGTH, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.out = nn.Linear(width, CHARACTERS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.position.weight
+        x = self.layers(x, nn.Transformer.generate_square_subsequent_mask(LENGTH), is_causal=True)
+        return self.out(x).transpose(1, 2)
+
+
+class Recurrent(nn.Module):
+    """One GRU layer; input int64 (N, length), output (N, characters, length)."""
+
+    def __init__(self, width: int = 96) -> None:
+        super().__init__()
+        self.embed, self.cells = nn.Embedding(CHARACTERS, width), nn.GRU(width, width, batch_first=True)
+        self.out = nn.Linear(width, CHARACTERS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.cells(self.embed(x))[0]).transpose(1, 2)
+
+
+@cache
+def neighbour_graph() -> tuple[Tensor, Tensor, Tensor]:
+    """scikit-learn's 1797 digits as a graph, each joined with its 8 nearest: features, adjacency, labels.
+
+    The adjacency is D^-1/2 (A + I) D^-1/2, as Kipf and Welling (ICLR 2017) have it.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.neighbors import kneighbors_graph
+
+    features, labels = load_digits(return_X_y=True)
+    near = torch.tensor(kneighbors_graph(features, 8).toarray(), dtype=torch.float32)
+    adjacency = torch.maximum(near, near.T) + torch.eye(len(near))
+    root = adjacency.sum(1).rsqrt()
+    return torch.tensor(features / 16, dtype=torch.float32), root[:, None] * adjacency * root, torch.tensor(labels)
+
+
+@cache
+def nodes() -> Splits:
+    """Numbers of nodes and their labels: 100 to train with, 300 to validate, the other 1397 to test."""
+    labels = neighbour_graph()[2]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, validation, test = order.split([100, 300, len(order) - 400])
+    return Splits((train, labels[train]), (validation, labels[validation]), (test, labels[test]))
+
+
+class GraphNetwork(nn.Module):
+    """Two graph convolutions; input int64 (N,), numbers of nodes, output (N, 10)."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        features, self.adjacency, _ = neighbour_graph()
+        self.spread = self.adjacency @ features  # the first convolution's sum over neighbours never changes
+        self.first, self.second = nn.Linear(64, width), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.adjacency[x] @ torch.relu(self.first(self.spread)))
+
+
+TASKS = {
+    "mnist1d-mlp": Task(lambda: images("mnist1d"), image_model("mnist1d", "mlp"), 128, 60, 20, ablation=True),
+    "mnist1d-cnn": Task(lambda: images("mnist1d"), image_model("mnist1d", "cnn"), 128, 12, 3, ablation=True),
+    "digits-cnn": Task(lambda: images("digits"), image_model("digits", "cnn"), 64, 12, 5, ablation=True),
+    "characters-transformer": Task(source_code, Transformer, 32, 8, 3, torch.optim.AdamW, ADAMW, 1 / 16),
+    "characters-gru": Task(source_code, Recurrent, 32, 8, 3, torch.optim.AdamW, ADAMW, 1 / 16),
+    "graph": Task(nodes, GraphNetwork, 100, 200, 60),
+}

@@ -1,0 +1,680 @@
+r"""Measuring curvature: of any model and loss, over all batches of a loader, on any device.
+
+With L(w) the mean loss over the loader, g its gradient and H its Hessian in all parameters that require a gradient:
+
+==========================  =======================================================================================
+:func:`hessian_trace`       Tr H
+:func:`normalized_trace`    Tr H / ‖g‖, the C(w) of CR-SAM (Wu, Luo, Wunsch, AAAI 2024)
+:func:`top_eigenvalues`     the largest eigenvalues of H
+:func:`gradient_norm`       ‖g‖
+:func:`directional_curvature`  vᵀHv along v = g/‖g‖: the curvature that the optimizer works with
+:func:`ascent_gap`          what one ascent step finds of the loss increase that many steps find
+==========================  =======================================================================================
+
+All of them take ``(model, loss_fn, loader)`` and these options:
+
+``model, loss_fn``
+    The loss of a batch is ``loss_fn(model(input), target)``, a scalar and a mean over samples. An input that is a tuple
+    or a list is given as positional arguments, a dictionary as keywords.
+``loader``
+    Batches ``(input, target)``, on any device: a DataLoader, a list, anything that can be gone through more than once
+    and gives the same batches each time. A batch has as many samples as the first dimension of its target is long, or,
+    where the target holds no tensor, of its input.
+``training``
+    The model is measured in evaluation mode: no dropout, and running statistics in batch norm. ``training=True``
+    measures it as it trains: batch norm couples the samples of a batch, and each batch has one fixed draw of dropout
+    masks.
+``progress``
+    Show a progress bar; needs rich.
+
+An autocast context around the call acts in it. Afterwards the model is as it was, to the bit: parameters, ``.grad``,
+buffers, the mode of every module, and the random number generators.
+
+Hessian-vector products differentiate the gradient once more, with one graph for all vectors of a batch; device memory
+is that of one product. Attention runs through PyTorch's plain kernels and recurrent layers without cuDNN meanwhile,
+because the fused ones have no second derivative.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .passes import SharedNoise
+
+__all__ = [
+    "AscentGap",
+    "Eigenvalues",
+    "Measurement",
+    "NormalizedTrace",
+    "ascent_gap",
+    "directional_curvature",
+    "gradient_norm",
+    "hessian_trace",
+    "normalized_trace",
+    "top_eigenvalues",
+]
+
+Vector = list[Tensor] | tuple[Tensor, ...]  # one tensor per parameter, of its shape, dtype and device
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A number, and how sure it is."""
+
+    value: float
+    standard_error: float  #: over probes, for these samples; 0 where nothing was drawn, NaN for a single probe
+    probes: int  #: random vectors drawn; 0 where none was
+    samples: int  #: in the loader
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __str__(self) -> str:
+        if not 0 < self.standard_error < math.inf:
+            return f"{self.value:.6g}"
+        places = max(0, 1 - math.floor(math.log10(self.standard_error)))
+        return f"{self.value:.{places}f} ± {self.standard_error:.{places}f}"
+
+
+@dataclass(frozen=True)
+class NormalizedTrace(Measurement):
+    """Tr H / ‖g‖, and what it was made of."""
+
+    trace: Measurement
+    gradient_norm: Measurement
+
+
+@dataclass(frozen=True)
+class Eigenvalues:
+    """Eigenvalues, largest first. H has an eigenvalue within ``residuals[i]`` = ‖Hu − λu‖ of ``values[i]``."""
+
+    values: tuple[float, ...]
+    residuals: tuple[float, ...]
+    products: int  #: Hessian-vector products taken
+    samples: int
+
+
+@dataclass(frozen=True)
+class AscentGap:
+    """How far the loss rises within the ball of radius rho; ``ratio`` is 1 where one step finds all of it."""
+
+    ratio: float  #: one_step / many_steps; NaN if the loss does not rise
+    one_step: float  #: L(w + rho g/‖g‖) − L(w)
+    many_steps: float  #: the largest L − L(w) that was seen in the ball
+    loss: float  #: L(w)
+    rho: float
+    steps: int
+    samples: int
+
+
+def hessian_trace(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    loader: Iterable[Any],
+    *,
+    probes: int = 16,
+    distribution: str = "rademacher",
+    estimator: str = "hessian",
+    rho: float = 0.1,
+    seed: int = 0,
+    training: bool = False,
+    progress: bool = False,
+) -> Measurement:
+    r"""The trace of the Hessian, by Hutchinson's estimator: the mean of :math:`v^T H v` over random v.
+
+    The same v serve all batches, so that the result is an estimate for the one Hessian of the loader's mean loss. Its
+    variance for a probe is :math:`2 \sum_{i \ne j} H_{ij}^2` (Rademacher) or :math:`2 \|H\|_F^2` (Gaussian; Hutchinson
+    1989, Avron and Toledo 2011).
+
+    Args:
+        model, loss_fn, loader, training, progress: see :mod:`crsam_ext.curvature`.
+        probes: number of random vectors, the same in every batch.
+        distribution: "rademacher" (±1) or "gaussian".
+        estimator: "hessian" for Hessian-vector products; "gradient" or "loss" for central differences of gradients or
+            losses at :math:`w \pm \rho v/\|v\|`, with an error in rho² besides the statistical one; "exact" for one
+            product with each unit vector, as many as there are parameters, and no probes.
+        rho: length of the perturbation of the two finite differences.
+        seed: of the probes.
+    Raises:
+        ValueError, TypeError: for arguments that make no sense, saying which.
+    """
+    _check_choice("estimator", estimator, ("hessian", "gradient", "loss", "exact"))
+    with _Objective(model, loss_fn, loader, training, progress, "Hessian trace") as objective:
+        return _trace(objective, probes, distribution, estimator, rho, seed)[0]
+
+
+def normalized_trace(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    loader: Iterable[Any],
+    *,
+    probes: int = 16,
+    distribution: str = "rademacher",
+    estimator: str = "hessian",
+    rho: float = 0.1,
+    seed: int = 0,
+    training: bool = False,
+    progress: bool = False,
+) -> NormalizedTrace:
+    r"""CR-SAM's measure of curvature, :math:`C(w) = \mathrm{Tr}\,\nabla^2 L(w) / \|\nabla L(w)\|_2`.
+
+    Arguments and errors as for :func:`hessian_trace`; both factors come from one run through the loader. NaN or
+    infinite where the gradient is zero.
+    """
+    _check_choice("estimator", estimator, ("hessian", "gradient", "loss", "exact"))
+    with _Objective(model, loss_fn, loader, training, progress, "normalized trace") as objective:
+        trace, gradient = _trace(objective, probes, distribution, estimator, rho, seed, with_gradient=True)
+        norm = _norm(gradient)
+    value, error = (_divide(x, norm) for x in (trace.value, trace.standard_error))
+    return NormalizedTrace(value, error, trace.probes, trace.samples, trace, Measurement(norm, 0.0, 0, trace.samples))
+
+
+def gradient_norm(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    loader: Iterable[Any],
+    *,
+    training: bool = False,
+    progress: bool = False,
+) -> Measurement:
+    """The norm of the gradient of the loader's mean loss. Arguments: see :mod:`crsam_ext.curvature`."""
+    with _Objective(model, loss_fn, loader, training, progress, "gradient") as objective:
+        _, gradient = objective.gradient()
+        return Measurement(_norm(gradient), 0.0, 0, objective.samples)
+
+
+def directional_curvature(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    loader: Iterable[Any],
+    *,
+    direction: Sequence[Tensor] | None = None,
+    estimator: str = "hessian",
+    rho: float = 0.1,
+    training: bool = False,
+    progress: bool = False,
+) -> Measurement:
+    r"""The curvature :math:`v^T H v` along :math:`v = g/\|g\|`, or another direction.
+
+    With ``loader`` a single batch in training mode and ``estimator="gradient"``, this is what
+    ``optimizer.stats.directional_curvature`` reports.
+
+    Args:
+        model, loss_fn, loader, training, progress: see :mod:`crsam_ext.curvature`.
+        direction: one tensor for each parameter that requires a gradient, of its shape; its length does not matter.
+        estimator: "hessian" for the exact value, "gradient" or "loss" for central differences at w ± rho v.
+        rho: length of the perturbation of the two finite differences.
+    Raises:
+        ValueError, TypeError: for arguments that make no sense, and if the direction is zero.
+    """
+    _check_choice("estimator", estimator, ("hessian", "gradient", "loss"))
+    with _Objective(model, loss_fn, loader, training, progress, "curvature") as objective:
+        if direction is None:
+            _, v = objective.gradient()
+        else:
+            shapes, expected = [d.shape for d in direction], [p.shape for p in objective.params]
+            if shapes != expected:
+                raise ValueError(f"direction must have the parameters' shapes {expected}, but has {shapes}")
+            v = [d.detach().to(p) for d, p in zip(direction, objective.params, strict=True)]
+        norm = _norm(v)
+        if not 0 < norm < math.inf:
+            raise ValueError(f"the direction must have a finite length that is not zero, but has {norm}")
+        v = [d / norm for d in v]
+        (value,) = _quadratic_forms(objective, [lambda: v], estimator, rho)[0]
+        return Measurement(value, 0.0, 0, objective.samples)
+
+
+def top_eigenvalues(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    loader: Iterable[Any],
+    *,
+    count: int = 1,
+    tolerance: float = 1e-3,
+    max_iterations: int | None = None,
+    seed: int = 0,
+    training: bool = False,
+    progress: bool = False,
+) -> Eigenvalues:
+    """The largest eigenvalues of the Hessian, by ARPACK's Lanczos iteration through SciPy.
+
+    ARPACK keeps its basis, max(2 count + 1, 20) vectors, in the host's memory, in float64 for float64 parameters and
+    else in float32; the device holds one product.
+
+    Args:
+        model, loss_fn, loader, training, progress: see :mod:`crsam_ext.curvature`.
+        count: how many; at most one less than there are parameters.
+        tolerance: relative accuracy to stop at.
+        max_iterations: restarts of the iteration before giving up; SciPy's default is ten per parameter.
+        seed: of the vector that the iteration starts from.
+    Raises:
+        ValueError, TypeError: for arguments that make no sense.
+        RuntimeError: without convergence, or if a product is not finite.
+    """
+    numpy, linalg = _import("numpy"), _import("scipy.sparse.linalg")
+    with _Objective(model, loss_fn, loader, training, progress, "eigenvalues") as objective:
+        size = sum(p.numel() for p in objective.params)
+        if not 1 <= count < size:
+            raise ValueError(f"count must be from 1 to {size - 1} with {size} parameters, but is {count}")
+        double = any(p.dtype == torch.float64 for p in objective.params)
+        dtype = torch.float64 if double else torch.float32
+        products = 0
+
+        def matvec(x: Any) -> Any:
+            nonlocal products
+            products += 1
+            flat = torch.as_tensor(x.reshape(-1), dtype=dtype)
+            pieces = flat.split([p.numel() for p in objective.params])
+            vector = [piece.reshape(p.shape).to(p) for piece, p in zip(pieces, objective.params, strict=True)]
+            result = torch.cat([h.reshape(-1).to("cpu", dtype) for h in objective.product(vector)])
+            if not result.isfinite().all():
+                raise RuntimeError("a Hessian-vector product is not finite: look at the loss and its gradient")
+            return result.numpy()
+
+        numpy_dtype = numpy.float64 if double else numpy.float32
+        operator = linalg.LinearOperator((size, size), matvec=matvec, dtype=numpy_dtype)
+        start = numpy.random.default_rng(seed).standard_normal(size).astype(numpy_dtype)
+        try:
+            values, vectors = linalg.eigsh(
+                operator, k=count, which="LA", tol=tolerance, maxiter=max_iterations, v0=start
+            )
+        except linalg.ArpackNoConvergence as error:
+            raise RuntimeError(f"the eigenvalues did not converge in {products} products: {error}") from error
+        order = numpy.argsort(values)[::-1]
+        residuals = [float(numpy.linalg.norm(matvec(vectors[:, i]) - values[i] * vectors[:, i])) for i in order]
+        return Eigenvalues(tuple(float(values[i]) for i in order), tuple(residuals), products, objective.samples)
+
+
+def ascent_gap(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    loader: Iterable[Any],
+    *,
+    rho: float = 0.1,
+    steps: int = 20,
+    training: bool = False,
+    progress: bool = False,
+) -> AscentGap:
+    r"""How much of the loss increase within a ball SAM's single ascent step reaches.
+
+    SAM takes :math:`w + \rho\, g/\|g\|` for the worst point within rho of w. Here normalized gradient ascent looks for
+    a worse one: it starts there, takes steps of length rho, and after each goes back to the ball's surface, which
+    raises the loss at every step where it is convex. What is found is a lower bound of the maximum, so the ratio is an
+    upper bound.
+
+    Args:
+        model, loss_fn, loader, training, progress: see :mod:`crsam_ext.curvature`.
+        rho: radius of the ball.
+        steps: ascent steps after the first.
+    Raises:
+        ValueError, TypeError: for arguments that make no sense.
+    """
+    _check_positive("rho", rho)
+    _check_count("steps", steps)
+    with _Objective(model, loss_fn, loader, training, progress, "ascent") as objective:
+        loss, gradient = objective.gradient()
+        e = _scaled(gradient, rho)
+        rises = []
+        for step in range(steps + 1):
+            with objective.moved(e):
+                if step == steps:
+                    rises.append(objective.loss() - loss)
+                    break
+                there, gradient = objective.gradient()
+            rises.append(there - loss)
+            e = _scaled(torch._foreach_add(e, _scaled(gradient, rho)), rho)
+        one, many = rises[0], max(rises)
+        return AscentGap(one / many if many > 0 else math.nan, one, many, loss, rho, steps, objective.samples)
+
+
+# How ---------------------------------------------------------------------------------------------------------------
+
+
+class _Batch:
+    """A batch of the objective: its loss, with the same random numbers at every call."""
+
+    def __init__(self, objective: _Objective, batch: Any) -> None:
+        try:
+            inputs, target = batch
+        except (TypeError, ValueError):
+            raise TypeError(f"the loader must give pairs (input, target), but gave a {type(batch).__name__}") from None
+        self._objective = objective
+        self._input, self._target = (_to(x, objective.params[0].device) for x in (inputs, target))
+        self._random = SharedNoise(objective.devices)
+        lengths = (n for n in map(_length, (self._target, self._input)) if n is not None)
+        self.size = next(lengths, 1)
+
+    def loss(self) -> Tensor:
+        """The mean loss of the batch, 0-dim, with its graph where gradients are enabled."""
+        self._random.repeat()
+        if self._objective.training:
+            self._objective.reset_buffers()
+        torch.clear_autocast_cache()  # it may hold low-precision weights of another w, or of a graph that is gone
+        model, x = self._objective.model, self._input
+        args = x if isinstance(x, (tuple, list)) else () if isinstance(x, Mapping) else (x,)
+        output = model(*args, **(x if isinstance(x, Mapping) else {}))
+        loss = self._objective.loss_fn(output, self._target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise ValueError(f"loss_fn must return a scalar tensor, the mean over the batch, but returned one {what}")
+        return loss.reshape(())
+
+    def gradient(self, twice: bool = False) -> tuple[Tensor, Vector]:
+        """The loss and its gradient, which can be differentiated once more if ``twice``."""
+        with torch.enable_grad():
+            loss = self.loss()
+            if not loss.requires_grad:
+                raise ValueError("the loss does not depend on the model's parameters")
+            grads = torch.autograd.grad(
+                loss, self._objective.params, create_graph=twice, allow_unused=True, materialize_grads=True
+            )
+        return loss.detach(), list(grads)
+
+    def products(self, vectors: Iterable[Vector]) -> Iterator[tuple[Vector, Vector]]:
+        """Pairs (v, Hv) for each vector, from one graph."""
+        _, grads = self.gradient(twice=True)
+        pairs = [(i, g) for i, g in enumerate(grads) if g.requires_grad]  # of the others, H is zero
+        for v in vectors:
+            if not pairs:
+                yield v, [torch.zeros_like(p) for p in self._objective.params]
+                continue
+            hv = torch.autograd.grad(
+                [g for _, g in pairs],
+                self._objective.params,
+                [v[i] for i, _ in pairs],
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            yield v, list(hv)
+
+
+class _Objective:
+    """The mean loss over a loader as a function of the parameters; a context that leaves the model as it was."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        loader: Iterable[Any],
+        training: bool,
+        progress: bool,
+        label: str,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, but is a {type(model).__name__}")
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be callable as loss_fn(output, target), but is a {type(loss_fn).__name__}")
+        reduction = getattr(loss_fn, "reduction", "mean")
+        if reduction != "mean":
+            raise ValueError(f"loss_fn must return the mean over the batch, but its reduction is {reduction!r}")
+        if not isinstance(loader, Iterable):
+            raise TypeError(f"loader must be an iterable of batches, but is a {type(loader).__name__}")
+        if isinstance(loader, Iterator):
+            raise TypeError("loader can be gone through only once: give a list or a DataLoader")
+        self.model, self.loss_fn, self._loader = model, loss_fn, loader
+        self.training, self._progress, self._label = training, progress, label
+        self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        if not self.params:
+            raise ValueError("the model has no parameter that requires a gradient")
+        self.devices = {p.device for p in self.params}
+        self.samples = 0
+
+    def __enter__(self) -> _Objective:
+        self._modes = {module: module.training for module in self.model.modules()}
+        self._buffers = [(b, b.clone()) for b in self.model.buffers()]
+        self._random = SharedNoise(self.devices)
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if any(isinstance(module, nn.RNNBase) for module in self._modes):
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            self._advance = stack.enter_context(_bar(self._label)) if self._progress else None
+            self._stack = stack.pop_all()
+        self.model.train(self.training)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for module, mode in self._modes.items():
+            module.training = mode
+        self.reset_buffers()
+        self._random.repeat()
+        torch.clear_autocast_cache()
+        self._stack.close()
+
+    def reset_buffers(self) -> None:
+        for buffer, kept in self._buffers:
+            buffer.copy_(kept)
+
+    def batches(self) -> Iterator[_Batch]:
+        """One run through the loader, the same every time."""
+        self._random.repeat()
+        self.samples, index = 0, -1
+        length = len(self._loader) if isinstance(self._loader, Sized) else None
+        for index, content in enumerate(self._loader):
+            batch = _Batch(self, content)
+            self.samples += batch.size
+            yield batch
+            if self._advance is not None:
+                self._advance(index + 1, length)
+        if not self.samples:
+            raise ValueError("the loader has no samples" if index >= 0 else "the loader has no batches")
+
+    def loss(self) -> float:
+        return math.fsum(batch.size * batch.loss().item() for batch in self.batches()) / self.samples
+
+    def gradient(self) -> tuple[float, Vector]:
+        """The mean loss and its gradient."""
+        losses, total = [], [torch.zeros_like(p) for p in self.params]
+        for batch in self.batches():
+            loss, grads = batch.gradient()
+            losses.append(batch.size * loss.item())
+            torch._foreach_add_(total, grads, alpha=batch.size)
+        return math.fsum(losses) / self.samples, torch._foreach_div(total, self.samples)
+
+    def product(self, vector: Vector) -> Vector:
+        """The Hessian of the mean loss times a vector."""
+        total = [torch.zeros_like(p) for p in self.params]
+        for batch in self.batches():
+            for _, product in batch.products([vector]):
+                torch._foreach_add_(total, product, alpha=batch.size)
+        return torch._foreach_div(total, self.samples)
+
+    @contextmanager
+    def moved(self, e: Vector, factor: float = 1.0) -> Iterator[None]:
+        """Within this context the parameters are at w + factor e, and afterwards at w to the bit."""
+        kept = [p.clone() for p in self.params]
+        try:
+            torch._foreach_add_(self.params, e, alpha=factor)
+            yield
+        finally:
+            torch._foreach_copy_(self.params, kept)
+
+
+def _trace(
+    objective: _Objective,
+    probes: int,
+    distribution: str,
+    estimator: str,
+    rho: float,
+    seed: int,
+    with_gradient: bool = False,
+) -> tuple[Measurement, Vector]:
+    _check_count("probes", probes)
+    _check_choice("distribution", distribution, ("rademacher", "gaussian"))
+    if estimator == "exact":
+        lengths = [p.numel() for p in objective.params]
+        units = [lambda i=i, j=j: _unit(objective.params, i, j) for i, n in enumerate(lengths) for j in range(n)]
+        diagonal, gradient = _quadratic_forms(objective, units, "hessian", rho, with_gradient)
+        return Measurement(math.fsum(diagonal), 0.0, 0, objective.samples), gradient
+    drawn = [lambda k=k: _draw(objective, distribution, seed, k) for k in range(probes)]
+    forms, gradient = _quadratic_forms(objective, drawn, estimator, rho, with_gradient)
+    mean = math.fsum(forms) / probes
+    variance = math.fsum((f - mean) ** 2 for f in forms) / (probes - 1) if probes > 1 else math.nan
+    return Measurement(mean, math.sqrt(variance / probes), probes, objective.samples), gradient
+
+
+def _quadratic_forms(
+    objective: _Objective,
+    vectors: Sequence[Callable[[], Vector]],
+    estimator: str,
+    rho: float,
+    with_gradient: bool = False,
+) -> tuple[list[float], Vector]:
+    """vᵀHv of the mean loss for each vector, and the gradient if asked for, in one run through the loader.
+
+    Vectors come as functions: they are made anew for each batch, so that there is only one at a time.
+    """
+    _check_positive("rho", rho)
+    home = objective.params[0].device
+    sums = torch.zeros(len(vectors), dtype=_wide(home), device=home)
+    total = [torch.zeros_like(p) for p in objective.params] if with_gradient else []
+    for batch in objective.batches():
+        made = (make() for make in vectors)
+        if estimator == "hessian":
+            forms: Iterator[Tensor] = (_dot(v, hv) for v, hv in batch.products(made))
+        else:
+            forms = _differences(objective, batch, made, estimator, rho)
+        for k, form in enumerate(forms):
+            sums[k] += batch.size * form
+        if with_gradient:
+            torch._foreach_add_(total, batch.gradient()[1], alpha=batch.size)
+    return (sums / objective.samples).tolist(), torch._foreach_div(total, objective.samples) if total else total
+
+
+def _differences(
+    objective: _Objective, batch: _Batch, vectors: Iterable[Vector], estimator: str, rho: float
+) -> Iterator[Tensor]:
+    r"""vᵀHv of a batch: :math:`v \cdot (g_+ - g_-)/2r` or :math:`(L_+ + L_- - 2L)/r^2`, with :math:`r = \rho/\|v\|`."""
+    loss = batch.loss().to(_wide(objective.params[0].device)) if estimator == "loss" else None
+    for v in vectors:
+        r = rho / _norm(v)
+        if loss is not None:
+            rise = -2 * loss
+            for sign in (1, -1):
+                with objective.moved(v, sign * r):
+                    rise += batch.loss()
+            yield rise / r**2
+        else:
+            with objective.moved(v, r):
+                _, change = batch.gradient()
+            with objective.moved(v, -r):
+                torch._foreach_sub_(change, batch.gradient()[1])
+            yield _dot(v, change) / (2 * r)
+
+
+def _draw(objective: _Objective, distribution: str, seed: int, index: int) -> Vector:
+    """Probe number ``index`` of a seed; seeds are a large prime apart, so that neighbours share no probe."""
+    number = (seed + 1_000_003 * index) % 2**63
+    generators = {device: torch.Generator(device).manual_seed(number) for device in objective.devices}
+    drawn = []
+    for p in objective.params:
+        generator = generators[p.device]
+        if distribution == "gaussian":
+            drawn.append(torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device))
+        else:
+            bits = torch.randint(2, p.shape, generator=generator, device=p.device)
+            drawn.append(bits.to(p.dtype).mul_(2).sub_(1))
+    return drawn
+
+
+def _unit(params: Vector, i: int, j: int) -> Vector:
+    unit = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in params]
+    unit[i].view(-1)[j] = 1
+    return unit
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
+
+
+def _dot(x: Vector, y: Vector) -> Tensor:
+    """Inner product, 0-dim on the first device, summed in float64."""
+    home = x[0].device
+    terms = [torch.sum(a * b, dtype=_wide(a.device)).to(home) for a, b in zip(x, y, strict=True)]
+    return torch.stack(terms).sum()
+
+
+def _norm(x: Vector) -> float:
+    return math.sqrt(_dot(x, x).item())
+
+
+def _scaled(x: Vector, length: float) -> Vector:
+    """The vector with another length; zero stays zero."""
+    norm = _norm(x)
+    return torch._foreach_mul(x, length / norm if norm else 0.0)
+
+
+def _divide(x: float, y: float) -> float:
+    return x / y if y else x * math.inf  # NaN where both are zero
+
+
+def _to(x: Any, device: torch.device) -> Any:
+    if isinstance(x, Mapping):
+        return {key: _to(value, device) for key, value in x.items()}
+    if isinstance(x, (tuple, list)):
+        return [_to(value, device) for value in x]
+    return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+
+
+def _length(x: Any) -> int | None:
+    """Of the first dimension of the first tensor in x."""
+    if isinstance(x, Tensor):
+        return len(x) if x.ndim else 1
+    values = x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else ()
+    return next((n for n in map(_length, values) if n is not None), None)
+
+
+def _import(name: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise ImportError(f"this needs {package}: pip install 'crsam_ext[curvature]'") from error
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar over the batches of a run through the loader; runs are counted."""
+    module = _import("rich.progress")
+    columns = (
+        module.TextColumn("{task.description}"),
+        module.BarColumn(),
+        module.MofNCompleteColumn(),
+        module.TimeElapsedColumn(),
+    )
+    with module.Progress(*columns) as bar:
+        task, runs = bar.add_task(label, total=None), 0
+
+        def advance(done: int, total: int | None) -> None:
+            nonlocal runs
+            runs += done == 1
+            bar.update(task, completed=done, total=total, description=f"{label}, run {runs} through the data")
+
+        yield advance
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
+
+
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, but is {value!r}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive finite number, but is {value}")

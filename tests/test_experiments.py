@@ -1,0 +1,161 @@
+"""The experiments: a tiny one from end to end, the cache, and the statistics on cases with known answers."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from benchmarks.experiments import __main__ as program
+from benchmarks.experiments import analysis, runs, tasks
+from benchmarks.experiments.runs import Config, run, run_all
+
+TINY = Config("graph", "CR-SAM", 0.1, 0, epochs=3, checkpoints=(1, 3), probes=2, samples=20)
+
+
+@pytest.fixture(autouse=True)
+def tiny_graph(monkeypatch):
+    """The graph task, with few nodes to test."""
+    splits = tasks.nodes()
+    few = replace(splits, test=(splits.test[0][:50], splits.test[1][:50]))
+    monkeypatch.setitem(tasks.TASKS, "graph", replace(tasks.TASKS["graph"], load=lambda: few, quick_epochs=3))
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_tasks_are_splits_without_overlap(name):
+    task = tasks.TASKS[name]
+    splits = task.load()
+    task.load.cache_clear() if hasattr(task.load, "cache_clear") else None
+    again = task.load()
+    seen = set()
+    for (x, y), (x_again, y_again) in zip(vars(splits).values(), vars(again).values(), strict=True):
+        assert x.equal(x_again)
+        assert y.equal(y_again)
+        samples = {sample.numpy().tobytes() for sample in x}
+        # Source code has a few lines of blanks or comments in common.
+        assert len(samples & seen) <= (0.01 * len(samples) if "characters" in name else 0)
+        seen |= samples
+        loss = F.cross_entropy(task.model()(x[:4]), y[:4])
+        assert 0 < loss < 10
+
+
+def test_labels_of_characters_are_the_next_ones_and_cannot_be_seen():
+    x, y = tasks.source_code().train
+    assert x.flatten()[1:].equal(y.flatten()[:-1])
+    for network in (tasks.Transformer(), tasks.Recurrent()):
+        changed = x[:1].clone()
+        changed[0, 40] = (changed[0, 40] + 1) % 128
+        difference = (network(x[:1]) - network(changed)).abs().amax((0, 1))
+        assert difference[:40].max() < 1e-5
+        assert difference[40] > 1e-3
+
+
+def test_a_run_is_repeatable_and_is_not_changed_by_measuring():
+    first, second = run(TINY), run(replace(TINY, checkpoints=(3,)))
+    assert [row["epoch"] for row in first["rows"]] == [1, 3]
+    assert first["rows"][1] == second["rows"][0]
+    assert all(value is not None for row in first["rows"] for value in row.values())
+
+
+def test_tuning_never_sees_the_test_set(monkeypatch):
+    config = replace(TINY, tuning=True, checkpoints=(3,))
+    expected = run(config)["rows"]
+    splits = tasks.TASKS["graph"].load()
+    blind = replace(splits, test=None)
+    monkeypatch.setitem(tasks.TASKS, "graph", replace(tasks.TASKS["graph"], load=lambda: blind))
+    assert run(config)["rows"] == expected
+
+
+def test_runs_resume_from_the_cache(tmp_path, monkeypatch):
+    configs = [replace(TINY, seed=seed) for seed in range(3)]
+    calls = []
+
+    def fake(config):
+        calls.append(config.seed)
+        if config.seed == 2 and len(calls) == 3:
+            raise KeyboardInterrupt
+        return {"config": vars(config) | {"checkpoints": []}, "rows": [], "seconds": 0}
+
+    monkeypatch.setattr(runs, "run", fake)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(configs, tmp_path, workers=0)
+    next(tmp_path.glob(f"{configs[0].key}*")).write_text("{ damaged")
+    results = run_all(configs, tmp_path, workers=0)
+
+    assert calls == [0, 1, 2, 0, 2]
+    assert [result["config"]["seed"] for result in results] == [0, 1, 2]
+    assert run_all(configs, tmp_path, workers=0) == results
+    assert len(calls) == 5
+
+
+def test_the_key_depends_on_everything_and_on_the_version(monkeypatch):
+    others = [replace(TINY, rho=0.2), replace(TINY, checkpoints=(3,)), replace(TINY, tuning=True)]
+    keys = {TINY.key} | {other.key for other in others}
+    monkeypatch.setattr(runs, "VERSION", runs.VERSION + 1)
+    keys.add(TINY.key)
+    assert len(keys) == 5
+
+
+def test_program_from_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(analysis, "DRAWS", 20)
+    command = ["--quick", "--tasks", "graph", "--seeds", "3", "--workers", "0"]
+    command += ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path)]
+    program.main(command)
+
+    content = json.loads((tmp_path / "experiments-quick.json").read_text())
+    assert [r["config"]["method"] for r in content["runs"]] == 3 * ["base"] + 3 * ["SAM"] + 3 * ["CR-SAM"]
+    assert "| CR-SAM |" in (tmp_path / "experiments-quick.md").read_text()
+    for figure in ("accuracy", "curves", "predictions"):
+        assert (tmp_path / f"experiments-quick-{figure}.png").stat().st_size > 5_000
+    summary = analysis.summaries(content["runs"])[-1]
+    accuracies = [r["rows"][-1]["test_accuracy"] for r in content["runs"][-3:]]
+    assert summary["test_accuracy"] == pytest.approx((np.mean(accuracies), np.std(accuracies, ddof=1) / 3**0.5))
+
+
+def test_workers_compute_the_same(tmp_path):
+    """In a process of its own: there, the graph task has all of its nodes."""
+    config = Config("graph", "SAM", 0.1, 0, epochs=2, checkpoints=(2,), tuning=True)
+    (result,) = run_all([config], tmp_path, workers=2)
+    assert result["rows"] == run(config)["rows"]
+
+
+def test_best_rho():
+    def result(rho, accuracy):
+        return {"config": {"task": "t", "method": "m", "rho": rho}, "rows": [{"test_accuracy": accuracy}]}
+
+    results = [result(0.1, 0.5), result(0.1, 0.9), result(0.2, 0.75), result(0.4, 0.2), result(0.05, 0.7)]
+    assert analysis.best_rho(results) == {("t", "m"): 0.2}
+    assert analysis.best_rho([*results, result(0.05, 0.8)]) == {("t", "m"): 0.05}  # of equals, the smallest
+
+
+def test_bootstrap_of_a_known_case():
+    """Spearman of n independent normal pairs has a standard deviation of 1/sqrt(n - 1)."""
+    generator = np.random.default_rng(0)
+    n = 200
+    points = [(generator.normal(size=1), generator.normal(size=1)) for _ in range(n)]
+    low, high = analysis.bootstrap_interval(points, "spearman")
+    # The width of a bootstrap interval has itself an error: 1/sqrt(2 n) from the sample, 3 % from 1000 draws.
+    assert high - low == pytest.approx(2 * 1.96 / np.sqrt(n - 1), rel=0.25)
+    assert low < 0 < high
+
+
+def test_bootstrap_draws_whole_runs():
+    """Repeating the checkpoints of a run adds no knowledge: the interval stays as wide as it is."""
+    generator = np.random.default_rng(0)
+    points = [(generator.normal(size=1), generator.normal(size=1)) for _ in range(30)]
+    repeated = [(x.repeat(10), y.repeat(10)) for x, y in points]
+    assert analysis.bootstrap_interval(points, "spearman") == pytest.approx(
+        analysis.bootstrap_interval(repeated, "spearman"), abs=1e-9
+    )
+
+
+def test_a_run_that_diverges_is_reported_as_missing(monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "graph", replace(tasks.TASKS["graph"], base_options={"lr": 1e30}))
+    result = run(TINY)
+    json.dumps(result, allow_nan=False)
+    assert result["rows"][-1]["test_loss"] is None
+    summary = analysis.summaries([result])[-1]
+    assert np.isnan(summary["test_loss"][0])
+    assert torch.isfinite(torch.tensor(summary["test_accuracy"][0]))
