@@ -100,18 +100,18 @@ def test_the_key_depends_on_everything_and_on_the_version(monkeypatch):
 
 def test_program_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(analysis, "DRAWS", 20)
-    command = ["--quick", "--tasks", "graph", "--seeds", "3", "--workers", "0"]
+    command = ["--quick", "--tasks", "graph", "--seeds", "2", "--workers", "0"]
     command += ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path)]
     program.main(command)
 
     content = json.loads((tmp_path / "experiments-quick.json").read_text())
-    assert [r["config"]["method"] for r in content["runs"]] == 3 * ["base"] + 3 * ["SAM"] + 3 * ["CR-SAM"]
+    assert [r["config"]["method"] for r in content["runs"]] == 2 * ["base"] + 2 * ["SAM"] + 2 * ["CR-SAM"]
     assert "| CR-SAM |" in (tmp_path / "experiments-quick.md").read_text()
     for figure in ("accuracy", "curves", "predictions"):
         assert (tmp_path / f"experiments-quick-{figure}.png").stat().st_size > 5_000
     summary = analysis.summaries(content["runs"])[-1]
-    accuracies = [r["rows"][-1]["test_accuracy"] for r in content["runs"][-3:]]
-    assert summary["test_accuracy"] == pytest.approx((np.mean(accuracies), np.std(accuracies, ddof=1) / 3**0.5))
+    accuracies = [r["rows"][-1]["test_accuracy"] for r in content["runs"][-2:]]
+    assert summary["test_accuracy"] == pytest.approx((np.mean(accuracies), np.std(accuracies, ddof=1) / 2**0.5))
 
 
 def test_workers_compute_the_same(tmp_path):

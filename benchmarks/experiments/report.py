@@ -9,6 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from crsam_ext.curvature import Measurement
+
 from .analysis import PREDICTORS
 from .methods import METHODS
 
@@ -36,7 +38,7 @@ def shown(value: tuple[float, float], percent: bool = False) -> str:
         return "–"
     if percent:
         return f"{100 * mean:.1f} ± {100 * error:.1f} %"
-    return f"{mean:.3g} ± {error:.1g}"
+    return str(Measurement(mean, error, 1, 0))
 
 
 def markdown(about: dict[str, Any], summaries: Sequence[dict[str, Any]], predictions: Sequence[dict[str, Any]]) -> str:
@@ -46,8 +48,8 @@ def markdown(about: dict[str, Any], summaries: Sequence[dict[str, Any]], predict
         f"# Experiments, {about['form']} form",
         "",
         f"`{about['command']}`, torch {about['versions']['torch']}, Python {about['versions']['python']}; "
-        f"{about['seconds'] / 60:.0f} minutes of one core. Mean ± standard error over {about['seeds']} seeds. "
-        "rho is the best of those tried on a validation split, for each method. Curvature is that of the first "
+        f"{about['seconds'] / 60:.0f} minutes, added up over all runs. Mean ± standard error over {about['seeds']} "
+        "seeds. rho is the best of those tried on a validation split, for each method. Curvature is that of the first "
         f"{about['samples']} samples of a set (a sixteenth of that many texts), in evaluation mode, traces with "
         f"{about['probes']} probes; ascent gap: what one step within rho = {about['ascent_rho']:g} finds of the loss "
         "increase that ten more find.",
@@ -64,7 +66,7 @@ def markdown(about: dict[str, Any], summaries: Sequence[dict[str, Any]], predict
         "## Which measure ranks networks by their generalization gap?",
         "",
         "Rank correlation of a measure on the training set with test loss − training loss, and its 95 % interval from",
-        "a bootstrap over whole runs.",
+        "a bootstrap over whole runs. Of fewer than ten runs or so, the interval is narrower than what is known.",
         "",
         "| task | over | runs | measure | Spearman | Kendall |",
         "|---|---|---|---|---|---|",
@@ -116,6 +118,9 @@ def draw_curves(summaries: Sequence[dict[str, Any]], path: Path) -> None:
                     )
             if name not in ("test_accuracy", "train_ascent_gap"):
                 ax.set_yscale("log")
+                ax.yaxis.set_major_formatter("{x:g}")
+                ax.yaxis.set_minor_formatter("{x:g}")
+                ax.tick_params(axis="y", which="both", labelsize=7)
             if column == 0:
                 ax.set_ylabel(NAMES[name], fontsize=9)
         axes[0][column].set_title(task, fontsize=10)
