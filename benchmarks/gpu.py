@@ -26,7 +26,16 @@ from .operators import contestants, measure, stopwatch
 from .shapes import resnet50
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("gpu", "test_ops.py", "test_optimizer.py", "test_golden.py", "test_invariants.py", "test_hard_inputs.py")
+TESTS = (
+    "gpu",
+    *(
+        f"test_{name}.py"
+        for name in (
+            "amp", "curvature", "golden", "hard_inputs", "intervals", "invariants", "ops", "optimizer", "parallel",
+            "schedules", "stats",
+        )
+    ),
+)  # fmt: skip
 # Those with a backend on the GPU, and tests/gpu.
 SELECTION = "gpu or (cuda and not cuda_on_cpu) or (triton and not triton_interpreted)"
 BACKENDS = ("cuda", "triton")
