@@ -28,8 +28,8 @@ lint: $(INSTALLED)  ## Check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)  ## Measure the time of a step; the numbers go to benchmarks/results
-	$(BIN)/python -m benchmarks.overhead
+bench: $(INSTALLED)  ## Measure what a step costs; table, figures and numbers go to benchmarks/results
+	$(BIN)/python -m pytest -q benchmarks
 
 experiments: $(INSTALLED)  ## Measure what CR-SAM does to accuracy and curvature: an hour on two cores; it can be stopped
 	$(BIN)/python -m benchmarks.experiments

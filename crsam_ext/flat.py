@@ -476,7 +476,7 @@ def _look(param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict
     """All that :meth:`FlatParameters.matches` looks at, as lists that are equal if it is the same."""
     by_group = [group["params"] for group in param_groups]
     params = list(chain.from_iterable(by_group))
-    kept = state.values()
+    kept = [x for x in state.values() if type(x) is dict]  # some optimizers keep numbers of their own beside
     return [
         list(map(id, params)),
         list(map(len, by_group)),

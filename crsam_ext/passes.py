@@ -240,7 +240,8 @@ class Step:
         if sign < 0 and show_overflow:
             ascent = self._plans(self._given[1])
             unweighted = [[None] * len(plan.rows) for plan in ascent]
-            uphill = uphill + 0.0 * self._squared_norm(ascent, self._rows(ascent, 1), unweighted).sum()
+            self._squared_norms.append(self._squared_norm(ascent, self._rows(ascent, 1), unweighted))
+            uphill = uphill + 0.0 * self._squared_norms[1].sum()
         for plan, grads in zip(plans, rows, strict=True):
             if plan.rows:
                 self.operators.perturb_(

@@ -1,0 +1,306 @@
+"""Who is compared: ways to do what lies between the gradients of a step, all with the same result.
+
+A peer is made of parameters and a :class:`Case`, and is a list of phases, one for each pass of the step: functions of
+that pass's gradients. tests/test_benchmarks.py holds all of them to each other in float64. To add a peer, write such a
+function and enter it into `PEERS`; its bytes are counted by themselves where it is made of PyTorch's operators.
+
+float16 and bfloat16 parameters have float32 masters, as everywhere in this project: w is the master, and the perturbed
+or updated master is rounded into the parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from crsam_ext import CRSAM, available_backends
+from crsam_ext.ops import compute_dtype
+
+__all__ = ["PEERS", "Case", "available", "make"]
+
+RHO, ALPHA, BETA, EPSILON = 0.1, 0.1, 0.01, 1e-12
+BASES: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4},
+    "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
+}
+CLASSES = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+
+Phase = Callable[[Sequence[Tensor]], None]
+
+
+class Case(NamedTuple):
+    """What all peers of a comparison have in common."""
+
+    method: str  #: "crsam", of three passes, or "sam", of two
+    base: str  #: "sgd", with momentum, or "adamw"
+
+    @property
+    def passes(self) -> int:
+        return 3 if self.method == "crsam" else 2
+
+
+def _masters(params: Sequence[Parameter]) -> list[Tensor]:
+    """What the base optimizer updates: float32 copies of 16-bit parameters, else the parameters."""
+    wide = compute_dtype(params[0].dtype)
+    return list(params) if params[0].dtype == wide else [Parameter(p.detach().to(wide)) for p in params]
+
+
+def loop(params: list[Parameter], case: Case) -> list[Phase]:
+    """The formulas tensor by tensor, with gradients cloned: what released implementations do."""
+    masters = _masters(params)
+    base = CLASSES[case.base](masters, foreach=False, **BASES[case.base])
+    narrow = masters[0] is not params[0]
+    kept: list[list[Tensor]] = []
+    e: list[Tensor] = []
+
+    def move(times: float) -> None:
+        for p, w, x in zip(params, masters, e, strict=True):
+            p.copy_(w.add(x, alpha=times)) if narrow else p.add_(x, alpha=times)
+
+    def first(grads: Sequence[Tensor]) -> None:
+        kept.append([g.to(w.dtype, copy=True) for g, w in zip(grads, masters, strict=True)])
+        norm = torch.stack([g.norm() for g in kept[0]]).norm()
+        e.extend(g * (RHO / (norm + EPSILON)) for g in kept[0])
+        move(1.0)
+
+    def second(grads: Sequence[Tensor]) -> None:
+        kept.append([g.to(w.dtype, copy=True) for g, w in zip(grads, masters, strict=True)])
+        move(-1.0 if narrow else -2.0)
+
+    def last(grads: Sequence[Tensor]) -> None:
+        if case.passes == 3:
+            if not narrow:
+                move(1.0)
+            for w, g0, gp, g in zip(masters, *kept, grads, strict=True):
+                gm = g.to(w.dtype, copy=True)
+                w.grad = gp + ALPHA * (gp + gm - 2 * g0) + BETA * (gp - gm)
+        else:
+            if not narrow:
+                move(-1.0)
+            for w, g in zip(masters, grads, strict=True):
+                w.grad = g.to(w.dtype)
+        base.step()
+        if narrow:
+            move(0.0)
+        kept.clear()
+        e.clear()
+
+    return [first, second, last] if case.passes == 3 else [first, last]
+
+
+def foreach(params: list[Parameter], case: Case) -> list[Phase]:
+    """The same in ``torch._foreach`` operations, with as few of them and as few copies as they allow."""
+    masters = _masters(params)
+    base = CLASSES[case.base](masters, foreach=True, **BASES[case.base])
+    w = [m.detach() for m in masters]
+    live = [p.detach() for p in params]
+    narrow = w[0].dtype != live[0].dtype
+    saved: list[Tensor] = w if narrow else [torch.empty_like(x) for x in w]
+    kept: list[list[Tensor]] = []
+    e: list[Tensor] = []
+
+    def wide(grads: Sequence[Tensor]) -> list[Tensor]:
+        return [g.to(saved[0].dtype) for g in grads]
+
+    def first(grads: Sequence[Tensor]) -> None:
+        kept.append(wide(grads))
+        norm = torch.stack(torch._foreach_norm(kept[0])).norm()
+        e.extend(torch._foreach_mul(kept[0], RHO / (norm + EPSILON)))
+        if narrow:
+            torch._foreach_copy_(live, torch._foreach_add(saved, e))
+        else:
+            torch._foreach_copy_(saved, live)
+            torch._foreach_add_(live, e)
+
+    def second(grads: Sequence[Tensor]) -> None:
+        kept.append(wide(grads))
+        torch._foreach_copy_(live, torch._foreach_sub(saved, e))
+
+    def last(grads: Sequence[Tensor]) -> None:
+        g = wide(grads)
+        if case.passes == 3:
+            # (1 + a + b) g+ + (a - b) g- - 2 a g0
+            total = torch._foreach_mul(kept[1], 1 + ALPHA + BETA)
+            torch._foreach_add_(total, g, alpha=ALPHA - BETA)
+            torch._foreach_add_(total, kept[0], alpha=-2 * ALPHA)
+            g = list(total)
+        if not narrow:
+            torch._foreach_copy_(live, saved)
+        for m, x in zip(masters, g, strict=True):
+            m.grad = x
+        base.step()
+        if narrow:
+            torch._foreach_copy_(live, saved)
+        kept.clear()
+        e.clear()
+
+    return [first, second, last] if case.passes == 3 else [first, last]
+
+
+# Everything in one long tensor each ---------------------------------------------------------------------------------
+
+
+def _flat_first(live: Tensor, saved: Tensor, g: Tensor) -> Tensor:
+    wide = g.to(saved.dtype)
+    scale = RHO / (wide.square().sum(dtype=torch.float64).sqrt() + EPSILON)
+    if live.dtype == saved.dtype:
+        saved.copy_(live)
+    live.copy_(torch.addcmul(saved, wide, scale.to(saved.dtype)))
+    return scale
+
+
+def _flat_second(live: Tensor, saved: Tensor, g: Tensor, scale: Tensor) -> None:
+    live.copy_(torch.addcmul(saved, g.to(saved.dtype), -scale.to(saved.dtype)))
+
+
+def _flat_last(live: Tensor, saved: Tensor, state: list[Tensor], grads: list[Tensor], t: Tensor) -> None:
+    wide = [g.to(saved.dtype) for g in grads]
+    g = wide[-1]
+    if len(wide) == 3:
+        g = wide[1] + ALPHA * (wide[1] + wide[2] - 2 * wide[0]) + BETA * (wide[1] - wide[2])
+    if len(state) == 1:
+        o = BASES["sgd"]
+        state[0].mul_(o["momentum"]).add_(g + o["weight_decay"] * saved)
+        w = saved - o["lr"] * state[0]
+    else:
+        o = BASES["adamw"]
+        beta1, beta2 = o["betas"]
+        m, v = state
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = v.sqrt() / (1 - beta2**t).sqrt() + o["eps"]
+        w = (1 - o["lr"] * o["weight_decay"]) * saved - (o["lr"] / (1 - beta1**t)) * (m / denominator)
+    if live.dtype != saved.dtype:
+        saved.copy_(w)
+    live.copy_(w)
+
+
+def _flat(params: list[Parameter], case: Case, compile: bool) -> list[Phase]:
+    device, dtype = params[0].device, params[0].dtype
+    wide = compute_dtype(dtype)
+    total = sum(p.numel() for p in params)
+    live = torch.cat([p.detach().reshape(-1) for p in params])
+    for p, view in zip(params, live.split([p.numel() for p in params]), strict=True):
+        p.data = view.view(p.shape)
+    saved = live.to(wide, copy=True)
+    state = [torch.zeros(total, dtype=wide, device=device) for _ in range(1 if case.base == "sgd" else 2)]
+    buffers = [torch.empty_like(live) for _ in range(case.passes)]
+    t = torch.zeros((), dtype=torch.float64, device=device)
+    first_, second_, last_ = (
+        torch.compile(f, fullgraph=True) if compile else f for f in (_flat_first, _flat_second, _flat_last)
+    )
+    scale = torch.empty(0)
+
+    def gather(grads: Sequence[Tensor], index: int) -> Tensor:
+        return torch.cat([g.reshape(-1) for g in grads], out=buffers[index])
+
+    def first(grads: Sequence[Tensor]) -> None:
+        nonlocal scale
+        scale = first_(live, saved, gather(grads, 0))
+
+    def second(grads: Sequence[Tensor]) -> None:
+        gather(grads, 1)
+        second_(live, saved, buffers[0], scale)
+
+    def last(grads: Sequence[Tensor]) -> None:
+        gather(grads, case.passes - 1)
+        t.add_(1)
+        last_(live, saved, state, buffers, t)
+
+    return [first, second, last] if case.passes == 3 else [first, last]
+
+
+def flat_eager(params: list[Parameter], case: Case) -> list[Phase]:
+    """Flat buffers and PyTorch's operators; gradients are gathered."""
+    return _flat(params, case, compile=False)
+
+
+def flat_compiled(params: list[Parameter], case: Case) -> list[Phase]:
+    """The same, fused by ``torch.compile``, one call a phase."""
+    return _flat(params, case, compile=True)
+
+
+# Optimizers ---------------------------------------------------------------------------------------------------------
+
+
+def _crsam(**options: Any) -> Callable[[list[Parameter], Case], list[Phase]]:
+    def make(params: list[Parameter], case: Case) -> list[Phase]:
+        """This project's optimizer, through its calls."""
+        weights = {"alpha": ALPHA, "beta": BETA} if case.passes == 3 else {"alpha": 0.0, "beta": 0.0}
+        optimizer = CRSAM(params, CLASSES[case.base], rho=RHO, **weights, **options, **BASES[case.base])
+
+        def phase(call: Callable[..., None]) -> Phase:
+            def run(grads: Sequence[Tensor]) -> None:
+                for p, g in zip(params, grads, strict=True):
+                    p.grad = g
+                call(zero_grad=True)
+
+            return run
+
+        return [phase(c) for c in (optimizer.first_step, optimizer.second_step, optimizer.third_step)[: case.passes]]
+
+    return make
+
+
+def pytorch_optimizer_sam(params: list[Parameter], case: Case) -> list[Phase]:
+    """SAM of the package pytorch_optimizer."""
+    from pytorch_optimizer import SAM
+
+    optimizer = SAM(params, CLASSES[case.base], rho=RHO, perturb_eps=EPSILON, **BASES[case.base])
+
+    def phase(call: Callable[..., None]) -> Phase:
+        def run(grads: Sequence[Tensor]) -> None:
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g
+            call(zero_grad=True)
+
+        return run
+
+    return [phase(optimizer.first_step), phase(optimizer.second_step)]
+
+
+def base_alone(params: list[Parameter], case: Case) -> list[Phase]:
+    """torch's fused SGD or AdamW with the last gradient: the floor of the last phase. Not a SAM, so not compared."""
+    optimizer = CLASSES[case.base](params, fused=True, **BASES[case.base])
+
+    def last(grads: Sequence[Tensor]) -> None:
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        optimizer.step()
+
+    return [*[lambda grads: None] * (case.passes - 1), last]
+
+
+#: By name. What `base_alone` computes is another thing, and only it.
+PEERS: dict[str, Callable[[list[Parameter], Case], list[Phase]]] = {
+    "loop": loop,
+    "foreach": foreach,
+    "flat": flat_eager,
+    "flat, compiled": flat_compiled,
+    "pytorch_optimizer": pytorch_optimizer_sam,
+    "torch, base alone": base_alone,
+    "crsam_ext torch": _crsam(backend="torch"),
+    "crsam_ext torch, compiled": _crsam(backend="torch", compile=True),
+    "crsam_ext triton": _crsam(backend="triton"),
+    "crsam_ext cuda": _crsam(backend="cuda"),
+}
+
+
+def available(name: str, case: Case, dtype: torch.dtype) -> bool:
+    """Whether a peer runs here, and computes the case."""
+    backend = name.removeprefix("crsam_ext ").partition(",")[0]
+    if name.startswith("crsam_ext"):
+        return available_backends()[backend] == "available"
+    if name == "pytorch_optimizer":
+        return case.method == "sam" and dtype.itemsize > 2
+    # torch's fused CPU kernels do nothing for 16-bit parameters.
+    return name != "torch, base alone" or dtype.itemsize > 2
+
+
+def make(name: str, params: list[Parameter], case: Case) -> list[Phase]:
+    """The phases of a peer, without recording gradients."""
+    return [torch.no_grad()(phase) for phase in PEERS[name](params, case)]

@@ -1,0 +1,161 @@
+"""Results of benchmarks/: one table, two figures, and the comparison of two files. The program is `crsam-bench`.
+
+A result file is JSON: "results", a list of records, one for each peer and case, of which "seconds", "copy" and "loop"
+hold one value a round; "host" and "shares"; device, versions and command. benchmarks/README.md says what they mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["compare", "draw", "main", "table"]
+
+Results = dict[str, Any]
+_KEY = ("model", "method", "base", "dtype", "peer")
+_HOST_KEY = ("backend", "model", "base", "form")
+#: A difference that is smaller than this is none, however narrow the spread.
+TOLERANCE = 0.05
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """p20, p50 and p80."""
+    if len(values) < 2:
+        return (values[0],) * 3
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return cuts[1], cuts[4], cuts[7]
+
+
+def ratios(record: dict[str, Any], of: str) -> list[float]:
+    """Time over that of "copy" or "loop", round by round: both drift with the machine."""
+    return [x / y for x, y in zip(record["seconds"], record[of], strict=True)]
+
+
+def table(results: Results) -> str:
+    """All that was measured, a line for each record."""
+    lines = [
+        f"{'':44}{'ms p20':>9}{'p50':>9}{'p80':>9}{'/loop':>7}{'/copy':>7}{'GB/s':>7}{'of copy':>8}{'MB moved':>9}"
+        f"{'ops':>7}{'peak MB':>8}{'held MB':>8}{'allocs':>7}{'syncs':>6}   phases, ms"
+    ]
+    case = None
+    for r in results["results"]:
+        if case != [r[k] for k in _KEY[:4]]:
+            case = [r[k] for k in _KEY[:4]]
+            lines.append(" ".join(case) + f", {r['elements']:,} elements")
+        p20, p50, p80 = (1e3 * q for q in quantiles(r["seconds"]))
+        speed = r["bytes"] / p50 / 1e6
+        # The copy of `floor_bytes`, at its own speed in the same rounds.
+        share = statistics.median(
+            r["bytes"] / s / (r["floor_bytes"] / c) for s, c in zip(r["seconds"], r["copy"], strict=True)
+        )
+        phases = " ".join(f"{1e3 * statistics.median(x):.1f}" for x in zip(*r["phases"], strict=True))
+        lines.append(
+            f"  {r['peer']:42}{p20:9.2f}{p50:9.2f}{p80:9.2f}{statistics.median(ratios(r, 'loop')):7.2f}"
+            f"{statistics.median(ratios(r, 'copy')):7.2f}{speed:7.1f}{share:8.0%}{r['bytes'] / 1e6:9.0f}"
+            f"{r['operations']:>7}{r['peak_bytes'] / 1e6:8.0f}{r['held_bytes'] / 1e6:8.0f}{r['allocations']:7}"
+            f"{r['synchronisations']:>6}   {phases}"
+        )
+    if results["host"]:
+        lines += ["", f"{'host time of a step, us':44}{'p20':>9}{'p50':>9}{'p80':>9}{'floor':>9}{'/floor':>8}"]
+    for h in results["host"]:
+        p20, p50, p80 = (1e6 * q for q in quantiles(h["seconds"]))
+        floor = 1e6 * statistics.median(h["floor"])
+        ratio = statistics.median(x / y for x, y in zip(h["seconds"], h["floor"], strict=True))
+        name = " ".join(h[k] for k in _HOST_KEY)
+        lines.append(f"  {name:42}{p20:9.0f}{p50:9.0f}{p80:9.0f}{floor:9.0f}{ratio:8.2f}")
+    if results["shares"]:
+        lines += ["", "share of the optimizer in a training step"]
+    for s in results["shares"]:
+        p20, p50, p80 = quantiles(s["shares"])
+        lines.append(
+            f"  {s['peer']}, {s['model']}, batch {s['batch']}, {s['dtype']}: {p50:.1%} ({p20:.1%} to {p80:.1%}) of"
+            f" {1e3 * statistics.median(s['seconds']):.0f} ms"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Two figures: time of a step by model and peer, and bytes moved against the floor; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for record in results["results"]:
+        cases.setdefault(" ".join(record[k] for k in _KEY[:4]), []).append(record)
+    paths = []
+    for name, label in (("time", "time of a step / copy of a fused step's bytes"), ("bytes", "bytes / fused step's")):
+        figure = Figure(figsize=(4 + 3 * len(cases), 6), layout="constrained")
+        for axes, (case, records) in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases.items(), strict=True):
+            peers = [r["peer"] for r in records]
+            if name == "time":
+                cuts = [quantiles(ratios(r, "copy")) for r in records]
+                middle = [p50 for _, p50, _ in cuts]
+                spread = [[b - a for a, b, _ in cuts], [c - b for _, b, c in cuts]]
+                axes.barh(peers, middle, xerr=spread, color="tab:blue")
+            else:
+                colours = ["tab:blue" if r["bytes_are"] == "counted" else "tab:gray" for r in records]
+                axes.barh(peers, [r["bytes"] / r["floor_bytes"] for r in records], color=colours)
+            axes.axvline(1.0, color="black", linewidth=0.8)
+            axes.invert_yaxis()
+            axes.set_title(case, fontsize="small")
+            axes.set_xlabel(label, fontsize="small")
+        figure.suptitle(str(results["device"]), fontsize="small")
+        paths.append(folder / f"{results['name']}-{name}.png")
+        figure.savefig(paths[-1], dpi=120)
+    return paths
+
+
+def compare(before: Results, after: Results) -> list[str]:
+    """What is slower in ``after``: more than :data:`TOLERANCE`, and beyond the spread (p20 over the other's p80).
+
+    Times are compared as ratios to the copy (host times to their floor) of the same round, so that files of a machine
+    that drifts can be compared. Bytes are compared as they are.
+    """
+    lines = []
+    old = {tuple(r[k] for k in _KEY): r for r in before["results"]}
+    pairs = [
+        (" ".join(key), ratios(old[key], "copy"), ratios(r, "copy"), old[key].get("bytes"), r.get("bytes"))
+        for r in after["results"]
+        if (key := tuple(r[k] for k in _KEY)) in old
+    ]
+    old = {tuple(h[k] for k in _HOST_KEY): h for h in before["host"]}
+    for h in after["host"]:
+        if (key := tuple(h[k] for k in _HOST_KEY)) in old:
+            own, other = (
+                [x / y for x, y in zip(host["seconds"], host["floor"], strict=True)] for host in (h, old[key])
+            )
+            pairs.append(("host " + " ".join(key), other, own, None, None))
+    for name, x, y, old_bytes, new_bytes in pairs:
+        (_, x50, x80), (y20, y50, _) = quantiles(x), quantiles(y)
+        if y20 > x80 and y50 > (1 + TOLERANCE) * x50:
+            lines.append(
+                f"slower: {name}: {x50:.3f} -> {y50:.3f} ({y50 / x50 - 1:+.0%}), p80 {x80:.3f}, now p20 {y20:.3f}"
+            )
+        if old_bytes is not None and new_bytes is not None and new_bytes > old_bytes:
+            lines.append(f"more bytes: {name}: {old_bytes:,} -> {new_bytes:,}")
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `crsam-bench`; the exit status is 1 where something is slower."""
+    parser = argparse.ArgumentParser(prog="crsam-bench", description="Look at results of benchmarks/.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    comparison = commands.add_parser("compare", help="exit with 1 if the second is slower than the first")
+    comparison.add_argument("before", type=Path)
+    comparison.add_argument("after", type=Path)
+    for name, text in (("table", "print it"), ("draw", "draw two figures beside it")):
+        commands.add_parser(name, help=text).add_argument("file", type=Path)
+    given = parser.parse_args(arguments)
+    if given.command != "compare":
+        results = json.loads(given.file.read_text())
+        print(table(results) if given.command == "table" else "\n".join(map(str, draw(results, given.file.parent))))
+        return 0
+    before, after = (json.loads(path.read_text()) for path in (given.before, given.after))
+    if before["device"] != after["device"]:
+        print(f"note: {before['device']} and {after['device']}")
+    slower = compare(before, after)
+    print("\n".join(slower) or "nothing is slower")
+    return int(bool(slower))
