@@ -29,7 +29,7 @@ lint: $(INSTALLED)  ## Check style, format and types
 	$(BIN)/mypy
 
 bench: $(INSTALLED)  ## Measure what a step costs; table, figures and numbers go to benchmarks/results
-	$(BIN)/python -m pytest -q benchmarks
+	$(BIN)/python -m pytest -q benchmarks --benchmark-quiet
 
 gpu:  ## On a machine with a GPU: build the extension, run all tests that need one, measure the operators
 	@$(HAS_TORCH) || $(MAKE) $(INSTALLED)

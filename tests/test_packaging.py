@@ -63,7 +63,7 @@ def test_wheel_metadata(distribution):
     assert distribution.metadata["License-Expression"] == "MIT"
     assert distribution.metadata["Requires-Python"] == ">=3.10"
     scripts = {entry.name: entry.value for entry in distribution.entry_points if entry.group == "console_scripts"}
-    assert scripts == {"crsam-train": "crsam_ext.training.__main__:main"}
+    assert scripts == {"crsam-bench": "crsam_ext.bench:main", "crsam-train": "crsam_ext.training.__main__:main"}
 
 
 def test_triton_kernels_are_a_subpackage_of_the_installation(tmp_path):
