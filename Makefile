@@ -29,7 +29,7 @@ lint: $(INSTALLED)  ## Check style, format and types
 	$(BIN)/mypy
 
 bench: $(INSTALLED)  ## Measure what a step costs; table, figures and numbers go to benchmarks/results
-	$(BIN)/python -m pytest -q benchmarks
+	$(BIN)/python -m pytest -q benchmarks --benchmark-quiet
 
 experiments: $(INSTALLED)  ## Measure what CR-SAM does to accuracy and curvature: an hour on two cores; it can be stopped
 	$(BIN)/python -m benchmarks.experiments
