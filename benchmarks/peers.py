@@ -227,21 +227,25 @@ def flat_compiled(params: list[Parameter], case: Case) -> list[Phase]:
 # Optimizers ---------------------------------------------------------------------------------------------------------
 
 
+def _phase(params: list[Parameter], call: Callable[..., None]) -> Phase:
+    """One of the calls that make a step, after its gradients."""
+
+    def run(grads: Sequence[Tensor]) -> None:
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        call(zero_grad=True)
+
+    return run
+
+
 def _crsam(**options: Any) -> Callable[[list[Parameter], Case], list[Phase]]:
     def make(params: list[Parameter], case: Case) -> list[Phase]:
         """This project's optimizer, through its calls."""
         weights = {"alpha": ALPHA, "beta": BETA} if case.passes == 3 else {"alpha": 0.0, "beta": 0.0}
         optimizer = CRSAM(params, CLASSES[case.base], rho=RHO, **weights, **options, **BASES[case.base])
 
-        def phase(call: Callable[..., None]) -> Phase:
-            def run(grads: Sequence[Tensor]) -> None:
-                for p, g in zip(params, grads, strict=True):
-                    p.grad = g
-                call(zero_grad=True)
-
-            return run
-
-        return [phase(c) for c in (optimizer.first_step, optimizer.second_step, optimizer.third_step)[: case.passes]]
+        calls = (optimizer.first_step, optimizer.second_step, optimizer.third_step)[: case.passes]
+        return [_phase(params, call) for call in calls]
 
     return make
 
@@ -252,15 +256,7 @@ def pytorch_optimizer_sam(params: list[Parameter], case: Case) -> list[Phase]:
 
     optimizer = SAM(params, CLASSES[case.base], rho=RHO, perturb_eps=EPSILON, **BASES[case.base])
 
-    def phase(call: Callable[..., None]) -> Phase:
-        def run(grads: Sequence[Tensor]) -> None:
-            for p, g in zip(params, grads, strict=True):
-                p.grad = g
-            call(zero_grad=True)
-
-        return run
-
-    return [phase(optimizer.first_step), phase(optimizer.second_step)]
+    return [_phase(params, optimizer.first_step), _phase(params, optimizer.second_step)]
 
 
 def base_alone(params: list[Parameter], case: Case) -> list[Phase]:

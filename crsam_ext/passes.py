@@ -257,15 +257,13 @@ class Step:
         plans = self._plans(self._given[0])
         adaptive = [bool(group["adaptive"]) for group in self.groups]
         stochastic = self.optimizer.stochastic_rounding
-        both = {}
+        uphill, both = self._uphill(), {}
         for bucket, plan, rows, grads in zip(
             self.flat.buckets, plans, self._rows(plans, 0), self.grads[0], strict=True
         ):
             if plan.rows:
                 beside = [row.of(bucket.points[1]) for row in plan.rows]
-                self.operators.perturb_(
-                    beside, plan.saved, rows, plan.groups, self._uphill(), adaptive, -1, [], stochastic
-                )
+                self.operators.perturb_(beside, plan.saved, rows, plan.groups, uphill, adaptive, -1, [], stochastic)
             both.update(
                 {slot.param: bucket.stacked(slot) for slot, g in zip(bucket.slots, grads, strict=True) if g is not None}
             )

@@ -8,22 +8,13 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from crsam_ext import CRSAM, available_backends
+from crsam_ext import CRSAM
 
 from ..conftest import missing
 
 pytestmark = pytest.mark.require_cuda
 
 STEPS = 3
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def fused(request):
-    """The name of each backend with kernels of its own."""
-    verdict = available_backends()[request.param]
-    if verdict != "available":
-        missing(f"backend {request.param} is {verdict}")
-    return request.param
 
 
 def params_and_gradients(seed=0):

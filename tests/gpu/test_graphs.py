@@ -7,21 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from crsam_ext import CRSAM, GraphedStep, Scheduled, available_backends
-
-from ..conftest import missing
+from crsam_ext import CRSAM, GraphedStep, Scheduled
 
 pytestmark = pytest.mark.require_cuda
 
 STEPS = 10
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def fused(request):
-    verdict = available_backends()[request.param]
-    if verdict != "available":
-        missing(f"backend {request.param} is {verdict}")
-    return request.param
 
 
 def train(fused, graphed, base=torch.optim.SGD, bad_step=None, **options):
