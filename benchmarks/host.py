@@ -11,9 +11,7 @@ and clearing every ``p.grad`` in every pass, marking the parameters as written, 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -26,10 +24,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from crsam_ext import CRSAM
 from crsam_ext.backends import cuda, triton
+from crsam_ext.ops import Column
+from tests.cuda_on_cpu import build
 
 __all__ = ["BACKENDS", "HostTime", "measure"]
 
@@ -119,7 +118,7 @@ def _step_of(
 def _floor_of(
     optimizer: CRSAM, params: list[torch.nn.Parameter], grads: list[list[Tensor]], step: Callable[[], float]
 ) -> Callable[[], float]:
-    calls = _record(optimizer, step)
+    calls, operators, of_all = _record(optimizer, step), optimizer.operators, Column(params)
 
     def floor() -> float:
         spent = 0.0
@@ -129,15 +128,13 @@ def _floor_of(
             began = time.thread_time()
             for p in params:
                 p.grad  # noqa: B018
-            for p in params:
-                p.grad = None
-            increment_version(params)
+            operators.set_gradients(of_all, None)
+            operators.mark_written(of_all)
             spent += time.thread_time() - began
         began = time.thread_time()
         for call in calls:
             call()
-        for p, g in zip(params, grads[0], strict=True):
-            p.grad = g
+        operators.set_gradients(of_all, list(grads[0]))
         return spent + time.thread_time() - began
 
     return floor
@@ -170,41 +167,11 @@ def _record(optimizer: CRSAM, step: Callable[[], float]) -> list[Callable[[], ob
 
 @contextmanager
 def _empty_cuda() -> Iterator[None]:
-    torch.ops.load_library(_library())
+    # csrc/ with launchers that do nothing.
+    path = build.extension(ROOT / "csrc" / "cuda" / "ops_cuda.cpp", ROOT / "benchmarks" / "empty_kernels.cpp")
+    build.load_extension(path)
     with mock.patch.object(cuda, "why_unavailable", return_value=None):
         yield
-
-
-def _library() -> Path:
-    """csrc/ with empty launchers, compiled for CPU tensors."""
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    sources = [
-        ROOT / "csrc" / "ops.cpp",
-        ROOT / "csrc" / "cuda" / "ops_cuda.cpp",
-        ROOT / "benchmarks" / "empty_kernels.cpp",
-    ]
-    shim = ROOT / "tests" / "cuda_on_cpu" / "shim"
-    compile_flags = ["-std=c++20", "-O2", "-fPIC", "-DCRSAM_DISPATCH_KEY=CPU", f"-I{shim}", f"-I{ROOT}/csrc/cuda"]
-    compile_flags += [f"-isystem{path}" for path in include_paths()]
-    compile_flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
-    folders = library_paths()
-    link_flags = [
-        "-shared",
-        *(f"-L{p}" for p in folders),
-        *(f"-Wl,-rpath,{p}" for p in folders),
-        "-ltorch_cpu",
-        "-lc10",
-    ]
-    everything = [*sources, *sorted((ROOT / "csrc").rglob("*.*h")), *sorted(p for p in shim.rglob("*") if p.is_file())]
-    digest = hashlib.sha256(torch.__version__.encode() + b"".join(p.read_bytes() for p in everything)).hexdigest()[:16]
-    library = ROOT / "build" / "host" / digest / "crsam_empty.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        compiler, partial = os.environ.get("CXX", "g++"), library.with_suffix(f".{os.getpid()}.so")
-        subprocess.run([compiler, *compile_flags, *map(str, sources), *link_flags, "-o", str(partial)], check=True)
-        partial.replace(library)
-    return library
 
 
 @contextmanager

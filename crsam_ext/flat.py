@@ -15,23 +15,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise, repeat
-from operator import attrgetter, is_not
+from operator import is_not
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.utils.dlpack import from_dlpack
 
-from .ops import AdamOptions, Column, SGDOptions, compute_dtype
+from .ops import AdamOptions, Column, Operators, SGDOptions, compute_dtype
 
 __all__ = ["FlatParameters", "Options", "check_parameter"]
 
 _ALIGNMENT = 16  # bytes: the widest load of a GPU
 _MAX_CONSTANTS = 64  # tuples of numbers that are kept on the device
 _MAX_PLANS = 64  # sets of participants that are remembered: layers dropped at random make ever new ones
-# A step does these for every parameter: mapped, the loop runs in C.
-_grad_of, _shape_of, _dtype_of, _requires_grad_of = map(attrgetter, ("grad", "shape", "dtype", "requires_grad"))
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 Options = SGDOptions | AdamOptions | None  # None: another optimizer makes the update and owns its state
@@ -120,17 +117,19 @@ class Plan:
 
     def __init__(self, bucket: Bucket, rows: list[Row]) -> None:
         self.rows = rows
-        self.groups = [row.slots[0].group for row in rows]
+        self.groups = Column(row.slots[0].group for row in rows)
         self.live = Column(row.of(bucket.live) for row in rows)
         self.saved = Column(row.of(bucket.saved) for row in rows)
+        self.unweighted = Column([None] * len(rows))
         self.buffers: dict[str, list[Any]] = {
             name: Column(row.of(flat) if name in row.slots[0].views else None for row in rows)
             for name, flat in bucket.buffers.items()
         }
         self.published = False
-        self._params = [slot.param for row in rows for slot in row.slots]
+        self.params = Column(slot.param for row in rows for slot in row.slots)
         # Whether gradients can be rows as they are: None where rows must be 1-D.
-        self._contiguous = None if bucket.gather_below else all(param.is_contiguous() for param in self._params)
+        self._contiguous = None if bucket.gather_below else all(param.is_contiguous() for param in self.params)
+        self._all_slots = len(rows) == len(bucket.slots)  # and so in their order
         if bucket.steps is not None:
             slots = [slot for row in rows for slot in row.slots]
             mask = torch.zeros(len(bucket.slots))
@@ -143,15 +142,13 @@ class Plan:
 
     def gather(self, grads: Gradients, index: int) -> list[Tensor]:
         """Rows of the gradients of pass ``index``."""
+        if self._contiguous and self._all_slots and isinstance(grads, Column):
+            return grads
         if self._contiguous is not None:
             members: list[Any] = [grads[row.slots[0].index] for row in self.rows]
             if all(map(is_not, members, repeat(None))):
                 return Column(members) if self._contiguous else Column(map(_contiguous, members))
         return Column(row.gather(grads, index) for row in self.rows)
-
-    def mark_written(self) -> None:
-        """Tell autograd that the parameters changed: a backward that still needs the old ones then raises."""
-        increment_version(self._params)
 
     def scatter(self, rows: Sequence[Tensor]) -> None:
         """Make each parameter's part of ``rows`` its gradient."""
@@ -200,9 +197,7 @@ class Bucket:
         self.buffers = {name: flat(wide) for name in sorted(names)}
         self.steps = None if options[0] is None else torch.zeros(len(self.slots), device=self.device)
         self.history: list[float] = []
-        self.params = [slot.param for slot in self.slots]
-        self._sizes = [slot.nbytes for slot in self.slots]
-        self._strides = [slot.stride for slot in self.slots]
+        self.params = Column(slot.param for slot in self.slots)
         self._plans: dict[tuple[bool, ...], Plan] = {}
 
     @property
@@ -248,22 +243,6 @@ class Bucket:
                 kept.update(slot.views)
                 slot.published = True
         self.history = [] if self.steps is None else self.steps.tolist()
-
-    def can_hold(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether every slot has a gradient, and all are ours to hold as they are: see `FlatParameters._take`."""
-        if not all(map(is_not, grads, repeat(None))):
-            return False
-        given: Any = grads
-        try:
-            return (
-                [storage.nbytes() for storage in map(Tensor.untyped_storage, given)] == self._sizes
-                and list(map(Tensor.stride, given)) == self._strides
-                and not any(map(_requires_grad_of, given))
-                # As many elements in as many bytes: two of our dtypes can be taken for one another.
-                and (self.dtype.itemsize != 2 or set(map(_dtype_of, given)) == {self.dtype})
-            )
-        except RuntimeError:  # a sparse one has neither storage nor strides
-            return False
 
     def plan(self, active: tuple[bool, ...]) -> Plan:
         """The rows for the slots that are ``active``."""
@@ -322,7 +301,7 @@ class FlatParameters:
         param_groups: the optimizer's; those parameters are adopted that require a gradient, have one, or have state.
         state: the optimizer's; what it holds is carried over.
         options: for each group, how its update is computed, or None for all where another optimizer computes it.
-        gather_below: see :class:`crsam_ext.ops.Operators`.
+        operators: will work on them.
         num_points: how many points are evaluated at once, 1 or 2.
     Raises:
         ValueError: for parameters that cannot be made views of a flat buffer; the message says why.
@@ -333,10 +312,11 @@ class FlatParameters:
         param_groups: Sequence[Mapping[str, Any]],
         state: Mapping[Tensor, dict[str, Any]],
         options: Sequence[Options],
-        gather_below: int,
+        operators: Operators,
         num_points: int = 1,
     ) -> None:
         self.num_points = num_points
+        self._operators = operators
         self.published = False  # whether the state holds all buffers that the last update used
         self._names = [None if o is None else o.buffers for o in options]
         members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int]]] = {}
@@ -346,14 +326,14 @@ class FlatParameters:
                 _check_device(param)
                 members.setdefault((param.device, param.dtype), []).append((param, group))
         _check_sharing([param for bucket in members.values() for param, _ in bucket])
-        self.buckets = [Bucket(bucket, options, gather_below, num_points) for bucket in members.values()]
+        self.buckets = [Bucket(bucket, options, operators.gather_below, num_points) for bucket in members.values()]
         self._slots = {slot.param: slot for bucket in self.buckets for slot in bucket.slots}
         self._copies: dict[tuple[Slot, int], Tensor] = {}
         self._constants: dict[tuple[float, ...], Tensor] = {}
         for bucket in self.buckets:
             bucket.adopt(state, options)
-        self._pointers = [slot.pointer for slot in self._slots.values()]
-        self._matched: list[list[Any]] = []  # what was found in place
+        self._layout = operators.layout(list(self._slots))
+        self._matched: list[Any] = []  # what was found in place
         self._outside: list[Tensor] = []  # parameters that were left where they are
 
     def matches(
@@ -365,7 +345,7 @@ class FlatParameters:
         """Whether parameters and state are still where they were put, and no others have joined or left."""
         if self._names != [None if o is None else o.buffers for o in options]:
             return False
-        look = _look(param_groups, state)
+        look = self._look(param_groups, state)
         if look == self._matched and not any(_wanted(param, state) for param in self._outside):
             return True
         found = 0
@@ -389,6 +369,19 @@ class FlatParameters:
         self._outside = [param for _, param in _members(param_groups) if param not in self._slots]
         return True
 
+    def _look(self, param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> list[Any]:
+        """All that :meth:`matches` looks at, as values that are equal if it is the same."""
+        by_group = [group["params"] for group in param_groups]
+        params = list(chain.from_iterable(by_group))
+        kept = [x for x in state.values() if type(x) is dict]  # some optimizers keep numbers of their own beside
+        return [
+            list(map(id, params)),
+            list(map(len, by_group)),
+            self._operators.layout(params),
+            list(chain.from_iterable(kept)),
+            list(map(id, chain.from_iterable(map(dict.values, kept)))),
+        ]
+
     @staticmethod
     def _in_place(slot: Slot) -> bool:
         return slot.param.data_ptr() == slot.pointer and slot.param.shape == slot.shape
@@ -399,10 +392,6 @@ class FlatParameters:
             for slot in bucket.slots:
                 if mask[slot.index] and not self._in_place(slot) and slot.param.shape == slot.shape:
                     slot.param.detach().copy_(slot.view(bucket.saved))
-
-    def mark_written(self) -> None:
-        """Tell autograd that all parameters may have changed."""
-        increment_version(list(self._slots))
 
     def constants(self, values: tuple[float, ...]) -> Tensor:
         """Numbers as a float64 tensor on the device of the first bucket, kept: the same ones come step after step."""
@@ -415,7 +404,7 @@ class FlatParameters:
 
     def check_in_place(self) -> None:
         """Raise RuntimeError if a parameter was re-pointed while a step is in progress."""
-        if list(map(Tensor.data_ptr, self._slots)) != self._pointers:
+        if self._operators.layout(list(self._slots)) != self._layout:
             raise RuntimeError(
                 "a parameter was moved or re-pointed between the passes of a step; call restore() before moving the "
                 "model, then begin a new step"
@@ -433,16 +422,16 @@ class FlatParameters:
         """
         taken = []
         for bucket in self.buckets:
-            grads: list[Tensor | None] = list(map(_grad_of, bucket.params))
-            if keep or not bucket.can_hold(grads):
-                grads = [self._take(slot, g, index, keep) for slot, g in zip(bucket.slots, grads, strict=True)]
-            if not keep:
-                for param in bucket.params:
+            grads: list[Tensor | None] | None = None if keep else self._operators.take_gradients(bucket.params)
+            if grads is None:
+                grads = [self._take(slot, index, keep) for slot in bucket.slots]
+                for param in () if keep else bucket.params:
                     param.grad = None
             taken.append(grads)
         return taken
 
-    def _take(self, slot: Slot, g: Tensor | None, index: int, keep: bool) -> Tensor | None:
+    def _take(self, slot: Slot, index: int, keep: bool) -> Tensor | None:
+        g = slot.param.grad
         if g is None:
             return None
         if g.layout != torch.strided:
@@ -470,21 +459,6 @@ def _flat(g: Tensor) -> Tensor:
 def _contiguous(g: Tensor) -> Tensor:
     """A dense tensor, or if it is not contiguous, its memory."""
     return g if g.is_contiguous() else _flat(g)
-
-
-def _look(param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> list[list[Any]]:
-    """All that :meth:`FlatParameters.matches` looks at, as lists that are equal if it is the same."""
-    by_group = [group["params"] for group in param_groups]
-    params = list(chain.from_iterable(by_group))
-    kept = [x for x in state.values() if type(x) is dict]  # some optimizers keep numbers of their own beside
-    return [
-        list(map(id, params)),
-        list(map(len, by_group)),
-        list(map(Tensor.data_ptr, params)),
-        list(map(_shape_of, params)),
-        list(chain.from_iterable(kept)),
-        list(map(id, chain.from_iterable(map(dict.values, kept)))),
-    ]
 
 
 def _members(param_groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Tensor]]:

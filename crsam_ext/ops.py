@@ -30,12 +30,15 @@ the copy) and honours every change that the user makes to a parameter between st
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from operator import attrgetter, is_not
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 __all__ = [
     "COUNTERS",
@@ -51,6 +54,11 @@ __all__ = [
 
 #: What is added to the gradient norm before dividing by it, as in the published SAM and CR-SAM implementations.
 EPSILON = 1e-12
+
+# A step does these for every parameter: mapped, the loop runs in C.
+_grad_of, _shape_of, _dtype_of, _nbytes_of, _requires_grad_of = map(
+    attrgetter, ("grad", "shape", "dtype", "nbytes", "requires_grad")
+)
 
 #: What is counted over the steps, in the order of the counters that :meth:`Operators.coefficients` advances.
 COUNTERS = ("skipped", "curvature_dropped", "gradient_norm_dropped", "capped")
@@ -110,6 +118,12 @@ class Column(list[Any]):
 
     known: Any = None
 
+    def of(self, work_out: Callable[[Column], Any]) -> Any:
+        """``known``, worked out if it is not yet."""
+        if self.known is None:
+            self.known = work_out(self)
+        return self.known
+
 
 class Coefficients(NamedTuple):
     """What :meth:`Operators.coefficients` decides for a step; every tensor float64 on one device, unless noted."""
@@ -140,6 +154,49 @@ class Operators(ABC):
     gather_below: int
     #: Whether :meth:`fd_gram` costs hardly more than the norms of the three gradients, and is always run.
     fuses_gram: ClassVar[bool]
+
+    def take_gradients(self, params: Column) -> Column | None:
+        """Take the gradients of all parameters out of ``p.grad``, if each is ours to hold as it is.
+
+        That is a dense tensor of the parameter's dtype and memory order, with a storage of its own: the memory of a
+        view may be written again by the next backward.
+
+        Args:
+            params: of one dtype and device.
+        Returns:
+            The gradients; None, and they stay, if one is missing or not ours to hold.
+        """
+        grads: Any = Column(map(_grad_of, params))
+        if not all(map(is_not, grads, repeat(None))):
+            return None
+        nbytes, strides = params.of(lambda ps: (list(map(_nbytes_of, ps)), list(map(Tensor.stride, ps))))
+        try:
+            ours = (
+                [storage.nbytes() for storage in map(Tensor.untyped_storage, grads)] == nbytes
+                and list(map(Tensor.stride, grads)) == strides
+                and not any(map(_requires_grad_of, grads))
+                # As many elements in as many bytes: two dtypes of 16 bits can be taken for one another.
+                and (params[0].dtype.itemsize != 2 or set(map(_dtype_of, grads)) == {params[0].dtype})
+            )
+        except RuntimeError:  # a sparse one has neither storage nor strides
+            return None
+        if not ours:
+            return None
+        self.set_gradients(params, None)
+        return grads
+
+    def set_gradients(self, params: list[Tensor], grads: list[Tensor | None] | None) -> None:
+        """Make ``grads`` the gradients of all parameters in ``p.grad``, or None."""
+        for param, grad in zip(params, repeat(None) if grads is None else grads):  # noqa: B905
+            param.grad = grad
+
+    def layout(self, tensors: list[Tensor]) -> Any:
+        """Addresses and shapes of all tensors, as a value that is equal to another if they are."""
+        return [list(map(Tensor.data_ptr, tensors)), list(map(_shape_of, tensors))]
+
+    def mark_written(self, params: Column) -> None:
+        """Tell autograd that the parameters changed: a backward that still needs the old ones then raises."""
+        increment_version(params)
 
     @abstractmethod
     def grad_norm(

@@ -369,8 +369,7 @@ class CRSAM(Optimizer):
             operators = self._load_operators()
             if operators.name != self.operators.name:  # the parameters have moved to another kind of device
                 self.operators = operators
-            gather_below = self.operators.gather_below
-            self._flat = FlatParameters(self.param_groups, self.state, options, gather_below, num_points)
+            self._flat = FlatParameters(self.param_groups, self.state, options, self.operators, num_points)
         if not self._flat.buckets:
             raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
         difference = self._difference if self.curvature_interval > 1 and self._curved else None
@@ -495,8 +494,7 @@ class CRSAM(Optimizer):
 
     def _clear_gradients(self) -> None:
         for group in self.param_groups:
-            for param in group["params"]:
-                param.grad = None
+            self.operators.set_gradients(group["params"], None)
 
     # State -----------------------------------------------------------------------------------------------------------
 

@@ -203,8 +203,10 @@ class Step:
         given = [tuple(map(is_not, of_bucket, repeat(None))) for of_bucket in grads]
         if not any(map(any, given)):
             raise RuntimeError(f"pass {index + 1} left no gradient in any parameter: has loss.backward() been called?")
-        # What stands for none differs from pass to pass.
-        pointers = [-index - 1 if g is None else g.data_ptr() for g in chain.from_iterable(grads)]
+        if all(map(all, given)):
+            pointers = list(map(Tensor.data_ptr, chain.from_iterable(grads)))  # type: ignore[arg-type]
+        else:  # what stands for none differs from pass to pass
+            pointers = [-index - 1 if g is None else g.data_ptr() for g in chain.from_iterable(grads)]
         for earlier in self._pointers:
             if any(map(eq, pointers, earlier)):
                 raise RuntimeError(
@@ -228,9 +230,7 @@ class Step:
         rows = self._rows(plans, 0)
         sign = 1 if self._scale is None else -1
         if self._scale is None:
-            weights = [
-                [w if adaptive[g] else None for w, g in zip(plan.live, plan.groups, strict=True)] for plan in plans
-            ]
+            weights = [self._weights(plan, plan.live) for plan in plans]
             self._squared_norms.append(self._squared_norm(plans, rows, weights))
             rho = self._vector([group["rho"] for group in self.groups])
             self._scale = self.operators.perturbation_scale(self._squared_norms[0], rho)
@@ -239,7 +239,7 @@ class Step:
         uphill = self._uphill()
         if sign < 0 and show_overflow:
             ascent = self._plans(self._given[1])
-            unweighted = [[None] * len(plan.rows) for plan in ascent]
+            unweighted = [plan.unweighted for plan in ascent]
             self._squared_norms.append(self._squared_norm(ascent, self._rows(ascent, 1), unweighted))
             uphill = uphill + 0.0 * self._squared_norms[1].sum()
         for plan, grads in zip(plans, rows, strict=True):
@@ -247,7 +247,7 @@ class Step:
                 self.operators.perturb_(
                     plan.live, plan.saved, grads, plan.groups, uphill, adaptive, sign, self._undo, stochastic
                 )
-                plan.mark_written()
+                self.operators.mark_written(plan.params)
         # Autocast keeps low-precision copies of the weights until its outermost context ends: they are stale now.
         torch.clear_autocast_cache()
 
@@ -308,7 +308,7 @@ class Step:
         for plan, grads in zip(plans, rows, strict=True):
             if plan.rows:
                 self.operators.combine_(plan.live, plan.saved, grads, plan.groups, c)
-                plan.mark_written()
+                self.operators.mark_written(plan.params)
                 plan.scatter(grads[-1])
         self._leave()
         self._record(c, grad_scale)
@@ -331,8 +331,7 @@ class Step:
     def _return_gradients(self) -> None:
         """Put g0 into ``p.grad``."""
         for bucket, first in zip(self.flat.buckets, self.grads[0], strict=True):
-            for slot, g in zip(bucket.slots, first, strict=True):
-                slot.param.grad = g
+            self.operators.set_gradients(bucket.params, first)
 
     def _record(self, c: Coefficients, grad_scale: Tensor | None) -> None:
         plain = not any(group["adaptive"] for group in self.groups)  # e is a multiple of g0
@@ -346,7 +345,8 @@ class Step:
         for live, saved in self._undo:
             live.copy_(saved)
         self.flat.return_to_moved(self._given[0])
-        self.flat.mark_written()
+        for bucket in self.flat.buckets:
+            self.operators.mark_written(bucket.params)
         self._leave()
 
     def _leave(self) -> None:
@@ -404,14 +404,13 @@ class Step:
             parts = []
             for plan, (grad, ascent, descent) in zip(plans, rows, strict=True):
                 if plan.rows:
-                    pairs = zip(plan.saved, plan.groups, strict=True)
-                    weights = [w if groups[g]["adaptive"] else None for w, g in pairs]
+                    weights = self._weights(plan, plan.saved)
                     parts.append(self.operators.fd_gram(grad, ascent, descent, plan.groups, len(groups), weights))
             gram = self._gram = self._total(parts)
             self._grad_norm = gram[:, 0]
         else:
             for index in range(len(self._squared_norms), self.collected):
-                unweighted: list[list[Tensor | None]] = [[None] * len(plan.rows) for plan in plans]
+                unweighted = [plan.unweighted for plan in plans]
                 norm = self._squared_norm(plans, [r[index] for r in rows], unweighted)
                 self._squared_norms.append(norm)
             if self._scale is None or not any(group["adaptive"] for group in groups):
@@ -477,7 +476,7 @@ class Step:
                 self.operators.adamw_step_(plan.live, saved, m, v, grads, plan.groups, plan.steps, adam, c)
             elif self.collected > 1 or c.factor is not None:
                 self.operators.combine_(plan.live, saved, grads, plan.groups, c)
-            plan.mark_written()
+            self.operators.mark_written(plan.params)
             # The flag is read in the first step of a plan only: what enters the state must have been used.
             if (sgd or adam) and not plan.published and bool(c.ok):
                 bucket.publish(plan, self.optimizer.state)
@@ -486,6 +485,12 @@ class Step:
             for plan, grads in zip(plans, rows, strict=True):
                 plan.scatter(grads[-1])
             self.optimizer.step_base()
+
+    def _weights(self, plan: Plan, rows: list[Tensor]) -> list[Tensor | None]:
+        """Those of ``rows`` whose group is adaptive."""
+        if not any(group["adaptive"] for group in self.groups):
+            return plan.unweighted
+        return [w if self.groups[g]["adaptive"] else None for w, g in zip(rows, plan.groups, strict=True)]
 
     def _squared_norm(
         self, plans: Sequence[Plan], rows: list[list[Tensor]], weights: Sequence[Sequence[Tensor | None]]

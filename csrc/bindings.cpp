@@ -1,4 +1,4 @@
-// What the extension was built with. Everything else goes through the operators of ops.cpp.
+// The Python module: what it was built with, and the functions of host.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,6 +6,7 @@
 #include <string>
 
 #include "build_info.h"  // written by setup.py
+#include "host.h"
 
 namespace {
 
@@ -25,4 +26,5 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The operators of crsam_ext in CUDA C++, registered as torch.ops.crsam when this is imported.";
   m.def("build_info", &build_info, "Versions of crsam_ext, its sources, torch, CUDA and the compiler; architectures.");
+  crsam::define_host_functions(m);
 }

@@ -8,8 +8,12 @@ import subprocess
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from crsam_ext.backends.cuda import CudaOperators
+from crsam_ext.backends.torch import TorchOperators
+from crsam_ext.ops import Column
 
 from .cuda_on_cpu import build
 from .cuda_on_cpu.build import counted
@@ -131,7 +135,8 @@ def test_versions_of_what_is_written(library):
 
 @pytest.mark.parametrize("launched", [False, True], ids=["before", "after"])
 def test_interrupted_perturb_can_be_undone(launched, library, monkeypatch):
-    check_interrupted_perturb(CudaOperators(), torch.ops.crsam, launched, monkeypatch)
+    operators = CudaOperators()
+    check_interrupted_perturb(operators, operators._ops, launched, monkeypatch)
 
 
 def test_schemas_and_fakes(library):
@@ -235,3 +240,60 @@ def test_planted_fault_is_found(flags, replaced, report):
     done = run_program(*flags, replaced=[replaced, SHORT_BLOCKS] if flags == THREADS else [replaced])
     assert done.returncode != 0
     assert report in done.stdout + done.stderr
+
+
+# The host's part ------------------------------------------------------------------------------------------------------
+
+
+GRADIENTS = {
+    "its own": lambda p: torch.ones_like(p),
+    "none": lambda p: None,
+    "a view": lambda p: torch.ones(2, *p.shape)[1],
+    "in another order": lambda p: torch.empty_strided(p.shape, (1, len(p)) if p.is_contiguous() else (len(p[0]), 1)),
+    "of a graph": lambda p: torch.ones_like(p).requires_grad_(),
+    "sparse": lambda p: torch.ones_like(p).to_sparse(),
+}
+
+
+@given(st.lists(st.sampled_from([*GRADIENTS, "its own"]), min_size=1, max_size=4), st.sampled_from([True, False]))
+def test_gradients_are_taken_as_by_other_backends(library, kinds, transposed):
+    """All or none of them, the same tensors, and p.grad is empty or as it was."""
+    results = []
+    for operators in (CudaOperators(), TorchOperators(compile=False)):
+        params = Column(torch.nn.Parameter(torch.ones(2, 3).t() if transposed else torch.ones(2, 3)) for _ in kinds)
+        for p, kind in zip(params, kinds, strict=True):
+            p.grad = GRADIENTS[kind](p)
+        before = [p.grad for p in params]
+        taken = operators.take_gradients(params)
+        results.append(taken is not None)
+        after = [p.grad for p in params]
+        assert all(x is y for x, y in zip(before, after if taken is None else taken, strict=True))
+        assert taken is None or after == [None] * len(params)
+    assert results[0] == results[1] == (set(kinds) <= {"its own"})
+
+
+def test_what_is_done_to_all_parameters(library):
+    """Gradients given and cleared, versions, and a layout that tells addresses and shapes."""
+    for operators in (CudaOperators(), TorchOperators(compile=False)):
+        params = Column(torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (), (4,)))
+        grads = [torch.ones(2, 3), None, torch.zeros(4)]
+        operators.set_gradients(params, grads)
+        assert all(p.grad is g for p, g in zip(params, grads, strict=True))
+        operators.set_gradients(params, None)
+        assert [p.grad for p in params] == [None] * 3
+        versions = [p._version for p in params]
+        operators.mark_written(params)
+        assert [p._version for p in params] == [v + 1 for v in versions]
+        layout = operators.layout(params)
+        assert operators.layout(params) == layout
+        params[0].data = params[0].data.view(3, 2)
+        assert operators.layout(params) != layout
+        params[0].data = params[0].data.view(2, 3)
+        assert operators.layout(params) == layout
+        params[1].data = torch.ones(())
+        assert operators.layout(params) != layout
+
+
+def test_what_is_no_tensor_is_refused(library):
+    with pytest.raises(TypeError, match="a list of tensors holds something else"):
+        CudaOperators().grad_norm([1.0], [0], 1, [None])

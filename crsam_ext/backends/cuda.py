@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops import Column
 from .fused import FAKES, FusedOperators
 
-__all__ = ["CudaOperators", "why_unavailable"]
+__all__ = ["CudaOperators", "extension", "why_unavailable"]
 
 
 def why_unavailable() -> str | None:
@@ -39,6 +43,11 @@ def why_unavailable() -> str | None:
     return None
 
 
+def extension() -> Any:
+    """The compiled module."""
+    return import_module("crsam_ext._C")
+
+
 class CudaOperators(FusedOperators):
     """The operators of :mod:`crsam_ext._C`."""
 
@@ -46,8 +55,57 @@ class CudaOperators(FusedOperators):
     namespace = "crsam"
 
     def __init__(self) -> None:
+        self._extension = extension()
         super().__init__()
         _register_fakes()
+        self._ops = SimpleNamespace(**{name: self._direct(name) for name in FAKES})
+
+    def take_gradients(self, params: Column) -> Column | None:
+        taken = self._extension.take_gradients(params)
+        if taken is None:
+            return None
+        grads = Column(taken[0])
+        grads.known = taken[1]
+        return grads
+
+    def set_gradients(self, params: list[Tensor], grads: list[Tensor | None] | None) -> None:
+        self._extension.set_gradients(params, grads)
+
+    def layout(self, tensors: list[Tensor]) -> Any:
+        return self._extension.layout(tensors)
+
+    def mark_written(self, params: Column) -> None:
+        self._extension.mark_written(self._tensors(params))
+
+    def _direct(self, name: str) -> Callable[..., Any]:
+        """An operator without torch's dispatcher, which would convert every list of tensors anew in every call."""
+        direct, registered = getattr(self._extension, name), getattr(torch.ops.crsam, name)
+        own: dict[str, Callable[..., Any]] = {
+            "List[Tensor]": self._tensors,
+            "List[Optional[Tensor]]": self._tensors,
+            "List[int]": self._integers,
+        }
+        arguments = [str(argument.type) for argument in registered.default._schema.arguments]
+        conversions = [(i, own[kind]) for i, kind in enumerate(arguments) if kind in own]
+
+        def operator(*arguments: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return registered(*arguments)
+            given = list(arguments)
+            for i, convert in conversions:
+                given[i] = convert(given[i])
+            return direct(*given)
+
+        return operator
+
+    def _tensors(self, tensors: Sequence[Tensor | None]) -> Any:
+        """A list as the extension takes it, made once for a `Column`."""
+        make = self._extension.Tensors
+        return tensors.of(make) if isinstance(tensors, Column) else make(tensors)
+
+    def _integers(self, numbers: Sequence[int]) -> Any:
+        make = self._extension.Integers
+        return numbers.of(make) if isinstance(numbers, Column) else make(numbers)
 
     def _launch_mark(self, live: Tensor) -> int:
         return live._version  # which the operator bumps after the launch

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
+from operator import is_not
 from typing import Any, ClassVar
 
 import torch
@@ -147,12 +149,14 @@ class FusedOperators(Operators):
         options: Sequence[SGDOptions],
         coefficients: Coefficients,
     ) -> None:
-        none = live[0].new_empty(0)
+        if not all(map(is_not, momentum_buffer, repeat(None))):
+            none = live[0].new_empty(0)
+            momentum_buffer = [none if m is None else m for m in momentum_buffer]
         values = [(o.lr, o.momentum, o.dampening, o.weight_decay, o.nesterov, o.maximize) for o in options]
         self._ops.sgd_step_(
             live,
             saved,
-            [none if m is None else m for m in momentum_buffer],
+            momentum_buffer,
             *_gradients(grads),
             groups,
             steps,

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../ops.h"
 #include "kernels.h"
 #include "layout.h"
 #include "table_cache.h"
@@ -23,8 +24,6 @@
 
 namespace crsam {
 namespace {
-
-using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
 Dtype dtype_of(at::ScalarType type) {
   switch (type) {
@@ -150,6 +149,8 @@ at::Tensor new_numbers(at::IntArrayRef sizes, at::Device device) {
   return at::empty(sizes, at::TensorOptions(at::kDouble).device(device));
 }
 
+}  // namespace
+
 at::Tensor grad_norm(at::TensorList grads, at::IntArrayRef groups, int64_t num_groups, const OptionalTensors& weights) {
   Rows rows(grads, "grads", groups, num_groups);
   const c10::DeviceGuard guard(rows.device);
@@ -257,6 +258,8 @@ std::tuple<at::Tensor, at::Tensor> coefficients(const std::optional<at::Tensor>&
   return {values, flags};
 }
 
+namespace {
+
 // Enters the gradients of a step, and says whether there are all three.
 bool enter_gradients(Rows& rows, at::TensorList grad, at::TensorList grad_ascent, at::TensorList grad_descent) {
   rows.enter(&Row::grad, grad, "grad", rows.type);
@@ -323,6 +326,8 @@ void step(decltype(launch_sgd_step)* launch, int64_t num_options, std::initializ
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+}  // namespace
+
 void sgd_step_(at::TensorList live, at::TensorList saved, at::TensorList momentum_buffer, at::TensorList grad,
                at::TensorList grad_ascent, at::TensorList grad_descent, at::IntArrayRef groups, at::TensorList steps,
                at::ArrayRef<double> options, const OptionalTensors& option_tensors, const at::Tensor& a,
@@ -357,7 +362,6 @@ void combine_(at::TensorList live, at::TensorList saved, at::TensorList grad, at
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-}  // namespace
 }  // namespace crsam
 
 TORCH_LIBRARY_IMPL(crsam, CRSAM_DISPATCH_KEY, m) {

@@ -9,12 +9,17 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from contextlib import contextmanager
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
+
+from crsam_ext.backends import cuda
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -58,25 +63,45 @@ def _build(output, sources, compile_flags, link_flags):
         os.replace(linked, output)
 
 
+def _torch_flags(*flags):
+    """Of the compiler and of the linker, for a library that uses torch."""
+    isystem = [f"-isystem{p}" for p in (*include_paths(), sysconfig.get_path("include"))]
+    folders = library_paths()
+    libraries = ["-ltorch_python", "-ltorch_cpu", "-lc10"]
+    link = ["-shared", *(f"-L{p}" for p in folders), *(f"-Wl,-rpath,{p}" for p in folders), *libraries]
+    return [*flags, *isystem, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"], link
+
+
 def library():
     """Loads the operators for CPU tensors into torch; the path of the library."""
     path = ROOT / "build" / "cuda_on_cpu" / _digest("library") / "crsam_on_cpu.so"
-    schemas = path.with_name("crsam_schemas.so")
-    isystem = [f"-isystem{p}" for p in include_paths()]
-    torch_flags = ["-O1", *isystem, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    folders = library_paths()
-    link = ["-shared", *(f"-L{p}" for p in folders), *(f"-Wl,-rpath,{p}" for p in folders), "-ltorch_cpu", "-lc10"]
     with _alone():
         if not path.exists():
-            kernels = [SOURCES / "cuda" / name for name in KERNELS]
-            flags = [*torch_flags, "-DCRSAM_DISPATCH_KEY=CPU"]
-            _build(path, [*kernels, SOURCES / "cuda" / "ops_cuda.cpp", HERE / "control.cpp"], flags, link)
-        if not schemas.exists():
-            _build(schemas, [SOURCES / "ops.cpp"], torch_flags, link)
-    if not hasattr(torch.ops.crsam, "grad_norm"):  # the extension, where there is one, has them too
-        torch.ops.load_library(schemas)
+            sources = [*(SOURCES / "cuda" / name for name in (*KERNELS, "ops_cuda.cpp")), HERE / "control.cpp"]
+            _build(path, sources, *_torch_flags("-O1", "-DCRSAM_DISPATCH_KEY=CPU"))
+    if not hasattr(torch.ops.crsam, "grad_norm"):  # there is no other extension
+        load_extension(extension())
     torch.ops.load_library(path)
     return path
+
+
+def extension(*sources):
+    """The Python module of csrc/ without kernels, and with other sources; the path of it."""
+    path = ROOT / "build" / "cuda_on_cpu" / _digest("extension", *(p.read_text() for p in sources)) / "_C.so"
+    sources = [*(SOURCES / name for name in ("ops.cpp", "host.cpp", "bindings.cpp")), *sources]
+    flags = ("-O2", f"-I{SOURCES}", f"-I{SOURCES}/cuda", "-DTORCH_EXTENSION_NAME=_C", "-DCRSAM_DISPATCH_KEY=CPU")
+    with _alone():
+        if not path.exists():
+            _build(path, sources, *_torch_flags(*flags))
+    return path
+
+
+def load_extension(path):
+    """Makes a module the one that backend "cuda" works with, wherever it lies."""
+    spec = spec_from_file_location("_C", path, loader=ExtensionFileLoader("_C", str(path)))
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    cuda.extension = lambda: module
 
 
 def counted(shim, body):

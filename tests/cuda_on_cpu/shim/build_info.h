@@ -1,0 +1,6 @@
+// What setup.py writes for an extension that it builds.
+#define CRSAM_VERSION ""
+#define CRSAM_REVISION ""
+#define CRSAM_TORCH ""
+#define CRSAM_CUDA ""
+#define CRSAM_ARCHITECTURES ""
