@@ -16,6 +16,7 @@ from .shapes import MODELS
 
 DEFAULT = [
     ("resnet50", Case("crsam", "sgd"), torch.float32),
+    ("vit_b32", Case("crsam", "sgd"), torch.float32),
     ("resnet18", Case("sam", "sgd"), torch.float32),
     ("resnet18", Case("crsam", "adamw"), torch.float32),
     ("resnet18", Case("crsam", "sgd"), torch.bfloat16),

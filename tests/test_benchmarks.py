@@ -1,6 +1,8 @@
 """What the benchmarks compare computes the same thing, and moves the bytes that are reported."""
 
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -10,6 +12,7 @@ from benchmarks import host, operators, record
 from benchmarks.peers import PEERS, Case, available, make
 from benchmarks.shapes import MODELS
 from crsam_ext import bench
+from crsam_ext.backends.torch import TorchOperators
 from crsam_ext.training import models
 
 from .cuda_on_cpu.build import counted
@@ -149,28 +152,26 @@ def test_comparison(tmp_path, capsys):
 
 
 def test_a_slower_kernel_is_noticed(tmp_path, monkeypatch):
-    """From measurement to exit status, with a peer that is slowed down by half."""
+    """From measurement to exit status, with a backend that perturbs ten times: 80 N bytes instead of 17.
+
+    So slow, and in processor time, because other tests run beside this one.
+    """
+    monkeypatch.setattr(record, "time", SimpleNamespace(perf_counter=time.thread_time))
     monkeypatch.setitem(MODELS, "small", lambda: [(300, 1000)] * 4)
-    case, paths = Case("crsam", "sgd"), []
-    plain = PEERS["foreach"]
+    perturb_, paths = TorchOperators.perturb_, []
 
-    def slowed(params, case):
-        first, second, last = plain(params, case)
-        work = torch.zeros(3_000_000)
+    def slow(*arguments):
+        for _ in range(10):
+            perturb_(*arguments)
 
-        def slow_last(grads):
-            last(grads)
-            for _ in range(12):
-                work.add_(1)
-
-        return [first, second, slow_last]
-
-    for name, peer in (("before", plain), ("again", plain), ("after", slowed)):
-        monkeypatch.setitem(PEERS, "foreach", peer)
-        entry = record.measure("small", "foreach", case, torch.float32, torch.device("cpu"), rounds=15)
+    for name, kernel in (("before", perturb_), ("after", slow)):
+        monkeypatch.setattr(TorchOperators, "perturb_", kernel)
+        entry = record.measure(
+            "small", "crsam_ext torch", Case("crsam", "sgd"), torch.float32, torch.device("cpu"), rounds=15
+        )
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_text(json.dumps({"device": "cpu", "results": [entry], "host": [], "shares": []}))
-    assert bench.main(["compare", str(paths[0]), str(paths[2])]) == 1
+    assert bench.main(["compare", *map(str, paths)]) == 1
 
 
 def test_host_times():
