@@ -1,9 +1,8 @@
 """What a step costs the host: Python, dispatch, checks and tables of pointers, with kernels that are never started.
 
-No GPU is needed. Backend "cuda" is its own C++ (csrc/cuda/ops_cuda.cpp) with launchers that do nothing
-(empty_kernels.cpp); "triton" is its own Python and Triton's launcher, up to where the compiled kernel would be handed
-to the driver. Both work on CPU tensors, which skips two things that a GPU has: setting the current device, and the
-driver's part of seven launches.
+No GPU is needed. Backend "cuda" is its own C++ (csrc/) with launchers that do nothing (empty_kernels.cpp); "triton" is
+its own Python and Triton's launcher, up to where the compiled kernel would be handed to the driver. Both work on CPU
+tensors, which skips two things that a GPU has: setting the current device, and the driver's part of seven launches.
 
 The floor beside it is what no optimizer of this kind can leave out, repeated with the arguments of a real step: reading
 and clearing every ``p.grad`` in every pass, marking the parameters as written, returning g0, and the seven calls.

@@ -69,11 +69,11 @@ class Rows:
         self.master = torch.float64 if self.dtype == torch.float64 else torch.float32
         check_count(len(groups), "groups", len(like))
         check_groups(groups, num_groups)
-        self.numels, self.groups, self.num_groups = _describe(like).numels, groups, num_groups
+        self.numels, self.groups, self.num_groups = _describe(like).numels, _grouped(groups), num_groups
         check(self.dtype in DTYPES, f"rows are {name_of(self.dtype)}, not float64, float32, float16 or bfloat16")
         # The columns of the table that are not 0.
         self._misaligned = False
-        self._columns: dict[int, Sequence[int]] = {_NUMEL: self.numels, _GROUP: groups}
+        self._columns: dict[int, array[int]] = {_NUMEL: self.numels, _GROUP: self.groups.numbers}
 
     def enter(self, column: int, tensors: Sequence[Tensor], name: str, dtype: torch.dtype) -> None:
         """Enter a list of tensors; those without elements stand for none."""
@@ -94,15 +94,15 @@ class Rows:
         for weight, n in zip(weights, self.numels, strict=True):
             if weight is not None:
                 check_tensor(weight, "weights", self.device, dtype, n)
-        self._columns[column] = [0 if w is None else w.data_ptr() for w in weights]
+        self._columns[column] = array("q", (0 if w is None else w.data_ptr() for w in weights))
         self._misaligned = True  # perhaps
-        self._columns[_ADAPTIVE] = [int(w is not None) for w in weights]
+        self._columns[_ADAPTIVE] = array("q", map(is_not, weights, repeat(None)))
 
     def enter_adaptive(self, adaptive: Sequence[bool]) -> None:
         """Enter, for each group, whether its perturbation is that of ASAM."""
         check_count(len(adaptive), "adaptive", self.num_groups)
         if any(adaptive):
-            self._columns[_ADAPTIVE] = [int(adaptive[group]) for group in self.groups]
+            self._columns[_ADAPTIVE] = array("q", (adaptive[group] for group in self.groups.numbers))
 
     def enter_steps(self, steps: Sequence[Tensor]) -> None:
         """Enter how many steps each row has taken."""
@@ -118,23 +118,21 @@ class Rows:
     def table(self) -> Table:
         """The table on the device."""
         n = len(self.numels)
-        self._columns[_ALIGNED] = [1] * n
+        self._columns[_ALIGNED] = array("q", [1]) * n
         if self._misaligned:
             bits = [0] * n
             for column in _ADDRESSES:
                 bits = list(map(or_, bits, self._columns.get(column, bits)))
-            self._columns[_ALIGNED] = [int(not x % 16) for x in bits]
+            self._columns[_ALIGNED] = array("q", (not x % 16 for x in bits))
         content = array("q", bytes(8 * _COLUMNS * n))
-        order = sorted(range(len(self.numels)), key=self.groups.__getitem__)  # stable
-        in_order = all(map(le, order, order[1:]))
         for column, values in self._columns.items():
-            content[column::_COLUMNS] = array("q", values if in_order else map(values.__getitem__, order))
+            if self.groups.order is not None:
+                values = array("q", map(values.__getitem__, self.groups.order))
+            content[column::_COLUMNS] = values
         found = content.tobytes()
         # Lengths and groups stay from step to step, so this part, which is long, is neither built nor compared again.
-        lengths = (self.num_groups, tuple(self.numels), tuple(self.groups))
-        group_begin, chunks, tickets = _cache.get(
-            ("layout", lengths), self.device, lambda: self._layout(order), self._parts
-        )
+        lengths = (self.num_groups, self.numels.tobytes(), self.groups.numbers.tobytes())
+        group_begin, chunks, tickets = _cache.get(("layout", lengths), self.device, self._layout, self._parts)
         rows = _cache.get(("rows", found), self.device, lambda: found, lambda table: table.view(torch.int64))
         return Table(rows, chunks, group_begin, tickets)
 
@@ -147,12 +145,12 @@ class Rows:
             layout[end:].view(torch.int32),
         )
 
-    def _layout(self, order: Sequence[int]) -> bytes:
+    def _layout(self) -> bytes:
         """What depends on lengths and groups alone: group_begin, chunks, tickets."""
         begin, chunks = [0] * (self.num_groups + 1), array("i")
-        for row, i in enumerate(order):
+        for row, i in enumerate(self.groups.order or range(len(self.numels))):
             count = -(-self.numels[i] // _CHUNK)
-            begin[self.groups[i] + 1] += count
+            begin[self.groups.numbers[i] + 1] += count
             chunks.extend(chain.from_iterable((row, index) for index in range(count)))
         check(len(chunks) // 2 <= 2**31 - 1, "too many elements for one launch")
         for group in range(self.num_groups):
@@ -160,30 +158,47 @@ class Rows:
         return array("q", begin).tobytes() + chunks.tobytes() + bytes(4 * self.num_groups)
 
 
+class _Groups(NamedTuple):
+    """The groups of rows."""
+
+    numbers: array[int]
+    order: list[int] | None  #: in which rows are entered, by group; None for that in which they come
+
+
+def _grouped(groups: Sequence[int]) -> _Groups:
+    if isinstance(groups, Column):
+        return groups.of(_in_order)
+    return _in_order(groups)
+
+
+def _in_order(groups: Sequence[int]) -> _Groups:
+    ordered = all(map(le, groups, groups[1:]))
+    return _Groups(array("q", groups), None if ordered else sorted(range(len(groups)), key=groups.__getitem__))
+
+
 class _Description(NamedTuple):
     """What is to be known about a list of tensors."""
 
-    numels: list[int]
-    addresses: list[int]  #: 0 for those without elements
+    numels: array[int]
+    addresses: array[int]  #: 0 for those without elements
     misaligned: bool  #: whether an address is no multiple of 16
     kinds: tuple[torch.dtype, torch.device] | None  #: of all of them; None if they differ, or are not contiguous
 
 
 def _describe(tensors: Sequence[Tensor]) -> _Description:
-    if isinstance(tensors, Column) and tensors.known is not None:
-        return tensors.known
-    numels = list(map(Tensor.numel, tensors))
-    addresses = list(map(Tensor.data_ptr, tensors))
+    if isinstance(tensors, Column):
+        return tensors.of(_described)
+    return _described(tensors)
+
+
+def _described(tensors: Sequence[Tensor]) -> _Description:
+    numels = array("q", map(Tensor.numel, tensors))
+    addresses = array("q", map(Tensor.data_ptr, tensors))
     if not all(numels):
-        addresses = [address if n else 0 for address, n in zip(addresses, numels, strict=True)]
+        addresses = array("q", (address if n else 0 for address, n in zip(addresses, numels, strict=True)))
     dtypes, devices = (set(map(kind, tensors)) for kind in _kind_of)
     alike = len(dtypes) == len(devices) == 1 and all(map(Tensor.is_contiguous, tensors))
-    found = _Description(
-        numels, addresses, bool(reduce(or_, addresses, 0) % 16), (*dtypes, *devices) if alike else None
-    )
-    if isinstance(tensors, Column):
-        tensors.known = found
-    return found
+    return _Description(numels, addresses, bool(reduce(or_, addresses, 0) % 16), (*dtypes, *devices) if alike else None)
 
 
 def _numbers(tensor: Tensor, name: str, device: torch.device, count: int) -> Tensor:
