@@ -96,6 +96,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
                 spread = [[b - a for a, b, _ in cuts], [c - b for _, b, c in cuts]]
                 bars = axes.barh(peers, values, xerr=spread, color="tab:blue")
                 axes.set_xscale("log")
+                axes.set_xticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
+                axes.minorticks_off()
             else:
                 values = [r["bytes"] / r["floor_bytes"] for r in records]
                 colours = ["tab:blue" if r["bytes_are"] == "counted" else "tab:gray" for r in records]
