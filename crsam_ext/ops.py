@@ -49,6 +49,7 @@ __all__ = [
     "Operators",
     "SGDOptions",
     "compute_dtype",
+    "known_of",
     "quadratic_form",
 ]
 
@@ -118,11 +119,14 @@ class Column(list[Any]):
 
     known: Any = None
 
-    def of(self, work_out: Callable[[Column], Any]) -> Any:
-        """``known``, worked out if it is not yet."""
-        if self.known is None:
-            self.known = work_out(self)
-        return self.known
+
+def known_of(items: Sequence[Any], work_out: Callable[[Any], Any]) -> Any:
+    """What ``work_out`` makes of a list; of a `Column` once only, so a backend asks one thing about each."""
+    if not isinstance(items, Column):
+        return work_out(items)
+    if items.known is None:
+        items.known = work_out(items)
+    return items.known
 
 
 class Coefficients(NamedTuple):
@@ -169,7 +173,7 @@ class Operators(ABC):
         grads: Any = Column(map(_grad_of, params))
         if not all(map(is_not, grads, repeat(None))):
             return None
-        nbytes, strides = params.of(lambda ps: (list(map(_nbytes_of, ps)), list(map(Tensor.stride, ps))))
+        nbytes, strides = known_of(params, lambda ps: (list(map(_nbytes_of, ps)), list(map(Tensor.stride, ps))))
         try:
             ours = (
                 [storage.nbytes() for storage in map(Tensor.untyped_storage, grads)] == nbytes
@@ -187,7 +191,7 @@ class Operators(ABC):
 
     def set_gradients(self, params: list[Tensor], grads: list[Tensor | None] | None) -> None:
         """Make ``grads`` the gradients of all parameters in ``p.grad``, or None."""
-        for param, grad in zip(params, repeat(None) if grads is None else grads):  # noqa: B905
+        for param, grad in zip(params, [None] * len(params) if grads is None else grads, strict=True):
             param.grad = grad
 
     def layout(self, tensors: list[Tensor]) -> Any:

@@ -497,6 +497,23 @@ def test_re_pointed_in_the_middle_of_a_step(form, backend_options, device):
     optimizer.step(closure_of(smooth, params))
 
 
+def test_reshaped_in_the_middle_of_a_step(backend_options, device):
+    """Re-pointed at the same memory, in another shape."""
+    params = tensors((2, 3), (5,), device=device)
+    kept = [p.detach().clone() for p in params]
+    optimizer = CRSAM(params, lr=0.1, **backend_options)
+
+    def closure():
+        if optimizer.pass_index == 1:
+            params[0].data = params[0].data.view(3, 2)
+        return closure_of(smooth, params)()
+
+    with pytest.raises(RuntimeError, match="moved or re-pointed between the passes"):
+        optimizer.step(closure)
+    assert torch.equal(params[0].view(2, 3), kept[0])
+    assert torch.equal(params[1], kept[1])
+
+
 @bases
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_edits_between_steps_are_honoured(dtype, base, backend_options, device):

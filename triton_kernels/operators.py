@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crsam_ext.ops import Column
+from crsam_ext.ops import known_of
 
 from .checks import check, check_count, check_groups, check_tensor, name_of
 from .chunk_table import (
@@ -69,7 +69,7 @@ class Rows:
         self.master = torch.float64 if self.dtype == torch.float64 else torch.float32
         check_count(len(groups), "groups", len(like))
         check_groups(groups, num_groups)
-        self.numels, self.groups, self.num_groups = _describe(like).numels, _grouped(groups), num_groups
+        self.numels, self.groups, self.num_groups = _describe(like).numels, known_of(groups, _grouped), num_groups
         check(self.dtype in DTYPES, f"rows are {name_of(self.dtype)}, not float64, float32, float16 or bfloat16")
         # The columns of the table that are not 0.
         self._misaligned = False
@@ -166,12 +166,6 @@ class _Groups(NamedTuple):
 
 
 def _grouped(groups: Sequence[int]) -> _Groups:
-    if isinstance(groups, Column):
-        return groups.of(_in_order)
-    return _in_order(groups)
-
-
-def _in_order(groups: Sequence[int]) -> _Groups:
     ordered = all(map(le, groups, groups[1:]))
     return _Groups(array("q", groups), None if ordered else sorted(range(len(groups)), key=groups.__getitem__))
 
@@ -186,9 +180,7 @@ class _Description(NamedTuple):
 
 
 def _describe(tensors: Sequence[Tensor]) -> _Description:
-    if isinstance(tensors, Column):
-        return tensors.of(_described)
-    return _described(tensors)
+    return known_of(tensors, _described)
 
 
 def _described(tensors: Sequence[Tensor]) -> _Description:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import Column
+from ..ops import Column, known_of
 from .fused import FAKES, FusedOperators
 
 __all__ = ["CudaOperators", "extension", "why_unavailable"]
@@ -52,11 +52,9 @@ class CudaOperators(FusedOperators):
     """The operators of :mod:`crsam_ext._C`."""
 
     name = "cuda"
-    namespace = "crsam"
 
     def __init__(self) -> None:
         self._extension = extension()
-        super().__init__()
         _register_fakes()
         self._ops = SimpleNamespace(**{name: self._direct(name) for name in FAKES})
 
@@ -75,37 +73,25 @@ class CudaOperators(FusedOperators):
         return self._extension.layout(tensors)
 
     def mark_written(self, params: Column) -> None:
-        self._extension.mark_written(self._tensors(params))
+        self._extension.mark_written(known_of(params, self._extension.Tensors))
 
     def _direct(self, name: str) -> Callable[..., Any]:
-        """An operator without torch's dispatcher, which would convert every list of tensors anew in every call."""
+        """An operator of the extension, for which a list that is a `Column` is converted once, not in every call."""
         direct, registered = getattr(self._extension, name), getattr(torch.ops.crsam, name)
-        own: dict[str, Callable[..., Any]] = {
-            "List[Tensor]": self._tensors,
-            "List[Optional[Tensor]]": self._tensors,
-            "List[int]": self._integers,
-        }
-        arguments = [str(argument.type) for argument in registered.default._schema.arguments]
-        conversions = [(i, own[kind]) for i, kind in enumerate(arguments) if kind in own]
+        tensors, integers = self._extension.Tensors, self._extension.Integers
+        makers = {"List[Tensor]": tensors, "List[Optional[Tensor]]": tensors, "List[int]": integers}
+        kinds = [str(argument.type) for argument in registered.default._schema.arguments]
+        conversions = [(i, makers[kind]) for i, kind in enumerate(kinds) if kind in makers]
 
         def operator(*arguments: Any) -> Any:
             if torch.compiler.is_compiling():
                 return registered(*arguments)
             given = list(arguments)
-            for i, convert in conversions:
-                given[i] = convert(given[i])
+            for i, make in conversions:
+                given[i] = known_of(given[i], make)
             return direct(*given)
 
         return operator
-
-    def _tensors(self, tensors: Sequence[Tensor | None]) -> Any:
-        """A list as the extension takes it, made once for a `Column`."""
-        make = self._extension.Tensors
-        return tensors.of(make) if isinstance(tensors, Column) else make(tensors)
-
-    def _integers(self, numbers: Sequence[int]) -> Any:
-        make = self._extension.Integers
-        return numbers.of(make) if isinstance(numbers, Column) else make(numbers)
 
     def _launch_mark(self, live: Tensor) -> int:
         return live._version  # which the operator bumps after the launch

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from operator import is_not
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +25,10 @@ __all__ = ["FAKES", "FusedOperators"]
 class FusedOperators(Operators):
     """See :class:`crsam_ext.ops.Operators`."""
 
-    namespace: ClassVar[str]  #: of the registered operators
+    _ops: Any  #: functions by the operators' names, with the arguments of the schemas
 
     gather_below = 0
     fuses_gram = True
-
-    def __init__(self) -> None:
-        self._ops = getattr(torch.ops, self.namespace)
 
     @abstractmethod
     def _launch_mark(self, live: Tensor) -> int:

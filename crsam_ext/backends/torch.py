@@ -311,7 +311,10 @@ class TorchOperators(Operators):
         compiles: bool | None = None,
         **static: Any,
     ) -> list[Any]:
-        """Apply ``body`` to a row, compiled in one piece or block by block; what it returned for each piece."""
+        """Apply ``body`` to a row, compiled in one piece or block by block; what it returned for each piece.
+
+        ``compiles`` says which, where not everything is compiled with ``compile=True``.
+        """
         if self.compile if compiles is None else compiles:
             like = next(t for t in tensors if t is not None)
             dtypes = tuple(None if t is None else t.dtype for t in tensors)
@@ -343,8 +346,8 @@ class TorchOperators(Operators):
         """Whether numbers must stay on the device of ``row``, so that a choice between two of them is an operation."""
         return self.compile or row.device.type != "cpu"
 
-    def _converts(self, row: Tensor) -> bool:
-        """Whether the norm and the perturbation are compiled: with float32, one operation each, there is nothing to
+    def _fuses(self, row: Tensor) -> bool:
+        """Whether norm, saving and perturbation are compiled: with float32, one operation each, there is nothing to
         fuse; float16 and bfloat16 are converted to and fro."""
         return self.compile and row.dtype.itemsize == 2
 
@@ -354,7 +357,7 @@ class TorchOperators(Operators):
         self, grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
     ) -> Tensor:
         sums: list[list[Tensor]] = [[] for _ in range(num_groups)]
-        no_scalars, blind, fuses = torch.empty(0), self._selects(grads[0]), self._converts(grads[0])
+        no_scalars, blind, fuses = torch.empty(0), self._selects(grads[0]), self._fuses(grads[0])
         inner = _sum_of_products if fuses else _dot
         for g, group, w in zip(grads, groups, weights, strict=True):
             sums[group] += self._run(_squared_norm, (g, w), no_scalars, fuses, inner=inner, blind=blind)
@@ -375,7 +378,7 @@ class TorchOperators(Operators):
     ) -> None:
         # ``undo`` must be told between saving and writing, so these are never one compiled function. In blocks, what
         # was saved is still in the cache.
-        table, no_scalars, fuses = self._table([scale * sign], live[0]), torch.empty(0), self._converts(live[0])
+        table, no_scalars, fuses = self._table([scale * sign], live[0]), torch.empty(0), self._fuses(live[0])
         for *row, group in zip(live, saved, grads, groups, strict=True):
             for p, w, g in [row] if fuses else (block for block, _ in self._blocks(row)):
                 if sign > 0:

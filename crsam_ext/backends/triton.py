@@ -66,11 +66,9 @@ class TritonOperators(FusedOperators):
     """The operators of :mod:`crsam_ext.triton_kernels`."""
 
     name = "triton"
-    namespace = "crsam_triton"
 
     def __init__(self) -> None:
         _register()
-        super().__init__()
         self._implementations = import_module("crsam_ext.triton_kernels.operators")
         self._ops = _direct()
 

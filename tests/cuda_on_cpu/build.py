@@ -89,7 +89,7 @@ def extension(*sources):
     """The Python module of csrc/ without kernels, and with other sources; the path of it."""
     path = ROOT / "build" / "cuda_on_cpu" / _digest("extension", *(p.read_text() for p in sources)) / "_C.so"
     sources = [*(SOURCES / name for name in ("ops.cpp", "host.cpp", "bindings.cpp")), *sources]
-    flags = ("-O2", f"-I{SOURCES}", f"-I{SOURCES}/cuda", "-DTORCH_EXTENSION_NAME=_C", "-DCRSAM_DISPATCH_KEY=CPU")
+    flags = ("-O2", f"-I{SOURCES}/cuda", "-DTORCH_EXTENSION_NAME=_C", "-DCRSAM_DISPATCH_KEY=CPU")
     with _alone():
         if not path.exists():
             _build(path, sources, *_torch_flags(*flags))
