@@ -70,9 +70,10 @@ def regularized(grads, factor=1.0, groups=GROUPS):
 # Reductions ----------------------------------------------------------------------------------------------------------
 
 
-@dtypes
-@pytest.mark.parametrize("weighted", [(False, False), (True, True), (True, False)], ids=["plain", "weighted", "mixed"])
-def test_grad_norm(weighted, dtype, operators, device):
+low_precision = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+
+
+def check_grad_norm(operators, dtype, weighted, device="cpu"):
     g, w = rows(dtype, device), rows(dtype, device)
     weights = [x if weighted[k] else None for x, k in zip(w, GROUPS, strict=True)]
     found = operators.grad_norm(g, GROUPS, 3, weights)
@@ -82,6 +83,17 @@ def test_grad_norm(weighted, dtype, operators, device):
     for group in range(3):
         expected = reference.norm([x for x, k in zip(products, GROUPS, strict=True) if k == group]) ** 2
         assert found[group].item() == pytest.approx(expected, rel=sum_tolerance(dtype), abs=0)
+
+
+@dtypes
+@pytest.mark.parametrize("weighted", [(False, False), (True, True), (True, False)], ids=["plain", "weighted", "mixed"])
+def test_grad_norm(weighted, dtype, operators, device):
+    check_grad_norm(operators, dtype, weighted, device)
+
+
+@low_precision
+def test_grad_norm_compiled(dtype, compiled):
+    check_grad_norm(compiled, dtype, (True, False))
 
 
 def check_gram(found, grads, w, weighted, dtype):
@@ -177,13 +189,13 @@ def test_perturb(adaptive, sign, dtype, operators, device):
     check_perturb(operators, dtype, adaptive, sign, device)
 
 
-low_precision = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-
-
 @low_precision
-@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_stochastic_rounding(sign, adaptive, dtype, operators, device):
+def test_perturb_compiled(sign, dtype, compiled):
+    check_perturb(compiled, dtype, (False, True), sign)
+
+
+def check_stochastic_rounding(operators, dtype, adaptive, sign, device="cpu"):
     """Against the formula; a float32 product may differ in its last digit, and then, rarely, the result."""
     master = [
         p * (1 + torch.finfo(dtype).eps * (torch.rand(p.shape) - 0.5)).to(device) / 8
@@ -208,6 +220,19 @@ def test_stochastic_rounding(sign, adaptive, dtype, operators, device):
         assert (error <= 2 * q + cancelled).all()
         off, count = off + int((error > 0).sum()), count + len(p)
     assert off <= count / 1000
+
+
+@low_precision
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_stochastic_rounding(sign, adaptive, dtype, operators, device):
+    check_stochastic_rounding(operators, dtype, adaptive, sign, device)
+
+
+@low_precision
+@pytest.mark.parametrize("sign", [1, -1])
+def test_stochastic_rounding_compiled(sign, dtype, compiled):
+    check_stochastic_rounding(compiled, dtype, True, sign)
 
 
 @low_precision
@@ -293,8 +318,7 @@ def test_perturb_can_be_undone_from_any_point(operators, device, monkeypatch):
     assert all(torch.equal(p, x) for p, x in zip(live, w, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_perturb_takes_over_what_was_changed_by_hand(dtype, operators, device):
+def check_taken_over(operators, dtype, device="cpu"):
     master = torch.tensor([1.0, 1.0, 2.0, -3.0], device=device) * (1 + torch.finfo(dtype).eps / 16)
     live = master.to(dtype)
     live[2] = 7.0
@@ -302,6 +326,16 @@ def test_perturb_takes_over_what_was_changed_by_hand(dtype, operators, device):
     expected[2] = 7.0
     operators.perturb_([live], [master], [torch.zeros_like(live)], [0], vector([1.0], device), [False], 1, [])
     assert torch.equal(master, expected)
+
+
+@low_precision
+def test_perturb_takes_over_what_was_changed_by_hand(dtype, operators, device):
+    check_taken_over(operators, dtype, device)
+
+
+@low_precision
+def test_perturb_compiled_takes_over_what_was_changed_by_hand(dtype, compiled):
+    check_taken_over(compiled, dtype)
 
 
 def test_perturbation_scale(operators, device):

@@ -89,7 +89,7 @@ def _write(live: Tensor, saved: Tensor, new: Tensor, ok: Tensor | None) -> None:
         live.copy_(saved)
 
 
-def _save(live: Tensor, saved: Tensor, *, scalars: Sequence[Tensor], scratch: Scratch) -> None:
+def _save(live: Tensor, saved: Tensor, scratch: Scratch) -> None:
     if live.dtype == saved.dtype:
         saved.copy_(live)
     else:
@@ -99,16 +99,8 @@ def _save(live: Tensor, saved: Tensor, *, scalars: Sequence[Tensor], scratch: Sc
 
 
 def _perturb(
-    live: Tensor,
-    saved: Tensor,
-    g: Tensor,
-    *,
-    scalars: Sequence[Tensor],
-    scratch: Scratch,
-    adaptive: bool,
-    stochastic: bool,
+    live: Tensor, saved: Tensor, g: Tensor, scale: Tensor, scratch: Scratch, adaptive: bool, stochastic: bool
 ) -> None:
-    (scale,) = scalars
     g = e = _up(g, scratch, 0)
     rounds = live.dtype != saved.dtype
     w = scratch(3).copy_(live.copy_(saved)) if rounds and stochastic else saved
@@ -146,21 +138,6 @@ def _dot(x: Tensor, y: Tensor, blind: bool) -> Tensor:
     """x . y summed in its own dtype, or in float64 if that overflows, unless it may not be looked at."""
     product = torch.dot(x, y)
     return product if blind or math.isfinite(product) else _sum_of_products(x, y)
-
-
-def _squared_norm(
-    g: Tensor,
-    w: Tensor | None,
-    *,
-    scalars: Sequence[Tensor],
-    scratch: Scratch,
-    inner: Callable[..., Tensor],
-    blind: bool,
-) -> Tensor:
-    x = _up(g, scratch, 0)
-    if w is not None:
-        x = torch.mul(x, w, out=scratch(1))
-    return inner(x, x, blind)
 
 
 def _gram(
@@ -304,18 +281,10 @@ class TorchOperators(Operators):
             yield members, self._scratch(device, dtype, min(block, size - index * block))
 
     def _run(
-        self,
-        body: Callable[..., Any],
-        tensors: Sequence[Tensor | None],
-        scalars: Tensor,
-        compiles: bool | None = None,
-        **static: Any,
+        self, body: Callable[..., Any], tensors: Sequence[Tensor | None], scalars: Tensor, **static: Any
     ) -> list[Any]:
-        """Apply ``body`` to a row, compiled in one piece or block by block; what it returned for each piece.
-
-        ``compiles`` says which, where not everything is compiled with ``compile=True``.
-        """
-        if self.compile if compiles is None else compiles:
+        """Apply ``body`` to a row, compiled in one piece or block by block; what it returned for each piece."""
+        if self.compile:
             like = next(t for t in tensors if t is not None)
             dtypes = tuple(None if t is None else t.dtype for t in tensors)
             key = (body, like.device.type, dtypes, tuple(static.items()))
@@ -346,21 +315,18 @@ class TorchOperators(Operators):
         """Whether numbers must stay on the device of ``row``, so that a choice between two of them is an operation."""
         return self.compile or row.device.type != "cpu"
 
-    def _fuses(self, row: Tensor) -> bool:
-        """Whether norm, saving and perturbation are compiled: with float32, one operation each, there is nothing to
-        fuse; float16 and bfloat16 are converted to and fro."""
-        return self.compile and row.dtype.itemsize == 2
-
     # The operators ---------------------------------------------------------------------------------------------------
 
     def grad_norm(
         self, grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
     ) -> Tensor:
         sums: list[list[Tensor]] = [[] for _ in range(num_groups)]
-        no_scalars, blind, fuses = torch.empty(0), self._selects(grads[0]), self._fuses(grads[0])
-        inner = _sum_of_products if fuses else _dot
         for g, group, w in zip(grads, groups, weights, strict=True):
-            sums[group] += self._run(_squared_norm, (g, w), no_scalars, fuses, inner=inner, blind=blind)
+            for (x, v), scratch in self._blocks((g, w)):
+                x = _up(x, scratch, 0)
+                if v is not None:
+                    x = torch.mul(x, v, out=scratch(1))
+                sums[group].append(_dot(x, x, self._selects(x)))
         zero = torch.zeros((), dtype=torch.float64, device=grads[0].device)
         return torch.stack([torch.stack(s).sum(dtype=torch.float64) if s else zero for s in sums])
 
@@ -376,16 +342,16 @@ class TorchOperators(Operators):
         undo: list[tuple[Tensor, Tensor]],
         stochastic: bool = False,
     ) -> None:
-        # ``undo`` must be told between saving and writing, so these are never one compiled function. In blocks, what
-        # was saved is still in the cache.
-        table, no_scalars, fuses = self._table([scale * sign], live[0]), torch.empty(0), self._fuses(live[0])
+        # Never compiled: a block is still in the cache after it was saved, so fusing would gain nothing on a CPU, and
+        # ``undo`` must be told between the two. Nor one by one: torch.compile leaves out the rounding to 16 bits and
+        # back by which `_save` sees that a parameter was changed.
+        table = self._table([scale * sign], live[0])
         for *row, group in zip(live, saved, grads, groups, strict=True):
-            for p, w, g in [row] if fuses else (block for block, _ in self._blocks(row)):
+            for (p, w, g), scratch in self._blocks(row):
                 if sign > 0:
-                    self._run(_save, (p, w), no_scalars, fuses)
+                    _save(p, w, scratch)
                     undo.append((p, w))
-                options = {"adaptive": adaptive[group], "stochastic": stochastic}
-                self._run(_perturb, (p, w, g), table[group], fuses, **options)
+                _perturb(p, w, g, table[group], scratch, adaptive[group], stochastic)
 
     def fd_gram(
         self,
