@@ -24,9 +24,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from crsam_ext import CRSAM
+from crsam_ext import CRSAM, extension
 from crsam_ext.backends import cuda, triton
-from crsam_ext.ops import Column
 from tests.cuda_on_cpu import build
 
 __all__ = ["BACKENDS", "HostTime", "measure"]
@@ -117,7 +116,8 @@ def _step_of(
 def _floor_of(
     optimizer: CRSAM, params: list[torch.nn.Parameter], grads: list[list[Tensor]], step: Callable[[], float]
 ) -> Callable[[], float]:
-    calls, operators, of_all = _record(optimizer, step), optimizer.operators, Column(params)
+    calls, host = _record(optimizer, step), optimizer.operators.host
+    of_all, g0 = host.Column(params), host.Column(grads[0])
 
     def floor() -> float:
         spent = 0.0
@@ -127,13 +127,13 @@ def _floor_of(
             began = time.thread_time()
             for p in params:
                 p.grad  # noqa: B018
-            operators.set_gradients(of_all, None)
-            operators.mark_written(of_all)
+            host.clear_gradients(params)
+            host.mark_written(of_all)
             spent += time.thread_time() - began
         began = time.thread_time()
         for call in calls:
             call()
-        operators.set_gradients(of_all, list(grads[0]))
+        host.set_gradients(of_all, g0)
         return spent + time.thread_time() - began
 
     return floor
@@ -151,9 +151,13 @@ def _record(optimizer: CRSAM, step: Callable[[], float]) -> list[Callable[[], ob
         return record
 
     if optimizer.backend == "triton":
+        from crsam_ext.triton_kernels import launch
         from triton.runtime.jit import JITFunction
 
-        with mock.patch.object(JITFunction, "run", recorder(JITFunction.run)):
+        with (
+            mock.patch.object(launch, "_launch", recorder(launch._launch)),
+            mock.patch.object(JITFunction, "run", recorder(JITFunction.run)),
+        ):
             step()
     else:
         operators, own = optimizer.operators, optimizer.operators._ops
@@ -165,11 +169,19 @@ def _record(optimizer: CRSAM, step: Callable[[], float]) -> list[Callable[[], ob
 
 
 @contextmanager
-def _empty_cuda() -> Iterator[None]:
-    # csrc/ with launchers that do nothing.
+def _extension() -> Iterator[None]:
+    """csrc/ with launchers that do nothing."""
     path = build.extension(ROOT / "csrc" / "cuda" / "ops_cuda.cpp", ROOT / "benchmarks" / "empty_kernels.cpp")
-    build.load_extension(path)
-    with mock.patch.object(cuda, "why_unavailable", return_value=None):
+    with (
+        mock.patch.object(extension, "why_missing", return_value=None),
+        mock.patch.object(extension, "load", return_value=build.load(path)),
+    ):
+        yield
+
+
+@contextmanager
+def _empty_cuda() -> Iterator[None]:
+    with _extension(), mock.patch.object(cuda, "why_unavailable", return_value=None):
         yield
 
 
@@ -192,6 +204,7 @@ def _empty_triton() -> Iterator[None]:
         utils=utils,
     )
     with (
+        _extension(),
         mock.patch.object(triton, "why_unavailable", return_value=None),
         mock.patch.object(launch, "INTERPRETED_BLOCK", launch.DEFAULT_BLOCK),
         mock.patch.object(driver, "_active", gpu),

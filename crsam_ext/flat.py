@@ -14,17 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, pairwise, repeat
-from operator import is_not
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from .ops import AdamOptions, Column, Operators, SGDOptions, compute_dtype
+from .ops import AdamOptions, Operators, SGDOptions, compute_dtype
 
-__all__ = ["FlatParameters", "Options", "check_parameter"]
+__all__ = ["FlatParameters", "Gradients", "Options", "check_parameter"]
 
 _ALIGNMENT = 16  # bytes: the widest load of a GPU
 _MAX_CONSTANTS = 64  # tuples of numbers that are kept on the device
@@ -116,8 +115,8 @@ class Plan:
     """The rows of a bucket for one set of participating parameters."""
 
     def __init__(self, bucket: Bucket, rows: list[Row]) -> None:
-        self.rows = rows
-        self.groups = Column(row.slots[0].group for row in rows)
+        Column, self.rows = bucket.host.Column, rows
+        self.groups = bucket.host.Groups(row.slots[0].group for row in rows)
         self.live = Column(row.of(bucket.live) for row in rows)
         self.saved = Column(row.of(bucket.saved) for row in rows)
         self.unweighted = Column([None] * len(rows))
@@ -128,7 +127,8 @@ class Plan:
         self.published = False
         self.params = Column(slot.param for row in rows for slot in row.slots)
         # Whether gradients can be rows as they are: None where rows must be 1-D.
-        self._contiguous = None if bucket.gather_below else all(param.is_contiguous() for param in self.params)
+        self._column = Column
+        self._gathers = bucket.gather_below > 0
         self._all_slots = len(rows) == len(bucket.slots)  # and so in their order
         if bucket.steps is not None:
             slots = [slot for row in rows for slot in row.slots]
@@ -140,15 +140,15 @@ class Plan:
             counters = {h: bucket.steps[row.slots[0].index] for row, h in by_history.items()}
             self.steps = Column(counters[by_history[row]] for row in rows)
 
-    def gather(self, grads: Gradients, index: int) -> list[Tensor]:
+    def gather(self, grads: Gradients, index: int) -> Sequence[Tensor]:
         """Rows of the gradients of pass ``index``."""
-        if self._contiguous and self._all_slots and isinstance(grads, Column):
+        if self._all_slots and not self._gathers and isinstance(grads, self._column):
             return grads
-        if self._contiguous is not None:
+        if not self._gathers:
             members: list[Any] = [grads[row.slots[0].index] for row in self.rows]
-            if all(map(is_not, members, repeat(None))):
-                return Column(members) if self._contiguous else Column(map(_contiguous, members))
-        return Column(row.gather(grads, index) for row in self.rows)
+            if all(g is not None for g in members):
+                return self._column(g if g.is_contiguous() else _flat(g) for g in members)
+        return self._column(row.gather(grads, index) for row in self.rows)
 
     def scatter(self, rows: Sequence[Tensor]) -> None:
         """Make each parameter's part of ``rows`` its gradient."""
@@ -172,15 +172,15 @@ class Bucket:
     """
 
     def __init__(
-        self, members: list[tuple[Tensor, int]], options: Sequence[Options], gather_below: int, num_points: int
+        self, members: list[tuple[Tensor, int]], options: Sequence[Options], operators: Operators, num_points: int
     ) -> None:
         first = members[0][0]
         self.device, self.dtype = first.device, first.dtype
-        self.gather_below = gather_below
+        self.host, self.gather_below = operators.host, operators.gather_below
         align = _ALIGNMENT // first.element_size()
         self.slots: list[Slot] = []
         offset = 0
-        for param, group in sorted(members, key=lambda m: (m[1], m[0].numel() >= gather_below)):
+        for param, group in sorted(members, key=lambda m: (m[1], m[0].numel() >= self.gather_below)):
             stride = torch.empty_like(param, device="meta").stride()  # dense, in the parameter's own order
             numel, nbytes = param.numel(), param.numel() * param.element_size()
             index = len(self.slots)
@@ -197,7 +197,8 @@ class Bucket:
         self.buffers = {name: flat(wide) for name in sorted(names)}
         self.steps = None if options[0] is None else torch.zeros(len(self.slots), device=self.device)
         self.history: list[float] = []
-        self.params = Column(slot.param for slot in self.slots)
+        self.params = self.host.Column(slot.param for slot in self.slots)
+        self.all_active = (True,) * len(self.slots)
         self._plans: dict[tuple[bool, ...], Plan] = {}
 
     @property
@@ -316,7 +317,7 @@ class FlatParameters:
         num_points: int = 1,
     ) -> None:
         self.num_points = num_points
-        self._operators = operators
+        self._host = operators.host
         self.published = False  # whether the state holds all buffers that the last update used
         self._names = [None if o is None else o.buffers for o in options]
         members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int]]] = {}
@@ -326,14 +327,14 @@ class FlatParameters:
                 _check_device(param)
                 members.setdefault((param.device, param.dtype), []).append((param, group))
         _check_sharing([param for bucket in members.values() for param, _ in bucket])
-        self.buckets = [Bucket(bucket, options, operators.gather_below, num_points) for bucket in members.values()]
+        self.buckets = [Bucket(bucket, options, operators, num_points) for bucket in members.values()]
         self._slots = {slot.param: slot for bucket in self.buckets for slot in bucket.slots}
         self._copies: dict[tuple[Slot, int], Tensor] = {}
         self._constants: dict[tuple[float, ...], Tensor] = {}
         for bucket in self.buckets:
             bucket.adopt(state, options)
-        self._layout = operators.layout(list(self._slots))
-        self._matched: list[Any] = []  # what was found in place
+        self._places = [self._host.places(bucket.params) for bucket in self.buckets]
+        self._matched: Any = None  # fingerprint of what was found in place
         self._outside: list[Tensor] = []  # parameters that were left where they are
 
     def matches(
@@ -345,7 +346,7 @@ class FlatParameters:
         """Whether parameters and state are still where they were put, and no others have joined or left."""
         if self._names != [None if o is None else o.buffers for o in options]:
             return False
-        look = self._look(param_groups, state)
+        look = self._host.fingerprint([group["params"] for group in param_groups], state)
         if look == self._matched and not any(_wanted(param, state) for param in self._outside):
             return True
         found = 0
@@ -369,19 +370,6 @@ class FlatParameters:
         self._outside = [param for _, param in _members(param_groups) if param not in self._slots]
         return True
 
-    def _look(self, param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> list[Any]:
-        """All that :meth:`matches` looks at, as values that are equal if it is the same."""
-        by_group = [group["params"] for group in param_groups]
-        params = list(chain.from_iterable(by_group))
-        kept = [x for x in state.values() if type(x) is dict]  # some optimizers keep numbers of their own beside
-        return [
-            list(map(id, params)),
-            list(map(len, by_group)),
-            self._operators.layout(params),
-            list(chain.from_iterable(kept)),
-            list(map(id, chain.from_iterable(map(dict.values, kept)))),
-        ]
-
     @staticmethod
     def _in_place(slot: Slot) -> bool:
         return slot.param.data_ptr() == slot.pointer and slot.param.shape == slot.shape
@@ -404,13 +392,13 @@ class FlatParameters:
 
     def check_in_place(self) -> None:
         """Raise RuntimeError if a parameter was re-pointed while a step is in progress."""
-        if self._operators.layout(list(self._slots)) != self._layout:
+        if [self._host.places(bucket.params) for bucket in self.buckets] != self._places:
             raise RuntimeError(
                 "a parameter was moved or re-pointed between the passes of a step; call restore() before moving the "
                 "model, then begin a new step"
             )
 
-    def take_gradients(self, index: int, keep: bool) -> list[list[Tensor | None]]:
+    def take_gradients(self, index: int, keep: bool) -> list[Gradients]:
         """The gradients of pass ``index``, for each bucket and slot, shaped and laid out as the parameter.
 
         A gradient is autograd's own tensor, taken out of ``p.grad``, wherever that is ours to hold; it is copied when
@@ -422,11 +410,11 @@ class FlatParameters:
         """
         taken = []
         for bucket in self.buckets:
-            grads: list[Tensor | None] | None = None if keep else self._operators.take_gradients(bucket.params)
+            grads: Gradients | None = None if keep else self._host.take_gradients(bucket.params)
             if grads is None:
                 grads = [self._take(slot, index, keep) for slot in bucket.slots]
-                for param in () if keep else bucket.params:
-                    param.grad = None
+                if not keep:
+                    self._host.clear_gradients(list(bucket.params))
             taken.append(grads)
         return taken
 
@@ -454,11 +442,6 @@ class FlatParameters:
 def _flat(g: Tensor) -> Tensor:
     """A dense tensor as its memory lies."""
     return g.as_strided((g.numel(),), (1,))
-
-
-def _contiguous(g: Tensor) -> Tensor:
-    """A dense tensor, or if it is not contiguous, its memory."""
-    return g if g.is_contiguous() else _flat(g)
 
 
 def _members(param_groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Tensor]]:

@@ -30,36 +30,28 @@ the copy) and honours every change that the user makes to a parameter between st
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
-from operator import attrgetter, is_not
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
+
+from . import host
 
 __all__ = [
     "COUNTERS",
     "EPSILON",
     "AdamOptions",
     "Coefficients",
-    "Column",
     "Operators",
     "SGDOptions",
     "compute_dtype",
-    "known_of",
     "quadratic_form",
 ]
 
 #: What is added to the gradient norm before dividing by it, as in the published SAM and CR-SAM implementations.
 EPSILON = 1e-12
-
-# A step does these for every parameter: mapped, the loop runs in C.
-_grad_of, _shape_of, _dtype_of, _nbytes_of, _requires_grad_of = map(
-    attrgetter, ("grad", "shape", "dtype", "nbytes", "requires_grad")
-)
 
 #: What is counted over the steps, in the order of the counters that :meth:`Operators.coefficients` advances.
 COUNTERS = ("skipped", "curvature_dropped", "gradient_norm_dropped", "capped")
@@ -114,21 +106,6 @@ class AdamOptions:
         return ("exp_avg", "exp_avg_sq")
 
 
-class Column(list[Any]):
-    """A list of rows that nobody changes, for which a backend works out what it needs to know once."""
-
-    known: Any = None
-
-
-def known_of(items: Sequence[Any], work_out: Callable[[Any], Any]) -> Any:
-    """What ``work_out`` makes of a list; of a `Column` once only, so a backend asks one thing about each."""
-    if not isinstance(items, Column):
-        return work_out(items)
-    if items.known is None:
-        items.known = work_out(items)
-    return items.known
-
-
 class Coefficients(NamedTuple):
     """What :meth:`Operators.coefficients` decides for a step; every tensor float64 on one device, unless noted."""
 
@@ -158,49 +135,9 @@ class Operators(ABC):
     gather_below: int
     #: Whether :meth:`fd_gram` costs hardly more than the norms of the three gradients, and is always run.
     fuses_gram: ClassVar[bool]
-
-    def take_gradients(self, params: Column) -> Column | None:
-        """Take the gradients of all parameters out of ``p.grad``, if each is ours to hold as it is.
-
-        That is a dense tensor of the parameter's dtype and memory order, with a storage of its own: the memory of a
-        view may be written again by the next backward.
-
-        Args:
-            params: of one dtype and device.
-        Returns:
-            The gradients; None, and they stay, if one is missing or not ours to hold.
-        """
-        grads: Any = Column(map(_grad_of, params))
-        if not all(map(is_not, grads, repeat(None))):
-            return None
-        nbytes, strides = known_of(params, lambda ps: (list(map(_nbytes_of, ps)), list(map(Tensor.stride, ps))))
-        try:
-            ours = (
-                [storage.nbytes() for storage in map(Tensor.untyped_storage, grads)] == nbytes
-                and list(map(Tensor.stride, grads)) == strides
-                and not any(map(_requires_grad_of, grads))
-                # As many elements in as many bytes: two dtypes of 16 bits can be taken for one another.
-                and (params[0].dtype.itemsize != 2 or set(map(_dtype_of, grads)) == {params[0].dtype})
-            )
-        except RuntimeError:  # a sparse one has neither storage nor strides
-            return None
-        if not ours:
-            return None
-        self.set_gradients(params, None)
-        return grads
-
-    def set_gradients(self, params: list[Tensor], grads: list[Tensor | None] | None) -> None:
-        """Make ``grads`` the gradients of all parameters in ``p.grad``, or None."""
-        for param, grad in zip(params, [None] * len(params) if grads is None else grads, strict=True):
-            param.grad = grad
-
-    def layout(self, tensors: list[Tensor]) -> Any:
-        """Addresses and shapes of all tensors, as a value that is equal to another if they are."""
-        return [list(map(Tensor.data_ptr, tensors)), list(map(_shape_of, tensors))]
-
-    def mark_written(self, params: Column) -> None:
-        """Tell autograd that the parameters changed: a backward that still needs the old ones then raises."""
-        increment_version(params)
+    #: The functions of :mod:`crsam_ext.host` for its lists, there or compiled. Operators take any lists of tensors and
+    #: groups; a ``host.Column`` or ``host.Groups`` they look at once.
+    host: Any = host
 
     @abstractmethod
     def grad_norm(
@@ -240,7 +177,7 @@ class Operators(ABC):
         scale: Tensor,
         adaptive: Sequence[bool],
         sign: int,
-        undo: list[tuple[Tensor, Tensor]],
+        undo: list[tuple[Sequence[Tensor], Sequence[Tensor]]],
         stochastic: bool = False,
     ) -> None:
         r"""Write :math:`w \pm e` into ``live``, absolutely, from the saved :math:`w`.
@@ -258,8 +195,8 @@ class Operators(ABC):
             scale: float64 [groups], s; negative for a group that is maximized.
             adaptive: for each group, whether e is that of ASAM.
             sign: +1 for w + e, -1 for w - e.
-            undo: with ``sign=+1``, pairs of ``live`` and ``saved`` (rows, or pieces of them) are appended. Wherever an
-                exception or Ctrl-C has struck, copying each second into its first gives w back.
+            undo: with ``sign=+1``, pairs of lists are appended: tensors of ``live`` and of ``saved``, rows or pieces of
+                them. Wherever an exception or Ctrl-C has struck, copying the second into the first gives w back.
             stochastic: for float16 and bfloat16, step from w as the model reads it, and round the end up or down with
                 the probability that makes the mean exact: else a step of less than half the distance to the next
                 number is none. The random bits are a hash of w and g0, so both signs have the same.

@@ -282,7 +282,9 @@ class CRSAM(Optimizer):
                     self._clear_gradients()  # later, they were taken
                 elif noise is not None:
                     noise.repeat()
-                step.collect(closure(), keep=False)
+                with torch.enable_grad():
+                    loss = closure()
+                step.collect(loss, keep=False)
                 if parallel is not None and step.passes == 3:
                     if noise is not None and noise.drawn:
                         raise RuntimeError(
@@ -494,7 +496,7 @@ class CRSAM(Optimizer):
 
     def _clear_gradients(self) -> None:
         for group in self.param_groups:
-            self.operators.set_gradients(group["params"], None)
+            self.operators.host.clear_gradients(group["params"])
 
     # State -----------------------------------------------------------------------------------------------------------
 
@@ -590,9 +592,9 @@ def _own_attributes(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _accumulating(closures: Callable[[], Any] | Sequence[Callable[[], Any]]) -> Callable[[], Any]:
-    """One closure that calls them all, with gradients enabled, and returns the sum of what they return."""
+    """One closure that calls them all and returns the sum of what they return."""
     if callable(closures):
-        return torch.enable_grad()(closures)
+        return closures
     if not closures or not all(map(callable, closures)):
         raise TypeError("step() takes a closure or a list of closures")
 
@@ -600,7 +602,7 @@ def _accumulating(closures: Callable[[], Any] | Sequence[Callable[[], Any]]) -> 
         first, *others = [closure() for closure in closures]
         return None if first is None else sum((x.detach() for x in others), start=first.detach())
 
-    return torch.enable_grad()(closure)
+    return closure
 
 
 def _with_backward(closure: Any, model: Any) -> Callable[[], Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from .flat import FlatParameters
+from .flat import FlatParameters, Gradients
 from .passes import STATISTICS
 
 __all__ = ["gradients_at"]
@@ -28,7 +28,7 @@ class _Loss(nn.Module):
 
 def gradients_at(
     points: Mapping[Tensor, Tensor], model: nn.Module, closure: Callable[[], Tensor], flat: FlatParameters
-) -> list[tuple[Tensor, list[list[Tensor | None]]]]:
+) -> list[tuple[Tensor, list[Gradients]]]:
     """Losses and gradients at several points, evaluated together.
 
     Args:

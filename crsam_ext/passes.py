@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, repeat
-from operator import eq, is_not
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .flat import FlatParameters, Options, Plan, Slot
+from .flat import FlatParameters, Gradients, Options, Plan, Slot
 from .ops import COUNTERS, AdamOptions, Coefficients, SGDOptions, compute_dtype
 
 if TYPE_CHECKING:
     from .optimizer import CRSAM
+
+Rows = list[list[Sequence[Tensor]]]  # bucket, pass, row: of the gradients
 
 __all__ = ["STATISTICS", "RunningStatistics", "SecondDifference", "SharedNoise", "Step"]
 
@@ -116,7 +116,7 @@ class SecondDifference:
                     old = self.values[slot.param] = torch.zeros_like(d2)
                 torch.where(here, d2, old, out=old)
 
-    def descent(self, step: Step, grad_scale: Tensor | None) -> list[list[Tensor | None]]:
+    def descent(self, step: Step, grad_scale: Tensor | None) -> list[Gradients]:
         """The gradient at w - e of a step that has the other two, for each bucket and slot."""
         guess: dict[Slot, Tensor] = {}
         for slots, (g0, gp) in _complete(step):
@@ -172,18 +172,20 @@ class Step:
     ) -> None:
         self.optimizer, self.flat, self.options, self.passes = optimizer, flat, options, passes
         self.combined, self.difference = combined, difference
-        self.groups, self.operators = optimizer.param_groups, optimizer.operators
+        self.groups, self.operators, self.host = optimizer.param_groups, optimizer.operators, optimizer.operators.host
         self.home = flat.buckets[0].device  # where the few numbers are kept that belong to all parameters
+        self._adaptive = [bool(group["adaptive"]) for group in self.groups]
+        self._maximizes = [bool(group.get("maximize")) for group in self.groups]
         self.losses: list[Any] = []
-        self.grads: list[list[list[Tensor | None]]] = []
+        self.grads: list[list[Gradients]] = []
         self._given: list[list[tuple[bool, ...]]] = []  # pass, bucket, slot: whether there is a gradient
-        self._pointers: list[list[int]] = []  # pass, and all slots: of the gradient
-        self._gathered: dict[tuple[Any, ...], list[list[Tensor]]] = {}
+        self._active: list[tuple[bool, ...]] = []  # bucket, slot: what the plans below are for
+        self._active_plans: list[Plan] = []
+        self._gathered: dict[tuple[Any, ...], list[Sequence[Tensor]]] = {}
         self._squared_norms: list[Tensor] = []
-        self._grad_norm: Tensor | None = None  # squared, per group, of g0; not known when only |w| g0 was reduced
         self._gram: Tensor | None = None
         self._scale: Tensor | None = None  # of the perturbation, once there is one
-        self._undo: list[tuple[Tensor, Tensor]] = []  # copying second into first gives w back
+        self._undo: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []  # copying second into first gives w back
 
     @property
     def collected(self) -> int:
@@ -197,25 +199,23 @@ class Step:
             self.flat.check_in_place()
         self.add(loss, self.flat.take_gradients(index, keep))
 
-    def add(self, loss: Any, grads: list[list[Tensor | None]]) -> None:
+    def add(self, loss: Any, grads: list[Gradients]) -> None:
         """Enter the next pass: its loss and, for each bucket and slot, its gradient in the parameter's own layout."""
         index = self.collected
-        given = [tuple(map(is_not, of_bucket, repeat(None))) for of_bucket in grads]
+        given = [
+            bucket.all_active if isinstance(of_bucket, self.host.Column) else tuple(g is not None for g in of_bucket)
+            for bucket, of_bucket in zip(self.flat.buckets, grads, strict=True)
+        ]
         if not any(map(any, given)):
             raise RuntimeError(f"pass {index + 1} left no gradient in any parameter: has loss.backward() been called?")
-        if all(map(all, given)):
-            pointers = list(map(Tensor.data_ptr, chain.from_iterable(grads)))  # type: ignore[arg-type]
-        else:  # what stands for none differs from pass to pass
-            pointers = [-index - 1 if g is None else g.data_ptr() for g in chain.from_iterable(grads)]
-        for earlier in self._pointers:
-            if any(map(eq, pointers, earlier)):
+        for earlier in self.grads:
+            if any(map(self.host.share_memory, grads, earlier)):
                 raise RuntimeError(
                     f"pass {index + 1} wrote a gradient into the memory of an earlier pass's, which is lost: "
                     "leave p.grad to autograd, give each pass its own tensor, or call first_step(zero_grad=False)"
                 )
         self.grads.append(grads)
         self._given.append(given)
-        self._pointers.append(pointers)
         self.losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
 
     def move(self, show_overflow: bool = False) -> None:
@@ -224,8 +224,7 @@ class Step:
         With ``show_overflow``, to NaN instead if the last gradient holds a NaN or an infinity: so will the next one.
         (An overflow in g0 shows in any case: e is not finite.)
         """
-        adaptive = [bool(group["adaptive"]) for group in self.groups]
-        stochastic = self.optimizer.stochastic_rounding
+        adaptive, stochastic = self._adaptive, self.optimizer.stochastic_rounding
         plans = self._plans(self._given[0])
         rows = self._rows(plans, 0)
         sign = 1 if self._scale is None else -1
@@ -247,7 +246,7 @@ class Step:
                 self.operators.perturb_(
                     plan.live, plan.saved, grads, plan.groups, uphill, adaptive, sign, self._undo, stochastic
                 )
-                self.operators.mark_written(plan.params)
+                self.host.mark_written(plan.params)
         # Autocast keeps low-precision copies of the weights until its outermost context ends: they are stale now.
         torch.clear_autocast_cache()
 
@@ -255,8 +254,7 @@ class Step:
         """Move the parameters to w + e and write w - e beside them; both, [2, *its shape], for each that was moved."""
         self.move()
         plans = self._plans(self._given[0])
-        adaptive = [bool(group["adaptive"]) for group in self.groups]
-        stochastic = self.optimizer.stochastic_rounding
+        adaptive, stochastic = self._adaptive, self.optimizer.stochastic_rounding
         uphill, both = self._uphill(), {}
         for bucket, plan, rows, grads in zip(
             self.flat.buckets, plans, self._rows(plans, 0), self.grads[0], strict=True
@@ -272,8 +270,8 @@ class Step:
     def _uphill(self) -> Tensor:
         """The scale of the perturbation, negative for a group that is maximized."""
         assert self._scale is not None
-        if any(group.get("maximize") for group in self.groups):
-            return self._scale * self._vector([-1.0 if group.get("maximize") else 1.0 for group in self.groups])
+        if any(self._maximizes):
+            return self._scale * self._vector([-1.0 if maximizes else 1.0 for maximizes in self._maximizes])
         return self._scale
 
     def update(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
@@ -308,12 +306,12 @@ class Step:
         for plan, grads in zip(plans, rows, strict=True):
             if plan.rows:
                 self.operators.combine_(plan.live, plan.saved, grads, plan.groups, c)
-                self.operators.mark_written(plan.params)
+                self.host.mark_written(plan.params)
                 plan.scatter(grads[-1])
         self._leave()
         self._record(c, grad_scale)
 
-    def _finish(self, grad_scale: Tensor | None) -> tuple[list[Plan], list[list[list[Tensor]]]]:
+    def _finish(self, grad_scale: Tensor | None) -> tuple[list[Plan], Rows]:
         """Plans and rows of a step of which all passes are there; all w are saved that will be written."""
         if self.passes == 2 and self.difference is not None:
             self.add(None, self.difference.descent(self, grad_scale))
@@ -331,22 +329,24 @@ class Step:
     def _return_gradients(self) -> None:
         """Put g0 into ``p.grad``."""
         for bucket, first in zip(self.flat.buckets, self.grads[0], strict=True):
-            self.operators.set_gradients(bucket.params, first)
+            self.host.set_gradients(bucket.params, first)
 
     def _record(self, c: Coefficients, grad_scale: Tensor | None) -> None:
-        plain = not any(group["adaptive"] for group in self.groups)  # e is a multiple of g0
-        scale = self._scale if plain else None
-        self.optimizer.stats.record(self.losses, self._grad_norm, self._gram, scale, c, grad_scale)
+        # Only a plain e is a multiple of g0, and only then, or where nothing was perturbed, the norm is that of g0.
+        weighted = self._scale is not None and any(self._adaptive)
+        scale, norm = (None, None) if weighted else (self._scale, self._squared_norms[0])
+        self.optimizer.stats.record(self.losses, norm, self._gram, scale, c, grad_scale)
 
     def restore(self) -> None:
         """Abandon the step: the parameters are bit for bit w again."""
         if self._scale is None:
             return
-        for live, saved in self._undo:
-            live.copy_(saved)
+        for rows in self._undo:
+            for live, saved in zip(*rows, strict=True):
+                live.copy_(saved)
         self.flat.return_to_moved(self._given[0])
         for bucket in self.flat.buckets:
-            self.operators.mark_written(bucket.params)
+            self.host.mark_written(bucket.params)
         self._leave()
 
     def _leave(self) -> None:
@@ -355,10 +355,13 @@ class Step:
         if self.optimizer.statistics is not None:
             self.optimizer.statistics.put_back()
 
-    def _plans(self, active: Iterable[tuple[bool, ...]]) -> list[Plan]:
-        return [bucket.plan(mask) for bucket, mask in zip(self.flat.buckets, active, strict=True)]
+    def _plans(self, active: list[tuple[bool, ...]]) -> list[Plan]:
+        if active != self._active:  # mostly, all passes have the same
+            self._active = active
+            self._active_plans = [bucket.plan(mask) for bucket, mask in zip(self.flat.buckets, active, strict=True)]
+        return self._active_plans
 
-    def _rows(self, plans: Sequence[Plan], index: int) -> list[list[Tensor]]:
+    def _rows(self, plans: Sequence[Plan], index: int) -> list[Sequence[Tensor]]:
         """The gradients of a pass as rows of each bucket, gathered once for each set of participants."""
         key = (index, *plans)
         if key not in self._gathered:
@@ -369,7 +372,6 @@ class Step:
     def _save_late(self, active: list[tuple[bool, ...]]) -> None:
         """Save w of parameters that were not moved: without a gradient in the first pass, or all in a single pass."""
         moved = self._scale is not None
-        nothing = self._vector([0.0] * len(self.groups))
         for bucket, mask, first in zip(self.flat.buckets, active, self._given[0], strict=True):
             if moved and mask == first:
                 continue
@@ -377,14 +379,14 @@ class Step:
             # In a single pass, w is where the parameters are, unless there is a master.
             if any(late) and (moved or bucket.has_master):
                 plan = bucket.plan(late)
-                zeros = [torch.zeros_like(row) for row in plan.live]
+                zeros, nothing = [torch.zeros_like(row) for row in plan.live], self._vector([0.0] * len(self.groups))
                 not_adaptive = [False] * len(self.groups)
                 self.operators.perturb_(plan.live, plan.saved, zeros, plan.groups, nothing, not_adaptive, 1, self._undo)
 
     def _coefficients(
         self,
         plans: Sequence[Plan],
-        rows: list[list[list[Tensor]]],
+        rows: Rows,
         steps: Iterable[tuple[Tensor, Tensor]],
         grad_scale: Tensor | None,
         found_inf: Tensor | None = None,
@@ -407,24 +409,22 @@ class Step:
                     weights = self._weights(plan, plan.saved)
                     parts.append(self.operators.fd_gram(grad, ascent, descent, plan.groups, len(groups), weights))
             gram = self._gram = self._total(parts)
-            self._grad_norm = gram[:, 0]
         else:
             for index in range(len(self._squared_norms), self.collected):
                 unweighted = [plan.unweighted for plan in plans]
                 norm = self._squared_norm(plans, [r[index] for r in rows], unweighted)
                 self._squared_norms.append(norm)
-            if self._scale is None or not any(group["adaptive"] for group in groups):
-                self._grad_norm = self._squared_norms[0]
+        norms = self._squared_norms
         if found_inf is not None:
             overflow = torch.where(found_inf.to(self.home, non_blocking=True) > 0, math.nan, 0.0)
             if gram is None:
-                self._squared_norms[-1] = self._squared_norms[-1] + overflow
+                norms = [*norms[:-1], norms[-1] + overflow]
             else:
                 gram = gram + overflow
         alpha, beta = (self._vector([group[name] for group in groups]) for name in ("alpha", "beta"))
         return self.operators.coefficients(
             gram,
-            self._squared_norms,
+            norms,
             torch.zeros_like(alpha) if self._scale is None else self._scale,
             alpha,
             beta,
@@ -451,13 +451,12 @@ class Step:
             raise ValueError(
                 'estimator="loss" needs the loss of every pass: return it from the closure, or pass it as loss='
             )
-        maximize = {bool(group.get("maximize")) for group in self.groups}
-        if len(maximize) > 1:
+        if len(set(self._maximizes)) > 1:
             raise ValueError('estimator="loss" needs one objective: set maximize alike in all groups')
-        at_w, ascent, descent = (self._vector(self.losses) * (-1.0 if maximize.pop() else 1.0)).unbind()
+        at_w, ascent, descent = (self._vector(self.losses) * (-1.0 if self._maximizes[0] else 1.0)).unbind()
         return at_w, ascent, descent
 
-    def _apply(self, plans: Sequence[Plan], rows: list[list[list[Tensor]]], c: Coefficients) -> None:
+    def _apply(self, plans: Sequence[Plan], rows: Rows, c: Coefficients) -> None:
         """Run the base optimizer's operator on every bucket, or the base optimizer itself."""
         if self.options[0] is None and self.collected == 1 and c.factor is not None:
             # combine_ writes over the gradient of the last pass, and here that is the one which p.grad will hold.
@@ -476,7 +475,7 @@ class Step:
                 self.operators.adamw_step_(plan.live, saved, m, v, grads, plan.groups, plan.steps, adam, c)
             elif self.collected > 1 or c.factor is not None:
                 self.operators.combine_(plan.live, saved, grads, plan.groups, c)
-            self.operators.mark_written(plan.params)
+            self.host.mark_written(plan.params)
             # The flag is read in the first step of a plan only: what enters the state must have been used.
             if (sgd or adam) and not plan.published and bool(c.ok):
                 bucket.publish(plan, self.optimizer.state)
@@ -488,12 +487,12 @@ class Step:
 
     def _weights(self, plan: Plan, rows: list[Tensor]) -> list[Tensor | None]:
         """Those of ``rows`` whose group is adaptive."""
-        if not any(group["adaptive"] for group in self.groups):
+        if not any(self._adaptive):
             return plan.unweighted
-        return [w if self.groups[g]["adaptive"] else None for w, g in zip(rows, plan.groups, strict=True)]
+        return [w if self._adaptive[g] else None for w, g in zip(rows, plan.groups, strict=True)]
 
     def _squared_norm(
-        self, plans: Sequence[Plan], rows: list[list[Tensor]], weights: Sequence[Sequence[Tensor | None]]
+        self, plans: Sequence[Plan], rows: list[Sequence[Tensor]], weights: Sequence[Sequence[Tensor | None]]
     ) -> Tensor:
         parts = [
             self.operators.grad_norm(r, plan.groups, len(self.groups), w)
@@ -504,6 +503,8 @@ class Step:
 
     def _total(self, parts: list[Tensor]) -> Tensor:
         """The sum over buckets, on the home device."""
+        if len(self.flat.buckets) == 1:
+            return parts[0]
         first, *others = [part.to(self.home, non_blocking=True) for part in parts]
         return sum(others, start=first)
 

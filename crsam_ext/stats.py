@@ -50,7 +50,7 @@ class Stats:
 
         Args:
             losses: of its passes.
-            squared_norm: [groups], of g0.
+            squared_norm: [groups], of g0, if it is known otherwise than from ``gram``.
             gram: [groups, 9], see :meth:`crsam_ext.ops.Operators.fd_gram`.
             scale: [groups], with e = scale g0; None where e is no multiple of g0.
             coefficients: what was decided.
@@ -84,7 +84,8 @@ class Stats:
     @property
     def grad_norm(self) -> Tensor | None:
         """Norm of the gradient at w; None for an adaptive perturbation, unless something needed the Gram matrix."""
-        return None if self._squared_norm is None else self._unscaled(self._squared_norm.sum().sqrt())
+        squared = self._squared_norm if self._gram is None else self._gram[:, 0]
+        return None if squared is None else self._unscaled(squared.sum().sqrt())
 
     @property
     def directional_curvature(self) -> Tensor | None:

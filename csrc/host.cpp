@@ -1,131 +1,33 @@
-// What a step does for every tensor on the host, in one call for all of them. torch.ops.crsam converts each list of
-// tensors anew in every call, to C++ and there twice more; these functions take lists that were converted once.
-#include <ATen/core/dispatch/Dispatcher.h>
+// What a step does for every tensor on the host, in one call for all of them. crsam_ext/host.py has the same functions in
+// Python, and says what they do.
+#include "host.h"
+
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/autograd/variable.h>
-#include <torch/csrc/utils/pybind.h>
-
-#include <array>
-#include <string>
-#include <vector>
-
-#include "host.h"
-#include "ops.h"
 
 namespace crsam {
-namespace {
 
-// A list of tensors, undefined where Python has None.
-struct Tensors {
-  std::vector<at::Tensor> items;
-};
-
-Tensors tensors_of(const py::list& list) {
-  Tensors tensors;
-  tensors.items.reserve(list.size());
-  for (const py::handle item : list) {
-    TORCH_CHECK_TYPE(item.is_none() || THPVariable_Check(item.ptr()), "a list of tensors holds something else");
-    tensors.items.push_back(item.is_none() ? at::Tensor() : THPVariable_Unpack(item.ptr()));
+std::vector<at::Tensor> tensors_of(py::handle list) {
+  std::vector<at::Tensor> tensors;
+  const py::sequence items = py::reinterpret_borrow<py::sequence>(list);
+  tensors.reserve(items.size());
+  for (const py::handle item : items) {
+    if (!item.is_none() && !THPVariable_Check(item.ptr())) {
+      throw py::type_error("a list of tensors holds something else");
+    }
+    tensors.push_back(item.is_none() ? at::Tensor() : THPVariable_Unpack(item.ptr()));
   }
   return tensors;
 }
 
-struct Integers {
-  std::vector<int64_t> items;
-};
+namespace {
 
-// What Python gives for a parameter of an operator, and how it is passed on.
-template <typename Parameter>
-struct Given {
-  using Type = Parameter;
-  static Parameter pass(Parameter given) { return given; }
-};
-template <>
-struct Given<at::TensorList> {
-  using Type = const Tensors&;
-  static at::TensorList pass(const Tensors& given) { return given.items; }
-};
-template <>
-struct Given<const OptionalTensors&> {
-  using Type = const Tensors&;
-  static OptionalTensors pass(const Tensors& given) {
-    OptionalTensors list;
-    list.reserve(given.items.size());
-    for (const at::Tensor& item : given.items) {
-      list.push_back(item.defined() ? std::optional<at::Tensor>(item) : std::nullopt);
-    }
-    return list;
-  }
-};
-template <>
-struct Given<at::IntArrayRef> {
-  using Type = const Integers&;
-  static at::IntArrayRef pass(const Integers& given) { return given.items; }
-};
-template <>
-struct Given<at::ArrayRef<double>> {
-  using Type = const std::vector<double>&;
-  static at::ArrayRef<double> pass(const std::vector<double>& given) { return given; }
-};
-template <>
-struct Given<const c10::List<bool>&> {
-  using Type = const std::vector<bool>&;
-  static c10::List<bool> pass(const std::vector<bool>& given) {
-    c10::List<bool> list;
-    for (const bool item : given) list.push_back(item);
-    return list;
-  }
-};
-
-void bump(const at::Tensor& tensor) { torch::autograd::impl::bump_version(tensor); }
-void bump(const Tensors& tensors) {
-  for (const at::Tensor& tensor : tensors.items) bump(tensor);
-}
-template <typename Other>
-void bump(const Other&) {}
-
-template <typename Signature>
-struct Operator;
-
-template <typename Result, typename... Parameters>
-struct Operator<Result(Parameters...)> {
-  // Defines the Python function, which bumps the versions of what the schema marks as written.
-  static void define(py::module_& m, const std::string& name) {
-    const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(("crsam::" + name).c_str(), "");
-    const auto op = handle.typed<Result(Parameters...)>();
-    std::array<bool, sizeof...(Parameters)> written;
-    for (size_t i = 0; i < written.size(); ++i) {
-      const c10::AliasInfo* alias = handle.schema().arguments()[i].alias_info();
-      written[i] = alias != nullptr && alias->isWrite();
-    }
-    const auto function = [op, written](typename Given<Parameters>::Type... given) -> Result {
-      const auto call = [&] {
-        const at::AutoDispatchBelowADInplaceOrView guard;
-        return op.call(Given<Parameters>::pass(given)...);
-      };
-      const auto bump_written = [&] {
-        size_t i = 0;
-        ((written[i++] ? bump(given) : void()), ...);
-      };
-      if constexpr (std::is_void_v<Result>) {
-        call();
-        bump_written();
-      } else {
-        Result result = call();
-        bump_written();
-        return result;
-      }
-    };
-    m.def(name.c_str(), torch::wrap_pybind_function_no_gil(function));
-  }
-};
+const at::Tensor& unpack(py::handle param) { return THPVariable_Unpack(param.ptr()); }
 
 // Whether a gradient is ours to hold as it is: laid out as its parameter, and of a storage of its own.
 bool is_ours(const at::Tensor& grad, const at::Tensor& param) {
-  if (!grad.defined() || grad.layout() != at::kStrided || !grad.has_storage() || grad.requires_grad() ||
-      grad.scalar_type() != param.scalar_type() || grad.sizes() != param.sizes() ||
-      grad.storage().nbytes() != param.nbytes()) {
+  if (!grad.defined() || !grad.has_storage() || grad.dtype() != param.dtype() || grad.sizes() != param.sizes() ||
+      grad.storage().nbytes() != grad.numel() * grad.itemsize() || grad.requires_grad()) {
     return false;
   }
   for (int64_t i = 0; i < grad.dim(); ++i) {
@@ -134,64 +36,158 @@ bool is_ours(const at::Tensor& grad, const at::Tensor& param) {
   return true;
 }
 
-py::object take_gradients(const py::list& params) {
-  for (const py::handle param : params) {
-    const at::Tensor& p = THPVariable_Unpack(param.ptr());
-    if (!is_ours(p.grad(), p)) return py::none();
+std::optional<Column> take_gradients(const Column& params) {
+  for (const at::Tensor& param : params) {
+    if (!is_ours(param.grad(), param)) return std::nullopt;
   }
-  Tensors taken;
-  taken.items.reserve(params.size());
-  py::list list(params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    at::Tensor& grad = THPVariable_Unpack(PyList_GET_ITEM(params.ptr(), i)).mutable_grad();
-    PyList_SET_ITEM(list.ptr(), i, THPVariable_Wrap(grad));
-    taken.items.push_back(std::move(grad));
-  }
-  return py::make_tuple(std::move(list), std::move(taken));
+  std::vector<at::Tensor> taken;
+  taken.reserve(params.size());
+  for (const at::Tensor& param : params) taken.push_back(std::move(param.mutable_grad()));
+  return Column(std::move(taken), params);
 }
 
-void set_gradients(const py::list& params, const py::object& grads) {
-  for (size_t i = 0; i < params.size(); ++i) {
-    at::Tensor& grad = THPVariable_Unpack(PyList_GET_ITEM(params.ptr(), i)).mutable_grad();
-    PyObject* given = grads.is_none() ? Py_None : PyList_GET_ITEM(grads.ptr(), i);
-    grad = given == Py_None ? at::Tensor() : THPVariable_Unpack(given);
+void set_gradients(const Column& params, const Given<Column>& grads) {
+  for (size_t i = 0; i < params.size(); ++i) params[i].mutable_grad() = grads.get()[i];
+}
+
+void clear_gradients(const py::list& params) {
+  for (const py::handle param : params) unpack(param).mutable_grad() = at::Tensor();
+}
+
+void mark_written(const py::args& lists) {
+  for (const py::handle list : lists) {
+    Given<Column> tensors;
+    tensors.load(list);
+    bump(tensors.get());
   }
 }
 
-// Addresses and sizes of all tensors, as bytes that are equal if these are.
-py::bytes layout(const py::list& tensors) {
+bool share_memory(const Given<Column>& grads, const Given<Column>& others) {
+  const std::vector<int64_t>&x = grads.get().addresses(), &y = others.get().addresses();
+  for (size_t i = 0; i < x.size(); ++i) {
+    if (x[i] == y[i] && x[i] != 0) return true;
+  }
+  return false;
+}
+
+// Where a tensor is, and its shape.
+void append_place(std::vector<int64_t>& numbers, const at::Tensor& tensor) {
+  numbers.push_back(reinterpret_cast<int64_t>(tensor.const_data_ptr()));
+  numbers.push_back(tensor.dim());
+  numbers.insert(numbers.end(), tensor.sizes().begin(), tensor.sizes().end());
+}
+
+py::bytes as_bytes(const std::vector<int64_t>& numbers) {
+  return {reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int64_t)};
+}
+
+int64_t identity(py::handle object) { return reinterpret_cast<int64_t>(object.ptr()); }
+
+py::bytes places(const Column& tensors) {
   std::vector<int64_t> numbers;
   numbers.reserve(6 * tensors.size());
-  for (const py::handle tensor : tensors) {
-    const at::Tensor& t = THPVariable_Unpack(tensor.ptr());
-    numbers.push_back(reinterpret_cast<int64_t>(t.data_ptr()));
-    numbers.push_back(t.dim());
-    numbers.insert(numbers.end(), t.sizes().begin(), t.sizes().end());
+  for (const at::Tensor& tensor : tensors) append_place(numbers, tensor);
+  return as_bytes(numbers);
+}
+
+py::bytes fingerprint(const std::vector<py::list>& by_group, const py::dict& state) {
+  std::vector<int64_t> numbers;
+  numbers.reserve(10 * state.size());
+  for (const py::list& group : by_group) {
+    numbers.push_back(static_cast<int64_t>(group.size()));
+    for (const py::handle param : group) {
+      numbers.push_back(identity(param));
+      append_place(numbers, unpack(param));
+    }
   }
-  return {reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int64_t)};
+  for (const auto& [param, kept] : state) {
+    if (!PyDict_CheckExact(kept.ptr())) continue;  // some optimizers keep numbers of their own beside
+    numbers.push_back(identity(param));
+    for (const auto& [name, value] : py::reinterpret_borrow<py::dict>(kept)) {
+      numbers.push_back(static_cast<int64_t>(py::hash(name)));
+      numbers.push_back(identity(value));
+    }
+  }
+  return as_bytes(numbers);
+}
+
+py::object item(const Column& column, int64_t i) {
+  const int64_t size = static_cast<int64_t>(column.size());
+  if (i < 0) i += size;
+  if (i < 0 || i >= size) throw py::index_error();
+  return column[i].defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(column[i])) : py::none();
+}
+
+// A view, which autograd does not know.
+at::Tensor part_of(const at::Tensor& whole, int64_t offset, at::IntArrayRef sizes) {
+  at::Tensor part = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(whole.storage()),
+                                                             whole.key_set(), whole.dtype());
+  part.unsafeGetTensorImpl()->set_storage_offset(whole.storage_offset() + offset);
+  part.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+  return part;
+}
+
+py::tuple split_decision(const at::Tensor& values, const at::Tensor& flags) {
+  const int64_t groups = (values.numel() - 4) / 2;
+  py::tuple parts(8);
+  size_t count = 0;
+  const auto add = [&](const at::Tensor& whole, int64_t offset, at::IntArrayRef sizes) {
+    parts[count++] = py::reinterpret_steal<py::object>(THPVariable_Wrap(part_of(whole, offset, sizes)));
+  };
+  add(values, 0, {groups});
+  add(values, groups, {groups});
+  for (int64_t i = 0; i < 4; ++i) add(values, 2 * groups + i, {});
+  for (int64_t i = 0; i < 2; ++i) add(flags, i, {});
+  return parts;
+}
+
+py::object attribute_of(const Column& column, const std::string& name) {
+  if (name == "numels") return as_bytes(column.numels());
+  if (name == "addresses") return as_bytes(column.addresses());
+  if (name != "kind") throw py::attribute_error(name);
+  if (!column.alike()) return py::none();
+  const py::object first = item(column, 0);
+  return py::make_tuple(first.attr("dtype"), first.attr("device"));
+}
+
+py::object attribute_of(const Groups& groups, const std::string& name) {
+  if (name == "numbers") return as_bytes(groups.numbers());
+  if (name != "limits") throw py::attribute_error(name);
+  return py::make_tuple(groups.least(), groups.most());
+}
+
+// __getattr__, which Python calls for an attribute that is not there yet, and leaves the attribute there.
+template <typename Class>
+py::object work_out(const py::object& self, const std::string& name) {
+  py::object value = attribute_of(self.cast<const Class&>(), name);
+  py::setattr(self, name.c_str(), value);
+  return value;
 }
 
 }  // namespace
 
 void define_host_functions(py::module_& m) {
-  py::class_<Tensors>(m, "Tensors", "A list of tensors, or None, for the operators of this module.")
-      .def(py::init(&tensors_of));
-  py::class_<Integers>(m, "Integers", "A list of integers for the operators of this module.")
-      .def(py::init([](std::vector<int64_t> items) { return Integers{std::move(items)}; }));
-  m.def("take_gradients", torch::wrap_pybind_function(&take_gradients),
-        "If every parameter's gradient is ours to hold, takes them out of p.grad: their list, and as Tensors; or None.");
-  m.def("set_gradients", torch::wrap_pybind_function(&set_gradients), "Makes a list of gradients, or None, p.grad.");
-  m.def("layout", torch::wrap_pybind_function(&layout), "Addresses and sizes of all tensors.");
-  m.def("mark_written", torch::wrap_pybind_function([](const Tensors& tensors) { bump(tensors); }),
-        "Bumps the versions of all tensors.");
-  Operator<decltype(grad_norm)>::define(m, "grad_norm");
-  Operator<decltype(perturbation_scale)>::define(m, "perturbation_scale");
-  Operator<decltype(perturb_)>::define(m, "perturb_");
-  Operator<decltype(fd_gram)>::define(m, "fd_gram");
-  Operator<decltype(coefficients)>::define(m, "coefficients");
-  Operator<decltype(sgd_step_)>::define(m, "sgd_step_");
-  Operator<decltype(adamw_step_)>::define(m, "adamw_step_");
-  Operator<decltype(combine_)>::define(m, "combine_");
+  py::class_<Column>(m, "Column", py::module_local(), py::dynamic_attr())
+      .def(py::init([](const py::iterable& items) { return Column(tensors_of(py::list(items))); }))
+      .def("__len__", &Column::size)
+      .def("__getitem__", &item)
+      .def("__getattr__", &work_out<Column>);
+  py::class_<Groups>(m, "Groups", py::module_local(), py::dynamic_attr())
+      .def(py::init([](const py::iterable& numbers) { return Groups(py::list(numbers).cast<std::vector<int64_t>>()); }))
+      .def("__len__", [](const Groups& groups) { return groups.numbers().size(); })
+      .def("__getitem__", [](const Groups& groups, size_t i) {
+        if (i >= groups.numbers().size()) throw py::index_error();
+        return groups.numbers()[i];
+      })
+      .def("__getattr__", &work_out<Groups>);
+  m.def("take_gradients", torch::wrap_pybind_function(&take_gradients));
+  m.def("set_gradients", torch::wrap_pybind_function(&set_gradients));
+  m.def("clear_gradients", torch::wrap_pybind_function(&clear_gradients));
+  m.def("share_memory", torch::wrap_pybind_function(&share_memory));
+  m.def("split_decision", torch::wrap_pybind_function(&split_decision));
+  m.def("places", torch::wrap_pybind_function(&places));
+  m.def("fingerprint", torch::wrap_pybind_function(&fingerprint));
+  m.def("mark_written", torch::wrap_pybind_function(&mark_written));
 }
 
 }  // namespace crsam

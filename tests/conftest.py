@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from crsam_ext import available_backends
+from crsam_ext import available_backends, extension
 from crsam_ext.backends import cuda, triton
 
 from . import triton_interpreted
@@ -41,16 +41,19 @@ def require_cuda(request):
         missing("torch finds no CUDA device")
 
 
-@pytest.fixture(scope="session")
-def library():
-    """The CUDA sources, compiled for a CPU and loaded as operators for CPU tensors."""
-    return build.library()
+@pytest.fixture
+def library(monkeypatch):
+    """The CUDA sources, compiled for a CPU, as the extension: its operators are for CPU tensors."""
+    module = build.library()
+    monkeypatch.setattr(extension, "why_missing", lambda: None)
+    monkeypatch.setattr(extension, "load", lambda: module)
+    return module
 
 
 @pytest.fixture
 def shim(library):
     """That library as ctypes sees it: counters, and the order of threads."""
-    shim = ctypes.CDLL(str(library))
+    shim = ctypes.CDLL(library.__file__)
     yield shim
     shim.crsam_set_order(0)
 

@@ -4,16 +4,17 @@ Those tests run on this build as well, as backend "cuda_on_cpu". Here are the or
 of awkward sizes and addresses, and the sanitizers, which must see faults that are planted.
 """
 
+import struct
 import subprocess
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn import Parameter
 
+from crsam_ext import host
 from crsam_ext.backends.cuda import CudaOperators
-from crsam_ext.backends.torch import TorchOperators
-from crsam_ext.ops import Column
 
 from .cuda_on_cpu import build
 from .cuda_on_cpu.build import counted
@@ -255,45 +256,120 @@ GRADIENTS = {
 }
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([*GRADIENTS, "its own"]), min_size=1, max_size=4), st.sampled_from([True, False]))
-def test_gradients_are_taken_as_by_other_backends(library, kinds, transposed):
+def test_gradients_are_taken_by_both(library, kinds, transposed):
     """All or none of them, the same tensors, and p.grad is empty or as it was."""
     results = []
-    for operators in (CudaOperators(), TorchOperators(compile=False)):
-        params = Column(torch.nn.Parameter(torch.ones(2, 3).t() if transposed else torch.ones(2, 3)) for _ in kinds)
+    for module in (library, host):
+        params = module.Column(Parameter(torch.ones(2, 3).t() if transposed else torch.ones(2, 3)) for _ in kinds)
         for p, kind in zip(params, kinds, strict=True):
             p.grad = GRADIENTS[kind](p)
         before = [p.grad for p in params]
-        taken = operators.take_gradients(params)
+        taken = module.take_gradients(params)
         results.append(taken is not None)
         after = [p.grad for p in params]
         assert all(x is y for x, y in zip(before, after if taken is None else taken, strict=True))
         assert taken is None or after == [None] * len(params)
+        assert taken is None or taken.kind == (torch.float32, torch.device("cpu"))
     assert results[0] == results[1] == (set(kinds) <= {"its own"})
 
 
-def test_what_is_done_to_all_parameters(library):
-    """Gradients given and cleared, versions, and a layout that tells addresses and shapes."""
-    for operators in (CudaOperators(), TorchOperators(compile=False)):
-        params = Column(torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (), (4,)))
-        grads = [torch.ones(2, 3), None, torch.zeros(4)]
-        operators.set_gradients(params, grads)
-        assert all(p.grad is g for p, g in zip(params, grads, strict=True))
-        operators.set_gradients(params, None)
-        assert [p.grad for p in params] == [None] * 3
-        versions = [p._version for p in params]
-        operators.mark_written(params)
-        assert [p._version for p in params] == [v + 1 for v in versions]
-        layout = operators.layout(params)
-        assert operators.layout(params) == layout
-        params[0].data = params[0].data.view(3, 2)
-        assert operators.layout(params) != layout
-        params[0].data = params[0].data.view(2, 3)
-        assert operators.layout(params) == layout
-        params[1].data = torch.ones(())
-        assert operators.layout(params) != layout
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
+def test_what_is_done_to_all_parameters(compiled, library):
+    """Gradients given and cleared, versions, and places that tell addresses and shapes."""
+    module = library if compiled else host
+    params = module.Column(Parameter(torch.ones(shape)) for shape in ((2, 3), (), (4,)))
+    grads = [torch.ones(2, 3), None, torch.zeros(4)]
+    module.set_gradients(params, grads)
+    assert all(p.grad is g for p, g in zip(params, grads, strict=True))
+    module.clear_gradients(list(params))
+    assert [p.grad for p in params] == [None] * 3
+    versions = [p._version for p in params]
+    module.mark_written(params, [params[0], None])
+    assert [p._version for p in params] == [versions[0] + 2, *(v + 1 for v in versions[1:])]
+    places = module.places(params)
+    assert module.places(params) == places
+    params[0].data = params[0].data.view(3, 2)
+    assert module.places(params) != places
+    params[0].data = params[0].data.view(2, 3)
+    assert module.places(params) == places
+    params[1].data = torch.ones(())
+    assert module.places(params) != places
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
+def test_what_a_column_tells(compiled, library):
+    module = library if compiled else host
+    tensors = [torch.ones(2, 3), torch.ones(0), torch.ones(4)]
+    column = module.Column(tensors)
+    assert list(column) == tensors
+    assert len(column) == 3
+    assert column[-1] is tensors[2]
+    assert struct.unpack("3q", column.numels) == (6, 0, 4)
+    assert struct.unpack("3q", column.addresses) == (tensors[0].data_ptr(), 0, tensors[2].data_ptr())
+    assert column.kind == (torch.float32, torch.device("cpu"))
+    mixed = (torch.ones(2).double(), None, torch.ones(2, 3).t())
+    assert [module.Column([*tensors, other]).kind for other in mixed] == [None] * 3
+    assert module.Column([]).kind is None
+    assert module.Column([None]).kind is None
+    nothing = module.Column([None])
+    assert nothing.numels == nothing.addresses == struct.pack("q", 0)
+    groups = module.Groups([2, 0, 1])
+    assert list(groups) == [2, 0, 1]
+    assert struct.unpack("3q", groups.numbers) == (2, 0, 1)
+    assert groups.limits == (0, 2)
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
+def test_gradients_that_share_memory(compiled, library):
+    module = library if compiled else host
+    x, y, z = torch.ones(3), torch.ones(3), torch.ones(3)
+    assert module.share_memory([x, y], [z, y.view(3, 1)])
+    assert not module.share_memory([x, y], [y, x])
+    assert not module.share_memory([x, None], [y, None])
+    assert module.share_memory(module.Column([x, y]), module.Column([z, y]))
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda groups, state: groups.append([Parameter(torch.ones(1))]),
+        lambda groups, state: groups[0].reverse(),
+        lambda groups, state: groups[1].append(groups[0].pop()),
+        lambda groups, state: setattr(groups[0][0], "data", torch.ones(2)),
+        lambda groups, state: setattr(groups[0][0], "data", groups[0][0].data.view(2, 1)),
+        lambda groups, state: state[groups[0][0]].update(m=torch.zeros(2)),
+        lambda groups, state: state[groups[0][0]].update(v=state[groups[0][0]].pop("m")),
+        lambda groups, state: state.pop(groups[0][0]),
+        lambda groups, state: state.update({groups[0][1]: {}}),
+    ],
+)
+def test_fingerprint_tells_what_changes(change, compiled, library):
+    module = library if compiled else host
+    params = [Parameter(torch.ones(2)) for _ in range(3)]
+    groups, state = [params[:2], params[2:]], {params[0]: {"m": torch.zeros(2)}, "steps": 1}
+    kept = [*params, dict(state[params[0]])]  # so that no address comes back
+    before = module.fingerprint(groups, state)
+    state["steps"] = 2
+    assert module.fingerprint(groups, state) == before
+    change(groups, state)
+    assert module.fingerprint(groups, state) != before
+    assert kept
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_decision_is_split_by_both(groups, library):
+    values, flags = torch.arange(2 * groups + 4, dtype=torch.float64), torch.tensor([True, False])
+    for found, expected in zip(library.split_decision(values, flags), host.split_decision(values, flags), strict=True):
+        assert torch.equal(found, expected)
+        assert found.shape == expected.shape
+        assert found.data_ptr() == expected.data_ptr()
 
 
 def test_what_is_no_tensor_is_refused(library):
     with pytest.raises(TypeError, match="a list of tensors holds something else"):
         CudaOperators().grad_norm([1.0], [0], 1, [None])
+    with pytest.raises(RuntimeError, match="grads is None"):
+        CudaOperators().grad_norm([None], [0], 1, [None])

@@ -175,7 +175,7 @@ def check_perturb(operators, dtype, adaptive, sign, device="cpu"):
         e = scale[k].item() * (x**2 * gi if adaptive[k] else gi)
         assert_close(p, x + sign * e, point_tolerance(dtype) + torch.finfo(dtype).eps / 2, "point")
     for p, s in undo:
-        p.copy_(s)
+        torch._foreach_copy_(p, s)
     if sign > 0:
         assert all(torch.equal(p, x.to(dtype)) for p, x in zip(live, w, strict=True))
     else:
@@ -314,7 +314,7 @@ def test_perturb_can_be_undone_from_any_point(operators, device, monkeypatch):
         operators.perturb_(live, saved, g, GROUPS, vector([0.3, 0.3], device), [False, False], 1, undo)
     assert not torch.equal(live[0], w[0])
     for p, s in undo:
-        p.copy_(s)
+        torch._foreach_copy_(p, s)
     assert all(torch.equal(p, x) for p, x in zip(live, w, strict=True))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -30,8 +28,10 @@ def check(condition: bool, message: str) -> None:
         raise RuntimeError(message)
 
 
-def check_tensor(tensor: Tensor, name: str, device: torch.device, dtype: torch.dtype, numel: int) -> None:
+def check_tensor(tensor: Tensor | None, name: str, device: torch.device, dtype: torch.dtype, numel: int) -> None:
     """A tensor that a kernel reads or writes through a pointer."""
+    if tensor is None:
+        raise RuntimeError(f"{name} is None")
     if tensor.device != device:
         raise RuntimeError(f"{name} is on {tensor.device}, not on {device}")
     if tensor.dtype != dtype:
@@ -48,11 +48,10 @@ def check_count(found: int, name: str, expected: int) -> None:
         raise RuntimeError(f"{name} has {found} entries, not {expected}")
 
 
-def check_groups(groups: Sequence[int], num_groups: int) -> None:
-    """Every group exists."""
-    check(0 < num_groups <= 2**31 - 1, f"num_groups is {num_groups}")
-    if groups and min(groups) >= 0 and max(groups) < num_groups:
-        return
-    for group in groups:
+def check_groups(limits: tuple[int, int], num_groups: int) -> None:
+    """Every group exists: the least and the greatest do."""
+    if not 0 < num_groups < 2**31:
+        raise RuntimeError(f"num_groups is {num_groups}")
+    for group in limits:
         if not 0 <= group < num_groups:
             raise RuntimeError(f"group {group} is not one of {num_groups}")

@@ -34,12 +34,14 @@ COLUMNS = tl.constexpr(12)
 
 
 class Table(NamedTuple):
-    """The tensors that describe a launch, all on its device."""
+    """What describes a launch: tensors on its device, and a number."""
 
     rows: Tensor  #: int64 [rows, COLUMNS], ordered by group
     chunks: Tensor  #: int32 [chunks, 2]: row, and index of the chunk in its row; in the order of the rows
     group_begin: Tensor  #: int64 [groups + 1], the first chunk of each group
     tickets: Tensor  #: int32 [groups], 0 between launches
+    partial: Tensor  #: float64 [9 chunks], where programs leave their sums
+    num_chunks: int
 
 
 @triton.constexpr_function

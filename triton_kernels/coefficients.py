@@ -150,7 +150,7 @@ def coefficients_kernel(
 
 def launch_perturbation_scale(squared_norm: Tensor, rho: Tensor, epsilon: float, scale: Tensor) -> None:
     """scale [groups] <- rho / (norm + epsilon)"""
-    launch_one(perturbation_scale_kernel, squared_norm, rho, epsilon, scale, len(scale))
+    launch_one(perturbation_scale_kernel, (), scale.device, squared_norm, rho, epsilon, scale, scale.shape[0])
 
 
 def launch_coefficients(
@@ -177,7 +177,11 @@ def launch_coefficients(
     part: 1 for those of `taken` that take part in this step.
     """
     counts = tuple(x.numel() for x in taken)
+    # What is in a tuple decides on the code: numbers, and whether an address is a multiple of 16.
+    tuples = tuple(norms), tuple(losses), tuple(taken), tuple(part)
+    aligned = [tuple(x.data_ptr() % 16 == 0 for x in tensors) for tensors in tuples]
+    norms, losses, taken, part = tuples
     launch_one(
-        coefficients_kernel, gram, tuple(norms), scale, alpha, beta, tuple(losses), grad_scale, counters, tuple(taken),
-        tuple(part), counts, values, flags, alpha.numel(), max_regularizer_ratio, max_grad_norm, LOG=log,
+        coefficients_kernel, (counts, *aligned), alpha.device,
+        gram, norms, scale, alpha, beta, losses, grad_scale, counters, taken, part, counts, values, flags, alpha.numel(), max_regularizer_ratio, max_grad_norm, LOG=log,
     )  # fmt: skip

@@ -67,9 +67,6 @@ def fd_gram_kernel(
     group_sum(sums, row, group_begin, tickets, num_groups, partial, gram, 9)
 
 
-def launch_fd_gram(dtype: torch.dtype, table: Table, partial: Tensor, gram: Tensor) -> None:
-    """gram [groups, 9] <- inner products of (g0, d1, d2), and with h, which weighs with `saved` where `adaptive`.
-
-    partial [chunks, 9] is scratch.
-    """
-    launch(fd_gram_kernel, table, dtype, *table, len(gram), partial, gram)
+def launch_fd_gram(dtype: torch.dtype, table: Table, gram: Tensor) -> None:
+    """gram [groups, 9] <- inner products of (g0, d1, d2), and with h, which weighs with `saved` where `adaptive`."""
+    launch(fd_gram_kernel, table, dtype, *table[:4], gram.shape[0], table.partial, gram)

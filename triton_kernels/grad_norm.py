@@ -37,6 +37,6 @@ def grad_norm_kernel(
     group_sum(sums, row, group_begin, tickets, num_groups, partial, norms, 1)
 
 
-def launch_grad_norm(dtype: torch.dtype, table: Table, partial: Tensor, norms: Tensor) -> None:
-    """norms [groups] <- squared norm of the gradient, times `live` where `adaptive`. partial [chunks] is scratch."""
-    launch(grad_norm_kernel, table, dtype, *table, len(norms), partial, norms)
+def launch_grad_norm(dtype: torch.dtype, table: Table, norms: Tensor) -> None:
+    """norms [groups] <- squared norm of the gradient, times `live` where `adaptive`."""
+    launch(grad_norm_kernel, table, dtype, *table[:4], norms.shape[0], table.partial, norms)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -44,39 +45,73 @@ def block_of(dtype: torch.dtype, device: torch.device) -> Block:
     """The block for rows of ``dtype`` on a device."""
     if device.type == "cpu":
         return INTERPRETED_BLOCK
-    return BLOCKS.get((torch.cuda.get_device_capability(device)[0], dtype.itemsize), DEFAULT_BLOCK)
+    return BLOCKS.get((_major_capability(device), dtype.itemsize), DEFAULT_BLOCK)
+
+
+@cache
+def _major_capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+_NOTHING = nullcontext()
 
 
 def guard(device: torch.device) -> AbstractContextManager[Any]:
     """Makes the device the current one: Triton launches there."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
 
 
 def launch(
     kernel: Any, table: Table, dtype: torch.dtype, *arguments: Any, registers: int = REGISTERS, **constants: Any
 ) -> None:
     """Launch a kernel with one program per chunk."""
-    block = block_of(dtype, table.rows.device)
-    _forget_globals(kernel)
-    kernel[(len(table.chunks),)](
-        *arguments,
-        dtype=DTYPES[dtype],
-        VECTORS=block.vectors,
-        num_warps=block.warps,
-        maxnreg=registers,
-        **constants,
-    )
+    device = table.rows.device
+    block = block_of(dtype, device)
+    key = (dtype, device, block, *constants.values())
+    constants["dtype"], constants["VECTORS"] = DTYPES[dtype], block.vectors
+    _launch(kernel, key, table.num_chunks, arguments, constants, num_warps=block.warps, maxnreg=registers)
 
 
-def launch_one(kernel: Any, *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel that is one program, over a few numbers per group."""
-    _forget_globals(kernel)
-    kernel[(1,)](*arguments, num_warps=4, **constants)
+def launch_one(kernel: Any, tuples: tuple[Any, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel that is one program, over a few numbers per group; ``tuples`` tells what is in its tuples."""
+    _launch(kernel, (tuples, device, *constants.values()), 1, arguments, constants, num_warps=4)
 
 
-def _forget_globals(kernel: Any) -> None:
-    """Triton compares, at every launch, all globals that a kernel was compiled with: microseconds each. Ours stay."""
-    getattr(kernel, "used_global_vals", {}).clear()
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch(
+    kernel: Any,
+    key: tuple[Any, ...],
+    programs: int,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    **options: Any,
+) -> None:
+    """Launch a kernel of `jit`, compiled the first time.
+
+    Triton would look at all arguments in every launch to find out which code is for them: 20 microseconds. Here that
+    depends on nothing but `key` and on which arguments are None.
+
+    Args:
+        key: what decides on constants and options; the device; of tuples among the arguments, what Triton looks at.
+        programs: how many.
+        arguments: for its parameters up to the constants, tensors always of the same dtype, integers below 2^31 unless
+            the kernel says that they have 64 bits.
+        constants: for the others, in their order.
+        options: of the compiler.
+    """
+    key = (id(kernel), *key, *map(type, arguments))
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[(programs, 1, 1)](*arguments, *constants.values())
+        return
+    assert list(constants) == kernel.arg_names[len(arguments) :], f"constants are not in order: {list(constants)}"
+    compiled = kernel[(programs,)](*arguments, **constants, **options)
+    if compiled is not None:  # as it is of one that is interpreted
+        _compiled[key] = compiled
 
 
 def jit(function: Any) -> Any:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import struct
 import threading
 from array import array
-from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
-from itertools import chain, repeat
-from operator import attrgetter, is_not, le, or_
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import or_
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from crsam_ext.ops import known_of
+from crsam_ext.host import Column, Groups
 
 from .checks import check, check_count, check_groups, check_tensor, name_of
 from .chunk_table import (
@@ -53,63 +52,74 @@ _LIVE, _SAVED, _FIRST, _SECOND, _GRAD, _GRAD_ASCENT, _GRAD_DESCENT, _STEP, _NUME
 )  # fmt: skip
 _COLUMNS, _CHUNK = COLUMNS.value, CHUNK.value
 _ADDRESSES = (_LIVE, _SAVED, _FIRST, _SECOND, _GRAD, _GRAD_ASCENT, _GRAD_DESCENT)
-_kind_of = attrgetter("dtype"), attrgetter("device")
 
 
 class Rows:
     """The rows of one call, as they are collected from its lists of tensors.
 
     Args:
-        like: gives the rows their number, lengths, dtype and device.
+        column: of the table, for the first list.
+        like: the first list, which gives the rows their number, lengths, dtype and device.
     """
 
-    def __init__(self, like: Sequence[Tensor], name: str, groups: Sequence[int], num_groups: int) -> None:
-        check(len(like) > 0, f"{name} is empty")
-        self.device, self.dtype = like[0].device, like[0].dtype
+    def __init__(self, column: int, like: Sequence[Tensor], name: str, groups: Sequence[int], num_groups: int) -> None:
+        if not like:
+            raise RuntimeError(f"{name} is empty")
+        first = _column(like)
+        kind: tuple[torch.dtype, torch.device] = first.kind or (like[0].dtype, like[0].device)
+        self.dtype, self.device = kind
         self.master = torch.float64 if self.dtype == torch.float64 else torch.float32
+        if self.dtype not in DTYPES:
+            raise RuntimeError(f"rows are {name_of(self.dtype)}, not float64, float32, float16 or bfloat16")
         check_count(len(groups), "groups", len(like))
-        check_groups(groups, num_groups)
-        self.numels, self.groups, self.num_groups = _describe(like).numels, known_of(groups, _grouped), num_groups
-        check(self.dtype in DTYPES, f"rows are {name_of(self.dtype)}, not float64, float32, float16 or bfloat16")
-        # The columns of the table that are not 0.
-        self._misaligned = False
-        self._columns: dict[int, array[int]] = {_NUMEL: self.numels, _GROUP: self.groups.numbers}
+        found: Any = Groups(groups) if type(groups) is list else groups
+        check_groups(found.limits, num_groups)
+        self.groups, self.num_groups = found.numbers, num_groups
+        self.numels = first.numels
+        if first.kind is None:
+            self._check(first, name, self.dtype)
+        self._columns: list[tuple[int, bytes]] = [(column, first.addresses)]
+        self._adaptive: Sequence[bool] = ()  # of each group; empty if none is
+        self._weights = b""
 
     def enter(self, column: int, tensors: Sequence[Tensor], name: str, dtype: torch.dtype) -> None:
-        """Enter a list of tensors; those without elements stand for none."""
-        check_count(len(tensors), name, len(self.numels))
-        found = _describe(tensors)
-        if found.numels != self.numels or found.kinds != (dtype, self.device):
-            for tensor, n in zip(tensors, self.numels, strict=True):
-                if tensor.numel():
-                    check_tensor(tensor, name, self.device, dtype, n)
-        self._columns[column] = found.addresses
-        self._misaligned = self._misaligned or found.misaligned
+        """Enter a list of tensors."""
+        found = _column(tensors)
+        if found.numels != self.numels or found.kind != (dtype, self.device):
+            self._check(found, name, dtype)
+        self._columns.append((column, found.addresses))
+
+    def enter_optional(self, column: int, tensors: Sequence[Tensor | None], name: str, dtype: torch.dtype) -> bytes:
+        """Enter a list in which some may be missing, or have no elements, which is the same.
+
+        Returns:
+            Their addresses; nothing if all are missing.
+        """
+        found = _column(tensors)
+        if found.addresses == bytes(len(self.numels)):  # there is none
+            return b""
+        if found.numels != self.numels or found.kind != (dtype, self.device):
+            self._check(found, name, dtype, optional=True)
+        self._columns.append((column, found.addresses))
+        return found.addresses
 
     def enter_weights(self, column: int, weights: Sequence[Tensor | None], dtype: torch.dtype) -> None:
         """Enter the tensors that rows are weighted with, where there are any."""
-        check_count(len(weights), "weights", len(self.numels))
-        if not any(map(is_not, weights, repeat(None))):
-            return
-        for weight, n in zip(weights, self.numels, strict=True):
-            if weight is not None:
-                check_tensor(weight, "weights", self.device, dtype, n)
-        self._columns[column] = array("q", (0 if w is None else w.data_ptr() for w in weights))
-        self._misaligned = True  # perhaps
-        self._columns[_ADAPTIVE] = array("q", map(is_not, weights, repeat(None)))
+        self._weights = self.enter_optional(column, weights, "weights", dtype)
 
     def enter_adaptive(self, adaptive: Sequence[bool]) -> None:
         """Enter, for each group, whether its perturbation is that of ASAM."""
         check_count(len(adaptive), "adaptive", self.num_groups)
-        if any(adaptive):
-            self._columns[_ADAPTIVE] = array("q", (adaptive[group] for group in self.groups.numbers))
+        self._adaptive = tuple(adaptive) if any(adaptive) else ()
 
     def enter_steps(self, steps: Sequence[Tensor]) -> None:
         """Enter how many steps each row has taken."""
-        check_count(len(steps), "steps", len(self.numels))
-        for step in {id(step): step for step in steps}.values():  # rows share them
-            check_tensor(step, "steps", self.device, torch.float32, 1)
-        self._columns[_STEP] = _describe(steps).addresses
+        check_count(len(steps), "steps", len(self.numels) // 8)
+        found = _column(steps)
+        if found.kind != (torch.float32, self.device) or found.numels != struct.pack("q", 1) * len(steps):
+            for step in steps:
+                check_tensor(step, "steps", self.device, torch.float32, 1)
+        self._columns.append((_STEP, found.addresses))
 
     @property
     def empty(self) -> bool:
@@ -117,40 +127,57 @@ class Rows:
 
     def table(self) -> Table:
         """The table on the device."""
-        n = len(self.numels)
-        self._columns[_ALIGNED] = array("q", [1]) * n
-        if self._misaligned:
-            bits = [0] * n
-            for column in _ADDRESSES:
-                bits = list(map(or_, bits, self._columns.get(column, bits)))
-            self._columns[_ALIGNED] = array("q", (not x % 16 for x in bits))
-        content = array("q", bytes(8 * _COLUMNS * n))
-        for column, values in self._columns.items():
-            if self.groups.order is not None:
-                values = array("q", map(values.__getitem__, self.groups.order))
-            content[column::_COLUMNS] = values
-        found = content.tobytes()
-        # Lengths and groups stay from step to step, so this part, which is long, is neither built nor compared again.
-        lengths = (self.num_groups, self.numels.tobytes(), self.groups.numbers.tobytes())
-        group_begin, chunks, tickets = _cache.get(("layout", lengths), self.device, self._layout, self._parts)
-        rows = _cache.get(("rows", found), self.device, lambda: found, lambda table: table.view(torch.int64))
-        return Table(rows, chunks, group_begin, tickets)
+        # These stay from step to step, so the part that depends on them alone, which is long, is not built again.
+        lengths = (self.num_groups, self.numels, self.groups)
+        key = (lengths, self._adaptive, self._weights, *self._columns)
 
-    def _parts(self, layout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def table_of(content: Tensor) -> Table:
+            return Table(content.view(torch.int64), *_cache.get(lengths, self.device, self._layout, self._parts))
+
+        return _cache.get(key, self.device, self._content, table_of)
+
+    def _check(self, column: Any, name: str, dtype: torch.dtype, optional: bool = False) -> None:
+        check_count(len(column), name, len(self.numels) // 8)
+        for tensor, n in zip(column, array("q", self.numels), strict=True):
+            if not (optional and (tensor is None or not tensor.numel())):
+                check_tensor(tensor, name, self.device, dtype, n)
+
+    def _order(self) -> list[int]:
+        """The rows by group."""
+        groups = array("q", self.groups)
+        return sorted(range(len(groups)), key=groups.__getitem__)
+
+    def _content(self) -> bytes:
+        order, groups = self._order(), array("q", self.groups)
+        columns = {_NUMEL: array("q", self.numels), _GROUP: groups}
+        columns.update((column, array("q", addresses)) for column, addresses in self._columns)
+        bits = [0] * len(order)
+        for column in columns.keys() & _ADDRESSES:
+            bits = list(map(or_, bits, columns[column]))
+        columns[_ALIGNED] = array("q", (not x % 16 for x in bits))
+        if self._weights:
+            columns[_ADAPTIVE] = array("q", map(bool, array("q", self._weights)))
+        elif self._adaptive:
+            columns[_ADAPTIVE] = array("q", (self._adaptive[group] for group in groups))
+        content = array("q", bytes(8 * _COLUMNS * len(order)))
+        for column, values in columns.items():
+            content[column::_COLUMNS] = array("q", map(values.__getitem__, order))
+        return content.tobytes()
+
+    def _parts(self, layout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         begin = 8 * (self.num_groups + 1)
         end = len(layout) - 4 * self.num_groups
-        return (
-            layout[:begin].view(torch.int64),
-            layout[begin:end].view(torch.int32).view(-1, 2),
-            layout[end:].view(torch.int32),
-        )
+        chunks = layout[begin:end].view(torch.int32).view(-1, 2)
+        partial = _new_numbers(self.device, 9 * len(chunks))
+        return chunks, layout[:begin].view(torch.int64), layout[end:].view(torch.int32), partial, len(chunks)
 
     def _layout(self) -> bytes:
         """What depends on lengths and groups alone: group_begin, chunks, tickets."""
         begin, chunks = [0] * (self.num_groups + 1), array("i")
-        for row, i in enumerate(self.groups.order or range(len(self.numels))):
-            count = -(-self.numels[i] // _CHUNK)
-            begin[self.groups.numbers[i] + 1] += count
+        numels, groups = array("q", self.numels), array("q", self.groups)
+        for row, i in enumerate(self._order()):
+            count = -(-numels[i] // _CHUNK)
+            begin[groups[i] + 1] += count
             chunks.extend(chain.from_iterable((row, index) for index in range(count)))
         check(len(chunks) // 2 <= 2**31 - 1, "too many elements for one launch")
         for group in range(self.num_groups):
@@ -158,39 +185,9 @@ class Rows:
         return array("q", begin).tobytes() + chunks.tobytes() + bytes(4 * self.num_groups)
 
 
-class _Groups(NamedTuple):
-    """The groups of rows."""
-
-    numbers: array[int]
-    order: list[int] | None  #: in which rows are entered, by group; None for that in which they come
-
-
-def _grouped(groups: Sequence[int]) -> _Groups:
-    ordered = all(map(le, groups, groups[1:]))
-    return _Groups(array("q", groups), None if ordered else sorted(range(len(groups)), key=groups.__getitem__))
-
-
-class _Description(NamedTuple):
-    """What is to be known about a list of tensors."""
-
-    numels: array[int]
-    addresses: array[int]  #: 0 for those without elements
-    misaligned: bool  #: whether an address is no multiple of 16
-    kinds: tuple[torch.dtype, torch.device] | None  #: of all of them; None if they differ, or are not contiguous
-
-
-def _describe(tensors: Sequence[Tensor]) -> _Description:
-    return known_of(tensors, _described)
-
-
-def _described(tensors: Sequence[Tensor]) -> _Description:
-    numels = array("q", map(Tensor.numel, tensors))
-    addresses = array("q", map(Tensor.data_ptr, tensors))
-    if not all(numels):
-        addresses = array("q", (address if n else 0 for address, n in zip(addresses, numels, strict=True)))
-    dtypes, devices = (set(map(kind, tensors)) for kind in _kind_of)
-    alike = len(dtypes) == len(devices) == 1 and all(map(Tensor.is_contiguous, tensors))
-    return _Description(numels, addresses, bool(reduce(or_, addresses, 0) % 16), (*dtypes, *devices) if alike else None)
+def _column(tensors: Sequence[Tensor | None]) -> Any:
+    """What there is to know about a list of tensors."""
+    return Column(tensors) if type(tensors) is list else tensors
 
 
 def _numbers(tensor: Tensor, name: str, device: torch.device, count: int) -> Tensor:
@@ -206,22 +203,21 @@ def grad_norm(
     grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
 ) -> Tensor:
     """Squared norm of the gradient per group."""
-    rows = Rows(grads, "grads", groups, num_groups)
-    rows.enter(_GRAD, grads, "grads", rows.dtype)
+    rows = Rows(_GRAD, grads, "grads", groups, num_groups)
     rows.enter_weights(_LIVE, weights, rows.dtype)
     if rows.empty:
         return torch.zeros(num_groups, dtype=torch.float64, device=rows.device)
     with guard(rows.device):
         table = rows.table()
         norms = _new_numbers(rows.device, num_groups)
-        launch_grad_norm(rows.dtype, table, _new_numbers(rows.device, len(table.chunks)), norms)
+        launch_grad_norm(rows.dtype, table, norms)
     return norms
 
 
 def perturbation_scale(squared_norm: Tensor, rho: Tensor, epsilon: float) -> Tensor:
     """rho / (norm + epsilon) per group."""
     device, groups = squared_norm.device, squared_norm.numel()
-    scale = _new_numbers(device, groups)
+    scale = torch.empty_like(squared_norm)
     with guard(device):
         launch_perturbation_scale(
             _numbers(squared_norm, "squared_norm", device, groups), _numbers(rho, "rho", device, groups), epsilon, scale
@@ -265,8 +261,7 @@ def perturb_(
     if not live:
         return
     check(sign in (1, -1), f"sign is {sign}")
-    rows = Rows(live, "live", groups, scale.numel())
-    rows.enter(_LIVE, live, "live", rows.dtype)
+    rows = Rows(_LIVE, live, "live", groups, scale.numel())
     rows.enter(_SAVED, saved, "saved", rows.master)
     rows.enter(_GRAD, grads, "grads", rows.dtype)
     rows.enter_adaptive(adaptive)
@@ -290,15 +285,16 @@ def fd_gram(
     weights: Sequence[Tensor | None],
 ) -> Tensor:
     """Gram matrix of the gradient and its differences, per group."""
-    rows = Rows(grad, "grad", groups, num_groups)
-    _enter_gradients(rows, grad, grad_ascent, grad_descent)
+    rows = Rows(_GRAD, grad, "grad", groups, num_groups)
+    rows.enter(_GRAD_ASCENT, grad_ascent, "grad_ascent", rows.dtype)
+    rows.enter(_GRAD_DESCENT, grad_descent, "grad_descent", rows.dtype)
     rows.enter_weights(_SAVED, weights, rows.master)
     if rows.empty:
         return torch.zeros(num_groups, 9, dtype=torch.float64, device=rows.device)
     with guard(rows.device):
         table = rows.table()
         gram = _new_numbers(rows.device, num_groups, 9)
-        launch_fd_gram(rows.dtype, table, _new_numbers(rows.device, len(table.chunks), 9), gram)
+        launch_fd_gram(rows.dtype, table, gram)
     return gram
 
 
@@ -337,7 +333,7 @@ def coefficients(
     for steps, taking in zip(taken, part, strict=True):
         check_tensor(steps, "taken", device, torch.float32, steps.numel())
         check_tensor(taking, "part", device, torch.float32, steps.numel())
-    values = _new_numbers(device, 2 * groups + 4)
+    values = alpha.new_empty(2 * groups + 4)
     flags = torch.empty(2, dtype=torch.bool, device=device)
     with guard(device):
         launch_coefficients(
@@ -346,14 +342,6 @@ def coefficients(
             max_regularizer_ratio, max_grad_norm, log and passes == 3,
         )  # fmt: skip
     return values, flags
-
-
-def _enter_gradients(
-    rows: Rows, grad: Sequence[Tensor], grad_ascent: Sequence[Tensor], grad_descent: Sequence[Tensor]
-) -> None:
-    rows.enter(_GRAD, grad, "grad", rows.dtype)
-    rows.enter(_GRAD_ASCENT, grad_ascent, "grad_ascent", rows.dtype)
-    rows.enter(_GRAD_DESCENT, grad_descent, "grad_descent", rows.dtype)
 
 
 def _decision(rows: Rows, a: Tensor, b: Tensor, factor: Tensor | None) -> Decision:
@@ -377,21 +365,22 @@ def _options(options: Sequence[float], tensors: Sequence[Tensor | None], device:
     return _cache.get(("options", content), device, lambda: content, lambda table: table.view(torch.int64))
 
 
-def _enter_step_gradients(
+def _enter_gradients(
     rows: Rows, grad: Sequence[Tensor], grad_ascent: Sequence[Tensor], grad_descent: Sequence[Tensor]
 ) -> bool:
     """Enter the gradients of a step, and say whether there are all three."""
+    rows.enter(_GRAD, grad, "grad", rows.dtype)
     if not grad_ascent:
-        rows.enter(_GRAD, grad, "grad", rows.dtype)
         return False
-    _enter_gradients(rows, grad, grad_ascent, grad_descent)
+    rows.enter(_GRAD_ASCENT, grad_ascent, "grad_ascent", rows.dtype)
+    rows.enter(_GRAD_DESCENT, grad_descent, "grad_descent", rows.dtype)
     return True
 
 
 def _step(
     launch: Callable[..., None],
     num_options: int,
-    buffers: Iterable[tuple[int, str, Sequence[Tensor]]],
+    enter_buffers: Callable[[Rows], object],
     live: Sequence[Tensor],
     saved: Sequence[Tensor],
     grads: Sequence[Sequence[Tensor]],
@@ -402,17 +391,15 @@ def _step(
     decided: tuple[Tensor, Tensor, Tensor | None],
     ok: Tensor,
 ) -> None:
-    """The step of a base optimizer, with so many options a group; ``buffers`` has columns, names and rows."""
+    """The step of a base optimizer, with so many options a group; ``enter_buffers`` enters its state."""
     if not live:
         return
     groups_in_all = decided[0].numel()
-    rows = Rows(live, "live", groups, groups_in_all)
-    rows.enter(_LIVE, live, "live", rows.dtype)
+    rows = Rows(_LIVE, live, "live", groups, groups_in_all)
     rows.enter(_SAVED, saved, "saved", rows.master)
-    for column, name, tensors in buffers:
-        rows.enter(column, tensors, name, rows.master)
+    enter_buffers(rows)
     rows.enter_steps(steps)
-    differences = _enter_step_gradients(rows, *grads)
+    differences = _enter_gradients(rows, *grads)
     check_tensor(ok, "ok", rows.device, torch.bool, 1)
     check_count(len(options), "options", groups_in_all * num_options)
     if rows.empty:
@@ -440,10 +427,13 @@ def sgd_step_(
     ok: Tensor,
 ) -> None:
     """A step of SGD."""
-    buffers = ((_FIRST, "momentum_buffer", momentum_buffer),)
+
+    def enter_buffers(rows: Rows) -> None:
+        rows.enter_optional(_FIRST, momentum_buffer, "momentum_buffer", rows.master)
+
     grads = (grad, grad_ascent, grad_descent)
     _step(
-        launch_sgd_step, SGD_OPTIONS.value, buffers, live, saved, grads, groups, steps, options, option_tensors,
+        launch_sgd_step, SGD_OPTIONS.value, enter_buffers, live, saved, grads, groups, steps, options, option_tensors,
         (a, b, factor), ok,
     )  # fmt: skip
 
@@ -466,11 +456,15 @@ def adamw_step_(
     ok: Tensor,
 ) -> None:
     """A step of Adam or AdamW."""
-    buffers = ((_FIRST, "exp_avg", exp_avg), (_SECOND, "exp_avg_sq", exp_avg_sq))
+
+    def enter_buffers(rows: Rows) -> None:
+        rows.enter(_FIRST, exp_avg, "exp_avg", rows.master)
+        rows.enter(_SECOND, exp_avg_sq, "exp_avg_sq", rows.master)
+
     grads = (grad, grad_ascent, grad_descent)
     _step(
-        launch_adamw_step, ADAM_OPTIONS.value, buffers, live, saved, grads, groups, steps, options, option_tensors,
-        (a, b, factor), ok,
+        launch_adamw_step, ADAM_OPTIONS.value, enter_buffers, live, saved, grads, groups, steps, options,
+        option_tensors, (a, b, factor), ok,
     )  # fmt: skip
 
 
@@ -488,10 +482,9 @@ def combine_(
     """The regularized gradient over the last one, and w into `live`."""
     if not live:
         return
-    rows = Rows(live, "live", groups, a.numel())
-    rows.enter(_LIVE, live, "live", rows.dtype)
+    rows = Rows(_LIVE, live, "live", groups, a.numel())
     rows.enter(_SAVED, saved, "saved", rows.master)
-    differences = _enter_step_gradients(rows, grad, grad_ascent, grad_descent)
+    differences = _enter_gradients(rows, grad, grad_ascent, grad_descent)
     if rows.empty:
         return
     decision = _decision(rows, a, b, factor)

@@ -28,7 +28,7 @@ class TableCache:
     def __init__(self) -> None:
         self._entries: OrderedDict[Hashable, Any] = OrderedDict()
         self._captured: list[tuple[Tensor, Tensor]] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # what is built may be made of another entry
 
     def get(
         self,

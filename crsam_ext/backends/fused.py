@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import repeat
-from operator import is_not
 from typing import Any
 
 import torch
@@ -55,7 +53,7 @@ class FusedOperators(Operators):
         scale: Tensor,
         adaptive: Sequence[bool],
         sign: int,
-        undo: list[tuple[Tensor, Tensor]],
+        undo: list[tuple[Sequence[Tensor], Sequence[Tensor]]],
         stochastic: bool = False,
     ) -> None:
         scale = _on(live[0].device, scale)
@@ -63,7 +61,7 @@ class FusedOperators(Operators):
         try:
             # One launch saves and writes: undo must not wait until it returns, nor stay if it is never made.
             if sign > 0:
-                undo += zip(live, saved, strict=True)
+                undo.append((live, saved))
             self._ops.perturb_(live, saved, grads, groups, scale, adaptive, sign, stochastic)
         except BaseException:
             if not self._launched(live[0], before):
@@ -118,15 +116,13 @@ class FusedOperators(Operators):
             max_regularizer_ratio,
             math.inf if max_grad_norm is None else max_grad_norm,
         )
-        ok, capped = flags.unbind()
+        a, b, factor, kappa, sigma, ratio, ok, capped = self.host.split_decision(values, flags)
         for taken, part in steps:
             if taken.device != alpha.device:
                 taken.addcmul_(part, ok.to(part, non_blocking=True))
-        groups = len(alpha)
-        factor, kappa, sigma, ratio = values[2 * groups :].unbind()
         return Coefficients(
-            values[:groups],
-            values[groups : 2 * groups],
+            a,
+            b,
             None if max_grad_norm is None and grad_scale is None else factor,
             ok,
             kappa if log else None,
@@ -146,8 +142,8 @@ class FusedOperators(Operators):
         options: Sequence[SGDOptions],
         coefficients: Coefficients,
     ) -> None:
-        if not all(map(is_not, momentum_buffer, repeat(None))):
-            none = live[0].new_empty(0)
+        if isinstance(momentum_buffer, list) and any(m is None for m in momentum_buffer):
+            none = live[0].new_empty(0)  # the schemas know no list of optional tensors that are written
             momentum_buffer = [none if m is None else m for m in momentum_buffer]
         values = [(o.lr, o.momentum, o.dampening, o.weight_decay, o.nesterov, o.maximize) for o in options]
         self._ops.sgd_step_(

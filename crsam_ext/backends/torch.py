@@ -339,7 +339,7 @@ class TorchOperators(Operators):
         scale: Tensor,
         adaptive: Sequence[bool],
         sign: int,
-        undo: list[tuple[Tensor, Tensor]],
+        undo: list[tuple[Sequence[Tensor], Sequence[Tensor]]],
         stochastic: bool = False,
     ) -> None:
         # Never compiled: a block is still in the cache after it was saved, so fusing would gain nothing on a CPU, and
@@ -350,7 +350,7 @@ class TorchOperators(Operators):
             for (p, w, g), scratch in self._blocks(row):
                 if sign > 0:
                     _save(p, w, scratch)
-                    undo.append((p, w))
+                    undo.append(([p], [w]))
                 _perturb(p, w, g, table[group], scratch, adaptive[group], stochastic)
 
     def fd_gram(

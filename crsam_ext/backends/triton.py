@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
+from .. import extension
 from .fused import FAKES, FusedOperators
 
 __all__ = ["SCHEMAS", "TritonOperators", "interpreted", "why_unavailable"]
@@ -68,9 +68,11 @@ class TritonOperators(FusedOperators):
     name = "triton"
 
     def __init__(self) -> None:
+        if extension.why_missing() is None:
+            self.host = extension.load()
         _register()
         self._implementations = import_module("crsam_ext.triton_kernels.operators")
-        self._ops = _direct()
+        self._ops = _direct(self.host)
 
     def _launch_mark(self, live: Tensor) -> int:
         return int(self._implementations.perturbations_launched())
@@ -94,22 +96,22 @@ def _register() -> None:
 
 
 @cache
-def _direct() -> SimpleNamespace:
+def _direct(host: Any) -> SimpleNamespace:
     """The implementations, with the versions of what they write: torch's dispatcher would turn every list of tensors
     into one of its own and back, which takes longer than all the rest."""
     implementations = import_module("crsam_ext.triton_kernels.operators")
     return SimpleNamespace(
-        **{name: _versioned(getattr(implementations, name), schema) for name, schema in SCHEMAS.items()}
+        **{name: _versioned(getattr(implementations, name), schema, host) for name, schema in SCHEMAS.items()}
     )
 
 
-def _versioned(implementation: Callable[..., Any], schema: str) -> Callable[..., Any]:
-    positions = [i for i, (_, written) in enumerate(_arguments(schema)) if written]
+def _versioned(implementation: Callable[..., Any], schema: str, host: Any) -> Callable[..., Any]:
+    written = [i for i, (_, written) in enumerate(_arguments(schema)) if written]
 
     def operator(*arguments: Any) -> Any:
         result = implementation(*arguments)
-        for i in positions:
-            increment_version(arguments[i])
+        if written:
+            host.mark_written(*([x] if isinstance(x, Tensor) else x for x in map(arguments.__getitem__, written)))
         return result
 
     return operator

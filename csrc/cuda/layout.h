@@ -20,7 +20,7 @@ inline void arrange(std::vector<Row>& rows) {
   }
 }
 
-inline int64_t chunks_of(const Row& row) { return (row.numel + kChunk - 1) / kChunk; }
+inline int64_t chunks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
 // The parts of a table that depend on lengths and groups alone.
 struct Layout {
@@ -30,7 +30,7 @@ struct Layout {
 
   Layout(const std::vector<Row>& rows, int64_t num_groups) : group_begin(num_groups + 1), tickets(num_groups) {
     for (size_t i = 0; i < rows.size(); ++i) {
-      const int32_t count = static_cast<int32_t>(chunks_of(rows[i]));
+      const int32_t count = static_cast<int32_t>(chunks_of(rows[i].numel));
       for (int32_t index = 0; index < count; ++index) chunks.push_back({static_cast<int32_t>(i), index});
       group_begin[rows[i].group + 1] += count;
     }

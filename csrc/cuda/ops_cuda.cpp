@@ -7,7 +7,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <initializer_list>
+#include <array>
 #include <optional>
 #include <string>
 #include <vector>
@@ -49,68 +49,70 @@ std::string bytes_of(const std::vector<T>& items) {
   return std::string(reinterpret_cast<const char*>(items.data()), items.size() * sizeof(T));
 }
 
-// The rows of one call, as they are collected from its lists of tensors.
+// The rows of one call, as they are collected from its lists of tensors, which outlive it.
 class Rows {
  public:
   // `like` gives the rows their number, lengths, dtype and device.
-  Rows(at::TensorList like, const char* name, at::IntArrayRef groups, int64_t num_groups)
-      : device(like[0].device()), type(like[0].scalar_type()), num_groups_(num_groups), rows_(like.size()) {
-    check_count(groups.size(), "groups", rows_.size());
+  Rows(const Column& like, const char* name, const Groups& groups, int64_t num_groups)
+      : device(first_of(like, name).device()),
+        type(like[0].scalar_type()),
+        numels_(like.numels()),
+        groups_(groups),
+        num_groups_(num_groups) {
+    check_count(groups.numbers().size(), "groups", size());
     check_groups(groups, num_groups);
-    for (size_t i = 0; i < rows_.size(); ++i) {
-      check_tensor(like[i], name, device, type, like[i].numel());
-      rows_[i].numel = like[i].numel();
-      rows_[i].group = static_cast<int32_t>(groups[i]);
-    }
+    check(like, name, type);
   }
 
-  // Enters a list of tensors; those without elements stand for none.
-  void enter(void* Row::*column, at::TensorList tensors, const char* name, at::ScalarType of_type) {
-    check_count(tensors.size(), name, rows_.size());
-    for (size_t i = 0; i < rows_.size(); ++i) {
-      if (tensors[i].numel() > 0) enter(column, i, tensors[i], name, of_type);
+  // Enters a list of tensors.
+  void enter(void* Row::*column, const Column& tensors, const char* name, at::ScalarType of_type) {
+    check_count(tensors.size(), name, size());
+    check(tensors, name, of_type);
+    columns_[num_columns_++] = {column, tensors.addresses().data()};
+  }
+
+  // Enters a list in which some may be missing, or have no elements, which is the same.
+  void enter(void* Row::*column, Optional tensors, const char* name, at::ScalarType of_type) {
+    check_count(tensors.column.size(), name, size());
+    if (!is_as_expected(tensors.column, of_type)) {
+      for (size_t i = 0; i < size(); ++i) {
+        if (tensors.column.addresses()[i] != 0) check_tensor(tensors.column[i], name, device, of_type, numels_[i]);
+      }
     }
+    columns_[num_columns_++] = {column, tensors.column.addresses().data()};
   }
 
   // The tensors that rows are weighted with, where there are any.
-  void enter_weights(void* Row::*column, const OptionalTensors& weights, at::ScalarType of_type) {
-    check_count(weights.size(), "weights", rows_.size());
-    for (size_t i = 0; i < rows_.size(); ++i) {
-      const std::optional<at::Tensor> w = weights.get(i);
-      if (!w) continue;
-      enter(column, i, *w, "weights", of_type);
-      rows_[i].adaptive = 1;
-    }
+  void enter_weights(void* Row::*column, Optional weights, at::ScalarType of_type) {
+    enter(column, weights, "weights", of_type);
+    weights_ = weights.column.addresses().data();
   }
 
-  void enter_adaptive(const c10::List<bool>& adaptive) {
+  void enter_adaptive(const std::vector<bool>& adaptive) {
     check_count(adaptive.size(), "adaptive", num_groups_);
-    for (Row& row : rows_) row.adaptive = adaptive.get(row.group);
+    adaptive_ = adaptive;
   }
 
-  void enter_steps(at::TensorList steps) {
-    check_count(steps.size(), "steps", rows_.size());
-    for (size_t i = 0; i < rows_.size(); ++i) {
-      check_tensor(steps[i], "steps", device, at::kFloat, 1);
-      rows_[i].step = steps[i].const_data_ptr<float>();
+  void enter_steps(const Column& steps) {
+    check_count(steps.size(), "steps", size());
+    if (!steps.consists_of(device, at::kFloat) || !all_are(steps.numels(), 1)) {
+      for (const at::Tensor& step : steps) check_tensor(step, "steps", device, at::kFloat, 1);
     }
+    steps_ = steps.addresses().data();
   }
 
-  Table table(cudaStream_t stream) {
-    arrange(rows_);
-    std::vector<int64_t> lengths = {num_groups_};
+  Table table(cudaStream_t stream) const {
     Table table = {};
-    for (const Row& row : rows_) {
-      lengths.push_back(row.numel);
-      lengths.push_back(row.group);
-      table.num_chunks += chunks_of(row);
-    }
+    for (const int64_t numel : numels_) table.num_chunks += chunks_of(numel);
     TORCH_CHECK(table.num_chunks <= INT32_MAX, "too many elements for one launch");
-    const std::string key = bytes_of(rows_);
-    table.rows = static_cast<const Row*>(cache().get("rows" + key, device, stream, [&] { return key; }));
-    // Lengths and groups stay from step to step, so this part, which is long, is neither built nor compared again.
-    char* layout = static_cast<char*>(cache().get("layout" + bytes_of(lengths), device, stream, [&] {
-      const Layout layout(rows_, num_groups_);
+    table.rows = static_cast<const Row*>(cache().get(key(), device, stream, [&] { return bytes_of(arranged()); }));
+    // Lengths and groups stay from step to step, so this part, which is long, is not built again.
+    std::string lengths = "layout";
+    append(lengths, &num_groups_, 1);
+    append(lengths, numels_.data(), size());
+    append(lengths, groups_.numbers().data(), size());
+    char* layout = static_cast<char*>(cache().get(std::move(lengths), device, stream, [&] {
+      const Layout layout(arranged(), num_groups_);
       return bytes_of(layout.group_begin) + bytes_of(layout.chunks) + bytes_of(layout.tickets);
     }));
     table.num_groups = static_cast<int32_t>(num_groups_);
@@ -123,21 +125,82 @@ class Rows {
   }
 
   Dtype dtype() const { return dtype_of(type); }
-  bool empty() const {
-    return std::all_of(rows_.begin(), rows_.end(), [](const Row& row) { return row.numel == 0; });
-  }
+  size_t size() const { return numels_.size(); }
+  bool empty() const { return all_are(numels_, 0); }
 
   const at::Device device;
   const at::ScalarType type;
 
  private:
-  void enter(void* Row::*column, size_t i, const at::Tensor& tensor, const char* name, at::ScalarType of_type) {
-    check_tensor(tensor, name, device, of_type, rows_[i].numel);
-    rows_[i].*column = const_cast<void*>(tensor.const_data_ptr());
+  struct Entered {
+    void* Row::*column;
+    const int64_t* addresses;
+  };
+
+  static const at::Tensor& first_of(const Column& like, const char* name) {
+    TORCH_CHECK(!like.empty(), name, " is empty");
+    TORCH_CHECK(like[0].defined(), name, " is None");
+    return like[0];
   }
 
+  static bool all_are(const std::vector<int64_t>& numbers, int64_t number) {
+    return std::all_of(numbers.begin(), numbers.end(), [=](int64_t x) { return x == number; });
+  }
+
+  template <typename T>
+  static void append(std::string& bytes, const T* items, size_t count) {
+    bytes.append(reinterpret_cast<const char*>(items), count * sizeof(T));
+  }
+
+  bool is_as_expected(const Column& tensors, at::ScalarType of_type) const {
+    return tensors.consists_of(device, of_type) && tensors.numels() == numels_;
+  }
+
+  void check(const Column& tensors, const char* name, at::ScalarType of_type) const {
+    if (is_as_expected(tensors, of_type)) return;
+    for (size_t i = 0; i < size(); ++i) check_tensor(tensors[i], name, device, of_type, numels_[i]);
+  }
+
+  // What decides on the rows.
+  std::string key() const {
+    std::string key = "rows";
+    key.reserve((num_columns_ + 4) * (size() + 1) * sizeof(int64_t));
+    for (size_t i = 0; i < num_columns_; ++i) {
+      append(key, &columns_[i].column, 1);
+      append(key, columns_[i].addresses, size());
+    }
+    key.push_back(weights_ != nullptr);
+    key.push_back(steps_ != nullptr);
+    if (steps_ != nullptr) append(key, steps_, size());
+    for (const bool adaptive : adaptive_) key.push_back(adaptive ? 2 : 1);
+    append(key, numels_.data(), size());
+    append(key, groups_.numbers().data(), size());
+    return key;
+  }
+
+  std::vector<Row> arranged() const {
+    std::vector<Row> rows(size());
+    for (size_t i = 0; i < size(); ++i) {
+      for (size_t c = 0; c < num_columns_; ++c) {
+        rows[i].*columns_[c].column = reinterpret_cast<void*>(columns_[c].addresses[i]);
+      }
+      if (steps_ != nullptr) rows[i].step = reinterpret_cast<const float*>(steps_[i]);
+      rows[i].numel = numels_[i];
+      rows[i].group = static_cast<int32_t>(groups_.numbers()[i]);
+      rows[i].adaptive = weights_ != nullptr ? weights_[i] != 0 : !adaptive_.empty() && adaptive_[rows[i].group];
+    }
+    arrange(rows);
+    return rows;
+  }
+
+  const std::vector<int64_t>& numels_;
+  const Groups& groups_;
   const int64_t num_groups_;
-  std::vector<Row> rows_;
+  std::array<Entered, 7> columns_ = {};
+  size_t num_columns_ = 0;
+  const int64_t* steps_ = nullptr;
+  const int64_t* weights_ = nullptr;
+  std::vector<bool> adaptive_;  // for each group; empty if none is
 };
 
 const double* numbers(const at::Tensor& tensor, const char* name, at::Device device, int64_t count) {
@@ -151,7 +214,7 @@ at::Tensor new_numbers(at::IntArrayRef sizes, at::Device device) {
 
 }  // namespace
 
-at::Tensor grad_norm(at::TensorList grads, at::IntArrayRef groups, int64_t num_groups, const OptionalTensors& weights) {
+at::Tensor grad_norm(const Column& grads, const Groups& groups, int64_t num_groups, Optional weights) {
   Rows rows(grads, "grads", groups, num_groups);
   const c10::DeviceGuard guard(rows.device);
   rows.enter(&Row::grad, grads, "grads", rows.type);
@@ -178,8 +241,8 @@ at::Tensor perturbation_scale(const at::Tensor& squared_norm, const at::Tensor& 
   return scale;
 }
 
-void perturb_(at::TensorList live, at::TensorList saved, at::TensorList grads, at::IntArrayRef groups,
-              const at::Tensor& scale, const c10::List<bool>& adaptive, int64_t sign, bool stochastic) {
+void perturb_(const Column& live, const Column& saved, const Column& grads, const Groups& groups,
+              const at::Tensor& scale, const std::vector<bool>& adaptive, int64_t sign, bool stochastic) {
   if (live.empty()) return;
   TORCH_CHECK(sign == 1 || sign == -1, "sign is ", sign);
   const int64_t num_groups = scale.numel();
@@ -196,8 +259,8 @@ void perturb_(at::TensorList live, at::TensorList saved, at::TensorList grads, a
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-at::Tensor fd_gram(at::TensorList grad, at::TensorList grad_ascent, at::TensorList grad_descent, at::IntArrayRef groups,
-                   int64_t num_groups, const OptionalTensors& weights) {
+at::Tensor fd_gram(const Column& grad, const Column& grad_ascent, const Column& grad_descent, const Groups& groups,
+                   int64_t num_groups, Optional weights) {
   Rows rows(grad, "grad", groups, num_groups);
   const c10::DeviceGuard guard(rows.device);
   rows.enter(&Row::grad, grad, "grad", rows.type);
@@ -214,10 +277,10 @@ at::Tensor fd_gram(at::TensorList grad, at::TensorList grad_ascent, at::TensorLi
   return gram;
 }
 
-std::tuple<at::Tensor, at::Tensor> coefficients(const std::optional<at::Tensor>& gram, at::TensorList squared_norms,
+std::tuple<at::Tensor, at::Tensor> coefficients(const std::optional<at::Tensor>& gram, const Column& squared_norms,
                                                 const at::Tensor& scale, const at::Tensor& alpha,
-                                                const at::Tensor& beta, at::Tensor counters, at::TensorList taken,
-                                                at::TensorList part, int64_t passes, bool log, at::TensorList losses,
+                                                const at::Tensor& beta, at::Tensor counters, const Column& taken,
+                                                const Column& part, int64_t passes, bool log, const Column& losses,
                                                 const std::optional<at::Tensor>& grad_scale,
                                                 double max_regularizer_ratio, double max_grad_norm) {
   using Arguments = CoefficientsArguments;
@@ -261,7 +324,7 @@ std::tuple<at::Tensor, at::Tensor> coefficients(const std::optional<at::Tensor>&
 namespace {
 
 // Enters the gradients of a step, and says whether there are all three.
-bool enter_gradients(Rows& rows, at::TensorList grad, at::TensorList grad_ascent, at::TensorList grad_descent) {
+bool enter_gradients(Rows& rows, const Column& grad, const Column& grad_ascent, const Column& grad_descent) {
   rows.enter(&Row::grad, grad, "grad", rows.type);
   if (grad_ascent.empty()) return false;
   rows.enter(&Row::grad_ascent, grad_ascent, "grad_ascent", rows.type);
@@ -276,45 +339,39 @@ Decision decision_of(at::Device device, const at::Tensor& a, const at::Tensor& b
 }
 
 // The options of all groups on the device.
-const Scalar* scalars(at::ArrayRef<double> options, const OptionalTensors& tensors, at::Device device,
+const Scalar* scalars(const std::vector<double>& options, Optional tensors, at::Device device,
                       cudaStream_t stream) {
-  check_count(tensors.size(), "option_tensors", options.size());
+  check_count(tensors.column.size(), "option_tensors", options.size());
   std::vector<Scalar> scalars(options.size());
   for (size_t i = 0; i < options.size(); ++i) {
     scalars[i] = {nullptr, nullptr, options[i], 1 - options[i]};
-    const std::optional<at::Tensor> tensor = tensors.get(i);
-    if (!tensor) continue;
+    const at::Tensor& tensor = tensors.column[i];
+    if (!tensor.defined()) continue;
     scalars[i].value = scalars[i].complement = 0;
-    if (tensor->scalar_type() == at::kDouble) {
-      scalars[i].wide = numbers(*tensor, "option_tensors", device, 1);
+    if (tensor.scalar_type() == at::kDouble) {
+      scalars[i].wide = numbers(tensor, "option_tensors", device, 1);
     } else {
-      check_tensor(*tensor, "option_tensors", device, at::kFloat, 1);
-      scalars[i].single = tensor->const_data_ptr<float>();
+      check_tensor(tensor, "option_tensors", device, at::kFloat, 1);
+      scalars[i].single = tensor.const_data_ptr<float>();
     }
   }
   const std::string bytes = bytes_of(scalars);
   return static_cast<const Scalar*>(cache().get("options" + bytes, device, stream, [&] { return bytes; }));
 }
 
-// A list of tensors for a column of the rows.
-struct Buffer {
-  void* Row::*column;
-  at::TensorList tensors;
-  const char* name;
-};
-
-// The step of a base optimizer, whose kernel `launch` launches, with so many options a group.
-void step(decltype(launch_sgd_step)* launch, int64_t num_options, std::initializer_list<Buffer> buffers,
-          at::TensorList live, at::TensorList saved, at::TensorList grad, at::TensorList grad_ascent,
-          at::TensorList grad_descent, at::IntArrayRef groups, at::TensorList steps, at::ArrayRef<double> options,
-          const OptionalTensors& option_tensors, const at::Tensor& a, const at::Tensor& b,
+// The step of a base optimizer: `enter_buffers` enters its state, `launch` launches its kernel, with so many options a
+// group.
+template <typename EnterBuffers>
+void step(decltype(launch_sgd_step)* launch, int64_t num_options, EnterBuffers enter_buffers, const Column& live, const Column& saved, const Column& grad, const Column& grad_ascent,
+          const Column& grad_descent, const Groups& groups, const Column& steps, const std::vector<double>& options,
+          Optional option_tensors, const at::Tensor& a, const at::Tensor& b,
           const std::optional<at::Tensor>& factor, const at::Tensor& ok) {
   if (live.empty()) return;
   Rows rows(live, "live", groups, a.numel());
   const c10::DeviceGuard guard(rows.device);
   rows.enter(&Row::live, live, "live", rows.type);
   rows.enter(&Row::saved, saved, "saved", compute_type(rows.type));
-  for (const Buffer& x : buffers) rows.enter(x.column, x.tensors, x.name, compute_type(rows.type));
+  enter_buffers(rows);
   rows.enter_steps(steps);
   const bool differences = enter_gradients(rows, grad, grad_ascent, grad_descent);
   check_tensor(ok, "ok", rows.device, at::kBool, 1);
@@ -328,26 +385,32 @@ void step(decltype(launch_sgd_step)* launch, int64_t num_options, std::initializ
 
 }  // namespace
 
-void sgd_step_(at::TensorList live, at::TensorList saved, at::TensorList momentum_buffer, at::TensorList grad,
-               at::TensorList grad_ascent, at::TensorList grad_descent, at::IntArrayRef groups, at::TensorList steps,
-               at::ArrayRef<double> options, const OptionalTensors& option_tensors, const at::Tensor& a,
+void sgd_step_(const Column& live, const Column& saved, const Column& momentum_buffer, const Column& grad,
+               const Column& grad_ascent, const Column& grad_descent, const Groups& groups, const Column& steps,
+               const std::vector<double>& options, Optional option_tensors, const at::Tensor& a,
                const at::Tensor& b, const std::optional<at::Tensor>& factor, const at::Tensor& ok) {
-  step(launch_sgd_step, kSgdOptions, {{&Row::first, momentum_buffer, "momentum_buffer"}}, live, saved, grad,
+  const auto enter = [&](Rows& rows) {
+    rows.enter(&Row::first, Optional{momentum_buffer}, "momentum_buffer", compute_type(rows.type));
+  };
+  step(launch_sgd_step, kSgdOptions, enter, live, saved, grad,
        grad_ascent, grad_descent, groups, steps, options, option_tensors, a, b, factor, ok);
 }
 
-void adamw_step_(at::TensorList live, at::TensorList saved, at::TensorList exp_avg, at::TensorList exp_avg_sq,
-                 at::TensorList grad, at::TensorList grad_ascent, at::TensorList grad_descent, at::IntArrayRef groups,
-                 at::TensorList steps, at::ArrayRef<double> options, const OptionalTensors& option_tensors,
+void adamw_step_(const Column& live, const Column& saved, const Column& exp_avg, const Column& exp_avg_sq,
+                 const Column& grad, const Column& grad_ascent, const Column& grad_descent, const Groups& groups,
+                 const Column& steps, const std::vector<double>& options, Optional option_tensors,
                  const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& factor,
                  const at::Tensor& ok) {
-  step(launch_adamw_step, kAdamOptions,
-       {{&Row::first, exp_avg, "exp_avg"}, {&Row::second, exp_avg_sq, "exp_avg_sq"}}, live, saved, grad, grad_ascent,
+  const auto enter = [&](Rows& rows) {
+    rows.enter(&Row::first, exp_avg, "exp_avg", compute_type(rows.type));
+    rows.enter(&Row::second, exp_avg_sq, "exp_avg_sq", compute_type(rows.type));
+  };
+  step(launch_adamw_step, kAdamOptions, enter, live, saved, grad, grad_ascent,
        grad_descent, groups, steps, options, option_tensors, a, b, factor, ok);
 }
 
-void combine_(at::TensorList live, at::TensorList saved, at::TensorList grad, at::TensorList grad_ascent,
-              at::TensorList grad_descent, at::IntArrayRef groups, const at::Tensor& a, const at::Tensor& b,
+void combine_(const Column& live, const Column& saved, const Column& grad, const Column& grad_ascent,
+              const Column& grad_descent, const Groups& groups, const at::Tensor& a, const at::Tensor& b,
               const std::optional<at::Tensor>& factor) {
   if (live.empty()) return;
   Rows rows(live, "live", groups, a.numel());
@@ -364,13 +427,69 @@ void combine_(at::TensorList live, at::TensorList saved, at::TensorList grad, at
 
 }  // namespace crsam
 
+namespace {
+
+using namespace crsam;
+
+// How the dispatcher gives a parameter of an operator, and what the operator makes of it.
+template <typename Parameter>
+struct Dispatched {
+  using Type = Parameter;
+  static Parameter convert(Parameter given) { return given; }
+};
+template <>
+struct Dispatched<const Column&> {
+  using Type = at::TensorList;
+  static Column convert(Type given) { return Column(given.vec()); }
+};
+template <>
+struct Dispatched<Optional> {
+  using Type = const c10::List<std::optional<at::Tensor>>&;
+  struct Owner {
+    Column column;
+    operator Optional() const { return {column}; }
+  };
+  static Owner convert(Type given) {
+    std::vector<at::Tensor> tensors;
+    for (const std::optional<at::Tensor>& tensor : given.vec()) tensors.push_back(tensor.value_or(at::Tensor()));
+    return {Column(std::move(tensors))};
+  }
+};
+template <>
+struct Dispatched<const Groups&> {
+  using Type = at::IntArrayRef;
+  static Groups convert(Type given) { return Groups(given.vec()); }
+};
+template <>
+struct Dispatched<const std::vector<double>&> {
+  using Type = at::ArrayRef<double>;
+  static std::vector<double> convert(Type given) { return given.vec(); }
+};
+template <>
+struct Dispatched<const std::vector<bool>&> {
+  using Type = const c10::List<bool>&;
+  static std::vector<bool> convert(Type given) { return {given.begin(), given.end()}; }
+};
+
+// An operator as the dispatcher calls it.
+template <auto op>
+struct Operator;
+template <typename Result, typename... Parameters, Result (*op)(Parameters...)>
+struct Operator<op> {
+  static Result call(typename Dispatched<Parameters>::Type... given) {
+    return op(Dispatched<Parameters>::convert(given)...);
+  }
+};
+
+}  // namespace
+
 TORCH_LIBRARY_IMPL(crsam, CRSAM_DISPATCH_KEY, m) {
-  m.impl("grad_norm", &crsam::grad_norm);
-  m.impl("perturbation_scale", &crsam::perturbation_scale);
-  m.impl("perturb_", &crsam::perturb_);
-  m.impl("fd_gram", &crsam::fd_gram);
-  m.impl("coefficients", &crsam::coefficients);
-  m.impl("sgd_step_", &crsam::sgd_step_);
-  m.impl("adamw_step_", &crsam::adamw_step_);
-  m.impl("combine_", &crsam::combine_);
+  m.impl("grad_norm", &Operator<grad_norm>::call);
+  m.impl("perturbation_scale", &Operator<perturbation_scale>::call);
+  m.impl("perturb_", &Operator<perturb_>::call);
+  m.impl("fd_gram", &Operator<fd_gram>::call);
+  m.impl("coefficients", &Operator<coefficients>::call);
+  m.impl("sgd_step_", &Operator<sgd_step_>::call);
+  m.impl("adamw_step_", &Operator<adamw_step_>::call);
+  m.impl("combine_", &Operator<combine_>::call);
 }

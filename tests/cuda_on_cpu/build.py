@@ -12,14 +12,13 @@ import subprocess
 import sysconfig
 import tempfile
 from contextlib import contextmanager
+from functools import cache
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
-
-from crsam_ext.backends import cuda
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -72,36 +71,31 @@ def _torch_flags(*flags):
     return [*flags, *isystem, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"], link
 
 
+@cache
 def library():
-    """Loads the operators for CPU tensors into torch; the path of the library."""
-    path = ROOT / "build" / "cuda_on_cpu" / _digest("library") / "crsam_on_cpu.so"
-    with _alone():
-        if not path.exists():
-            sources = [*(SOURCES / "cuda" / name for name in (*KERNELS, "ops_cuda.cpp")), HERE / "control.cpp"]
-            _build(path, sources, *_torch_flags("-O1", "-DCRSAM_DISPATCH_KEY=CPU"))
-    if not hasattr(torch.ops.crsam, "grad_norm"):  # there is no other extension
-        load_extension(extension())
-    torch.ops.load_library(path)
-    return path
+    """The Python module of csrc/ with its kernels, for CPU tensors."""
+    return load(extension(*(SOURCES / "cuda" / name for name in (*KERNELS, "ops_cuda.cpp")), HERE / "control.cpp"))
 
 
 def extension(*sources):
-    """The Python module of csrc/ without kernels, and with other sources; the path of it."""
-    path = ROOT / "build" / "cuda_on_cpu" / _digest("extension", *(p.read_text() for p in sources)) / "_C.so"
-    sources = [*(SOURCES / name for name in ("ops.cpp", "host.cpp", "bindings.cpp")), *sources]
+    """The path of the Python module of csrc/ with other sources in the place of kernels."""
+    own = ["host.cpp", "operators.cpp", "bindings.cpp"]
+    if not hasattr(torch.ops.crsam, "grad_norm"):  # another extension, for a GPU, has the schemas
+        own.append("ops.cpp")
+    path = ROOT / "build" / "cuda_on_cpu" / _digest("extension", own, *(p.read_text() for p in sources)) / "_C.so"
     flags = ("-O2", f"-I{SOURCES}/cuda", "-DTORCH_EXTENSION_NAME=_C", "-DCRSAM_DISPATCH_KEY=CPU")
     with _alone():
         if not path.exists():
-            _build(path, sources, *_torch_flags(*flags))
+            _build(path, [*(SOURCES / name for name in own), *sources], *_torch_flags(*flags))
     return path
 
 
-def load_extension(path):
-    """Makes a module the one that backend "cuda" works with, wherever it lies."""
+def load(path):
+    """The Python module at a path."""
     spec = spec_from_file_location("_C", path, loader=ExtensionFileLoader("_C", str(path)))
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    cuda.extension = lambda: module
+    return module
 
 
 def counted(shim, body):

@@ -4,3 +4,4 @@
 #define CRSAM_TORCH ""
 #define CRSAM_CUDA ""
 #define CRSAM_ARCHITECTURES ""
+#define CRSAM_WITH_KERNELS

@@ -1,0 +1,170 @@
+"""What a step does for every tensor on the host, in one call for all of them.
+
+The extension has the same functions compiled (csrc/host.cpp), where it was built. Which of the two a backend works with
+is its :attr:`~crsam_ext.ops.Operators.host`.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import chain, repeat
+from operator import attrgetter, eq, is_not
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+__all__ = [
+    "Column",
+    "Groups",
+    "clear_gradients",
+    "fingerprint",
+    "mark_written",
+    "places",
+    "set_gradients",
+    "share_memory",
+    "split_decision",
+    "take_gradients",
+]
+
+# Mapped, a loop runs in C.
+_grad_of, _shape_of, _dtype_of, _device_of, _nbytes_of, _requires_grad_of = map(
+    attrgetter, ("grad", "shape", "dtype", "device", "nbytes", "requires_grad")
+)
+
+
+class Column(list[Any]):
+    """A list of tensors, or None, that nobody changes: what is to be known about it is worked out once."""
+
+    @cached_property
+    def numels(self) -> bytes:
+        """Of each tensor the number of elements as int64, 0 for None."""
+        return array("q", (0 if x is None else x.numel() for x in self)).tobytes()
+
+    @cached_property
+    def addresses(self) -> bytes:
+        """Of each tensor the address as int64, 0 for None and for one without elements."""
+        return array("q", (0 if x is None or not x.numel() else x.data_ptr() for x in self)).tobytes()
+
+    @cached_property
+    def kind(self) -> tuple[torch.dtype, torch.device] | None:
+        """Dtype and device of all of them; None if they differ, or one is missing or has gaps in its memory."""
+        if not self or not all(map(is_not, self, repeat(None))) or not all(map(Tensor.is_contiguous, self)):
+            return None
+        dtypes, devices = set(map(_dtype_of, self)), set(map(_device_of, self))
+        return (*dtypes, *devices) if len(dtypes) == len(devices) == 1 else None
+
+    @cached_property
+    def _pointers(self) -> list[float]:
+        return [math.nan if x is None else x.data_ptr() for x in self]
+
+    @cached_property
+    def _layout(self) -> tuple[list[int], list[tuple[int, ...]]]:
+        return list(map(_nbytes_of, self)), list(map(Tensor.stride, self))
+
+
+class Groups(list[int]):
+    """The group of each row, a list that nobody changes."""
+
+    @cached_property
+    def numbers(self) -> bytes:
+        """The groups as int64."""
+        return array("q", self).tobytes()
+
+    @cached_property
+    def limits(self) -> tuple[int, int]:
+        """The least and the greatest of them."""
+        return min(self, default=0), max(self, default=0)
+
+
+def take_gradients(params: Column) -> Column | None:
+    """Take the gradients of all parameters out of ``p.grad``, if each is ours to hold as it is.
+
+    That is a dense tensor of the parameter's dtype and memory order, with a storage of its own: the memory of a view
+    may be written again by the next backward.
+
+    Args:
+        params: of one dtype and device, without gaps in their memory.
+    Returns:
+        The gradients; None, and they stay, if one is missing or not ours to hold.
+    """
+    grads: Any = Column(map(_grad_of, params))
+    if not all(map(is_not, grads, repeat(None))):
+        return None
+    nbytes, strides = params._layout
+    try:
+        ours = (
+            [storage.nbytes() for storage in map(Tensor.untyped_storage, grads)] == nbytes
+            and list(map(Tensor.stride, grads)) == strides
+            and not any(map(_requires_grad_of, grads))
+            # As many elements in as many bytes: two dtypes of 16 bits can be taken for one another.
+            and (params[0].dtype.itemsize != 2 or set(map(_dtype_of, grads)) == {params[0].dtype})
+        )
+    except RuntimeError:  # a sparse one has neither storage nor strides
+        return None
+    if not ours:
+        return None
+    clear_gradients(params)
+    grads.kind = params[0].dtype, params[0].device  # without gaps too, though perhaps in another order
+    return grads
+
+
+def set_gradients(params: Column, grads: Sequence[Tensor | None]) -> None:
+    """Make ``grads`` the gradients of all parameters."""
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+
+
+def clear_gradients(params: list[Tensor]) -> None:
+    """Leave no gradient in ``p.grad``."""
+    for param in params:
+        param.grad = None
+
+
+def share_memory(grads: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
+    """Whether a gradient begins where the one at the same place of another list does."""
+    columns = (x if isinstance(x, Column) else Column(x) for x in (grads, others))
+    return any(map(eq, *(column._pointers for column in columns)))
+
+
+def places(tensors: Column) -> Any:
+    """Addresses and shapes of all tensors, as a value that is equal to another if they are."""
+    return [list(map(Tensor.data_ptr, tensors)), list(map(_shape_of, tensors))]
+
+
+def fingerprint(by_group: Sequence[list[Tensor]], state: Mapping[Any, Any]) -> Any:
+    """Which parameters the groups have and where they are, and the identities of all that their state holds."""
+    params = list(chain.from_iterable(by_group))
+    kept = {key: x for key, x in state.items() if type(x) is dict}  # some optimizers keep numbers of their own beside
+    return [
+        list(map(len, by_group)),
+        list(map(id, params)),
+        list(map(Tensor.data_ptr, params)),
+        list(map(_shape_of, params)),
+        list(map(id, kept)),
+        list(chain.from_iterable(kept.values())),
+        list(map(id, chain.from_iterable(map(dict.values, kept.values())))),
+    ]
+
+
+def mark_written(*lists: Sequence[Tensor | None]) -> None:
+    """Tell autograd that the tensors changed: a backward that still needs the old values then raises."""
+    for tensors in lists:
+        increment_version([x for x in tensors if x is not None])
+
+
+def split_decision(values: Tensor, flags: Tensor) -> tuple[Tensor, ...]:
+    """What the fused operator ``coefficients`` returns in two tensors, by its parts.
+
+    Args:
+        values: [2 groups + 4].
+        flags: [2].
+    Returns:
+        a and b, [groups]; factor, kappa, sigma, ratio, ok and capped, 0-dim: views.
+    """
+    groups = (values.numel() - 4) // 2
+    return values[:groups], values[groups : 2 * groups], *values[2 * groups :].unbind(), *flags.unbind()

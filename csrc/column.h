@@ -1,0 +1,103 @@
+// What operators are called with: lists that were looked at once, since a step passes the same ones to several of them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace crsam {
+
+// A list of tensors, undefined where Python has None.
+class Column {
+ public:
+  explicit Column(std::vector<at::Tensor> tensors) : items_(std::move(tensors)) {
+    addresses_.reserve(size());
+    numels_.reserve(size());
+    for (const at::Tensor& tensor : items_) {
+      const int64_t numel = tensor.defined() ? tensor.numel() : 0;
+      enter(numel > 0 ? tensor.const_data_ptr() : nullptr, numel);
+      alike_ = alike_ && tensor.defined() && tensor.is_contiguous() && tensor.device() == items_[0].device() &&
+               tensor.scalar_type() == items_[0].scalar_type();
+    }
+  }
+
+  // Tensors of the memory order of `like`, which is without gaps, and of its dtype and device.
+  Column(std::vector<at::Tensor> tensors, const Column& like)
+      : items_(std::move(tensors)), numels_(like.numels_), alike_(true) {
+    addresses_.reserve(size());
+    for (const at::Tensor& tensor : items_) addresses_.push_back(address(tensor.const_data_ptr()));
+  }
+
+  size_t size() const { return items_.size(); }
+  bool empty() const { return items_.empty(); }
+  const at::Tensor& operator[](size_t i) const { return items_[i]; }
+  auto begin() const { return items_.begin(); }
+  auto end() const { return items_.end(); }
+
+  // 0 where there is no tensor, or one without elements.
+  const std::vector<int64_t>& addresses() const { return addresses_; }
+  const std::vector<int64_t>& numels() const { return numels_; }
+
+  // Whether all are there, of one dtype and device, and runs of memory without gaps.
+  bool alike() const { return alike_ && !items_.empty(); }
+  bool consists_of(at::Device device, at::ScalarType type) const {
+    return alike() && items_[0].device() == device && items_[0].scalar_type() == type;
+  }
+
+  // One tensor for each version counter: views have that of what they are views of.
+  const std::vector<at::Tensor>& versioned() const {
+    if (versioned_.empty()) {
+      const void* last = nullptr;
+      for (const at::Tensor& tensor : items_) {
+        if (!tensor.defined()) continue;
+        const void* base = tensor.is_view() ? tensor._base().unsafeGetTensorImpl() : tensor.unsafeGetTensorImpl();
+        if (base != last) versioned_.push_back(tensor);  // rows of one buffer follow each other
+        last = base;
+      }
+    }
+    return versioned_;
+  }
+
+ private:
+  static int64_t address(const void* pointer) { return reinterpret_cast<int64_t>(pointer); }
+  void enter(const void* pointer, int64_t numel) {
+    addresses_.push_back(address(pointer));
+    numels_.push_back(numel);
+  }
+
+  std::vector<at::Tensor> items_;
+  std::vector<int64_t> addresses_;
+  std::vector<int64_t> numels_;
+  bool alike_ = true;
+  mutable std::vector<at::Tensor> versioned_;
+};
+
+// A list of which some tensors may be missing, in the schemas; here, every list may be one.
+struct Optional {
+  const Column& column;
+};
+
+// The group of each row.
+class Groups {
+ public:
+  explicit Groups(std::vector<int64_t> numbers)
+      : numbers_(std::move(numbers)), ordered_(std::is_sorted(numbers_.begin(), numbers_.end())) {
+    const auto [least, most] = std::minmax_element(numbers_.begin(), numbers_.end());
+    if (!numbers_.empty()) least_ = *least, most_ = *most;
+  }
+
+  const std::vector<int64_t>& numbers() const { return numbers_; }
+  bool ordered() const { return ordered_; }
+  int64_t least() const { return least_; }
+  int64_t most() const { return most_; }
+
+ private:
+  std::vector<int64_t> numbers_;
+  bool ordered_;
+  int64_t least_ = 0, most_ = 0;
+};
+
+}  // namespace crsam
