@@ -1,12 +1,13 @@
-"""The packages and the CUDA extension; the rest of the metadata is in pyproject.toml.
+"""The packages and the extension; the rest of the metadata is in pyproject.toml.
 
 The extension `crsam_ext._C` is built from csrc/ where a CUDA build of torch and an nvcc of the same major version are
-there; elsewhere the package is pure Python, and `crsam_ext.available_backends()` tells why. `pip install` builds in
-an environment of its own, without torch, unless it is told `--no-build-isolation`.
+there. With torch and a C++ compiler alone it is built without kernels: backend "triton" takes less of the host's time
+with it. Elsewhere the package is pure Python. `crsam_ext.available_backends()` tells why there are no kernels.
+`pip install` builds in an environment of its own, without torch, unless it is told `--no-build-isolation`.
 
 Environment variables:
-    CRSAM_FORCE_CUDA=1    fail where the extension cannot be built
-    CRSAM_NO_CUDA=1       do not build it
+    CRSAM_FORCE_CUDA=1    fail where the kernels cannot be built
+    CRSAM_NO_CUDA=1       do not build the extension
     TORCH_CUDA_ARCH_LIST  the architectures to build for, for instance "9.0;10.0+PTX"
     MAX_JOBS              how many compilers run at once
 """
@@ -17,6 +18,7 @@ import os
 import re
 import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,49 +40,31 @@ def packages() -> list[str]:
 
 
 class Unavailable(Exception):
-    """Why the extension cannot be built here."""
+    """Why the kernels cannot be built here."""
 
 
-def cuda_extension() -> dict[str, Any]:
-    """The arguments of `setup` that build `crsam_ext._C`, none where that is impossible; keeps the reason."""
+def extension() -> dict[str, Any]:
+    """The arguments of `setup` that build `crsam_ext._C`, none where that is impossible; keeps why without kernels."""
+    reason = ""
     try:
-        arguments, reason = _cuda_extension(), ""
+        cuda = toolkit()
     except Unavailable as error:
         if os.environ.get("CRSAM_FORCE_CUDA") == "1":
             raise SystemExit(f"CRSAM_FORCE_CUDA=1, but {error}") from None
-        arguments, reason = {}, f"the CUDA extension was not built: {error}"
+        cuda, reason = "", f"the CUDA extension was not built: {error}"
     text = '"""Why the CUDA extension was not built; written by setup.py."""\n\nREASON = ' + f"{reason!r}\n"
     (ROOT / "crsam_ext" / "_build.py").write_text(text)
-    return arguments
+    return module(cuda) if cuda or can_compile() else {}
 
 
-def toolkit() -> tuple[str, str]:
-    """Folder and release of the CUDA toolkit, as its nvcc tells them: what is in the path may be a link or a script."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    if not Path(nvcc).exists():
-        raise Unavailable("no nvcc was found; set CUDA_HOME")
-    said = ""
-    for question in (["--version"], ["--dryrun", "-x", "cu", "-c", os.devnull]):
-        done = subprocess.run([nvcc, *question], capture_output=True, text=True)
-        said += done.stdout + done.stderr
-    release, top = re.search(r"release ([\d.]+)", said), re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
-    if release is None or top is None:
-        raise Unavailable(f"{nvcc} does not tell its release and folder")
-    return str(Path(top[1]).resolve()), release[1]
+def can_compile() -> bool:
+    """Whether the extension can be built without kernels."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    return os.environ.get("CRSAM_NO_CUDA") != "1" and find_spec("torch") is not None and compiler is not None
 
 
-def write_build_info(info: dict[str, str]) -> Path:
-    """The folder of the header for bindings.cpp; a header, as other flags would compile all sources again."""
-    header = ROOT / "build" / "generated" / "build_info.h"
-    text = "".join(f'#define CRSAM_{name} "{value}"\n' for name, value in info.items())
-    if not header.exists() or header.read_text() != text:
-        header.parent.mkdir(parents=True, exist_ok=True)
-        header.write_text(text)
-    return header.parent
-
-
-def _cuda_extension() -> dict[str, Any]:
+def toolkit() -> str:
+    """The release of the CUDA toolkit, whose folder is put into CUDA_HOME."""
     if os.environ.get("CRSAM_NO_CUDA") == "1":
         raise Unavailable("CRSAM_NO_CUDA=1 was set")
     try:
@@ -89,13 +73,46 @@ def _cuda_extension() -> dict[str, Any]:
         raise Unavailable("torch was not there; install with --no-build-isolation") from None
     if torch.version.cuda is None:
         raise Unavailable(f"torch {torch.__version__} was built without CUDA")
-    home, cuda = toolkit()
+    home, cuda = nvcc()
     if cuda.split(".")[0] != torch.version.cuda.split(".")[0]:
         raise Unavailable(f"nvcc is of CUDA {cuda}, and torch was built with CUDA {torch.version.cuda}")
     os.environ["CUDA_HOME"] = home
-    from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+    return cuda
 
-    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+
+def nvcc() -> tuple[str, str]:
+    """Folder and release of the CUDA toolkit, as its nvcc tells them: what is in the path may be a link or a script."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    path = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not Path(path).exists():
+        raise Unavailable("no nvcc was found; set CUDA_HOME")
+    said = ""
+    for question in (["--version"], ["--dryrun", "-x", "cu", "-c", os.devnull]):
+        done = subprocess.run([path, *question], capture_output=True, text=True)
+        said += done.stdout + done.stderr
+    release, top = re.search(r"release ([\d.]+)", said), re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    if release is None or top is None:
+        raise Unavailable(f"{path} does not tell its release and folder")
+    return str(Path(top[1]).resolve()), release[1]
+
+
+def write_build_info(info: dict[str, str]) -> Path:
+    """The folder of the header for bindings.cpp; a header, as other flags would compile all sources again."""
+    header = ROOT / "build" / "generated" / "build_info.h"
+    text = "".join(f'#define CRSAM_{name} "{value}"\n' for name, value in info.items())
+    text += "#define CRSAM_WITH_KERNELS\n" if info["CUDA"] else ""
+    if not header.exists() or header.read_text() != text:
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
+    return header.parent
+
+
+def module(cuda: str) -> dict[str, Any]:
+    """The arguments of `setup` that build the extension, with kernels if there is a release of CUDA for them."""
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES) if cuda else ""
     version = re.search(r'__version__ = "(.+)"', (ROOT / "crsam_ext" / "__init__.py").read_text())
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() if (ROOT / ".git").exists() else ""
@@ -107,9 +124,9 @@ def _cuda_extension() -> dict[str, Any]:
         "ARCHITECTURES": architectures.replace(" ", ";"),
     }
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu"))
-    extension = CUDAExtension(
+    extension = (CUDAExtension if cuda else CppExtension)(
         "crsam_ext._C",
-        sources,
+        sources if cuda else ["csrc/bindings.cpp", "csrc/host.cpp"],
         depends=[str(p) for p in (ROOT / "csrc").rglob("*.*h")],
         include_dirs=[str(write_build_info(info))],
         extra_compile_args={
@@ -127,5 +144,5 @@ setup(
     # mapping holds in a wheel and, through the import finder that setuptools writes, in `pip install -e .` as well. A
     # checkout that is merely on sys.path has no crsam_ext.triton_kernels.
     package_dir={"crsam_ext.triton_kernels": "triton_kernels"},
-    **cuda_extension(),
+    **extension(),
 )

@@ -282,9 +282,7 @@ class CRSAM(Optimizer):
                     self._clear_gradients()  # later, they were taken
                 elif noise is not None:
                     noise.repeat()
-                with torch.enable_grad():
-                    loss = closure()
-                step.collect(loss, keep=False)
+                step.collect(_with_gradients(closure), keep=False)
                 if parallel is not None and step.passes == 3:
                     if noise is not None and noise.drawn:
                         raise RuntimeError(
@@ -589,6 +587,12 @@ def _own_attributes(optimizer: Optimizer) -> dict[str, Any]:
     """What makes an optimizer, without what torch puts there for itself: hooks, and the names of profiler ranges."""
     torchs = ("_optimizer_", "_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured")
     return {k: v for k, v in vars(optimizer).items() if not k.startswith(torchs)}
+
+
+def _with_gradients(closure: Callable[[], Any]) -> Any:
+    """What the closure returns; the caller keeps no graph alive while the next one is made."""
+    with torch.enable_grad():
+        return closure()
 
 
 def _accumulating(closures: Callable[[], Any] | Sequence[Callable[[], Any]]) -> Callable[[], Any]:

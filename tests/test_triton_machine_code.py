@@ -182,11 +182,11 @@ def test_no_float64_in_main_loops_of_float32(compiled):
 
 
 @pytest.fixture
-def compile_only(monkeypatch, tmp_path):
-    """Makes launches on CPU tensors go as far as they can without a GPU: until a kernel is compiled.
+def launched(monkeypatch, tmp_path):
+    """Makes launches on CPU tensors go as far as they can without a GPU: to the driver.
 
     Returns:
-        The kernels that were launched: names, and functions with the variants that Triton keeps of each.
+        What Triton's launcher was called with, each time.
     """
     if importlib.util.find_spec("triton") is None:
         missing("Triton was not found")
@@ -196,48 +196,93 @@ def compile_only(monkeypatch, tmp_path):
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
 
+    launched = []
+    utils = {
+        "load_binary": lambda *_: ("module", "function", 0, 0, 1024),
+        "unload_module": lambda module: None,
+        "get_device_properties": lambda device: {"max_shared_mem": 227 * 1024},
+    }
     gpu = {
         "get_current_target": lambda: GPUTarget("cuda", 90, 32),
         "get_current_device": lambda: 0,
         "get_current_stream": lambda device: 0,
+        "launcher_cls": lambda source, metadata: lambda *arguments: launched.append(arguments),
+        "utils": SimpleNamespace(**utils),
     }
-    launched, run = {}, JITFunction.run
-
-    def warm_up(self, *args, grid, warmup, **kwargs):
-        if self.fn.__name__ not in launched:
-            self.device_caches.clear()
-            launched[self.fn.__name__] = self
-        return run(self, *args, grid=grid, warmup=True, **kwargs)
-
     monkeypatch.setattr(launch, "INTERPRETED_BLOCK", launch.DEFAULT_BLOCK)
-    monkeypatch.setattr(JITFunction, "run", warm_up)
+    monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(driver, "_active", SimpleNamespace(**gpu))
     with knobs.cache.scope():
         knobs.cache.dir = str(tmp_path)
         yield launched
-    for function in launched.values():
-        function.device_caches.clear()
+    launch._compiled.clear()
+    for kernel in _kernels():
+        kernel.device_caches.clear()
 
 
-def test_nothing_is_compiled_twice(compile_only):
+def _kernels():
+    """All kernels, as functions of Triton."""
+    from crsam_ext.triton_kernels import coefficients, fd_gram, grad_norm, perturb, step
+
+    modules = (coefficients, fd_gram, grad_norm, perturb, step)
+    return [f for module in modules for name, f in vars(module).items() if name.endswith("_kernel")]
+
+
+def _run_all(sizes, offset, losses=False):
+    """Each kernel once, perturb_kernel with both signs."""
+    case, operators = (
+        Case(torch.float32, sizes=sizes, groups=[0] * len(sizes), offset=offset),
+        backend.TritonOperators(),
+    )
+    for operator in Case.OPERATORS:
+        operator(case, operators)
+    gram, counters = torch.ones(2, 9, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    operators.perturbation_scale(gram[:, 0].contiguous(), case.scale)
+    operators.coefficients(
+        gram, [], case.scale, case.scale, case.scale, counters=counters, steps=[(torch.ones(3), torch.ones(3))],
+        passes=3, regularizer="log", losses=gram[0, :3].unbind() if losses else None, grad_scale=None,
+        max_regularizer_ratio=1.0 / len(sizes), max_grad_norm=1.0,
+    )  # fmt: skip
+
+
+SIZES = (((1, 3, 4097, 40000), 0), ((5,), 1), ((16,) * 16, 0))
+
+
+def test_nothing_is_compiled_twice(launched, monkeypatch):
     """Neither other sizes, numbers of rows and addresses, nor later steps make Triton compile a kernel again."""
-    operators = backend.TritonOperators()
-    for sizes, offset in (((1, 3, 4097, 40000), 0), ((5,), 1), ((16,) * 16, 0)):
-        case = Case(torch.float32, sizes=sizes, groups=[0] * len(sizes), offset=offset)
-        for operator in Case.OPERATORS:
-            operator(case, operators)
-        gram, counters = torch.ones(2, 9, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
-        operators.perturbation_scale(gram[:, 0].contiguous(), case.scale)
-        operators.coefficients(
-            gram, [], case.scale, case.scale, case.scale, counters=counters, steps=[(torch.ones(3), torch.ones(3))],
-            passes=3, regularizer="log", losses=None, grad_scale=None, max_regularizer_ratio=1.0 / len(sizes),
-                max_grad_norm=1.0,
-        )  # fmt: skip
-    variants = {name: len(function.device_caches[0][0]) for name, function in compile_only.items()}
-    expected = {kernel.function for kernel in KERNELS.values()} | {"perturbation_scale_kernel", "coefficients_kernel"}
-    assert variants == {name: 2 if name == "perturb_kernel" else 1 for name in expected}  # two signs
+    from crsam_ext.triton_kernels import launch
+
+    class Forgets(dict):
+        def __setitem__(self, key, value):
+            pass
+
+    monkeypatch.setattr(launch, "_compiled", Forgets())  # so that Triton looks at the arguments of each launch
+    for sizes, offset in SIZES:
+        _run_all(sizes, offset)
+    variants = {kernel.fn.__name__: len(kernel.device_caches[0][0]) for kernel in _kernels()}
+    assert variants == {name: 2 if name == "perturb_kernel" else 1 for name in variants}  # two signs
+
+
+@pytest.mark.parametrize("losses", [False, True])
+def test_later_launches_are_as_triton_makes_them(losses, launched):
+    """They do without Triton's look at the arguments, and its launcher is called with the same."""
+    from crsam_ext.triton_kernels import launch
+
+    def comparable(x):
+        if isinstance(x, torch.Tensor):
+            return x.dtype, x.device
+        if type(x) is tuple:
+            return tuple(map(comparable, x))
+        return x if isinstance(x, (bool, str)) else type(x)
+
+    by_run = []
+    for sizes, offset in SIZES:
+        launched.clear()
+        _run_all(sizes, offset, losses)
+        by_run.append([list(map(comparable, arguments)) for arguments in launched])
+        assert len(launch._compiled) == len(launched) == 9
+    assert by_run[0] == by_run[1] == by_run[2]
 
 
 def test_order_of_the_last_stage_of_sums(compiled):

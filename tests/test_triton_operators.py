@@ -15,8 +15,10 @@ import torch
 import triton
 import triton.language as tl
 from crsam_ext.triton_kernels import launch, operators, update_math
+from torch.nn import Parameter
 from triton.runtime import interpreter
 
+from crsam_ext import CRSAM, extension
 from crsam_ext.backends.torch import TorchOperators
 from crsam_ext.backends.triton import SCHEMAS, TritonOperators
 
@@ -238,6 +240,32 @@ def test_tables_are_copied_when_an_address_changes(monkeypatch):
 
 
 # Manners -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_same_steps_with_the_compiled_host_functions(base, library, monkeypatch):
+    """Another memory order and a gradient of one pass only included; `library` is the extension."""
+    results = []
+    for reason in (None, "the extension was not built"):
+        monkeypatch.setattr(extension, "why_missing", lambda: reason)  # noqa: B023
+        torch.manual_seed(0)
+        conv = torch.randn(3, 2, 3, 3).to(memory_format=torch.channels_last)
+        params = [Parameter(conv), Parameter(torch.randn(17)), Parameter(torch.randn(()))]
+        groups = [{"params": params[1:], "adaptive": True}, {"params": params[:1], "lr": 0.2}]
+        optimizer = CRSAM(groups, base, lr=0.1, backend="triton")
+        assert (optimizer.operators.host is library) == (reason is None)
+        passes = itertools.count()
+
+        def closure():
+            for p in params:  # noqa: B023
+                p.grad = torch.randn_like(p)
+            if next(passes) % 5 == 4:  # noqa: B023
+                params[1].grad = None  # noqa: B023
+
+        for _ in range(3):
+            optimizer.step(closure)
+        results.append([*params, *(p.grad for p in params)])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 def test_versions_of_what_is_written():

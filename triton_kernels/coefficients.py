@@ -183,5 +183,6 @@ def launch_coefficients(
     norms, losses, taken, part = tuples
     launch_one(
         coefficients_kernel, (counts, *aligned), alpha.device,
-        gram, norms, scale, alpha, beta, losses, grad_scale, counters, taken, part, counts, values, flags, alpha.numel(), max_regularizer_ratio, max_grad_norm, LOG=log,
+        gram, norms, scale, alpha, beta, losses, grad_scale, counters, taken, part, counts, values, flags,
+        alpha.numel(), max_regularizer_ratio, max_grad_norm, LOG=log,
     )  # fmt: skip

@@ -43,6 +43,7 @@ from .table_cache import TableCache
 from .update_math import ADAM_OPTIONS, SGD_OPTIONS
 
 _cache = TableCache()
+_PLAIN = (list, tuple)  # sequences that nobody has looked at
 # Columns of the table.
 _LIVE, _SAVED, _FIRST, _SECOND, _GRAD, _GRAD_ASCENT, _GRAD_DESCENT, _STEP, _NUMEL, _GROUP, _ADAPTIVE, _ALIGNED = (
     column.value
@@ -72,7 +73,7 @@ class Rows:
         if self.dtype not in DTYPES:
             raise RuntimeError(f"rows are {name_of(self.dtype)}, not float64, float32, float16 or bfloat16")
         check_count(len(groups), "groups", len(like))
-        found: Any = Groups(groups) if type(groups) is list else groups
+        found: Any = Groups(groups) if type(groups) in _PLAIN else groups
         check_groups(found.limits, num_groups)
         self.groups, self.num_groups = found.numbers, num_groups
         self.numels = first.numels
@@ -187,7 +188,7 @@ class Rows:
 
 def _column(tensors: Sequence[Tensor | None]) -> Any:
     """What there is to know about a list of tensors."""
-    return Column(tensors) if type(tensors) is list else tensors
+    return Column(tensors) if type(tensors) in _PLAIN else tensors
 
 
 def _numbers(tensor: Tensor, name: str, device: torch.device, count: int) -> Tensor:
