@@ -151,10 +151,10 @@ def fingerprint(by_group: Sequence[list[Tensor]], state: Mapping[Any, Any]) -> A
     ]
 
 
-def mark_written(*lists: Sequence[Tensor | None]) -> None:
-    """Tell autograd that the tensors changed: a backward that still needs the old values then raises."""
-    for tensors in lists:
-        increment_version([x for x in tensors if x is not None])
+def mark_written(*written: Tensor | Sequence[Tensor | None]) -> None:
+    """Tell autograd that tensors changed, or lists of them: a backward that still needs the old values then raises."""
+    for x in written:
+        increment_version(x if isinstance(x, Tensor) else [tensor for tensor in x if tensor is not None])
 
 
 def split_decision(values: Tensor, flags: Tensor) -> tuple[Tensor, ...]:

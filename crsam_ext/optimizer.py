@@ -398,7 +398,7 @@ class CRSAM(Optimizer):
             self._last_loss = loss
             self.step()  # through the public method: hooks and schedulers watch it
             if zero_grad:
-                self.zero_grad()
+                self._clear_gradients()
 
     def _finish(self) -> None:
         """Take the last pass of a step of calls, and make the update."""

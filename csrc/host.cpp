@@ -22,7 +22,8 @@ std::vector<at::Tensor> tensors_of(py::handle list) {
 
 namespace {
 
-const at::Tensor& unpack(py::handle param) { return THPVariable_Unpack(param.ptr()); }
+// The gradient of a parameter, undefined where there is none: p.grad, without the look at whether p is a leaf.
+at::Tensor& grad_of(const at::Tensor& param) { return param.unsafeGetTensorImpl()->mutable_grad(); }
 
 // Whether a gradient is ours to hold as it is: laid out as its parameter, and of a storage of its own.
 bool is_ours(const at::Tensor& grad, const at::Tensor& param) {
@@ -30,34 +31,42 @@ bool is_ours(const at::Tensor& grad, const at::Tensor& param) {
       grad.storage().nbytes() != grad.numel() * grad.itemsize() || grad.requires_grad()) {
     return false;
   }
-  for (int64_t i = 0; i < grad.dim(); ++i) {
-    if (grad.size(i) > 1 && grad.stride(i) != param.stride(i)) return false;
+  const at::IntArrayRef sizes = grad.sizes(), strides = grad.strides(), expected = param.strides();
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] > 1 && strides[i] != expected[i]) return false;
   }
   return true;
 }
 
 std::optional<Column> take_gradients(const Column& params) {
+  std::vector<at::Tensor*> grads;
+  grads.reserve(params.size());
   for (const at::Tensor& param : params) {
-    if (!is_ours(param.grad(), param)) return std::nullopt;
+    grads.push_back(&grad_of(param));
+    if (!is_ours(*grads.back(), param)) return std::nullopt;
   }
   std::vector<at::Tensor> taken;
   taken.reserve(params.size());
-  for (const at::Tensor& param : params) taken.push_back(std::move(param.mutable_grad()));
+  for (at::Tensor* grad : grads) taken.push_back(std::move(*grad));
   return Column(std::move(taken), params);
 }
 
 void set_gradients(const Column& params, const Given<Column>& grads) {
-  for (size_t i = 0; i < params.size(); ++i) params[i].mutable_grad() = grads.get()[i];
+  for (size_t i = 0; i < params.size(); ++i) grad_of(params[i]) = grads.get()[i];
 }
 
 void clear_gradients(const py::list& params) {
-  for (const py::handle param : params) unpack(param).mutable_grad() = at::Tensor();
+  for (const py::handle param : params) grad_of(THPVariable_Unpack(param.ptr())).reset();
 }
 
-void mark_written(const py::args& lists) {
-  for (const py::handle list : lists) {
+void mark_written(const py::args& written) {
+  for (const py::handle item : written) {
+    if (THPVariable_Check(item.ptr())) {
+      torch::autograd::impl::bump_version(THPVariable_Unpack(item.ptr()));
+      continue;
+    }
     Given<Column> tensors;
-    tensors.load(list);
+    tensors.load(item);
     bump(tensors.get());
   }
 }
@@ -97,7 +106,7 @@ py::bytes fingerprint(const std::vector<py::list>& by_group, const py::dict& sta
     numbers.push_back(static_cast<int64_t>(group.size()));
     for (const py::handle param : group) {
       numbers.push_back(identity(param));
-      append_place(numbers, unpack(param));
+      append_place(numbers, THPVariable_Unpack(param.ptr()));
     }
   }
   for (const auto& [param, kept] : state) {

@@ -233,6 +233,13 @@ class _Launches(threading.local):
         self.count = 0
         self.markers: dict[torch.device, Tensor] = {}
 
+    def next(self, device: torch.device) -> tuple[Tensor, int]:
+        """Where the device enters the number of the next launch, and the number."""
+        if device not in self.markers:
+            self.markers[device] = torch.zeros(1, dtype=torch.int64, device=device)
+        self.count += 1
+        return self.markers[device], self.count
+
 
 _launches = _Launches()
 
@@ -270,11 +277,8 @@ def perturb_(
         return
     _numbers(scale, "scale", rows.device, rows.num_groups)
     with guard(rows.device):
-        if rows.device not in _launches.markers:
-            _launches.markers[rows.device] = torch.zeros(1, dtype=torch.int64, device=rows.device)
         table = rows.table()
-        _launches.count += 1
-        launch_perturb(rows.dtype, table, scale, sign, stochastic, _launches.markers[rows.device], _launches.count)
+        launch_perturb(rows.dtype, table, scale, sign, stochastic, *_launches.next(rows.device))
 
 
 def fd_gram(

@@ -56,15 +56,16 @@ class FusedOperators(Operators):
         undo: list[tuple[Sequence[Tensor], Sequence[Tensor]]],
         stochastic: bool = False,
     ) -> None:
-        scale = _on(live[0].device, scale)
-        before, known = self._launch_mark(live[0]), len(undo)
+        first = live[0]
+        scale = _on(first.device, scale)
+        before, known = self._launch_mark(first), len(undo)
         try:
             # One launch saves and writes: undo must not wait until it returns, nor stay if it is never made.
             if sign > 0:
                 undo.append((live, saved))
             self._ops.perturb_(live, saved, grads, groups, scale, adaptive, sign, stochastic)
         except BaseException:
-            if not self._launched(live[0], before):
+            if not self._launched(first, before):
                 del undo[known:]
             raise
 
@@ -146,6 +147,7 @@ class FusedOperators(Operators):
             none = live[0].new_empty(0)  # the schemas know no list of optional tensors that are written
             momentum_buffer = [none if m is None else m for m in momentum_buffer]
         values = [(o.lr, o.momentum, o.dampening, o.weight_decay, o.nesterov, o.maximize) for o in options]
+        device = live[0].device
         self._ops.sgd_step_(
             live,
             saved,
@@ -153,9 +155,9 @@ class FusedOperators(Operators):
             *_gradients(grads),
             groups,
             steps,
-            *_options(values, live[0].device),
-            *_decision(coefficients, live[0].device),
-            _on(live[0].device, coefficients.ok),
+            *_options(values, device),
+            *_decision(coefficients, device),
+            _on(device, coefficients.ok),
         )
 
     def adamw_step_(
@@ -171,6 +173,7 @@ class FusedOperators(Operators):
         coefficients: Coefficients,
     ) -> None:
         values = [(o.lr, *o.betas, o.eps, o.weight_decay, o.decoupled_weight_decay, o.maximize) for o in options]
+        device = live[0].device
         self._ops.adamw_step_(
             live,
             saved,
@@ -179,9 +182,9 @@ class FusedOperators(Operators):
             *_gradients(grads),
             groups,
             steps,
-            *_options(values, live[0].device),
-            *_decision(coefficients, live[0].device),
-            _on(live[0].device, coefficients.ok),
+            *_options(values, device),
+            *_decision(coefficients, device),
+            _on(device, coefficients.ok),
         )
 
     def combine_(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,12 +107,14 @@ def _direct(host: Any) -> SimpleNamespace:
 
 
 def _versioned(implementation: Callable[..., Any], schema: str, host: Any) -> Callable[..., Any]:
-    written = [i for i, (_, written) in enumerate(_arguments(schema)) if written]
+    positions = [i for i, (_, written) in enumerate(_arguments(schema)) if written]
+    if not positions:
+        return implementation
+    written, mark_written = itemgetter(*positions), host.mark_written
 
     def operator(*arguments: Any) -> Any:
         result = implementation(*arguments)
-        if written:
-            host.mark_written(*([x] if isinstance(x, Tensor) else x for x in map(arguments.__getitem__, written)))
+        mark_written(*written(arguments))
         return result
 
     return operator
