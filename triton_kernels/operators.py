@@ -53,74 +53,68 @@ _LIVE, _SAVED, _FIRST, _SECOND, _GRAD, _GRAD_ASCENT, _GRAD_DESCENT, _STEP, _NUME
 )  # fmt: skip
 _COLUMNS, _CHUNK = COLUMNS.value, CHUNK.value
 _ADDRESSES = (_LIVE, _SAVED, _FIRST, _SECOND, _GRAD, _GRAD_ASCENT, _GRAD_DESCENT)
+_MASTERS = (_SAVED, _FIRST, _SECOND)  # in the compute dtype
 
 
 class Rows:
-    """The rows of one call, as they are collected from its lists of tensors.
+    """The rows of one call: its lists of tensors, checked, and the table of their addresses.
 
     Args:
-        column: of the table, for the first list.
-        like: the first list, which gives the rows their number, lengths, dtype and device.
+        groups, num_groups: the group of each row, and how many there are.
+        lists: column of the table, name and tensors of each; the first gives the rows their number, lengths, dtype
+            and device.
+        optional: the same of a list in which some may be missing, or have no elements.
+        steps: how many steps each row has taken.
+        adaptive: for each group, whether its perturbation is that of ASAM.
+        weighted: whether instead it is that of the rows that ``optional`` has.
     """
 
-    def __init__(self, column: int, like: Sequence[Tensor], name: str, groups: Sequence[int], num_groups: int) -> None:
+    def __init__(
+        self,
+        groups: Sequence[int],
+        num_groups: int,
+        *lists: tuple[int, str, Sequence[Tensor]],
+        optional: tuple[int, str, Sequence[Tensor | None]] | None = None,
+        steps: Sequence[Tensor] | None = None,
+        adaptive: Sequence[bool] = (),
+        weighted: bool = False,
+    ) -> None:
+        _, name, like = lists[0]
         if not like:
             raise RuntimeError(f"{name} is empty")
         first = _column(like)
         kind: tuple[torch.dtype, torch.device] = first.kind or (like[0].dtype, like[0].device)
         self.dtype, self.device = kind
-        self.master = torch.float64 if self.dtype == torch.float64 else torch.float32
         if self.dtype not in DTYPES:
             raise RuntimeError(f"rows are {name_of(self.dtype)}, not float64, float32, float16 or bfloat16")
-        check_count(len(groups), "groups", len(like))
+        master = (torch.float64 if self.dtype == torch.float64 else torch.float32), self.device
         found: Any = Groups(groups) if type(groups) in _PLAIN else groups
+        check_count(len(groups), "groups", len(like))
         check_groups(found.limits, num_groups)
-        self.groups, self.num_groups = found.numbers, num_groups
-        self.numels = first.numels
-        if first.kind is None:
-            self._check(first, name, self.dtype)
-        self._columns: list[tuple[int, bytes]] = [(column, first.addresses)]
-        self._adaptive: Sequence[bool] = ()  # of each group; empty if none is
-        self._weights = b""
-
-    def enter(self, column: int, tensors: Sequence[Tensor], name: str, dtype: torch.dtype) -> None:
-        """Enter a list of tensors."""
-        found = _column(tensors)
-        if found.numels != self.numels or found.kind != (dtype, self.device):
-            self._check(found, name, dtype)
-        self._columns.append((column, found.addresses))
-
-    def enter_optional(self, column: int, tensors: Sequence[Tensor | None], name: str, dtype: torch.dtype) -> bytes:
-        """Enter a list in which some may be missing, or have no elements, which is the same.
-
-        Returns:
-            Their addresses; nothing if all are missing.
-        """
-        found = _column(tensors)
-        if found.addresses == bytes(len(self.numels)):  # there is none
-            return b""
-        if found.numels != self.numels or found.kind != (dtype, self.device):
-            self._check(found, name, dtype, optional=True)
-        self._columns.append((column, found.addresses))
-        return found.addresses
-
-    def enter_weights(self, column: int, weights: Sequence[Tensor | None], dtype: torch.dtype) -> None:
-        """Enter the tensors that rows are weighted with, where there are any."""
-        self._weights = self.enter_optional(column, weights, "weights", dtype)
-
-    def enter_adaptive(self, adaptive: Sequence[bool]) -> None:
-        """Enter, for each group, whether its perturbation is that of ASAM."""
-        check_count(len(adaptive), "adaptive", self.num_groups)
-        self._adaptive = tuple(adaptive) if any(adaptive) else ()
-
-    def enter_steps(self, steps: Sequence[Tensor]) -> None:
-        """Enter how many steps each row has taken."""
-        check_count(len(steps), "steps", len(self.numels) // 8)
-        found = _column(steps)
-        if found.kind != (torch.float32, self.device) or found.numels != struct.pack("q", 1) * len(steps):
-            for step in steps:
-                check_tensor(step, "steps", self.device, torch.float32, 1)
-        self._columns.append((_STEP, found.addresses))
+        self.groups, self.num_groups, self.numels = found.numbers, num_groups, first.numels
+        self._columns: list[tuple[int, bytes]] = []
+        for column, name, tensors in lists:
+            found, expected = _column(tensors), master if column in _MASTERS else kind
+            if found.kind != expected or found.numels != self.numels:
+                self._check(found, name, expected)
+            self._columns.append((column, found.addresses))
+        self._adaptive: Sequence[bool] = tuple(adaptive) if any(adaptive) else ()
+        self._weights = b""  # addresses, where there are any
+        if optional is not None:
+            column, name, some = optional
+            found, expected = _column(some), master if column in _MASTERS else kind
+            if found.addresses != bytes(len(self.numels)):
+                if found.kind != expected or found.numels != self.numels:
+                    self._check(found, name, expected, optional=True)
+                self._columns.append((column, found.addresses))
+                self._weights = found.addresses if weighted else b""
+        if steps is not None:
+            check_count(len(steps), "steps", len(like))
+            found = _column(steps)
+            if found.kind != (torch.float32, self.device) or found.numels != struct.pack("q", 1) * len(steps):
+                for step in steps:
+                    check_tensor(step, "steps", self.device, torch.float32, 1)
+            self._columns.append((_STEP, found.addresses))
 
     @property
     def empty(self) -> bool:
@@ -137,11 +131,11 @@ class Rows:
 
         return _cache.get(key, self.device, self._content, table_of)
 
-    def _check(self, column: Any, name: str, dtype: torch.dtype, optional: bool = False) -> None:
+    def _check(self, column: Any, name: str, kind: tuple[torch.dtype, torch.device], optional: bool = False) -> None:
         check_count(len(column), name, len(self.numels) // 8)
         for tensor, n in zip(column, array("q", self.numels), strict=True):
             if not (optional and (tensor is None or not tensor.numel())):
-                check_tensor(tensor, name, self.device, dtype, n)
+                check_tensor(tensor, name, self.device, kind[0], n)
 
     def _order(self) -> list[int]:
         """The rows by group."""
@@ -204,8 +198,7 @@ def grad_norm(
     grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
 ) -> Tensor:
     """Squared norm of the gradient per group."""
-    rows = Rows(_GRAD, grads, "grads", groups, num_groups)
-    rows.enter_weights(_LIVE, weights, rows.dtype)
+    rows = Rows(groups, num_groups, (_GRAD, "grads", grads), optional=(_LIVE, "weights", weights), weighted=True)
     if rows.empty:
         return torch.zeros(num_groups, dtype=torch.float64, device=rows.device)
     with guard(rows.device):
@@ -269,13 +262,13 @@ def perturb_(
     if not live:
         return
     check(sign in (1, -1), f"sign is {sign}")
-    rows = Rows(_LIVE, live, "live", groups, scale.numel())
-    rows.enter(_SAVED, saved, "saved", rows.master)
-    rows.enter(_GRAD, grads, "grads", rows.dtype)
-    rows.enter_adaptive(adaptive)
+    num_groups = scale.numel()
+    check_count(len(adaptive), "adaptive", num_groups)
+    lists = (_LIVE, "live", live), (_SAVED, "saved", saved), (_GRAD, "grads", grads)
+    rows = Rows(groups, num_groups, *lists, adaptive=adaptive)
     if rows.empty:
         return
-    _numbers(scale, "scale", rows.device, rows.num_groups)
+    _numbers(scale, "scale", rows.device, num_groups)
     with guard(rows.device):
         table = rows.table()
         launch_perturb(rows.dtype, table, scale, sign, stochastic, *_launches.next(rows.device))
@@ -290,10 +283,9 @@ def fd_gram(
     weights: Sequence[Tensor | None],
 ) -> Tensor:
     """Gram matrix of the gradient and its differences, per group."""
-    rows = Rows(_GRAD, grad, "grad", groups, num_groups)
-    rows.enter(_GRAD_ASCENT, grad_ascent, "grad_ascent", rows.dtype)
-    rows.enter(_GRAD_DESCENT, grad_descent, "grad_descent", rows.dtype)
-    rows.enter_weights(_SAVED, weights, rows.master)
+    check_count(len(grad_ascent), "grad_ascent", len(grad))
+    gradients = _gradients(grad, grad_ascent, grad_descent)
+    rows = Rows(groups, num_groups, *gradients, optional=(_SAVED, "weights", weights), weighted=True)
     if rows.empty:
         return torch.zeros(num_groups, 9, dtype=torch.float64, device=rows.device)
     with guard(rows.device):
@@ -370,49 +362,12 @@ def _options(options: Sequence[float], tensors: Sequence[Tensor | None], device:
     return _cache.get(("options", content), device, lambda: content, lambda table: table.view(torch.int64))
 
 
-def _enter_gradients(
-    rows: Rows, grad: Sequence[Tensor], grad_ascent: Sequence[Tensor], grad_descent: Sequence[Tensor]
-) -> bool:
-    """Enter the gradients of a step, and say whether there are all three."""
-    rows.enter(_GRAD, grad, "grad", rows.dtype)
-    if not grad_ascent:
-        return False
-    rows.enter(_GRAD_ASCENT, grad_ascent, "grad_ascent", rows.dtype)
-    rows.enter(_GRAD_DESCENT, grad_descent, "grad_descent", rows.dtype)
-    return True
-
-
-def _step(
-    launch: Callable[..., None],
-    num_options: int,
-    enter_buffers: Callable[[Rows], object],
-    live: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    grads: Sequence[Sequence[Tensor]],
-    groups: Sequence[int],
-    steps: Sequence[Tensor],
-    options: Sequence[float],
-    option_tensors: Sequence[Tensor | None],
-    decided: tuple[Tensor, Tensor, Tensor | None],
-    ok: Tensor,
-) -> None:
-    """The step of a base optimizer, with so many options a group; ``enter_buffers`` enters its state."""
-    if not live:
-        return
-    groups_in_all = decided[0].numel()
-    rows = Rows(_LIVE, live, "live", groups, groups_in_all)
-    rows.enter(_SAVED, saved, "saved", rows.master)
-    enter_buffers(rows)
-    rows.enter_steps(steps)
-    differences = _enter_gradients(rows, *grads)
-    check_tensor(ok, "ok", rows.device, torch.bool, 1)
-    check_count(len(options), "options", groups_in_all * num_options)
-    if rows.empty:
-        return
-    decision = _decision(rows, *decided)
-    with guard(rows.device):
-        own = _options(options, option_tensors, rows.device)
-        launch(rows.dtype, rows.table(), own, decision, ok.view(torch.uint8), differences)
+def _gradients(
+    grad: Sequence[Tensor], grad_ascent: Sequence[Tensor], grad_descent: Sequence[Tensor]
+) -> tuple[tuple[int, str, Sequence[Tensor]], ...]:
+    """The lists of all three gradients, or that of the only one."""
+    others = (_GRAD_ASCENT, "grad_ascent", grad_ascent), (_GRAD_DESCENT, "grad_descent", grad_descent)
+    return (_GRAD, "grad", grad), *(others if grad_ascent else ())
 
 
 def sgd_step_(
@@ -432,15 +387,12 @@ def sgd_step_(
     ok: Tensor,
 ) -> None:
     """A step of SGD."""
-
-    def enter_buffers(rows: Rows) -> None:
-        rows.enter_optional(_FIRST, momentum_buffer, "momentum_buffer", rows.master)
-
-    grads = (grad, grad_ascent, grad_descent)
-    _step(
-        launch_sgd_step, SGD_OPTIONS.value, enter_buffers, live, saved, grads, groups, steps, options, option_tensors,
-        (a, b, factor), ok,
-    )  # fmt: skip
+    if not live:
+        return
+    lists = (_LIVE, "live", live), (_SAVED, "saved", saved), *_gradients(grad, grad_ascent, grad_descent)
+    momentum = _FIRST, "momentum_buffer", momentum_buffer
+    rows = Rows(groups, a.numel(), *lists, optional=momentum, steps=steps)
+    _step(launch_sgd_step, SGD_OPTIONS.value, rows, options, option_tensors, (a, b, factor), ok, bool(grad_ascent))
 
 
 def adamw_step_(
@@ -461,16 +413,33 @@ def adamw_step_(
     ok: Tensor,
 ) -> None:
     """A step of Adam or AdamW."""
+    if not live:
+        return
+    lists = (_LIVE, "live", live), (_SAVED, "saved", saved), *_gradients(grad, grad_ascent, grad_descent)
+    moments = (_FIRST, "exp_avg", exp_avg), (_SECOND, "exp_avg_sq", exp_avg_sq)
+    rows = Rows(groups, a.numel(), *lists, *moments, steps=steps)
+    _step(launch_adamw_step, ADAM_OPTIONS.value, rows, options, option_tensors, (a, b, factor), ok, bool(grad_ascent))
 
-    def enter_buffers(rows: Rows) -> None:
-        rows.enter(_FIRST, exp_avg, "exp_avg", rows.master)
-        rows.enter(_SECOND, exp_avg_sq, "exp_avg_sq", rows.master)
 
-    grads = (grad, grad_ascent, grad_descent)
-    _step(
-        launch_adamw_step, ADAM_OPTIONS.value, enter_buffers, live, saved, grads, groups, steps, options,
-        option_tensors, (a, b, factor), ok,
-    )  # fmt: skip
+def _step(
+    launch: Callable[..., None],
+    num_options: int,
+    rows: Rows,
+    options: Sequence[float],
+    option_tensors: Sequence[Tensor | None],
+    decided: tuple[Tensor, Tensor, Tensor | None],
+    ok: Tensor,
+    differences: bool,
+) -> None:
+    """The step of a base optimizer, with so many options a group."""
+    check_tensor(ok, "ok", rows.device, torch.bool, 1)
+    check_count(len(options), "options", rows.num_groups * num_options)
+    if rows.empty:
+        return
+    decision = _decision(rows, *decided)
+    with guard(rows.device):
+        own = _options(options, option_tensors, rows.device)
+        launch(rows.dtype, rows.table(), own, decision, ok.view(torch.uint8), differences)
 
 
 def combine_(
@@ -487,11 +456,10 @@ def combine_(
     """The regularized gradient over the last one, and w into `live`."""
     if not live:
         return
-    rows = Rows(_LIVE, live, "live", groups, a.numel())
-    rows.enter(_SAVED, saved, "saved", rows.master)
-    differences = _enter_gradients(rows, grad, grad_ascent, grad_descent)
+    lists = (_LIVE, "live", live), (_SAVED, "saved", saved), *_gradients(grad, grad_ascent, grad_descent)
+    rows = Rows(groups, a.numel(), *lists)
     if rows.empty:
         return
     decision = _decision(rows, a, b, factor)
     with guard(rows.device):
-        launch_combine(rows.dtype, rows.table(), decision, differences)
+        launch_combine(rows.dtype, rows.table(), decision, bool(grad_ascent))
