@@ -89,8 +89,10 @@ class Rows:
             raise RuntimeError(f"rows are {name_of(self.dtype)}, not float64, float32, float16 or bfloat16")
         master = (torch.float64 if self.dtype == torch.float64 else torch.float32), self.device
         found: Any = Groups(groups) if type(groups) in _PLAIN else groups
-        check_count(len(groups), "groups", len(like))
-        check_groups(found.limits, num_groups)
+        least, most = found.limits
+        if len(groups) != len(like) or not 0 <= least <= most < num_groups:
+            check_count(len(groups), "groups", len(like))
+            check_groups((least, most), num_groups)
         self.groups, self.num_groups, self.numels = found.numbers, num_groups, first.numels
         self._columns: list[tuple[int, bytes]] = []
         for column, name, tensors in lists:
@@ -163,7 +165,7 @@ class Rows:
         begin = 8 * (self.num_groups + 1)
         end = len(layout) - 4 * self.num_groups
         chunks = layout[begin:end].view(torch.int32).view(-1, 2)
-        partial = _new_numbers(self.device, 9 * len(chunks))
+        partial = torch.empty(9 * len(chunks), dtype=torch.float64, device=self.device)
         return chunks, layout[:begin].view(torch.int64), layout[end:].view(torch.int32), partial, len(chunks)
 
     def _layout(self) -> bytes:
@@ -190,10 +192,6 @@ def _numbers(tensor: Tensor, name: str, device: torch.device, count: int) -> Ten
     return tensor
 
 
-def _new_numbers(device: torch.device, *sizes: int) -> Tensor:
-    return torch.empty(sizes, dtype=torch.float64, device=device)
-
-
 def grad_norm(
     grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
 ) -> Tensor:
@@ -203,7 +201,7 @@ def grad_norm(
         return torch.zeros(num_groups, dtype=torch.float64, device=rows.device)
     with guard(rows.device):
         table = rows.table()
-        norms = _new_numbers(rows.device, num_groups)
+        norms = table.partial.new_empty(num_groups)
         launch_grad_norm(rows.dtype, table, norms)
     return norms
 
@@ -290,7 +288,7 @@ def fd_gram(
         return torch.zeros(num_groups, 9, dtype=torch.float64, device=rows.device)
     with guard(rows.device):
         table = rows.table()
-        gram = _new_numbers(rows.device, num_groups, 9)
+        gram = table.partial.new_empty(num_groups, 9)
         launch_fd_gram(rows.dtype, table, gram)
     return gram
 
@@ -331,7 +329,7 @@ def coefficients(
         check_tensor(steps, "taken", device, torch.float32, steps.numel())
         check_tensor(taking, "part", device, torch.float32, steps.numel())
     values = alpha.new_empty(2 * groups + 4)
-    flags = torch.empty(2, dtype=torch.bool, device=device)
+    flags = alpha.new_empty(2, dtype=torch.bool)
     with guard(device):
         launch_coefficients(
             gram, squared_norms, scale, alpha, beta, losses, grad_scale, counters, taken, part, values,
