@@ -36,10 +36,10 @@ class SharedNoise:
 
     def _states(self) -> list[Tensor]:
         accelerators = [torch.get_device_module(d).get_rng_state(d) for d in self._accelerators]
-        return [torch.get_rng_state(), *accelerators]
+        return [torch.default_generator.get_state(), *accelerators]
 
     def _set(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
+        torch.default_generator.set_state(states[0])
         for device, state in zip(self._accelerators, states[1:], strict=True):
             torch.get_device_module(device).set_rng_state(state, device)
 

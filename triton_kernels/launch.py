@@ -79,7 +79,8 @@ def launch_one(kernel: Any, tuples: tuple[Any, ...], device: torch.device, *argu
     _launch(kernel, (tuples, device, *constants.values()), 1, arguments, constants, num_warps=4)
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+_MAX_LAUNCHERS = 1024  # some 10 are in use in a training loop
+_launchers: dict[tuple[Any, ...], Any] = {}  # of kernels that are compiled
 
 
 def _launch(
@@ -103,15 +104,17 @@ def _launch(
         constants: for the others, in their order.
         options: of the compiler.
     """
-    key = (id(kernel), *key, *map(type, arguments))
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[(programs, 1, 1)](*arguments, *constants.values())
+    key = (id(kernel), programs, *key, *map(type, arguments))
+    launch_compiled = _launchers.get(key)
+    if launch_compiled is not None:
+        launch_compiled(*arguments, *constants.values())
         return
     assert list(constants) == kernel.arg_names[len(arguments) :], f"constants are not in order: {list(constants)}"
     compiled = kernel[(programs,)](*arguments, **constants, **options)
     if compiled is not None:  # as it is of one that is interpreted
-        _compiled[key] = compiled
+        if len(_launchers) >= _MAX_LAUNCHERS:
+            _launchers.clear()
+        _launchers[key] = compiled[(programs, 1, 1)]
 
 
 def jit(function: Any) -> Any:
