@@ -29,6 +29,7 @@ from crsam_ext import CRSAM, extension
 from crsam_ext.backends import cuda, triton
 from crsam_ext.passes import SharedNoise
 from tests.cuda_on_cpu import build
+from tests.triton_driver import without_gpu
 
 __all__ = ["BACKENDS", "HostTime", "measure"]
 
@@ -202,26 +203,13 @@ def _empty_cuda() -> Iterator[None]:
 @contextmanager
 def _empty_triton() -> Iterator[None]:
     from crsam_ext.triton_kernels import launch
-    from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    utils = SimpleNamespace(
-        load_binary=lambda name, kernel, shared, device: (object(), 0, 0, 0, 1024),
-        get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
-        unload_module=lambda module: None,
-    )
-    gpu = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-        launcher_cls=lambda source, metadata: lambda *arguments: None,
-        utils=utils,
-    )
     with (
         _extension(),
         mock.patch.object(triton, "why_unavailable", return_value=None),
         mock.patch.object(launch, "INTERPRETED_BLOCK", launch.DEFAULT_BLOCK),
-        mock.patch.object(driver, "_active", gpu),
+        mock.patch.object(driver, "_active", without_gpu(lambda *arguments: None)),
     ):
         yield
 

@@ -131,7 +131,7 @@ def share_memory(grads: Sequence[Tensor | None], others: Sequence[Tensor | None]
     return any(map(eq, *(column._pointers for column in columns)))
 
 
-def places(tensors: Column) -> Any:
+def places(tensors: list[Tensor]) -> list[Any]:
     """Addresses and shapes of all tensors, as a value that is equal to another if they are."""
     return [list(map(Tensor.data_ptr, tensors)), list(map(_shape_of, tensors))]
 
@@ -143,8 +143,7 @@ def fingerprint(by_group: Sequence[list[Tensor]], state: Mapping[Any, Any]) -> A
     return [
         list(map(len, by_group)),
         list(map(id, params)),
-        list(map(Tensor.data_ptr, params)),
-        list(map(_shape_of, params)),
+        *places(params),
         list(map(id, kept)),
         list(chain.from_iterable(kept.values())),
         list(map(id, chain.from_iterable(map(dict.values, kept.values())))),

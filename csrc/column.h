@@ -18,7 +18,8 @@ class Column {
     numels_.reserve(size());
     for (const at::Tensor& tensor : items_) {
       const int64_t numel = tensor.defined() ? tensor.numel() : 0;
-      enter(numel > 0 ? tensor.const_data_ptr() : nullptr, numel);
+      addresses_.push_back(address(numel > 0 ? tensor.const_data_ptr() : nullptr));
+      numels_.push_back(numel);
       alike_ = alike_ && tensor.defined() && tensor.is_contiguous() && tensor.device() == items_[0].device() &&
                tensor.scalar_type() == items_[0].scalar_type();
     }
@@ -63,10 +64,6 @@ class Column {
 
  private:
   static int64_t address(const void* pointer) { return reinterpret_cast<int64_t>(pointer); }
-  void enter(const void* pointer, int64_t numel) {
-    addresses_.push_back(address(pointer));
-    numels_.push_back(numel);
-  }
 
   std::vector<at::Tensor> items_;
   std::vector<int64_t> addresses_;
@@ -83,20 +80,17 @@ struct Optional {
 // The group of each row.
 class Groups {
  public:
-  explicit Groups(std::vector<int64_t> numbers)
-      : numbers_(std::move(numbers)), ordered_(std::is_sorted(numbers_.begin(), numbers_.end())) {
+  explicit Groups(std::vector<int64_t> numbers) : numbers_(std::move(numbers)) {
     const auto [least, most] = std::minmax_element(numbers_.begin(), numbers_.end());
     if (!numbers_.empty()) least_ = *least, most_ = *most;
   }
 
   const std::vector<int64_t>& numbers() const { return numbers_; }
-  bool ordered() const { return ordered_; }
   int64_t least() const { return least_; }
   int64_t most() const { return most_; }
 
  private:
   std::vector<int64_t> numbers_;
-  bool ordered_;
   int64_t least_ = 0, most_ = 0;
 };
 

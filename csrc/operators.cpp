@@ -2,6 +2,7 @@
 // in every call, to C++ and there twice more.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
 
 #include <array>
@@ -42,18 +43,20 @@ void bump_written(const Other&) {}
 
 template <typename Result, typename... Parameters>
 void define(py::module_& m, const char* name, Result (*op)(Parameters...)) {
-  const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow((std::string("crsam::") + name).c_str(), "");
+  const std::string full_name = std::string("crsam::") + name;
+  const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(full_name.c_str(), "");
   std::array<bool, sizeof...(Parameters)> written;
   for (size_t i = 0; i < written.size(); ++i) {
     const c10::AliasInfo* alias = handle.schema().arguments()[i].alias_info();
     written[i] = alias != nullptr && alias->isWrite();
   }
-  const auto function = [op, written](typename Python<Parameters>::Type... given) -> Result {
+  const auto function = [op, written, full_name](typename Python<Parameters>::Type... given) -> Result {
     const auto bump_all = [&] {
       size_t i = 0;
       ((written[i++] ? bump_written(given) : void()), ...);
     };
-    const at::AutoDispatchBelowADInplaceOrView guard;
+    RECORD_FUNCTION(full_name, c10::ArrayRef<const c10::IValue>());  // for a profiler, as the dispatcher does
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
     if constexpr (std::is_void_v<Result>) {
       op(Python<Parameters>::pass(given)...);
       bump_all();

@@ -130,6 +130,14 @@ def test_table_is_copied_when_a_pointer_has_changed(library):
 # Manners -------------------------------------------------------------------------------------------------------------
 
 
+def test_a_profiler_sees_the_operators(library):
+    case, operators = Case(torch.float32), CudaOperators()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        case.grad_norm(operators)
+        case.perturb_first(operators)
+    assert {"crsam::grad_norm", "crsam::perturb_"} <= {event.key for event in profile.key_averages()}
+
+
 def test_versions_of_what_is_written(library):
     check_versions(CudaOperators())
 

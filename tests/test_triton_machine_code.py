@@ -4,7 +4,6 @@ import importlib.util
 import re
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -14,6 +13,7 @@ from crsam_ext.backends import triton as backend
 
 from .conftest import missing
 from .operator_cases import Case
+from .triton_driver import without_gpu
 
 # For each compute capability the dtypes that are looked at: to compile all kernels for all of them would take minutes.
 # float16 differs from bfloat16 in a conversion.
@@ -194,25 +194,12 @@ def launched(monkeypatch, tmp_path):
         pytest.skip("with TRITON_INTERPRET=1, Triton does not compile")
     from crsam_ext.triton_kernels import launch
     from triton import knobs
-    from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
     launched = []
-    utils = {
-        "load_binary": lambda *_: ("module", "function", 0, 0, 1024),
-        "unload_module": lambda module: None,
-        "get_device_properties": lambda device: {"max_shared_mem": 227 * 1024},
-    }
-    gpu = {
-        "get_current_target": lambda: GPUTarget("cuda", 90, 32),
-        "get_current_device": lambda: 0,
-        "get_current_stream": lambda device: 0,
-        "launcher_cls": lambda source, metadata: lambda *arguments: launched.append(arguments),
-        "utils": SimpleNamespace(**utils),
-    }
     monkeypatch.setattr(launch, "INTERPRETED_BLOCK", launch.DEFAULT_BLOCK)
     monkeypatch.setattr(launch, "_launchers", {})
-    monkeypatch.setattr(driver, "_active", SimpleNamespace(**gpu))
+    monkeypatch.setattr(driver, "_active", without_gpu(lambda *arguments: launched.append(arguments)))
     with knobs.cache.scope():
         knobs.cache.dir = str(tmp_path)
         yield launched
@@ -231,10 +218,8 @@ def _kernels():
 
 def _run_all(sizes, offset, losses=False):
     """Each kernel once, perturb_kernel with both signs."""
-    case, operators = (
-        Case(torch.float32, sizes=sizes, groups=[0] * len(sizes), offset=offset),
-        backend.TritonOperators(),
-    )
+    case = Case(torch.float32, sizes=sizes, groups=[0] * len(sizes), offset=offset)
+    operators = backend.TritonOperators()
     for operator in Case.OPERATORS:
         operator(case, operators)
     gram, counters = torch.ones(2, 9, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
@@ -261,7 +246,8 @@ def test_nothing_is_compiled_twice(launched, monkeypatch):
     for sizes, offset in SIZES:
         _run_all(sizes, offset)
     variants = {kernel.fn.__name__: len(kernel.device_caches[0][0]) for kernel in _kernels()}
-    assert variants == {name: 2 if name == "perturb_kernel" else 1 for name in variants}  # two signs
+    expected = {kernel.function for kernel in KERNELS.values()} | {"perturbation_scale_kernel", "coefficients_kernel"}
+    assert variants == {name: 2 if name == "perturb_kernel" else 1 for name in expected}  # two signs
 
 
 @pytest.mark.parametrize("losses", [False, True])

@@ -89,10 +89,8 @@ class Rows:
             raise RuntimeError(f"rows are {name_of(self.dtype)}, not float64, float32, float16 or bfloat16")
         master = (torch.float64 if self.dtype == torch.float64 else torch.float32), self.device
         found: Any = Groups(groups) if type(groups) in _PLAIN else groups
-        least, most = found.limits
-        if len(groups) != len(like) or not 0 <= least <= most < num_groups:
-            check_count(len(groups), "groups", len(like))
-            check_groups((least, most), num_groups)
+        check_count(len(groups), "groups", len(like))
+        check_groups(found.limits, num_groups)
         self.groups, self.num_groups, self.numels = found.numbers, num_groups, first.numels
         self._columns: list[tuple[int, bytes]] = []
         for column, name, tensors in lists:
