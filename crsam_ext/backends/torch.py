@@ -22,9 +22,12 @@ __all__ = ["TorchOperators"]
 
 # Elements in a block. On a CPU the eight or so blocks in use should stay in the last-level cache, while the cost of a
 # call (1 to 2 us) is spread over many elements; little changes from 2^18 to 2^20. It also bounds the length of float32
-# sums: torch.dot is within 2e-7 here, and off by 1e-4 at 2^24. Elsewhere a block only bounds scratch.
+# sums: torch.dot is within 1e-6 here, and off by 1e-4 at 2^24. Elsewhere a block only bounds scratch.
 _CPU_BLOCK = 2**19
 _DEVICE_BLOCK = 2**22
+# Elements of which a norm is taken in the compute dtype. All pieces of a row are one call, so they can be short, and
+# squared norms within 1e-7.
+_PIECE = 2**14
 
 
 def _block(device: torch.device) -> int:
@@ -89,28 +92,29 @@ def _write(live: Tensor, saved: Tensor, new: Tensor, ok: Tensor | None) -> None:
         live.copy_(saved)
 
 
-def _save(live: Tensor, saved: Tensor, scratch: Scratch) -> None:
+def _save(live: Tensor, saved: Tensor, scratch: Scratch) -> Tensor:
+    """Save what was written into ``live`` since the last step; returns w, from where reading it costs less."""
     if live.dtype == saved.dtype:
         saved.copy_(live)
-    else:
-        rounded = scratch(0, live.dtype).copy_(saved)
-        unchanged = torch.eq(rounded, live, out=scratch(1, torch.bool))
-        torch.where(unchanged, saved, scratch(2).copy_(live), out=saved)
+        return live
+    rounded = scratch(0, live.dtype).copy_(saved)
+    unchanged = torch.eq(rounded, live, out=scratch(1, torch.bool))
+    return torch.where(unchanged, saved, scratch(2).copy_(live), out=saved)
 
 
 def _perturb(
-    live: Tensor, saved: Tensor, g: Tensor, scale: Tensor, scratch: Scratch, adaptive: bool, stochastic: bool
+    live: Tensor, w: Tensor, g: Tensor, scale: Tensor, scratch: Scratch, adaptive: bool, stochastic: bool
 ) -> None:
     g = e = _up(g, scratch, 0)
-    rounds = live.dtype != saved.dtype
-    w = scratch(3).copy_(live.copy_(saved)) if rounds and stochastic else saved
+    rounds = live.dtype != w.dtype
+    start = scratch(3).copy_(live.copy_(w)) if rounds and stochastic else w
     if adaptive:
-        e = torch.mul(w, w, out=scratch(1)).mul_(g)
+        e = torch.mul(start, start, out=scratch(1)).mul_(g)
     if not rounds:
-        torch.addcmul(w, e, scale, out=live)
+        torch.addcmul(start, e, scale, out=live)
         return
-    moved = torch.addcmul(w, e, scale, out=scratch(2))
-    live.copy_(_dithered(moved, _hashed(saved, g), live.dtype) if stochastic else moved)
+    moved = torch.addcmul(start, e, scale, out=scratch(2))
+    live.copy_(_dithered(moved, _hashed(w, g), live.dtype) if stochastic else moved)
 
 
 def _hashed(w: Tensor, g: Tensor) -> Tensor:
@@ -128,6 +132,13 @@ def _dithered(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
     q = (exponent - digits << 23).view(torch.float32)
     inverse = (254 + digits - exponent << 23).view(torch.float32)
     return torch.floor(x * inverse + random * 2.0**-13) * q
+
+
+def _norms(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Norms, computed in ``dtype``, of the pieces of a row."""
+    rest = x.numel() % _PIECE
+    pieces = [x.view(-1, _PIECE)] if rest == 0 else [x[:-rest].view(-1, _PIECE), x[None, -rest:]]
+    return [torch.linalg.vector_norm(piece, dim=1, dtype=dtype) for piece in pieces]
 
 
 def _sum_of_products(x: Tensor, y: Tensor, blind: bool = True) -> Tensor:
@@ -320,15 +331,22 @@ class TorchOperators(Operators):
     def grad_norm(
         self, grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
     ) -> Tensor:
-        sums: list[list[Tensor]] = [[] for _ in range(num_groups)]
-        for g, group, w in zip(grads, groups, weights, strict=True):
-            for (x, v), scratch in self._blocks((g, w)):
-                x = _up(x, scratch, 0)
-                if v is not None:
-                    x = torch.mul(x, v, out=scratch(1))
-                sums[group].append(_dot(x, x, self._selects(x)))
-        zero = torch.zeros((), dtype=torch.float64, device=grads[0].device)
-        return torch.stack([torch.stack(s).sum(dtype=torch.float64) if s else zero for s in sums])
+        def sums(dtype: torch.dtype) -> Tensor:
+            norms: list[list[Tensor]] = [[] for _ in range(num_groups)]
+            for g, group, w in zip(grads, groups, weights, strict=True):
+                if w is None:
+                    norms[group] += _norms(g, dtype)
+                    continue
+                for (x, v), scratch in self._blocks((g, w)):
+                    norms[group] += _norms(torch.mul(_up(x, scratch, 0), v, out=scratch(1)), dtype)
+            zero = torch.zeros((), dtype=torch.float64, device=first.device)
+            return torch.stack([torch.cat(n).double().square_().sum() if n else zero for n in norms])
+
+        first = grads[0]
+        result = sums(compute_dtype(first.dtype))
+        if self._selects(first) or all(map(math.isfinite, result.tolist())):
+            return result
+        return sums(torch.float64)  # squares may have overflowed
 
     def perturb_(
         self,
@@ -348,10 +366,11 @@ class TorchOperators(Operators):
         table = self._table([scale * sign], live[0])
         for *row, group in zip(live, saved, grads, groups, strict=True):
             for (p, w, g), scratch in self._blocks(row):
+                start = w
                 if sign > 0:
-                    _save(p, w, scratch)
+                    start = _save(p, w, scratch)
                     undo.append(([p], [w]))
-                _perturb(p, w, g, table[group], scratch, adaptive[group], stochastic)
+                _perturb(p, start, g, table[group], scratch, adaptive[group], stochastic)
 
     def fd_gram(
         self,
