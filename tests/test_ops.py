@@ -85,6 +85,14 @@ def check_grad_norm(operators, dtype, weighted, device="cpu"):
         assert found[group].item() == pytest.approx(expected, rel=sum_tolerance(dtype), abs=0)
 
 
+def test_sums_of_long_rows():
+    """Rounding does not grow with the length: float32 sums have 2^19 terms at most, in 8 lanes or more."""
+    operators, g = backends.load("torch"), torch.rand(2**23 + 5)
+    expected = pytest.approx(reference.norm([g]) ** 2, rel=unit(torch.float32) * math.sqrt(2**19 / 8), abs=0)
+    assert operators.grad_norm([g], [0], 1, [None]).item() == expected
+    assert operators.fd_gram([g], [2 * g], [g], [0], 1, [None])[0, :6].tolist() == [expected] * 6
+
+
 @dtypes
 @pytest.mark.parametrize("weighted", [(False, False), (True, True), (True, False)], ids=["plain", "weighted", "mixed"])
 def test_grad_norm(weighted, dtype, operators, device):
