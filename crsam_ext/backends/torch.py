@@ -143,7 +143,7 @@ def _norms(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """Norms, computed in ``dtype``, of the pieces of a row."""
     rest = x.numel() % _PIECE
     pieces = [x.view(-1, _PIECE)] if rest == 0 else [x[:-rest].view(-1, _PIECE), x[None, -rest:]]
-    return [torch.linalg.vector_norm(piece, dim=1, dtype=dtype) for piece in pieces]
+    return [torch.linalg.vector_norm(piece, dim=1, dtype=dtype) for piece in pieces if piece.numel()]
 
 
 def _sum_of_products(x: Tensor, y: Tensor, blind: bool = True) -> Tensor:
