@@ -27,7 +27,7 @@ from torch import Tensor
 
 from crsam_ext import CRSAM, extension
 from crsam_ext.backends import cuda, triton
-from crsam_ext.passes import SharedNoise
+from crsam_ext.noise import SharedNoise
 from tests.cuda_on_cpu import build
 from tests.triton_driver import without_gpu
 

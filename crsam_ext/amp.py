@@ -55,7 +55,7 @@ class GradScaler(torch.amp.GradScaler):
             self._lazy_init_scale_growth_tracker(optimizer.param_groups[0]["params"][0].device)
         scale = self._get_scale_async()
         assert scale is not None
-        found_inf = torch.zeros((), device=scale.device)
+        found_inf = torch.zeros((), dtype=torch.float32, device=scale.device)
         optimizer._scaling = scale, found_inf
         try:
             loss = optimizer.step(closure)

@@ -47,7 +47,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .passes import SharedNoise
+from .noise import RandomState
 
 __all__ = [
     "AscentGap",
@@ -348,13 +348,13 @@ class _Batch:
             raise TypeError(f"the loader must give pairs (input, target), but gave a {type(batch).__name__}") from None
         self._objective = objective
         self._input, self._target = (_to(x, objective.params[0].device) for x in (inputs, target))
-        self._random = SharedNoise(objective.devices)
+        self._random = RandomState(objective.devices)
         lengths = (n for n in map(_length, (self._target, self._input)) if n is not None)
         self.size = next(lengths, 1)
 
     def loss(self) -> Tensor:
         """The mean loss of the batch, 0-dim, with its graph where gradients are enabled."""
-        self._random.repeat()
+        self._random.restore()
         if self._objective.training:
             self._objective.reset_buffers()
         torch.clear_autocast_cache()  # it may hold low-precision weights of another w, or of a graph that is gone
@@ -431,7 +431,7 @@ class _Objective:
     def __enter__(self) -> _Objective:
         self._modes = {module: module.training for module in self.model.modules()}
         self._buffers = [(b, b.clone()) for b in self.model.buffers()]
-        self._random = SharedNoise(self.devices)
+        self._random = RandomState(self.devices)
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
@@ -447,7 +447,7 @@ class _Objective:
         for module, mode in self._modes.items():
             module.training = mode
         self.reset_buffers()
-        self._random.repeat()
+        self._random.restore()
         torch.clear_autocast_cache()
         self._stack.close()
 
@@ -457,7 +457,7 @@ class _Objective:
 
     def batches(self) -> Iterator[_Batch]:
         """One run through the loader, the same every time."""
-        self._random.repeat()
+        self._random.restore()
         self.samples, index = 0, -1
         length = len(self._loader) if isinstance(self._loader, Sized) else None
         for index, content in enumerate(self._loader):

@@ -5,6 +5,12 @@ with its shape and dense strides (channels_last included); w and every buffer of
 tensors with the same offsets. Gradients are not flattened: autograd hands over a fresh tensor per parameter and pass at
 no cost, whereas accumulating into a flat buffer costs a fill and a read-modify-write.
 
+A parameter whose memory others may hold is not moved into the flat tensor; it stays *in place*. Operators then work on
+its own memory as a row, if it is a row: without gaps, and too large to share a row with neighbours. Otherwise they work
+on its segment of the flat tensor, which *mirrors* the parameter: it is copied from there before, and back afterwards.
+So the rows, and with them the rounding of sums over rows, do not depend on where parameters lie. State that was handed
+in as part of other memory is mirrored likewise.
+
 Operators work on *rows*, contiguous runs of these tensors. A large parameter is a row; small ones that lie next to each
 other share one, into which their gradients are gathered. Which parameters take part can change from step to step
 (frozen layers, untaken branches), so a :class:`Plan` is made for each set of participants and kept.
@@ -12,16 +18,17 @@ other share one, into which their gradients are gathered. Which parameters take 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils.dlpack import from_dlpack
 
-from .ops import AdamOptions, Operators, SGDOptions, compute_dtype
+from ._compat import storage_is_shared
+from .ops import AdamOptions, Operators, SGDOptions, compute_dtype, scalar
 
 __all__ = ["FlatParameters", "Gradients", "Options", "check_parameter"]
 
@@ -42,23 +49,47 @@ class Slot:
     group: int
     index: int
     offset: int
+    live_offset: int  # of its segment of ``live``, which has none for rows that are in place
     shape: torch.Size
     stride: tuple[int, ...]
     numel: int
     dtype: torch.dtype
     nbytes: int
-    pointer: int = 0
+    joins: bool  # whether it can share a row with neighbours
+    home: Tensor | None = None  # the memory of a parameter that stays in place
+    place: tuple[Any, ...] = ()
     views: dict[str, Tensor] = field(default_factory=dict)  # what belongs into the optimizer's state
     published: bool = False  # whether the state holds the views
 
-    def view(self, flat: Tensor) -> Tensor:
-        """The parameter's segment of ``flat``, with its shape and strides.
+    @property
+    def is_row(self) -> bool:
+        """Whether the memory of a parameter in place is its row."""
+        return self.home is not None and not self.joins and self.matches_layout(self.home)
 
-        It has a storage of its own over that memory: safetensors and Accelerate take tensors of one storage for one
+    def live(self, flat: Tensor) -> Tensor:
+        """What operators write as the parameter, in its shape."""
+        return self.home if self.is_row else self._segment(flat, self.live_offset)  # type: ignore[return-value]
+
+    def locate(self) -> None:
+        """Take note of where the parameter is."""
+        self.place = _place(self.param)
+        if self.home is not None:
+            self.home = self.param.data
+
+    def view(self, flat: Tensor) -> Tensor:
+        """The parameter's segment of a tensor of the offsets of ``saved``, with its shape and strides."""
+        return self._segment(flat, self.offset)
+
+    def _segment(self, flat: Tensor, offset: int) -> Tensor:
+        """It has a storage of its own over that memory: safetensors and Accelerate take tensors of one storage for one
         tied tensor, of which they save one or refuse to save any, and torch.save writes storages whole.
         """
-        segment = from_dlpack(flat[self.offset : self.offset + self.numel])
-        return segment.as_strided(self.shape, self.stride)
+        return from_dlpack(flat[offset : offset + self.numel]).as_strided(self.shape, self.stride)
+
+    def as_gradient(self, g: Tensor) -> Tensor:
+        """A gradient in the dtype that ``p.grad`` takes: the parameter's own, or that of its ``grad_dtype``."""
+        dtype = getattr(self.param, "grad_dtype", None)
+        return g if dtype is None else g.to(dtype)
 
     def lay_out(self, values: Tensor) -> Tensor:
         """``values`` in the memory order of the parameter, a copy where it is another."""
@@ -90,7 +121,16 @@ class Row:
         return self.slots[-1].offset + self.slots[-1].numel
 
     def of(self, flat: Tensor) -> Tensor:
+        """The row of a tensor of the offsets of ``saved``."""
         return flat[self.start : self.stop]
+
+    def live(self, flat: Tensor) -> Tensor:
+        """The row of ``live``, or of the memory of a parameter in place."""
+        first = self.slots[0]
+        if first.is_row:
+            assert first.home is not None
+            return first.home.as_strided((first.numel,), (1,))
+        return flat[first.live_offset : first.live_offset + self.stop - self.start]
 
     def gather(self, grads: Gradients, index: int) -> Tensor:
         """The gradient of pass ``index`` over the row; a pass that gave a parameter none counts as zero there."""
@@ -116,8 +156,9 @@ class Plan:
 
     def __init__(self, bucket: Bucket, rows: list[Row]) -> None:
         Column, self.rows = bucket.host.Column, rows
+        self._column, self._flat = Column, bucket.live
         self.groups = bucket.host.Groups(row.slots[0].group for row in rows)
-        self.live = Column(row.of(bucket.live) for row in rows)
+        self.locate()
         self.saved = Column(row.of(bucket.saved) for row in rows)
         self.unweighted = Column([None] * len(rows))
         self.buffers: dict[str, list[Any]] = {
@@ -125,20 +166,38 @@ class Plan:
             for name, flat in bucket.buffers.items()
         }
         self.published = False
-        self.params = Column(slot.param for row in rows for slot in row.slots)
-        # Whether gradients can be rows as they are: None where rows must be 1-D.
-        self._column = Column
+        # Whether small rows share a 1-D row, into which their gradients are gathered.
         self._gathers = bucket.gather_below > 0
         self._all_slots = len(rows) == len(bucket.slots)  # and so in their order
         if bucket.steps is not None:
             slots = [slot for row in rows for slot in row.slots]
-            mask = torch.zeros(len(bucket.slots))
+            mask = torch.zeros(len(bucket.slots), dtype=torch.float32, device="cpu")
             mask[[slot.index for slot in slots]] = 1
             self.mask = mask.to(bucket.steps.device)
-            # One tensor object for all rows with the same history, so that operators can tell by identity.
-            by_history = {row: bucket.history[row.slots[0].index] for row in rows}
-            counters = {h: bucket.steps[row.slots[0].index] for row, h in by_history.items()}
-            self.steps = Column(counters[by_history[row]] for row in rows)
+            # One tensor object for all rows with the same history, so that operators can tell by identity. Kernels
+            # have no use for that, and read each row's own counter.
+            key = bucket.history if self._gathers else range(len(bucket.slots))
+            numbers = {row: key[row.slots[0].index] for row in rows}
+            counters = {number: bucket.steps[row.slots[0].index] for row, number in numbers.items()}
+            self.steps = Column(counters[numbers[row]] for row in rows)
+
+    def locate(self) -> None:
+        """Take note of where the parameters are."""
+        self.live = self._column(row.live(self._flat) for row in self.rows)
+        self.params = self._column(slot.param for row in self.rows for slot in row.slots)
+        slots = [slot for row in self.rows for slot in row.slots if not slot.is_row]
+        mirrored = [(slot.home, slot.live(self._flat)) for slot in slots if slot.home is not None]
+        self._homes, self._mirrors = [home for home, _ in mirrored], [mirror for _, mirror in mirrored]
+
+    def pull(self) -> None:
+        """Copy parameters that are mirrored into their mirrors."""
+        if self._homes:
+            torch._foreach_copy_(self._mirrors, self._homes)
+
+    def push(self) -> None:
+        """Copy the mirrors into the parameters."""
+        if self._homes:
+            torch._foreach_copy_(self._homes, self._mirrors)
 
     def gather(self, grads: Gradients, index: int) -> Sequence[Tensor]:
         """Rows of the gradients of pass ``index``."""
@@ -155,7 +214,7 @@ class Plan:
         for row, g in zip(self.rows, rows, strict=True):
             for slot in row.slots:
                 offset = g.storage_offset() + slot.offset - row.start
-                slot.param.grad = g.as_strided(slot.shape, slot.stride, offset)
+                slot.param.grad = slot.as_gradient(g.as_strided(slot.shape, slot.stride, offset))
 
 
 class Bucket:
@@ -172,33 +231,50 @@ class Bucket:
     """
 
     def __init__(
-        self, members: list[tuple[Tensor, int]], options: Sequence[Options], operators: Operators, num_points: int
+        self,
+        members: list[tuple[Tensor, int]],
+        options: Sequence[Options],
+        operators: Operators,
+        num_points: int,
+        stays: Callable[[Tensor], bool],
     ) -> None:
         first = members[0][0]
         self.device, self.dtype = first.device, first.dtype
-        self.host, self.gather_below = operators.host, operators.gather_below
+        self.host, self.gather_below, self._selects = operators.host, operators.gather_below, operators.selects
         align = _ALIGNMENT // first.element_size()
         self.slots: list[Slot] = []
-        offset = 0
+        offset = live_offset = 0
         for param, group in sorted(members, key=lambda m: (m[1], m[0].numel() >= self.gather_below)):
             stride = torch.empty_like(param, device="meta").stride()  # dense, in the parameter's own order
             numel, nbytes = param.numel(), param.numel() * param.element_size()
-            index = len(self.slots)
-            self.slots.append(Slot(param, group, index, offset, param.shape, stride, numel, param.dtype, nbytes))
-            offset += -(-param.numel() // align) * align
+            index, joins = len(self.slots), numel < self.gather_below
+            slot = Slot(
+                param, group, index, offset, live_offset, param.shape, stride, numel, param.dtype, nbytes, joins
+            )
+            if stays(param):
+                slot.home = param.data
+            self.slots.append(slot)
+            segment = -(-numel // align) * align
+            offset += segment
+            if num_points > 1 or not slot.is_row:
+                live_offset += segment
 
-        def flat(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(offset, dtype=dtype, device=self.device)
+        def flat(length: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(length, dtype=dtype, device=self.device)
 
         wide = compute_dtype(self.dtype)
-        self.points = torch.zeros(num_points, offset, dtype=self.dtype, device=self.device)
-        self.live, self.saved = self.points[0], flat(wide)
+        self.points = torch.zeros(num_points, live_offset, dtype=self.dtype, device=self.device)
+        self.live, self.saved = self.points[0], flat(offset, wide)
         names = {name for slot in self.slots if (o := options[slot.group]) is not None for name in o.buffers}
-        self.buffers = {name: flat(wide) for name in sorted(names)}
-        self.steps = None if options[0] is None else torch.zeros(len(self.slots), device=self.device)
+        self.buffers = {name: flat(offset, wide) for name in sorted(names)}
+        self.steps = None if options[0] is None else flat(len(self.slots), torch.float32)
         self.history: list[float] = []
+        self._counted: list[float] = []  # see _counters(), after the last step
+        self._theirs: list[tuple[Tensor, Tensor]] = []  # state that lies elsewhere, and its mirror
         self.params = self.host.Column(slot.param for slot in self.slots)
         self.all_active = (True,) * len(self.slots)
+        #: Whether every ``p.grad`` takes the parameter's own dtype.
+        self.takes_own_dtype = all(getattr(p, "grad_dtype", None) in (None, self.dtype) for p in self.params)
         self._plans: dict[tuple[bool, ...], Plan] = {}
 
     @property
@@ -206,37 +282,42 @@ class Bucket:
         """Whether ``saved`` is wider than the parameters, and kept from step to step."""
         return self.saved.dtype != self.dtype
 
+    def beside(self, row: Row) -> Tensor:
+        """The row at w - e, beside the one that the model reads."""
+        return self.points[1, row.slots[0].live_offset :][: row.stop - row.start]
+
     def stacked(self, slot: Slot) -> Tensor:
         """All points of a parameter: [points, *its shape]."""
         strides = (self.points.stride(0), *slot.stride)
-        return self.points.as_strided((len(self.points), *slot.shape), strides, slot.offset)
+        points = self.points.as_strided((len(self.points), *slot.shape), strides, slot.live_offset)
+        if slot.is_row:
+            points[0] = slot.param.detach()
+        return points
 
-    def adopt(self, state: Mapping[Tensor, dict[str, Any]], options: Sequence[Options]) -> None:
-        """Move parameters and state into the flat buffers, and point the parameters at them."""
+    def adopt(
+        self, state: Mapping[Tensor, dict[str, Any]], options: Sequence[Options], moved: Mapping[Tensor, int]
+    ) -> None:
+        """Move parameters and state into the flat buffers, and point them there."""
         for slot in self.slots:
-            live, saved = slot.view(self.live), slot.view(self.saved)
-            live.copy_(slot.param.detach())
-            slot.param.data = live
-            slot.pointer = slot.param.data_ptr()
+            saved = slot.view(self.saved)
+            if slot.home is None:
+                live = slot.live(self.live)
+                live.copy_(slot.param.detach())
+                slot.param.data = live
+            slot.locate()
             option = options[slot.group]
             if option is None:
                 continue
             assert self.steps is not None
             slot.views = {name: slot.view(self.buffers[name]) for name in option.buffers}
             if self.has_master:
-                slot.views["master_param"] = saved.copy_(live)
+                slot.views["master_param"] = saved.copy_(slot.param.detach())
             if option.counts_steps:
-                slot.views["step"] = self.steps[slot.index]
+                slot.views["step"] = from_dlpack(self.steps[slot.index])
             kept = state.get(slot.param, {})
             for name, view in slot.views.items():
                 if kept.get(name) is not None:
-                    value = torch.as_tensor(kept[name])
-                    if value.shape != view.shape:
-                        raise ValueError(
-                            f"state {name!r} has shape {tuple(value.shape)} but its parameter has shape "
-                            f"{tuple(view.shape)}: a parameter that changes shape needs a new optimizer"
-                        )
-                    kept[name] = view.copy_(value)
+                    slot.views[name] = kept[name] = self._take_over(name, kept[name], view, moved)
             if kept.get("momentum_buffer") is not None and not option.counts_steps:
                 self.steps[slot.index] = 1.0
             if kept:
@@ -244,24 +325,75 @@ class Bucket:
                 kept.update(slot.views)
                 slot.published = True
         self.history = [] if self.steps is None else self.steps.tolist()
+        self._counted = self._counters()
+
+    def _take_over(self, name: str, given: Any, view: Tensor, moved: Mapping[Tensor, int]) -> Tensor:
+        """Move a value of the state into the flat buffer that ``view`` is a part of; the tensor that the state holds.
+
+        A tensor stays the object that it is, as whoever handed it in may go on reading it.
+        """
+        value = scalar(given)
+        if value.shape != view.shape:
+            raise ValueError(
+                f"state {name!r} has shape {tuple(value.shape)} but its parameter has shape {tuple(view.shape)}: "
+                "a parameter that changes shape needs a new optimizer"
+            )
+        view.copy_(value)
+        if not isinstance(given, Tensor) or (given.dtype, given.device) != (view.dtype, view.device):
+            return view
+        if given.requires_grad or given.is_inference() or type(given) is not Tensor:
+            return view
+        if _is_held_by_others(given, moved):
+            self._theirs.append((given, view))
+        else:
+            given.data = view
+        return given
+
+    def pull_state(self) -> None:
+        """Copy state that lies elsewhere into its mirror, and see whether someone changed the step counters."""
+        for theirs, view in self._theirs:
+            view.copy_(theirs)
+        if self.steps is not None and self._counters() != self._counted:
+            self.history = _numbered(zip(self.history, self.steps.tolist(), strict=True))
+            self._plans.clear()
+
+    def push_state(self) -> None:
+        """Copy the mirrors into the state that lies elsewhere."""
+        for theirs, view in self._theirs:
+            theirs.copy_(view)
+        self._counted = self._counters()
+
+    def _counters(self) -> list[float]:
+        """What shows whether someone changed the step counters: their values or, where these may not be read, the
+        versions of the tensors in the state, through which operators do not write."""
+        if self.steps is None:
+            return []
+        if not self._selects(self.steps):
+            return self.steps.tolist()
+        return [slot.views["step"]._version for slot in self.slots if "step" in slot.views]
+
+    def locate(self) -> None:
+        """Take note of where the parameters are."""
+        self.params = self.host.Column(slot.param for slot in self.slots)
+        for plan in self._plans.values():
+            plan.locate()
 
     def plan(self, active: tuple[bool, ...]) -> Plan:
         """The rows for the slots that are ``active``."""
         if active not in self._plans:
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
-            if self.steps is not None:
+            if self.steps is not None and self.gather_below:
                 self._split_histories(active)
             self._plans[active] = Plan(self, list(self._rows(active)))
         return self._plans[active]
 
     def _split_histories(self, active: tuple[bool, ...]) -> None:
         """Give the active slots histories of their own; plans whose rows would now mix histories are dropped."""
-        pairs = list(zip(self.history, active, strict=True))
-        numbers = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
-        if len(numbers) > len(set(self.history)):
+        history = _numbered(zip(self.history, active, strict=True))
+        if len(set(history)) > len(set(self.history)):
             self._plans.clear()
-        self.history = [numbers[pair] for pair in pairs]
+        self.history = history
 
     def _rows(self, active: tuple[bool, ...]) -> Iterator[Row]:
         row: Row | None = None
@@ -281,7 +413,8 @@ class Bucket:
         return (
             slot.index == last.index + 1
             and slot.group == last.group
-            and max(slot.numel, last.numel) < self.gather_below
+            and slot.joins
+            and last.joins
             and (self.steps is None or self.history[slot.index] == self.history[last.index])
         )
 
@@ -304,8 +437,10 @@ class FlatParameters:
         options: for each group, how its update is computed, or None for all where another optimizer computes it.
         operators: will work on them.
         num_points: how many points are evaluated at once, 1 or 2.
+        flatten: move the parameters that own their memory alone; otherwise, all stay in place.
+        moved: parameters and state that lie in flat buffers already, with their addresses.
     Raises:
-        ValueError: for parameters that cannot be made views of a flat buffer; the message says why.
+        ValueError: for parameters that no row can be made of; the message says why.
     """
 
     def __init__(
@@ -315,7 +450,10 @@ class FlatParameters:
         options: Sequence[Options],
         operators: Operators,
         num_points: int = 1,
+        flatten: bool = True,
+        moved: Mapping[Tensor, int] | None = None,
     ) -> None:
+        moved = moved or {}
         self.num_points = num_points
         self._host = operators.host
         self.published = False  # whether the state holds all buffers that the last update used
@@ -323,17 +461,22 @@ class FlatParameters:
         members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int]]] = {}
         for group, param in _members(param_groups):
             if _wanted(param, state):
+                _check_memory(param)
                 check_parameter(param)
-                _check_device(param)
                 members.setdefault((param.device, param.dtype), []).append((param, group))
         _check_sharing([param for bucket in members.values() for param, _ in bucket])
-        self.buckets = [Bucket(bucket, options, operators, num_points) for bucket in members.values()]
+
+        def stays(tensor: Tensor) -> bool:
+            return not flatten or _is_held_by_others(tensor, moved)
+
+        self.buckets = [Bucket(bucket, options, operators, num_points, stays) for bucket in members.values()]
         self._slots = {slot.param: slot for bucket in self.buckets for slot in bucket.slots}
+        self._moved_in_step: set[Slot] = set()  # those that followed a parameter since the step began
         self._copies: dict[tuple[Slot, int], Tensor] = {}
         self._constants: dict[tuple[float, ...], Tensor] = {}
         for bucket in self.buckets:
-            bucket.adopt(state, options)
-        self._places = [self._host.places(bucket.params) for bucket in self.buckets]
+            bucket.adopt(state, options, moved)
+        self._places = self._now()
         self._matched: Any = None  # fingerprint of what was found in place
         self._outside: list[Tensor] = []  # parameters that were left where they are
 
@@ -370,33 +513,68 @@ class FlatParameters:
         self._outside = [param for _, param in _members(param_groups) if param not in self._slots]
         return True
 
+    def moved(self) -> dict[Tensor, int]:
+        """Parameters and state that were moved here and have stayed, with their addresses."""
+        tensors = [view for slot in self._slots.values() for view in slot.views.values()]
+        tensors += [slot.param for slot in self._slots.values() if slot.home is None]
+        return {tensor: tensor.data_ptr() for tensor in tensors}
+
     @staticmethod
     def _in_place(slot: Slot) -> bool:
-        return slot.param.data_ptr() == slot.pointer and slot.param.shape == slot.shape
+        return _place(slot.param) == slot.place
+
+    def _now(self) -> list[Any]:
+        return [self._host.places(bucket.params) for bucket in self.buckets]
+
+    def begin_step(self) -> None:
+        """Call when a step has found everything in place."""
+        self._moved_in_step.clear()
+
+    def follow(self) -> None:
+        """Go on with parameters that were re-pointed between two passes, if they hold the same values there.
+
+        cuDNN's weights move whenever a forward calls ``flatten_parameters()``. The values are compared on the host.
+
+        Raises:
+            RuntimeError: if a parameter has changed its values, shape, strides, dtype or device as well.
+        """
+        if self._now() == self._places:
+            return
+        for bucket in self.buckets:
+            moved = [slot for slot in bucket.slots if not self._in_place(slot)]
+            for slot in moved:
+                alike = _place(slot.param)[1:] == slot.place[1:] and slot.param.device == bucket.device
+                if not alike or not _equal_bits(slot.param.detach(), slot.live(bucket.live)):
+                    raise RuntimeError(
+                        f"a parameter of shape {tuple(slot.shape)} was moved or changed between the passes of a step; "
+                        "call restore() before changing the model, then begin a new step"
+                    )
+            for slot in moved:
+                slot.home = slot.param.data
+                slot.locate()
+                self._moved_in_step.add(slot)
+            if moved:
+                bucket.locate()
+        self._places = self._now()
 
     def return_to_moved(self, active: Sequence[tuple[bool, ...]]) -> None:
         """Give w to those ``active`` parameters that were re-pointed while they were perturbed, where they are now."""
         for bucket, mask in zip(self.buckets, active, strict=True):
             for slot in bucket.slots:
-                if mask[slot.index] and not self._in_place(slot) and slot.param.shape == slot.shape:
+                has_moved = slot in self._moved_in_step or not self._in_place(slot)
+                if mask[slot.index] and has_moved and slot.param.shape == slot.shape:
                     slot.param.detach().copy_(slot.view(bucket.saved))
 
     def constants(self, values: tuple[float, ...]) -> Tensor:
         """Numbers as a float64 tensor on the device of the first bucket, kept: the same ones come step after step."""
-        if values not in self._constants:
+        constant = self._constants.pop(values, None)
+        if constant is None:
             if len(self._constants) >= _MAX_CONSTANTS:
-                self._constants.clear()
-            tensor = torch.tensor(values, dtype=torch.float64)
-            self._constants[values] = tensor.to(self.buckets[0].device, non_blocking=True)
-        return self._constants[values]
-
-    def check_in_place(self) -> None:
-        """Raise RuntimeError if a parameter was re-pointed while a step is in progress."""
-        if [self._host.places(bucket.params) for bucket in self.buckets] != self._places:
-            raise RuntimeError(
-                "a parameter was moved or re-pointed between the passes of a step; call restore() before moving the "
-                "model, then begin a new step"
-            )
+                del self._constants[next(iter(self._constants))]  # the one that was not used for longest
+            constant = torch.tensor(values, dtype=torch.float64, device="cpu")
+            constant = constant.to(self.buckets[0].device, non_blocking=True)
+        self._constants[values] = constant
+        return constant
 
     def take_gradients(self, index: int, keep: bool) -> list[Gradients]:
         """The gradients of pass ``index``, for each bucket and slot, shaped and laid out as the parameter.
@@ -429,6 +607,7 @@ class FlatParameters:
         if g.requires_grad:  # after backward(create_graph=True)
             g = g.detach()
         ours = g.untyped_storage().nbytes() == slot.nbytes and g.dtype == slot.dtype and slot.matches_layout(g)
+        ours = ours and g.data_ptr() != slot.param.data_ptr()  # the parameter is about to move
         if keep or not ours:
             key = (slot, index)
             if key not in self._copies:
@@ -437,6 +616,16 @@ class FlatParameters:
                 slot.param.grad = g.clone()
             g = self._copies[key].copy_(g)
         return g
+
+
+def _numbered(keys: Iterable[Any]) -> list[float]:
+    """A number for each key, the same for equal ones."""
+    numbers: dict[Any, float] = {}
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
+
+
+def _place(param: Tensor) -> tuple[Any, ...]:
+    return param.data_ptr(), param.shape, param.stride(), param.dtype
 
 
 def _flat(g: Tensor) -> Tensor:
@@ -451,11 +640,38 @@ def _members(param_groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, T
 
 
 def _wanted(param: Tensor, state: Mapping[Tensor, dict[str, Any]]) -> bool:
+    if is_lazy(param):
+        return param.requires_grad
     return param.numel() > 0 and (param.requires_grad or param.grad is not None or bool(state.get(param)))
 
 
+def _is_held_by_others(tensor: Tensor, moved: Mapping[Tensor, int]) -> bool:
+    """Whether anybody else may hold the memory of a tensor: it is shared, mapped, or a part of more.
+
+    Args:
+        moved: tensors that lie in flat buffers, with their addresses.
+    """
+    storage = tensor.untyped_storage()
+    in_flat_buffer = moved.get(tensor) == tensor.data_ptr()
+    return (
+        storage.nbytes() != tensor.nbytes
+        or not (storage.resizable() or in_flat_buffer)  # memory of NumPy's, of a file, of another library
+        or (tensor.device.type == "cpu" and storage.is_shared())
+        or storage_is_shared(storage)
+    )
+
+
+def _equal_bits(x: Tensor, y: Tensor) -> bool:
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    if min(x.untyped_storage().nbytes(), y.untyped_storage().nbytes()) < x.nbytes:  # the memory was freed
+        return False
+    return torch.equal(x.view(integer), y.view(integer))
+
+
 def check_parameter(param: Tensor) -> None:
-    """Raise ValueError if ``param`` cannot live in a flat buffer."""
+    """Raise ValueError if ``param``, which requires a gradient or has one, cannot be optimized."""
+    if is_lazy(param):
+        return  # until the first step
     what = f"parameter of shape {tuple(param.shape)}"
     if param.dtype not in _DTYPES:
         raise ValueError(f"{what} has dtype {param.dtype}; CRSAM takes float64, float32, float16 and bfloat16")
@@ -467,26 +683,49 @@ def check_parameter(param: Tensor) -> None:
         raise ValueError(f"{what} is expanded: several of its elements share memory; make it contiguous first")
 
 
-def _check_device(param: Tensor) -> None:
-    """Raise ValueError if memory on the parameter's device cannot be adopted."""
+def _check_memory(param: Tensor) -> None:
+    """Raise ValueError if the parameter's memory cannot be worked on."""
+    if is_lazy(param):
+        raise ValueError("a parameter of a lazy module has no shape yet: run a batch through the model before a step")
     what = f"parameter of shape {tuple(param.shape)}"
     if param.device.type == "meta":
         raise ValueError(f"{what} is on the meta device; materialize the model before the first step")
     if param.device.type == "mps":
         raise ValueError(f"{what} is on MPS, which has no float64; CRSAM's sums end in float64")
+    if param.untyped_storage().nbytes() < param.nbytes:
+        raise ValueError(f"{what} has no memory: its storage was freed, and must be filled again before a step")
 
 
 def _check_sharing(params: Iterable[Tensor]) -> None:
-    """Raise ValueError if two parameters overlap in memory: in a flat buffer they would silently part."""
-    spans = []
-    for p in params:
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
-        if extent == p.numel():  # views with gaps may interleave; only dense ones can be told apart by their bounds
-            spans.append((str(p.device), p.data_ptr(), p.data_ptr() + extent * p.element_size(), tuple(p.shape)))
-    spans.sort()
-    for (device, _, stop, shape), (next_device, start, _, next_shape) in pairwise(spans):
-        if device == next_device and start < stop:
-            raise ValueError(
-                f"parameters of shapes {shape} and {next_shape} share memory without being the same object; "
-                "tie them by assigning one Parameter to both modules (b.weight = a.weight)"
-            )
+    """Raise ValueError if two parameters overlap in memory: each would undo what is done to the other."""
+    spans = sorted(((str(p.device), p.data_ptr(), p) for p in params), key=lambda span: span[:2])
+    open_ones: list[Tensor] = []  # those that may reach as far as the next one
+    for device, start, param in spans:
+        open_ones = [p for p in open_ones if str(p.device) == device and start < p.data_ptr() + _extent(p)]
+        for other in open_ones:
+            if _overlap(other, param):
+                raise ValueError(
+                    f"parameters of shapes {tuple(other.shape)} and {tuple(param.shape)} share memory without being "
+                    "the same object; tie them by assigning one Parameter to both modules (b.weight = a.weight), or "
+                    "take the slice of the one that is trained in forward()"
+                )
+        open_ones.append(param)
+
+
+def _extent(param: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    reach = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
+    return (1 + reach) * param.element_size()
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors, y not before x and within its extent, have an element in common."""
+    if _extent(x) == x.nbytes and _extent(y) == y.nbytes:  # without gaps
+        return True
+    if x.dtype != y.dtype:
+        return True  # hardly anybody interleaves views of two dtypes
+    start = (y.data_ptr() - x.data_ptr()) // x.element_size()
+    length = max(_extent(x), start * x.element_size() + _extent(y)) // x.element_size()
+    taken = torch.zeros(length, dtype=torch.bool, device="cpu")
+    taken.as_strided(x.shape, x.stride()).fill_(True)
+    return bool(taken.as_strided(y.shape, y.stride(), start).any())

@@ -157,7 +157,7 @@ class _Graph:
 
 
 class _GraphNoise:
-    """:class:`crsam_ext.passes.SharedNoise` of a graph: a state of the generator for each pass, which go in step.
+    """:class:`crsam_ext.noise.SharedNoise` of a graph: a state of the generator for each pass, which go in step.
 
     A graph knows the states of a generator by identity; each counts what was drawn from it, and a replay begins where
     the last one ended.

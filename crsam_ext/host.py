@@ -6,12 +6,11 @@ is its :attr:`~crsam_ext.ops.Operators.host`.
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import chain, repeat
-from operator import attrgetter, eq, is_not
+from operator import attrgetter, is_not
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ __all__ = [
     "fingerprint",
     "mark_written",
     "places",
+    "repeats_memory",
     "set_gradients",
     "share_memory",
     "split_decision",
@@ -59,8 +59,8 @@ class Column(list[Any]):
         return (*dtypes, *devices) if len(dtypes) == len(devices) == 1 else None
 
     @cached_property
-    def _pointers(self) -> list[float]:
-        return [math.nan if x is None else x.data_ptr() for x in self]
+    def _pointers(self) -> frozenset[int]:
+        return frozenset(x.data_ptr() for x in self if x is not None and x.numel())
 
     @cached_property
     def _layout(self) -> tuple[list[int], list[tuple[int, ...]]]:
@@ -85,7 +85,7 @@ def take_gradients(params: Column) -> Column | None:
     """Take the gradients of all parameters out of ``p.grad``, if each is ours to hold as it is.
 
     That is a dense tensor of the parameter's dtype and memory order, with a storage of its own: the memory of a view
-    may be written again by the next backward.
+    may be written again by the next backward. Nor may it be the parameter's own memory, which is about to move.
 
     Args:
         params: of one dtype and device, without gaps in their memory.
@@ -101,6 +101,7 @@ def take_gradients(params: Column) -> Column | None:
             [storage.nbytes() for storage in map(Tensor.untyped_storage, grads)] == nbytes
             and list(map(Tensor.stride, grads)) == strides
             and not any(map(_requires_grad_of, grads))
+            and params._pointers.isdisjoint(grads._pointers)
             # As many elements in as many bytes: two dtypes of 16 bits can be taken for one another.
             and (params[0].dtype.itemsize != 2 or set(map(_dtype_of, grads)) == {params[0].dtype})
         )
@@ -125,15 +126,22 @@ def clear_gradients(params: list[Tensor]) -> None:
         param.grad = None
 
 
-def share_memory(grads: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
-    """Whether a gradient begins where the one at the same place of another list does."""
-    columns = (x if isinstance(x, Column) else Column(x) for x in (grads, others))
-    return any(map(eq, *(column._pointers for column in columns)))
+def share_memory(tensors: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
+    """Whether a tensor begins where one of another list does."""
+    x, y = (c._pointers if isinstance(c, Column) else Column(c)._pointers for c in (tensors, others))
+    return not x.isdisjoint(y)
+
+
+def repeats_memory(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether two tensors of a list begin at the same address."""
+    x = tensors if isinstance(tensors, Column) else Column(tensors)
+    return len(x._pointers) < sum(1 for tensor in x if tensor is not None and tensor.numel())
 
 
 def places(tensors: list[Tensor]) -> list[Any]:
-    """Addresses and shapes of all tensors, as a value that is equal to another if they are."""
-    return [list(map(Tensor.data_ptr, tensors)), list(map(_shape_of, tensors))]
+    """Addresses, shapes, strides and dtypes of all tensors, as a value that is equal to another if they are."""
+    getters = (Tensor.data_ptr, _shape_of, Tensor.stride, _dtype_of)
+    return [list(map(getter, tensors)) for getter in getters]
 
 
 def fingerprint(by_group: Sequence[list[Tensor]], state: Mapping[Any, Any]) -> Any:

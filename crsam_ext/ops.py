@@ -48,6 +48,7 @@ __all__ = [
     "SGDOptions",
     "compute_dtype",
     "quadratic_form",
+    "scalar",
 ]
 
 #: What is added to the gradient norm before dividing by it, as in the published SAM and CR-SAM implementations.
@@ -60,6 +61,11 @@ COUNTERS = ("skipped", "curvature_dropped", "gradient_norm_dropped", "capped")
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which rows of ``dtype`` are computed: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def scalar(value: float | Tensor) -> Tensor:
+    """A hyper-parameter as a tensor: a number as float64 on the CPU, whatever torch's default dtype and device are."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,10 @@ class Operators(ABC):
     #: The functions of :mod:`crsam_ext.host` for its lists, there or compiled. Operators take any lists of tensors and
     #: groups; a ``host.Column`` or ``host.Groups`` they look at once.
     host: Any = host
+
+    def selects(self, row: Tensor) -> bool:
+        """Whether numbers must stay on the device of ``row``, so that a choice between two of them is an operation."""
+        return True
 
     @abstractmethod
     def grad_norm(

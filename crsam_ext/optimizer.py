@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
@@ -14,9 +16,11 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from . import backends
 from .flat import FlatParameters, Options, check_parameter
-from .ops import AdamOptions, Operators, SGDOptions
+from .model_buffers import ModelBuffers
+from .noise import SharedNoise
+from .ops import AdamOptions, Operators, SGDOptions, scalar
 from .parallel import gradients_at
-from .passes import RunningStatistics, SecondDifference, SharedNoise, Step
+from .passes import SecondDifference, Step, is_loss
 from .stats import Stats
 
 __all__ = ["CRSAM"]
@@ -72,13 +76,19 @@ class CRSAM(Optimizer):
         curvature_interval: of the steps that perturb, take the pass at w - e in every ``curvature_interval``-th only;
             the others take two passes, and :math:`d_2` from the last step that had three, which is kept for them.
             (Not with ``estimator="loss"``, which needs the loss at w - e.)
-        model: if given, the running statistics of its normalization layers follow the first pass only.
-        replay_rng: give every pass of ``step(closure)`` the same random numbers (dropout masks, for instance).
+        model: if given, everything that a forward changes in its buffers (running statistics, observers, vectors of
+            spectral norm) follows the first pass only. In ``step(closure)`` every pass starts from the buffers that the
+            first one found; in calls, the later passes start from those that it left.
+        replay_rng: give every pass of ``step(closure)`` the same random numbers (dropout masks, for instance): those of
+            the global generators of torch, Python's ``random`` and ``numpy.random``, see
+            :class:`crsam_ext.noise.RandomState`.
         stochastic_rounding: round perturbed float16 and bfloat16 parameters up or down at random, so that the model
             moves by e on average: rounded to nearest, most bfloat16 parameters do not move at all. (w itself is kept
             in float32 and rounded to nearest, either way.)
         backend: "cuda", "triton", "torch", or "auto" for the first that is available.
         compile: run the torch backend through ``torch.compile``.
+        flatten: move parameters into flat buffers, those that own their memory alone. A parameter stays where it is if
+            its memory is shared, mapped, part of something larger, or held by another tensor; with False, all stay.
         **base_kwargs: lr, momentum and whatever else the base optimizer takes.
 
     Raises:
@@ -97,8 +107,9 @@ class CRSAM(Optimizer):
 
     Note:
         From the first step on, parameters lie in flat buffers (:mod:`crsam_ext.flat`), and ``p.grad`` holds
-        :math:`g_0` between steps. A wrapped base optimizer costs one synchronisation a step: whether to call it is
-        decided on the device.
+        :math:`g_0` between steps. Holders of a parameter's memory that torch does not know of, such as raw pointers or
+        another process's view of CUDA memory, need ``flatten=False``; so does a storage that is resized later. A
+        wrapped base optimizer costs one synchronisation a step: whether to call it is decided on the device.
     """
 
     operators: Operators
@@ -131,6 +142,7 @@ class CRSAM(Optimizer):
         stochastic_rounding: bool = False,
         backend: str = "auto",
         compile: bool = False,
+        flatten: bool = True,
         **base_kwargs: Any,
     ) -> None:
         _check_choice("regularizer", regularizer, ("linear", "log"))
@@ -146,32 +158,62 @@ class CRSAM(Optimizer):
             raise ValueError(f"max_regularizer_ratio must be at least 0, but is {max_regularizer_ratio}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, but is {max_grad_norm}")
-        for name, value in (("interval", interval), ("curvature_interval", curvature_interval)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, but is {value}")
+        interval, curvature_interval = (
+            _positive_integer(name, value)
+            for name, value in (("interval", interval), ("curvature_interval", curvature_interval))
+        )
         if curvature_interval > 1 and estimator == "loss":
             raise ValueError('curvature_interval leaves out losses that estimator="loss" needs: use "gradient"')
         self.interval, self.curvature_interval = interval, curvature_interval
         self.regularizer, self.estimator = regularizer, estimator
         self.max_grad_norm, self.max_regularizer_ratio = max_grad_norm, max_regularizer_ratio
-        self.replay_rng, self.compile = replay_rng, compile
+        self.replay_rng, self.compile, self.flatten = replay_rng, compile, flatten
         self.stochastic_rounding = stochastic_rounding
         self.stats = Stats()
         self._difference = SecondDifference()
         self._requested_backend = backend
-        self.statistics = None if model is None else RunningStatistics(model)
+        self.model_buffers = None if model is None else ModelBuffers(model)
         backends.load(backend, compile=compile)  # what is asked for in vain is said first
 
         self._own = {"rho": rho, "alpha": alpha, "beta": 0.01 if beta is None else beta, "adaptive": adaptive}
         base, own_groups = _make_base(params, base_optimizer, base_kwargs, self._own.keys())
+        self._separate_groups: list[dict[str, Any]] | None = []
+        self._synced: list[tuple[list[Tensor], dict[str, Any]]] = []
         super().__init__(own_groups or base.param_groups, {**base.defaults, **self._own})
         self.base_optimizer = base
-        self.state = base.state
         if own_groups is None:
-            self.param_groups = base.param_groups
-        self._reset()
+            self._separate_groups = None
+        self._attach()
 
     # What the optimizer is -------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """For each parameter its state: that of the base optimizer."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        if hasattr(self, "base_optimizer"):  # torch's constructor comes first, with an empty one
+            self.base_optimizer.state = state
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of the base optimizer, with our options; our own list where the two share names of options."""
+        if self._separate_groups is not None:
+            return self._separate_groups
+        groups = self.base_optimizer.param_groups
+        for group in groups:
+            if not group.keys() >= self._own.keys():  # it was handed to the base optimizer
+                group.update({**self._own, **group})
+        return groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if self._separate_groups is not None:
+            self._separate_groups = groups
+        else:
+            self.base_optimizer.param_groups = groups
 
     @property
     def backend(self) -> str:
@@ -227,11 +269,12 @@ class CRSAM(Optimizer):
         super().add_param_group(param_group)
         try:
             for param in param_group["params"]:
-                check_parameter(param)
+                if param.requires_grad:
+                    check_parameter(param)
         except ValueError:
             self.param_groups.pop()  # what is refused does not stay
             raise
-        self._inform_base()
+        self._sync_groups()
 
     # A step ---------------------------------------------------------------------------------------------------------
 
@@ -246,19 +289,22 @@ class CRSAM(Optimizer):
 
         Args:
             closure: computes the loss of the batch, calls ``backward()`` on it and returns it. It is called once for
-                each pass, at w, w + e and w - e, with gradients cleared and the same random numbers. A list of closures
-                accumulates the gradients of its micro-batches: every pass calls them all. Without a closure, the step
-                that ``first_step`` or ``combine`` began is finished.
+                each pass, at w, w + e and w - e, with gradients cleared and the same random numbers. It may return
+                anything; ``estimator="loss"`` needs a loss, which is a tensor of one element or a number. A list of
+                closures accumulates the gradients of its micro-batches: every pass calls them all, and each returns a
+                loss, or all return None. Without a closure, the step that ``first_step`` or ``combine`` began is
+                finished.
             parallel: the model, to compute the gradients at w + e and w - e at once, by ``torch.func.vmap``, on twice
                 the memory for activations; a step of fewer passes is as without. The closure only returns the loss
                 and leaves ``backward()`` to the step. Hooks on gradients do not see the two; random numbers, which
                 ``vmap`` would draw anew, are refused unless ``replay_rng`` is off.
         Returns:
-            What the closure returned at w, of several the sum; None without a closure.
+            What the closure returned at w (a tensor without its graph), of several the sum; None without a closure.
         Raises:
             RuntimeError: if no gradient was computed, a gradient is sparse, a step is in progress already, or torch's
                 own GradScaler was given a closure; with ``parallel``, if the loss draws random numbers.
-            TypeError: if ``parallel`` is no module, is a DistributedDataParallel, or comes with a list of closures.
+            TypeError: if ``parallel`` is no module, is a DistributedDataParallel, or comes with a list of closures;
+                if a closure in a list returns something other than a loss.
             ValueError: if ``estimator="loss"`` needs a loss and the closure returned none.
 
         Whatever the closure raises passes through, after the parameters are bit for bit w again.
@@ -274,30 +320,46 @@ class CRSAM(Optimizer):
             closure = _with_backward(closure, parallel)
         closure = _accumulating(closure)
         with self._restoring():
-            step = self._begin(self.passes, num_points=1 if parallel is None or self.passes < 3 else 2)
-            shares = self.replay_rng and step.passes > 1
-            noise = self._shared_noise({bucket.device for bucket in step.flat.buckets}) if shares else None
-            for index in range(step.passes):
+            passes = self.passes
+            step = self._begin(passes, num_points=1 if parallel is None or passes < 3 else 2)
+            noise = None
+            if passes > 1:
+                if self.replay_rng:
+                    noise = self._shared_noise(self._devices())
+                if self.model_buffers is not None:
+                    self.model_buffers.begin()
+
+            def run() -> Any:  # what is returned here must not stay alive during the next pass: it may hold a graph
+                value = _with_gradients(closure)
+                step.collect(value, keep=False)
+                return value
+
+            result = None
+            for index in range(passes):
                 if index == 0:
                     self._clear_gradients()  # later, they were taken
-                elif noise is not None:
-                    noise.repeat()
-                step.collect(_with_gradients(closure), keep=False)
-                if parallel is not None and step.passes == 3:
+                    result = run()
+                else:
+                    if noise is not None:
+                        noise.repeat()
+                    run()
+                if parallel is not None and passes == 3:
                     if noise is not None and noise.drawn:
                         raise RuntimeError(
                             "the loss draws random numbers (dropout?), and vmap would draw others: "
                             "step without parallel=, or set replay_rng=False"
                         )
-                    for point in gradients_at(step.move_apart(), parallel, loss_of, step.flat):
+                    points = gradients_at(step.move_apart(), parallel, loss_of, step.flat)
+                    step.flat.follow()
+                    for point in points:
                         step.add(*point)
                     break
-                if index < step.passes - 1:
+                if index < passes - 1:
                     step.move()
             if noise is not None:
                 noise.end()
             self._update(step, *(self._scaling or (None, None)))
-        return step.losses[0]
+        return result
 
     def first_step(self, zero_grad: bool = False, loss: Any = None) -> None:
         """After ``backward()`` at w: save w and move the parameters to w + e.
@@ -306,10 +368,16 @@ class CRSAM(Optimizer):
             zero_grad: clear the gradients. Otherwise they stay in ``p.grad``, which costs a copy of them.
             loss: the loss of this pass, needed where the log regularizer has ``estimator="loss"``.
         Raises:
-            RuntimeError: if another call is due, or no gradient was computed.
+            RuntimeError: if another call is due, no gradient was computed, or ``interval`` makes this step one of a
+                single pass, which ``step()`` finishes: see :attr:`passes`.
         """
         if self._step is not None:
             raise RuntimeError(f"first_step() called in the middle of a step: {self._due()}")
+        if self.stats.steps % self.interval:
+            raise RuntimeError(
+                f"interval={self.interval} leaves this step one pass: call step() instead of first_step() where "
+                "optimizer.passes is 1"
+            )
         with self._restoring():
             self._begin(self._calls)
             self._call(zero_grad, loss)
@@ -345,7 +413,7 @@ class CRSAM(Optimizer):
             raise RuntimeError(f"combine() called too early: {'first_step() is due' if step is None else self._due()}")
         with self._restoring():
             step.collect(loss, keep=False)
-            step.combine(None if grad_scale is None else torch.as_tensor(grad_scale))
+            step.combine(None if grad_scale is None else scalar(grad_scale))
         self._step, self._combined = None, True
 
     @torch.no_grad()
@@ -356,25 +424,39 @@ class CRSAM(Optimizer):
             self._step = None
 
     def _begin(self, passes: int, combined: bool = False, num_points: int = 1) -> Step:
-        """Begin a step, with parameters and state in the flat buffers."""
+        """Begin a step."""
         self._combined = False
-        options = self._options()
-        if self._flat is not None:
-            num_points = max(num_points, self._flat.num_points)
-        if (
-            self._flat is None
-            or self._flat.num_points < num_points
-            or not self._flat.matches(self.param_groups, self.state, options)
-        ):
+        self._sync_groups()
+        params = [param for group in self.param_groups for param in group["params"]]
+        if not any(param.requires_grad or param.grad is not None for param in params):
+            raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
+        difference = self._difference if self.curvature_interval > 1 and self._curved else None
+        self._step = Step(self, passes, combined, difference, num_points)
+        return self._step
+
+    def locate(self, num_points: int) -> tuple[FlatParameters, list[Options]]:
+        """Parameters and state where they are now, and the options of each group.
+
+        Args:
+            num_points: how many points are to be evaluated at once.
+        """
+        options, flat = self._options(), self._flat
+        if flat is not None:
+            num_points = max(num_points, flat.num_points)
+        if flat is None or flat.num_points < num_points or not flat.matches(self.param_groups, self.state, options):
             operators = self._load_operators()
             if operators.name != self.operators.name:  # the parameters have moved to another kind of device
                 self.operators = operators
-            self._flat = FlatParameters(self.param_groups, self.state, options, self.operators, num_points)
-        if not self._flat.buckets:
-            raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
-        difference = self._difference if self.curvature_interval > 1 and self._curved else None
-        self._step = Step(self, self._flat, options, passes, combined, difference)
-        return self._step
+            moved = {} if flat is None else flat.moved()
+            self._flat = flat = None  # whatever it holds of parameters in place must not count as another holder
+            flat = FlatParameters(
+                self.param_groups, self.state, options, self.operators, num_points, self.flatten, moved
+            )
+            if not flat.buckets:
+                raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
+            self._flat = flat
+        flat.begin_step()
+        return flat, options
 
     @contextmanager
     def _restoring(self) -> Iterator[None]:
@@ -467,23 +549,43 @@ class CRSAM(Optimizer):
 
     def _call_base(self, method: str) -> None:
         """Call a method of the base optimizer, with our options before and its own changes of them after."""
-        self._inform_base()
-        base = self.base_optimizer
-        getattr(base, method)()
-        if base.param_groups is not self.param_groups:
-            for ours, theirs in zip(self.param_groups, base.param_groups, strict=True):
-                ours.update({k: v for k, v in theirs.items() if k not in self._own and k != "params"})
+        self._sync_groups()
+        getattr(self.base_optimizer, method)()
+        self._sync_groups()
 
-    def _inform_base(self) -> None:
-        """Hand the groups to a base optimizer that does not share them, because an option of its own has our name."""
-        base = self.__dict__.get("base_optimizer")
-        if base is None or base.param_groups is self.param_groups:
+    def _sync_groups(self) -> None:
+        """Bring our groups and those of the base optimizer in line, where they are separate.
+
+        What was changed since the last time, on either side, is changed on the other: options, groups added, groups
+        removed. Where both sides have changed an option, ours counts. A group is known by its list of parameters.
+        """
+        ours, base = self._separate_groups, self.__dict__.get("base_optimizer")
+        if ours is None or base is None:
             return
-        groups = [{k: v for k, v in group.items() if k not in self._own} for group in self.param_groups]
-        for theirs, ours in zip(base.param_groups, groups, strict=False):
-            theirs.update(ours)
-        for group in groups[len(base.param_groups) :]:
-            base.add_param_group(group)
+        theirs = base.param_groups
+        if len(ours) != len(theirs):
+            known = {id(params) for params, _ in self._synced}
+            in_ours, in_theirs = ({id(group["params"]) for group in groups} for groups in (ours, theirs))
+            ours[:] = [group for group in ours if id(group["params"]) in in_theirs or id(group["params"]) not in known]
+            theirs[:] = [
+                group for group in theirs if id(group["params"]) in in_ours or id(group["params"]) not in known
+            ]
+            for group in [group for group in theirs if id(group["params"]) not in in_ours]:
+                ours.append({**self._own, **{k: v for k, v in group.items() if k not in self._own}})
+            for group in [group for group in ours if id(group["params"]) not in in_theirs]:
+                base.add_param_group({k: v for k, v in group.items() if k not in self._own})
+                theirs[-1]["params"] = group["params"]
+            order = {id(group["params"]): index for index, group in enumerate(ours)}
+            theirs.sort(key=lambda group: order[id(group["params"])])
+        before = {id(params): values for params, values in self._synced}
+        for our, their in zip(ours, theirs, strict=True):
+            last = before.get(id(their["params"]), {})
+            for name in their.keys() - self._own.keys():
+                if name in last and their[name] is not last[name] and our.get(name) is last[name]:
+                    our[name] = their[name]
+            their.update({name: value for name, value in our.items() if name not in self._own})
+            our.update({name: value for name, value in their.items() if name not in our and name not in self._own})
+        self._synced = [(their["params"], dict(their)) for their in theirs]
 
     def _options(self) -> list[Options]:
         """For each group, how its update is computed here; None for all if the base optimizer makes it."""
@@ -523,9 +625,7 @@ class CRSAM(Optimizer):
         loaded: dict[str, Any] = {}
 
         def complete(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            pairs = zip(self.param_groups, given["param_groups"], strict=False)
-            filled = [{**{k: v for k, v in own.items() if k != "params"}, **group} for own, group in pairs]
-            loaded.update(given, param_groups=filled + given["param_groups"][len(filled) :])
+            loaded.update(_completed(given, self.param_groups))
             return loaded
 
         self.restore()
@@ -538,26 +638,51 @@ class CRSAM(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         kept = loaded.get("second_difference", {}).items()
         self._difference.values = {params[i]: d2.detach().to(params[i].device, copy=True) for i, d2 in kept}
-        # torch casts floating state to the parameter's dtype; ours is float32 where that is float16 or bfloat16.
-        for own, group in zip(self.param_groups, loaded["param_groups"], strict=True):
-            for param, key in zip(own["params"], group["params"], strict=True):
-                for name, value in loaded["state"].get(key, {}).items():
-                    if param.dtype.itemsize == 2 and isinstance(value, Tensor) and value.is_floating_point():
-                        self.state[param][name] = value.detach().clone().to(param.device)
+        self._own_state(loaded)
         base = self.base_optimizer
         if type(base).load_state_dict is not Optimizer.load_state_dict:  # it knows best what its state is made of
-            shared = base.param_groups is self.param_groups
+            shared = self._separate_groups is None
             theirs = [
                 {**new, **({} if shared else {k: old[k] for k in self._own if k in old})}
                 for old, new in zip(base.param_groups, loaded["param_groups"], strict=True)
             ]
             base.load_state_dict(loaded.get("base_optimizer", {**loaded, "param_groups": theirs}))
-            self.state = base.state
-            if shared:
-                self.param_groups = base.param_groups
+
+    def _own_state(self, loaded: dict[str, Any]) -> None:
+        """Own the tensors of a state that was just loaded: training does not write into a checkpoint.
+
+        torch also casts floating state to the parameter's dtype; ours is float32 where that is float16 or bfloat16.
+        """
+        for own, group in zip(self.param_groups, loaded["param_groups"], strict=True):
+            for param, key in zip(own["params"], group["params"], strict=True):
+                for name, value in loaded["state"].get(key, {}).items():
+                    if not isinstance(value, Tensor):
+                        continue
+                    narrowed = param.dtype.itemsize == 2 and value.is_floating_point()
+                    if narrowed or self.state[param].get(name) is value:
+                        self.state[param][name] = value.detach().to(param.device, copy=True)
+
+    def _attach(self) -> None:
+        """Prepare for steps with the base optimizer, whose state may also be loaded by itself."""
+        loaded: dict[str, Any] = {}
+
+        def complete(base: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            self.restore()
+            loaded.clear()
+            loaded.update(_completed(given, base.param_groups))
+            return loaded
+
+        if type(self.base_optimizer).load_state_dict is Optimizer.load_state_dict:  # others need not know of hooks
+            self.base_optimizer.register_load_state_dict_pre_hook(complete)
+            self.base_optimizer.register_load_state_dict_post_hook(lambda _: self._own_state(loaded))
+        self._sync_groups()
+        self._reset()
+
+    def _devices(self) -> set[torch.device]:
+        return {param.device for group in self.param_groups for param in group["params"]}
 
     def _device_types(self) -> set[str]:
-        return {param.device.type for group in self.param_groups for param in group["params"]}
+        return {device.type for device in self._devices()}
 
     def _load_operators(self) -> Operators:
         return backends.load(self._requested_backend, compile=self.compile, devices=self._device_types())
@@ -573,14 +698,37 @@ class CRSAM(Optimizer):
         return {**kept, "_base_attributes": _own_attributes(self.base_optimizer)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "base_optimizer" not in state:  # called by torch's load_state_dict
+            if self._separate_groups is None:
+                self.base_optimizer.__setstate__(state)
+            else:
+                self._separate_groups = state["param_groups"]
+                self.base_optimizer.__setstate__({**state, "param_groups": self.base_optimizer.param_groups})
+            self._reset()
+            return
         attributes = state.pop("_base_attributes", {})
+        # Pickles of earlier versions hold what are properties now, and lack what has been added since.
+        groups, _ = state.pop("param_groups", None), state.pop("state", None)
+        base = state["base_optimizer"]
+        if "_separate_groups" not in state:
+            separate = bool(state["_own"].keys() & base.defaults.keys())
+            state.update(_separate_groups=groups if separate else None, _synced=[])
+            state["model_buffers"] = None
+        options = inspect.signature(CRSAM).parameters
+        for name in ("interval", "curvature_interval", "replay_rng", "stochastic_rounding", "compile", "flatten"):
+            state.setdefault(name, options[name].default)
+        state.setdefault("_difference", SecondDifference())
         super().__setstate__(state)
-        base = self.base_optimizer
         base.__dict__.update(attributes)
-        shares = not self._own.keys() & base.defaults.keys()
-        groups = self.param_groups if shares else base.param_groups
-        base.__setstate__({"state": self.state, "param_groups": groups})
-        self._reset()
+        base.__setstate__({"state": base.state, "param_groups": base.param_groups})
+        self._attach()
+
+
+def _completed(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """A state dict whose groups have all options of ``groups``: those that they lack stay as they are."""
+    pairs = zip(groups, given["param_groups"], strict=False)
+    filled = [{**{k: v for k, v in own.items() if k != "params"}, **group} for own, group in pairs]
+    return {**given, "param_groups": filled + given["param_groups"][len(filled) :]}
 
 
 def _own_attributes(optimizer: Optimizer) -> dict[str, Any]:
@@ -590,9 +738,10 @@ def _own_attributes(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _with_gradients(closure: Callable[[], Any]) -> Any:
-    """What the closure returns; the caller keeps no graph alive while the next one is made."""
+    """What the closure returns; a tensor without its graph, so that it does not live on while the next one is made."""
     with torch.enable_grad():
-        return closure()
+        value = closure()
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _accumulating(closures: Callable[[], Any] | Sequence[Callable[[], Any]]) -> Callable[[], Any]:
@@ -603,8 +752,19 @@ def _accumulating(closures: Callable[[], Any] | Sequence[Callable[[], Any]]) -> 
         raise TypeError("step() takes a closure or a list of closures")
 
     def closure() -> Any:
-        first, *others = [closure() for closure in closures]
-        return None if first is None else sum((x.detach() for x in others), start=first.detach())
+        total = None
+        for index, part in enumerate(closures):
+            loss = part()
+            if loss is not None and not is_loss(loss):
+                raise TypeError(
+                    "a closure in a list must return its loss, a tensor of one element or a number, or None, but "
+                    f"returned a {type(loss).__name__}"
+                )
+            if index and (loss is None) != (total is None):
+                raise TypeError("of a list of closures, all must return a loss, or all None")
+            loss = loss.detach() if isinstance(loss, Tensor) else loss
+            total = loss if total is None else total + loss
+        return total
 
     return closure
 
@@ -624,6 +784,16 @@ def _with_backward(closure: Any, model: Any) -> Callable[[], Any]:
         return loss
 
     return with_backward
+
+
+def _positive_integer(name: str, value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} must be a positive integer, but is {value}")
+    return number
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from .flat import FlatParameters, Gradients
-from .passes import STATISTICS
 
 __all__ = ["gradients_at"]
+
+# Names of the buffers in which normalization layers keep their running statistics.
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class _Loss(nn.Module):
@@ -52,7 +54,7 @@ def gradients_at(
     statistics = {
         f"model.{name}": buffer.expand(count, *buffer.shape).clone()
         for name, buffer in model.named_buffers()
-        if name.rpartition(".")[2] in STATISTICS
+        if name.rpartition(".")[2] in _STATISTICS
     }
 
     def compute(parameters: dict[str, Tensor], statistics: dict[str, Tensor]) -> Tensor:

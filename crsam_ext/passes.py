@@ -1,96 +1,24 @@
-"""The passes of a step: what must be equal in all of them, and what happens between and after them."""
+"""The passes of a step, and what happens between and after them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .flat import FlatParameters, Gradients, Options, Plan, Slot
-from .ops import COUNTERS, AdamOptions, Coefficients, SGDOptions, compute_dtype
+from .ops import COUNTERS, AdamOptions, Coefficients, SGDOptions, compute_dtype, scalar
 
 if TYPE_CHECKING:
     from .optimizer import CRSAM
 
 Rows = list[list[Sequence[Tensor]]]  # bucket, pass, row: of the gradients
 
-__all__ = ["STATISTICS", "RunningStatistics", "SecondDifference", "SharedNoise", "Step"]
-
-#: Names of the buffers that normalization layers keep their running statistics in.
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-class SharedNoise:
-    """The random numbers of the first pass, for the other passes too, on the CPU and on the devices of the parameters.
-
-    So every pass has the same dropout masks: otherwise the finite differences would measure the masks.
-    """
-
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._accelerators = [device for device in devices if device.type != "cpu"]
-        self._before = self._states()
-        self._after: list[Tensor] | None = None
-
-    def _states(self) -> list[Tensor]:
-        accelerators = [torch.get_device_module(d).get_rng_state(d) for d in self._accelerators]
-        return [torch.default_generator.get_state(), *accelerators]
-
-    def _set(self, states: list[Tensor]) -> None:
-        torch.default_generator.set_state(states[0])
-        for device, state in zip(self._accelerators, states[1:], strict=True):
-            torch.get_device_module(device).set_rng_state(state, device)
-
-    @property
-    def drawn(self) -> bool:
-        """Whether any random numbers have been drawn."""
-        return not all(torch.equal(x, y) for x, y in zip(self._states(), self._before, strict=True))
-
-    def repeat(self) -> None:
-        """Another pass begins."""
-        if self._after is None:
-            self._after = self._states()
-        self._set(self._before)
-
-    def end(self) -> None:
-        """No other pass comes: go on as after the first."""
-        if self._after is not None:
-            self._set(self._after)
-
-
-class RunningStatistics:
-    """Running statistics of a model's normalization layers, kept as the first pass left them.
-
-    Works on the buffers themselves rather than on ``momentum`` or ``track_running_stats``: exact for every momentum
-    (also None, the cumulative average), for SyncBatchNorm, InstanceNorm and layers of other libraries, and invisible
-    to ``torch.compile``. Any module with buffers named as in torch.nn's is one.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
-        self._kept: list[Tensor] = []
-        self._valid = False
-
-    def _buffers(self) -> list[Tensor]:
-        buffers = (getattr(module, name, None) for module in self._modules for name in STATISTICS)
-        return [buffer for buffer in buffers if isinstance(buffer, Tensor)]
-
-    def keep(self) -> None:
-        """Remember the statistics as they are now."""
-        buffers = self._buffers()
-        if [(k.shape, k.dtype, k.device) for k in self._kept] != [(b.shape, b.dtype, b.device) for b in buffers]:
-            self._kept = [torch.empty_like(b) for b in buffers]
-        if buffers:
-            torch._foreach_copy_(self._kept, buffers)
-        self._valid = True
-
-    def put_back(self) -> None:
-        """Undo what later passes did to them."""
-        if self._valid and self._kept:
-            torch._foreach_copy_(self._buffers(), self._kept)
-        self._valid = False
+__all__ = ["SecondDifference", "Step", "is_loss"]
 
 
 class SecondDifference:
@@ -149,33 +77,39 @@ class Step:
     ``combine``; with fewer passes, moves are left out, and ``collect, move_apart, add, add`` evaluates both points at
     once. ``restore`` may come at any time instead.
 
+    Parameters and state are looked for when the first pass is collected, since its forward may still move them:
+    ``flatten_parameters()`` of recurrent layers does.
+
     Args:
         optimizer: whose groups, state and settings apply.
-        flat: its parameters.
-        options: for each group, how its update is computed.
         passes: how many there will be, 1 to 3.
         combined: whether the one pass is what another step's :meth:`combine` has left, which has counted it.
         difference: of earlier steps, where the third of their passes is not always taken.
+        num_points: how many points will be evaluated at once.
 
     Attributes:
+        flat: the parameters.
+        options: for each group, how its update is computed.
+        losses: for each pass so far its loss, a detached tensor or a number; None if it gave something else.
         grads: for each pass so far, for each bucket and slot, its gradient in the parameter's own layout.
     """
+
+    flat: FlatParameters
+    options: list[Options]
+    home: torch.device  # where the few numbers are kept that belong to all parameters
+    _adaptive: list[bool]
+    _maximizes: list[bool]
 
     def __init__(
         self,
         optimizer: CRSAM,
-        flat: FlatParameters,
-        options: list[Options],
         passes: int,
         combined: bool = False,
         difference: SecondDifference | None = None,
+        num_points: int = 1,
     ) -> None:
-        self.optimizer, self.flat, self.options, self.passes = optimizer, flat, options, passes
-        self.combined, self.difference = combined, difference
-        self.groups, self.operators, self.host = optimizer.param_groups, optimizer.operators, optimizer.operators.host
-        self.home = flat.buckets[0].device  # where the few numbers are kept that belong to all parameters
-        self._adaptive = [bool(group["adaptive"]) for group in self.groups]
-        self._maximizes = [bool(group.get("maximize")) for group in self.groups]
+        self.optimizer, self.passes = optimizer, passes
+        self.combined, self.difference, self.num_points = combined, difference, num_points
         self.losses: list[Any] = []
         self.grads: list[list[Gradients]] = []
         self._given: list[list[tuple[bool, ...]]] = []  # pass, bucket, slot: whether there is a gradient
@@ -186,18 +120,29 @@ class Step:
         self._gram: Tensor | None = None
         self._scale: Tensor | None = None  # of the perturbation, once there is one
         self._undo: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []  # copying second into first gives w back
+        self._written: list[Plan] = []  # whose mirrors may differ from their parameters
 
     @property
     def collected(self) -> int:
         """How many passes have been collected, a guessed one included."""
         return len(self.grads)
 
+    def _locate(self) -> None:
+        """Find parameters and state where they are now."""
+        optimizer = self.optimizer
+        self.flat, self.options = optimizer.locate(self.num_points)
+        self.groups, self.operators, self.host = optimizer.param_groups, optimizer.operators, optimizer.operators.host
+        self.home = self.flat.buckets[0].device
+        self._adaptive = [bool(group["adaptive"]) for group in self.groups]
+        self._maximizes = [bool(group.get("maximize")) for group in self.groups]
+
     def collect(self, loss: Any, keep: bool) -> None:
         """Take over the gradients that autograd left in this pass; ``keep`` leaves them in ``p.grad`` as well."""
-        index = self.collected
-        if index:
-            self.flat.check_in_place()
-        self.add(loss, self.flat.take_gradients(index, keep))
+        if self.collected:
+            self.flat.follow()
+        else:
+            self._locate()
+        self.add(loss, self.flat.take_gradients(self.collected, keep))
 
     def add(self, loss: Any, grads: list[Gradients]) -> None:
         """Enter the next pass: its loss and, for each bucket and slot, its gradient in the parameter's own layout."""
@@ -214,9 +159,20 @@ class Step:
                     f"pass {index + 1} wrote a gradient into the memory of an earlier pass's, which is lost: "
                     "leave p.grad to autograd, give each pass its own tensor, or call first_step(zero_grad=False)"
                 )
+        if not is_loss(loss):
+            if self.passes == 3 and self._needs_losses:
+                raise ValueError(
+                    'estimator="loss" needs the loss of every pass, a tensor of one element or a number: '
+                    "return it from the closure, or pass it as loss="
+                )
+            loss = None
         self.grads.append(grads)
         self._given.append(given)
         self.losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
+
+    @property
+    def _needs_losses(self) -> bool:
+        return self.optimizer.regularizer == "log" and self.optimizer.estimator == "loss"
 
     def move(self, show_overflow: bool = False) -> None:
         """Move the parameters to w + e, or from there to w - e.
@@ -229,12 +185,13 @@ class Step:
         rows = self._rows(plans, 0)
         sign = 1 if self._scale is None else -1
         if self._scale is None:
+            for plan in plans:
+                plan.pull()
+            self._written += plans
             weights = [self._weights(plan, plan.live) for plan in plans]
             self._squared_norms.append(self._squared_norm(plans, rows, weights))
             rho = self._vector([group["rho"] for group in self.groups])
             self._scale = self.operators.perturbation_scale(self._squared_norms[0], rho)
-            if self.optimizer.statistics is not None:
-                self.optimizer.statistics.keep()
         uphill = self._uphill()
         if sign < 0 and show_overflow:
             ascent = self._plans(self._given[1])
@@ -246,9 +203,12 @@ class Step:
                 self.operators.perturb_(
                     plan.live, plan.saved, grads, plan.groups, uphill, adaptive, sign, self._undo, stochastic
                 )
+                plan.push()
                 self.host.mark_written(plan.params)
         # Autocast keeps low-precision copies of the weights until its outermost context ends: they are stale now.
         torch.clear_autocast_cache()
+        if self.optimizer.model_buffers is not None:
+            self.optimizer.model_buffers.rewind()
 
     def move_apart(self) -> dict[Tensor, Tensor]:
         """Move the parameters to w + e and write w - e beside them; both, [2, *its shape], for each that was moved."""
@@ -260,7 +220,7 @@ class Step:
             self.flat.buckets, plans, self._rows(plans, 0), self.grads[0], strict=True
         ):
             if plan.rows:
-                beside = [row.of(bucket.points[1]) for row in plan.rows]
+                beside = [bucket.beside(row) for row in plan.rows]
                 self.operators.perturb_(beside, plan.saved, rows, plan.groups, uphill, adaptive, -1, [], stochastic)
             both.update(
                 {slot.param: bucket.stacked(slot) for slot, g in zip(bucket.slots, grads, strict=True) if g is not None}
@@ -283,12 +243,16 @@ class Step:
         """
         if grad_scale is not None:
             grad_scale = grad_scale.to(self.home, torch.float64, non_blocking=True)
+        for bucket in self.flat.buckets:
+            bucket.pull_state()
         plans, rows = self._finish(grad_scale)
+        self._return_gradients()  # may be refused, and then nothing has been written
         steps = self._counted(plans)
         c = self._coefficients(plans, rows, steps, grad_scale, found_inf, self.optimizer.max_grad_norm)
         self._keep_difference(c, grad_scale)
         self._apply(plans, rows, c)
-        self._return_gradients()
+        for bucket in self.flat.buckets:
+            bucket.push_state()
         if found_inf is not None:
             found_inf.copy_(~c.ok, non_blocking=True)
         self._leave()
@@ -305,8 +269,7 @@ class Step:
         self._return_gradients()
         for plan, grads in zip(plans, rows, strict=True):
             if plan.rows:
-                self.operators.combine_(plan.live, plan.saved, grads, plan.groups, c)
-                self.host.mark_written(plan.params)
+                self._combine(plan, plan.saved, grads, c)
                 plan.scatter(grads[-1])
         self._leave()
         self._record(c, grad_scale)
@@ -329,7 +292,11 @@ class Step:
     def _return_gradients(self) -> None:
         """Put g0 into ``p.grad``."""
         for bucket, first in zip(self.flat.buckets, self.grads[0], strict=True):
-            self.host.set_gradients(bucket.params, first)
+            if bucket.takes_own_dtype:
+                self.host.set_gradients(bucket.params, first)
+                continue
+            for slot, g in zip(bucket.slots, first, strict=True):
+                slot.param.grad = None if g is None else slot.as_gradient(g)
 
     def _record(self, c: Coefficients, grad_scale: Tensor | None) -> None:
         # Only a plain e is a multiple of g0, and only then, or where nothing was perturbed, the norm is that of g0.
@@ -340,10 +307,13 @@ class Step:
     def restore(self) -> None:
         """Abandon the step: the parameters are bit for bit w again."""
         if self._scale is None:
+            self._leave()
             return
         for rows in self._undo:
             for live, saved in zip(*rows, strict=True):
                 live.copy_(saved)
+        for plan in self._written:
+            plan.push()
         self.flat.return_to_moved(self._given[0])
         for bucket in self.flat.buckets:
             self.host.mark_written(bucket.params)
@@ -352,8 +322,8 @@ class Step:
     def _leave(self) -> None:
         """What is to be done wherever parameters come back from a perturbation."""
         torch.clear_autocast_cache()
-        if self.optimizer.statistics is not None:
-            self.optimizer.statistics.put_back()
+        if self.optimizer.model_buffers is not None:
+            self.optimizer.model_buffers.end()
 
     def _plans(self, active: list[tuple[bool, ...]]) -> list[Plan]:
         if active != self._active:  # mostly, all passes have the same
@@ -379,9 +349,12 @@ class Step:
             # In a single pass, w is where the parameters are, unless there is a master.
             if any(late) and (moved or bucket.has_master):
                 plan = bucket.plan(late)
+                plan.pull()
+                self._written.append(plan)
                 zeros, nothing = [torch.zeros_like(row) for row in plan.live], self._vector([0.0] * len(self.groups))
                 not_adaptive = [False] * len(self.groups)
                 self.operators.perturb_(plan.live, plan.saved, zeros, plan.groups, nothing, not_adaptive, 1, self._undo)
+                plan.push()
 
     def _coefficients(
         self,
@@ -399,7 +372,7 @@ class Step:
         """
         settings, groups = self.optimizer, self.groups
         log = settings.regularizer == "log" and self.collected == 3
-        losses = self._losses() if log and settings.estimator == "loss" else None
+        losses = self._losses() if log and self._needs_losses else None
         clips, caps = max_grad_norm is not None, settings.max_regularizer_ratio < math.inf
         gram = None
         if self.collected == 3 and (self.operators.fuses_gram or clips or caps or (log and losses is None)):
@@ -447,13 +420,9 @@ class Step:
                 yield bucket.steps, plan.mask
 
     def _losses(self) -> tuple[Tensor, Tensor, Tensor]:
-        if any(loss is None for loss in self.losses):
-            raise ValueError(
-                'estimator="loss" needs the loss of every pass: return it from the closure, or pass it as loss='
-            )
         if len(set(self._maximizes)) > 1:
             raise ValueError('estimator="loss" needs one objective: set maximize alike in all groups')
-        at_w, ascent, descent = (self._vector(self.losses) * (-1.0 if self._maximizes[0] else 1.0)).unbind()
+        at_w, ascent, descent = (_on(self.home, self.losses) * (-1.0 if self._maximizes[0] else 1.0)).unbind()
         return at_w, ascent, descent
 
     def _apply(self, plans: Sequence[Plan], rows: Rows, c: Coefficients) -> None:
@@ -461,10 +430,13 @@ class Step:
         if self.options[0] is None and self.collected == 1 and c.factor is not None:
             # combine_ writes over the gradient of the last pass, and here that is the one which p.grad will hold.
             rows = [[[g.clone() for g in of_pass] for of_pass in of_bucket] for of_bucket in rows]
+        moved = self._scale is not None
         for bucket, plan, grads in zip(self.flat.buckets, plans, rows, strict=True):
             if not plan.rows:
                 continue
-            saved = plan.saved if self._scale is not None or bucket.has_master else plan.live
+            if not moved:
+                plan.pull()
+            saved = plan.saved if moved or bucket.has_master else plan.live
             sgd = [o for o in self.options if isinstance(o, SGDOptions)]
             adam = [o for o in self.options if isinstance(o, AdamOptions)]
             if sgd:
@@ -474,7 +446,8 @@ class Step:
                 m, v = plan.buffers["exp_avg"], plan.buffers["exp_avg_sq"]
                 self.operators.adamw_step_(plan.live, saved, m, v, grads, plan.groups, plan.steps, adam, c)
             elif self.collected > 1 or c.factor is not None:
-                self.operators.combine_(plan.live, saved, grads, plan.groups, c)
+                self._combine(plan, saved, grads, c)
+            plan.push()
             self.host.mark_written(plan.params)
             # The flag is read in the first step of a plan only: what enters the state must have been used.
             if (sgd or adam) and not plan.published and bool(c.ok):
@@ -484,6 +457,15 @@ class Step:
             for plan, grads in zip(plans, rows, strict=True):
                 plan.scatter(grads[-1])
             self.optimizer.step_base()
+            self._return_gradients()
+
+    def _combine(self, plan: Plan, saved: Sequence[Tensor], grads: list[Sequence[Tensor]], c: Coefficients) -> None:
+        """Write the regularized gradient over that of the last pass, and w into the parameters."""
+        if self.host.repeats_memory(grads[-1]):  # one tensor is the gradient of two parameters
+            grads[-1] = [g.clone() for g in grads[-1]]
+        self.operators.combine_(plan.live, saved, grads, plan.groups, c)
+        plan.push()
+        self.host.mark_written(plan.params)
 
     def _weights(self, plan: Plan, rows: list[Tensor]) -> list[Tensor | None]:
         """Those of ``rows`` whose group is adaptive."""
@@ -511,9 +493,19 @@ class Step:
     def _vector(self, values: Sequence[Any]) -> Tensor:
         """Numbers or 0-dim tensors as one float64 tensor on the home device."""
         if any(isinstance(v, Tensor) for v in values):
-            columns = [torch.as_tensor(v).to(self.home, torch.float64, non_blocking=True) for v in values]
-            return torch.stack([column.reshape(()) for column in columns])
+            return _on(self.home, values)
         return self.flat.constants(tuple(values))
+
+
+def is_loss(value: Any) -> bool:
+    """Whether a value is a loss: a tensor of one element, or a number."""
+    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)
+
+
+def _on(device: torch.device, values: Sequence[Any]) -> Tensor:
+    """Numbers or tensors of one element as one float64 tensor."""
+    columns = [scalar(value).to(device, torch.float64, non_blocking=True) for value in values]
+    return torch.stack([column.reshape(()) for column in columns])
 
 
 def _either(masks: Sequence[tuple[bool, ...]]) -> tuple[bool, ...]:

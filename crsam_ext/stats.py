@@ -24,7 +24,7 @@ class Stats:
         self.loss: Any = None  #: Loss at w, as the closure returned it.
         self.loss_ascent: Any = None  #: Loss at w + e.
         self.loss_descent: Any = None  #: Loss at w - e.
-        self._counters = torch.zeros(len(COUNTERS), dtype=torch.int64)
+        self._counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device="cpu")
         self._squared_norm: Tensor | None = None
         self._coefficients: Coefficients | None = None
         self._grad_scale: Tensor | None = None

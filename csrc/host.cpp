@@ -5,6 +5,8 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
+
 namespace crsam {
 
 std::vector<at::Tensor> tensors_of(py::handle list) {
@@ -25,10 +27,12 @@ namespace {
 // The gradient of a parameter, undefined where there is none: p.grad, without the look at whether p is a leaf.
 at::Tensor& grad_of(const at::Tensor& param) { return param.unsafeGetTensorImpl()->mutable_grad(); }
 
-// Whether a gradient is ours to hold as it is: laid out as its parameter, and of a storage of its own.
+// Whether a gradient is ours to hold as it is: laid out as its parameter, and of a storage of its own, which is not that
+// of the parameter either.
 bool is_ours(const at::Tensor& grad, const at::Tensor& param) {
   if (!grad.defined() || !grad.has_storage() || grad.dtype() != param.dtype() || grad.sizes() != param.sizes() ||
-      grad.storage().nbytes() != grad.numel() * grad.itemsize() || grad.requires_grad()) {
+      grad.storage().nbytes() != grad.numel() * grad.itemsize() || grad.requires_grad() ||
+      grad.const_data_ptr() == param.const_data_ptr()) {
     return false;
   }
   const at::IntArrayRef sizes = grad.sizes(), strides = grad.strides(), expected = param.strides();
@@ -71,19 +75,35 @@ void mark_written(const py::args& written) {
   }
 }
 
-bool share_memory(const Given<Column>& grads, const Given<Column>& others) {
-  const std::vector<int64_t>&x = grads.get().addresses(), &y = others.get().addresses();
-  for (size_t i = 0; i < x.size(); ++i) {
-    if (x[i] == y[i] && x[i] != 0) return true;
+// The addresses of the tensors that have elements, in order.
+std::vector<int64_t> sorted_addresses(const Column& tensors) {
+  std::vector<int64_t> sorted = tensors.addresses();
+  std::sort(sorted.begin(), sorted.end());
+  sorted.erase(sorted.begin(), std::upper_bound(sorted.begin(), sorted.end(), 0));
+  return sorted;
+}
+
+bool share_memory(const Given<Column>& tensors, const Given<Column>& others) {
+  const std::vector<int64_t> x = sorted_addresses(tensors.get()), y = sorted_addresses(others.get());
+  for (auto i = x.begin(), j = y.begin(); i != x.end() && j != y.end();) {
+    if (*i == *j) return true;
+    *i < *j ? ++i : ++j;
   }
   return false;
 }
 
-// Where a tensor is, and its shape.
+bool repeats_memory(const Given<Column>& tensors) {
+  const std::vector<int64_t> x = sorted_addresses(tensors.get());
+  return std::adjacent_find(x.begin(), x.end()) != x.end();
+}
+
+// Where a tensor is, its shape, strides and dtype.
 void append_place(std::vector<int64_t>& numbers, const at::Tensor& tensor) {
   numbers.push_back(reinterpret_cast<int64_t>(tensor.const_data_ptr()));
+  numbers.push_back(static_cast<int64_t>(tensor.scalar_type()));
   numbers.push_back(tensor.dim());
   numbers.insert(numbers.end(), tensor.sizes().begin(), tensor.sizes().end());
+  numbers.insert(numbers.end(), tensor.strides().begin(), tensor.strides().end());
 }
 
 py::bytes as_bytes(const std::vector<int64_t>& numbers) {
@@ -94,14 +114,14 @@ int64_t identity(py::handle object) { return reinterpret_cast<int64_t>(object.pt
 
 py::bytes places(const Column& tensors) {
   std::vector<int64_t> numbers;
-  numbers.reserve(6 * tensors.size());
+  numbers.reserve(9 * tensors.size());
   for (const at::Tensor& tensor : tensors) append_place(numbers, tensor);
   return as_bytes(numbers);
 }
 
 py::bytes fingerprint(const std::vector<py::list>& by_group, const py::dict& state) {
   std::vector<int64_t> numbers;
-  numbers.reserve(10 * state.size());
+  numbers.reserve(13 * state.size());
   for (const py::list& group : by_group) {
     numbers.push_back(static_cast<int64_t>(group.size()));
     for (const py::handle param : group) {
@@ -193,6 +213,7 @@ void define_host_functions(py::module_& m) {
   m.def("set_gradients", torch::wrap_pybind_function(&set_gradients));
   m.def("clear_gradients", torch::wrap_pybind_function(&clear_gradients));
   m.def("share_memory", torch::wrap_pybind_function(&share_memory));
+  m.def("repeats_memory", torch::wrap_pybind_function(&repeats_memory));
   m.def("split_decision", torch::wrap_pybind_function(&split_decision));
   m.def("places", torch::wrap_pybind_function(&places));
   m.def("fingerprint", torch::wrap_pybind_function(&fingerprint));

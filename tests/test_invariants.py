@@ -426,7 +426,7 @@ def test_no_host_synchronisation(form, base, how, monkeypatch):
         params, cls, **FORMS[form], **options, **(COMPILED if how == "compiled" else {"backend": "torch"})
     )
     if how == "selecting":
-        monkeypatch.setattr(optimizer.operators, "_selects", lambda row: True)
+        monkeypatch.setattr(optimizer.operators, "selects", lambda row: True)
     gradients = [torch.autograd.grad(network_loss(params, data), params) for _ in range(3)]
 
     def closure():

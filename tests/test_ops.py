@@ -613,7 +613,7 @@ def test_steps_that_are_not_ok(update, dtype, operators, device):
 def test_steps_of_torch_that_are_not_ok(how, update, dtype, compiled, monkeypatch):
     operators = compiled if how == "compiled" else backends.load("torch")
     if how == "selecting":  # as devices other than the CPU do
-        monkeypatch.setattr(operators, "_selects", lambda row: True)
+        monkeypatch.setattr(operators, "selects", lambda row: True)
     check_step_that_is_not_ok(operators, update, dtype)
 
 

@@ -62,7 +62,7 @@ class TableCache:
 
 def _pinned(content: bytes) -> Tensor:
     with _relaxed_capture():  # pinning memory is no work of a stream, and allowed while any thread captures a graph
-        source = torch.empty(len(content), dtype=torch.uint8, pin_memory=True)
+        source = torch.empty(len(content), dtype=torch.uint8, device="cpu", pin_memory=True)
     return source.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
 
 

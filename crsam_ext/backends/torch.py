@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import AdamOptions, Coefficients, Operators, SGDOptions, compute_dtype
+from ..ops import AdamOptions, Coefficients, Operators, SGDOptions, compute_dtype, scalar
 
 __all__ = ["TorchOperators"]
 
@@ -321,14 +321,13 @@ class TorchOperators(Operators):
         On a CPU the flag can be read for free, and a branch saves two selections an element. On other devices, and
         compiled, the flag stays where it is, and the bodies select.
         """
-        if self._selects(live[0]) or bool(ok):
+        if self.selects(live[0]) or bool(ok):
             return False
         for p, w in zip(live, saved, strict=True):
             p.copy_(w)
         return True
 
-    def _selects(self, row: Tensor) -> bool:
-        """Whether numbers must stay on the device of ``row``, so that a choice between two of them is an operation."""
+    def selects(self, row: Tensor) -> bool:
         return self.compile or row.device.type != "cpu"
 
     # The operators ---------------------------------------------------------------------------------------------------
@@ -349,7 +348,7 @@ class TorchOperators(Operators):
 
         first = grads[0]
         result = sums(compute_dtype(first.dtype))
-        if self._selects(first) or all(map(math.isfinite, result.tolist())):
+        if self.selects(first) or all(map(math.isfinite, result.tolist())):
             return result
         return sums(torch.float64)  # squares may have overflowed
 
@@ -386,9 +385,9 @@ class TorchOperators(Operators):
         num_groups: int,
         weights: Sequence[Tensor | None],
     ) -> Tensor:
-        inner, blind = _sum_of_products if self.compile else _dot, self._selects(grad[0])
+        inner, blind = _sum_of_products if self.compile else _dot, self.selects(grad[0])
         products: list[list[Tensor]] = [[] for _ in range(num_groups)]
-        no_scalars = torch.empty(0)
+        no_scalars = torch.empty(0, dtype=torch.float64, device="cpu")
         for *gradients, w, group in zip(grad, grad_ascent, grad_descent, weights, groups, strict=True):
             products[group] += self._run(_gram, (*gradients, w), no_scalars, inner=inner, blind=blind)
         zero = torch.zeros(9, dtype=torch.float64, device=grad[0].device)
@@ -434,7 +433,7 @@ class TorchOperators(Operators):
                 decay=o.weight_decay != 0,
                 dampen=o.dampening != 0,
                 nesterov=o.nesterov,
-                select=self._selects(p),
+                select=self.selects(p),
             )
 
     def adamw_step_(
@@ -457,7 +456,7 @@ class TorchOperators(Operators):
             for values in zip(*((o.lr, *o.betas, o.weight_decay, o.eps) for o in options), strict=True)
         )
         decay = torch.where(
-            torch.tensor([o.decoupled_weight_decay for o in options]).to(c.a) != 0, 1 - lr * weight_decay, weight_decay
+            _column([o.decoupled_weight_decay for o in options], c.a) != 0, 1 - lr * weight_decay, weight_decay
         )
         tables: dict[int, list[Tensor]] = {}
         for row in range(len(live)):
@@ -487,7 +486,7 @@ class TorchOperators(Operators):
                 clip=c.factor is not None or o.maximize,
                 decay=o.weight_decay != 0,
                 decoupled=o.decoupled_weight_decay,
-                select=self._selects(p),
+                select=self.selects(p),
             )
 
     def combine_(
@@ -507,8 +506,8 @@ class TorchOperators(Operators):
 def _column(values: Sequence[float | Tensor], like: Tensor) -> Tensor:
     """One number or 0-dim tensor a group as a tensor like ``like`` (dtype, device)."""
     if any(isinstance(v, Tensor) for v in values):
-        return torch.stack([torch.as_tensor(v).to(like, non_blocking=True).reshape(()) for v in values])
-    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+        return torch.stack([scalar(v).to(like, non_blocking=True).reshape(()) for v in values])
+    return torch.tensor(values, dtype=like.dtype, device="cpu").to(like.device, non_blocking=True)
 
 
 def _signed_factor(coefficients: Coefficients, options: Sequence[SGDOptions | AdamOptions]) -> Tensor:

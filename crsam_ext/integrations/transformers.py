@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..noise import SharedNoise
 from ..optimizer import CRSAM
-from ..passes import SharedNoise
 
 __all__ = ["CRSAMTrainer"]
 
