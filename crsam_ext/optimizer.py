@@ -710,15 +710,17 @@ class CRSAM(Optimizer):
         # Pickles of earlier versions hold what are properties now, and lack what has been added since.
         groups, _ = state.pop("param_groups", None), state.pop("state", None)
         base = state["base_optimizer"]
-        if "_separate_groups" not in state:
-            separate = bool(state["_own"].keys() & base.defaults.keys())
-            state.update(_separate_groups=groups if separate else None, _synced=[])
-            state["model_buffers"] = None
+        shares_names = bool(state["_own"].keys() & base.defaults.keys())
+        later = {
+            "_separate_groups": groups if shares_names else None,
+            "_synced": [],
+            "_difference": SecondDifference(),
+            "model_buffers": None,
+        }
         options = inspect.signature(CRSAM).parameters
         for name in ("interval", "curvature_interval", "replay_rng", "stochastic_rounding", "compile", "flatten"):
-            state.setdefault(name, options[name].default)
-        state.setdefault("_difference", SecondDifference())
-        super().__setstate__(state)
+            later[name] = options[name].default
+        super().__setstate__({**later, **state})
         base.__dict__.update(attributes)
         base.__setstate__({"state": base.state, "param_groups": base.param_groups})
         self._attach()

@@ -1,0 +1,98 @@
+"""Random numbers of a step: every pass draws the same ones, whichever global generator they come from."""
+
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from crsam_ext import CRSAM
+
+DRAWS = {
+    "torch": lambda: torch.rand(16),
+    "numpy": lambda: torch.from_numpy(np.random.rand(16)),
+    "numpy-gauss": lambda: torch.tensor([np.random.normal() for _ in range(15)] + [0.0]),  # keeps one for later
+    "random": lambda: torch.tensor([random.random() for _ in range(16)]),
+    "random-gauss": lambda: torch.tensor([random.gauss(0, 1) for _ in range(15)] + [0.0]),
+}
+draws = pytest.mark.parametrize("draw", DRAWS)
+
+
+def steps(draw, backend_options, passes=3, count=2, **options):
+    """What was drawn in each pass of some steps."""
+    param = torch.nn.Parameter(torch.linspace(-1, 1, 16))
+    weights = {"alpha": 0, "beta": 0} if passes == 2 else {"rho": 0} if passes == 1 else {}
+    optimizer, drawn = CRSAM([param], lr=0.1, **weights, **options, **backend_options), []
+
+    def closure():
+        drawn.append(DRAWS[draw]().tolist())
+        (param * torch.tensor(drawn[-1])).square().sum().backward()
+
+    for _ in range(count):
+        optimizer.step(closure)
+    return drawn
+
+
+@draws
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_all_passes_draw_the_same(passes, draw, backend_options, device):
+    """And the next step goes on as if there had been one pass."""
+    if device.type != "cpu":
+        pytest.skip("draws on the CPU")
+    drawn = steps(draw, backend_options, passes)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    expected = [DRAWS[draw]().tolist() for _ in range(2)]
+    assert drawn == [expected[0]] * passes + [expected[1]] * passes
+    after = [DRAWS[draw]().tolist()]
+    assert after[0] not in expected
+
+
+@draws
+def test_without_replay(draw):
+    """The test above could not fail if the passes drew the same anyway."""
+    first, second, third = steps(draw, {"backend": "torch"}, count=1, replay_rng=False)
+    assert first != second != third != first
+
+
+@draws
+def test_an_error_leaves_the_generators_where_they_are(draw):
+    """As torch's optimizers do: nobody knows what has been drawn for what."""
+    param = torch.nn.Parameter(torch.ones(16))
+    optimizer = CRSAM([param], lr=0.1)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: (DRAWS[draw](), 1 / 0))
+    expected = DRAWS[draw]()
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    DRAWS[draw]()
+    assert torch.equal(expected, DRAWS[draw]())
+
+
+def test_another_bit_generator_of_numpy():
+    """The state of numpy.random need not be a Mersenne Twister's."""
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(0))
+    try:
+        drawn = steps("numpy", {"backend": "torch"}, count=1)
+    finally:
+        np.random.set_bit_generator(before)
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+def test_numpy_random_is_imported_within_a_step(monkeypatch):
+    """Generators are those that there are when the step begins."""
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = CRSAM([param], lr=0.1)
+    monkeypatch.delitem(sys.modules, "numpy.random")
+
+    def closure():
+        monkeypatch.setitem(sys.modules, "numpy.random", np.random)
+        param.square().sum().backward()
+
+    optimizer.step(closure)
+    optimizer.step(closure)
+    assert optimizer.stats.steps == 2
