@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from types import FunctionType
 from typing import Any, NoReturn
 
 from torch.optim import Optimizer
@@ -47,12 +48,29 @@ class Scheduled(Optimizer):
         """The optimizer's groups, as they are now."""
         return [_Group(group, self.option) for group in self.optimizer.param_groups]
 
-    def step(self, closure: Any = None) -> NoReturn:
-        """Raise RuntimeError: the optimizer itself makes the steps."""
-        raise RuntimeError("this is a view for a scheduler: call step() of the optimizer itself")
+    def __getstate__(self) -> dict[str, Any]:
+        # A scheduler puts a function named ``step`` on the instance, which refers to that very instance.
+        return {name: value for name, value in vars(self).items() if name != "step"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
     def __repr__(self) -> str:
         return f"Scheduled({type(self.optimizer).__name__}, {self.option!r})"
+
+
+def _refusing(name: str) -> Callable[..., NoReturn]:
+    def method(self: Scheduled, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError(f"this is a view for a scheduler: call {name}() of the optimizer itself")
+
+    method.__name__, method.__doc__ = name, "Raise RuntimeError: this is the optimizer's own business."
+    return method
+
+
+# All that an optimizer does, whichever methods torch's has: step(), state_dict(), hooks and so on.
+for _name, _member in vars(Optimizer).items():
+    if not _name.startswith("_") and isinstance(_member, FunctionType):
+        setattr(Scheduled, _name, _refusing(_name))
 
 
 class _Group(MutableMapping[str, Any]):

@@ -6,6 +6,7 @@ of awkward sizes and addresses, and the sanitizers, which must see faults that a
 
 import struct
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -285,7 +286,7 @@ def test_gradients_are_taken_by_both(library, kinds, transposed):
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
 def test_what_is_done_to_all_parameters(compiled, library):
-    """Gradients given and cleared, versions, and places that tell addresses and shapes."""
+    """Gradients given and cleared, versions, and places that tell addresses, shapes, strides and dtypes."""
     module = library if compiled else host
     params = module.Column(Parameter(torch.ones(shape)) for shape in ((2, 3), (), (4,)))
     grads = [torch.ones(2, 3), None, torch.zeros(4)]
@@ -302,6 +303,9 @@ def test_what_is_done_to_all_parameters(compiled, library):
     assert module.places(params) != places
     params[0].data = params[0].data.view(2, 3)
     assert module.places(params) == places
+    params[0].data = torch.as_strided(params[0].data, (2, 3), (1, 2))
+    assert module.places(params) != places
+    params[0].data = torch.as_strided(params[0].data, (2, 3), (3, 1))
     params[1].data = torch.ones(())
     assert module.places(params) != places
 
@@ -333,10 +337,29 @@ def test_what_a_column_tells(compiled, library):
 def test_gradients_that_share_memory(compiled, library):
     module = library if compiled else host
     x, y, z = torch.ones(3), torch.ones(3), torch.ones(3)
+    empty = [torch.ones(0), torch.ones(0), None]
     assert module.share_memory([x, y], [z, y.view(3, 1)])
-    assert not module.share_memory([x, y], [y, x])
-    assert not module.share_memory([x, None], [y, None])
+    assert module.share_memory([x, y], [y.view(3, 1), z])
+    assert not module.share_memory([x, y, *empty], [z, *empty])
     assert module.share_memory(module.Column([x, y]), module.Column([z, y]))
+    assert module.repeats_memory([x, z, x.view(3, 1)])
+    assert not module.repeats_memory([x, y, x[1:], *empty])
+    assert module.repeats_memory(module.Column([x, x]))
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
+def test_gradients_that_are_not_taken(compiled, library):
+    """One that is missing, is part of more, or lies in the memory of its parameter: all stay in p.grad."""
+    module = library if compiled else host
+    params = module.Column(Parameter(torch.ones(3)) for _ in range(3))
+    for given in (None, torch.ones(4)[:3], params[2].detach()):
+        for p, g in zip(params, (torch.ones(3), torch.ones(3), given), strict=True):
+            p.grad = g
+        assert module.take_gradients(params) is None
+        assert [p.grad is None for p in params] == [False, False, given is None]
+    params[2].grad = torch.ones(3)
+    assert len(module.take_gradients(params)) == 3
+    assert [p.grad for p in params] == [None] * 3
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
@@ -348,6 +371,8 @@ def test_gradients_that_share_memory(compiled, library):
         lambda groups, state: groups[1].append(groups[0].pop()),
         lambda groups, state: setattr(groups[0][0], "data", torch.ones(2)),
         lambda groups, state: setattr(groups[0][0], "data", groups[0][0].data.view(2, 1)),
+        lambda groups, state: setattr(groups[1][0], "data", groups[1][0].data.t()),
+        lambda groups, state: setattr(groups[1][0], "data", groups[1][0].data.view(torch.int32)),
         lambda groups, state: state[groups[0][0]].update(m=torch.zeros(2)),
         lambda groups, state: state[groups[0][0]].update(v=state[groups[0][0]].pop("m")),
         lambda groups, state: state.pop(groups[0][0]),
@@ -356,7 +381,7 @@ def test_gradients_that_share_memory(compiled, library):
 )
 def test_fingerprint_tells_what_changes(change, compiled, library):
     module = library if compiled else host
-    params = [Parameter(torch.ones(2)) for _ in range(3)]
+    params = [Parameter(torch.ones(shape), requires_grad=False) for shape in (2, 2, (2, 2))]
     groups, state = [params[:2], params[2:]], {params[0]: {"m": torch.zeros(2)}, "steps": 1}
     kept = [*params, dict(state[params[0]])]  # so that no address comes back
     before = module.fingerprint(groups, state)
@@ -381,3 +406,20 @@ def test_what_is_no_tensor_is_refused(library):
         CudaOperators().grad_norm([1.0], [0], 1, [None])
     with pytest.raises(RuntimeError, match="grads is None"):
         CudaOperators().grad_norm([None], [0], 1, [None])
+
+
+def test_fakes_come_with_the_schemas():
+    """Who imports the extension alone can trace its operators."""
+    program = """
+import torch
+from torch._subclasses import FakeTensorMode
+from tests.cuda_on_cpu import build
+build.library()
+with FakeTensorMode():
+    x = torch.ones(3, dtype=torch.float64)
+    assert torch.ops.crsam.perturbation_scale(x, x, 0.0).shape == (3,)
+    assert torch.ops.crsam.grad_norm([x], [0], 2, [None]).shape == (2,)
+    assert torch.ops.crsam.fd_gram([x], [x], [x], [0], 2, [None]).shape == (2, 9)
+    torch.ops.crsam.perturb_([x], [x], [x], [0], x[:1], [False], 1)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

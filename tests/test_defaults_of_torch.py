@@ -1,4 +1,4 @@
-"""What a program sets for all of torch, default dtype and device, changes nothing in the optimizer; nor do odd numbers."""
+"""What a program sets for all of torch, default dtype and device, changes nothing; nor do numbers of other types."""
 
 import numpy as np
 import pytest

@@ -108,7 +108,7 @@ def test_flat_memory_outlives_the_optimizer(trained):
 # Lightning -----------------------------------------------------------------------------------------------------------
 
 
-def lightning_run(epochs, trainer_options=None, checkpoint=None, with_callback=True):
+def lightning_run(epochs, trainer_options=None, checkpoint=None, with_callback=True, callbacks=(), callback_first=True):
     """A Trainer that has run ``epochs`` epochs of two of the batches, and its model."""
     L = pytest.importorskip("lightning")
     from crsam_ext.integrations.lightning import CRSAMCallback
@@ -139,11 +139,11 @@ def lightning_run(epochs, trainer_options=None, checkpoint=None, with_callback=T
             optimizer, schedule = scheduled(self.net)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    model = Module()
+    model, ours = Module(), [CRSAMCallback()] if with_callback else []
     trainer = L.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, reload_dataloaders_every_n_epochs=1, log_every_n_steps=1,
-        callbacks=[CRSAMCallback()] if with_callback else [], **(trainer_options or {}),
+        callbacks=[*ours, *callbacks] if callback_first else [*callbacks, *ours], **(trainer_options or {}),
     )  # fmt: skip
     trainer.fit(model, ckpt_path=checkpoint)
     return trainer, model
@@ -186,6 +186,22 @@ def test_lightning_settings_that_are_refused(options, match):
         options = {"plugins": [MixedPrecision("16-mixed", "cpu")]}
     with pytest.raises(ValueError, match=match):
         lightning_run(1, options)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("setting", ["scheduler", "accumulate_grad_batches", "gradient_clip_val"])
+def test_lightning_settings_that_a_callback_makes(setting, first):
+    """Later than the start of the training, before or after CRSAMCallback has its turn."""
+    lightning = pytest.importorskip("lightning.pytorch")
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+    class Sets(lightning.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            setattr(trainer, setting, 2)
+
+    callback = GradientAccumulationScheduler({0: 2}) if setting == "scheduler" else Sets()
+    with pytest.raises(ValueError, match=r"last batch only|use CRSAM\(max_grad_norm=...\)"):
+        lightning_run(1, callbacks=[callback], callback_first=first)
 
 
 def test_lightning_in_float16():

@@ -1,5 +1,9 @@
 """Schedules of rho, alpha and beta."""
 
+import copy
+import inspect
+import pickle
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -122,3 +126,44 @@ def test_mistakes():
         Scheduled(optimizer, "rho").step()
     with pytest.raises(ValueError, match="momentum"):  # which would be that of the learning rate
         schedulers.OneCycleLR(Scheduled(optimizer, "rho"), max_lr=0.3, total_steps=8)
+
+
+def optimizer_methods():
+    """The public methods of torch's optimizers, whichever they are."""
+    members = vars(torch.optim.Optimizer).items()
+    return [name for name, member in members if not name.startswith("_") and inspect.isfunction(member)]
+
+
+@pytest.mark.parametrize("name", optimizer_methods())
+@pytest.mark.parametrize("scheduled", [False, True], ids=["alone", "with a scheduler"])
+def test_the_view_is_no_optimizer(scheduled, name):
+    view = Scheduled(optimizer_with(), "rho")
+    if scheduled:
+        schedulers.ExponentialLR(view, 0.9)
+    with pytest.raises(RuntimeError, match=rf"call {name}\(\) of the optimizer itself"):
+        getattr(view, name)({})
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copied", "pickled"])
+def test_copies_of_a_scheduler(way):
+    """The copied view is of the copied optimizer."""
+    optimizer = optimizer_with()
+    scheduler = schedulers.ExponentialLR(Scheduled(optimizer, "rho"), 0.5)
+    optimizer_copy, view = way((optimizer, scheduler.optimizer))
+    schedulers.ExponentialLR(view, 0.5).step()
+    assert [group["rho"] for group in optimizer_copy.param_groups] == [0.1, 0.2]
+    assert [group["rho"] for group in optimizer.param_groups] == [0.2, 0.4]
+    assert "rho" in repr(view)
+
+
+def test_state_of_a_scheduler():
+    optimizer, other = optimizer_with(), optimizer_with()
+    scheduler, resumed = (schedulers.StepLR(Scheduled(o, "rho"), 2) for o in (optimizer, other))
+    for _ in range(3):
+        scheduler.step()
+    other.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(scheduler.state_dict())
+    for _ in range(3):
+        scheduler.step()
+        resumed.step()
+        assert [g["rho"] for g in other.param_groups] == [g["rho"] for g in optimizer.param_groups]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,7 +39,6 @@ class CudaOperators(FusedOperators):
 
     def __init__(self) -> None:
         self.host = extension.load()
-        _register_fakes()
         self._ops = SimpleNamespace(**{name: _direct(self.host, name) for name in FAKES})
 
     def _launch_mark(self, live: Tensor) -> int:
@@ -58,9 +56,3 @@ def _direct(module: Any, name: str) -> Callable[..., Any]:
         return (registered if torch.compiler.is_compiling() else direct)(*arguments)
 
     return operator
-
-
-@cache
-def _register_fakes() -> None:
-    for name, fake in FAKES.items():
-        torch.library.register_fake(f"crsam::{name}", fake)

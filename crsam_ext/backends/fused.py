@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..ops import EPSILON, AdamOptions, Coefficients, Operators, SGDOptions
 
-__all__ = ["FAKES", "FusedOperators"]
+__all__ = ["FAKES", "FusedOperators", "register_fakes"]
 
 
 class FusedOperators(Operators):
@@ -254,3 +255,10 @@ FAKES: Mapping[str, Any] = {
     "coefficients": _fake_coefficients,
     **{name: lambda *_: None for name in ("perturb_", "sgd_step_", "adamw_step_", "combine_")},
 }
+
+
+@cache
+def register_fakes(namespace: str) -> None:
+    """Register the fakes of the operators of a namespace; the extension calls it as it is imported."""
+    for name, fake in FAKES.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake)

@@ -48,8 +48,11 @@ class CRSAMCallback(Callback):
     def __init__(self, prefix: str = "crsam/", every_n_steps: int | None = None) -> None:
         self.prefix, self.every_n_steps = prefix, every_n_steps
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise ValueError for settings under which the passes would not be gradients of one loss."""
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Raise ValueError for settings under which the passes would not be gradients of one loss.
+
+        Before every batch, because other callbacks change settings during the training.
+        """
         if not _optimizers(trainer) or not pl_module.automatic_optimization:
             return
         if trainer.gradient_clip_val:
@@ -59,8 +62,8 @@ class CRSAMCallback(Callback):
             )
         if trainer.accumulate_grad_batches != 1:
             raise ValueError(
-                "accumulate_grad_batches gives the later passes the last batch only; use larger batches, "
-                "or manual optimization with a closure over all of them"
+                "accumulate_grad_batches, set by the Trainer or by a GradientAccumulationScheduler, gives the later "
+                "passes the last batch only; use larger batches, or manual optimization with a closure over all of them"
             )
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and not isinstance(scaler, GradScaler):
