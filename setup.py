@@ -138,11 +138,12 @@ def module(cuda: str) -> dict[str, Any]:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
 
-setup(
-    packages=packages(),
-    # Installed at the top level, `triton_kernels` would collide with the package of that name that Triton ships. The
-    # mapping holds in a wheel and, through the import finder that setuptools writes, in `pip install -e .` as well. A
-    # checkout that is merely on sys.path has no crsam_ext.triton_kernels.
-    package_dir={"crsam_ext.triton_kernels": "triton_kernels"},
-    **extension(),
-)
+if __name__ == "__main__":  # build backends run it as a program; tests import its functions
+    setup(
+        packages=packages(),
+        # Installed at the top level, `triton_kernels` would collide with the package of that name that Triton ships.
+        # The mapping holds in a wheel and, through the import finder that setuptools writes, in `pip install -e .` as
+        # well. A checkout that is merely on sys.path has no crsam_ext.triton_kernels.
+        package_dir={"crsam_ext.triton_kernels": "triton_kernels"},
+        **extension(),
+    )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from crsam_ext import CRSAM
+from crsam_ext import CRSAM, flat
 
 from .reference import EXACT, assert_close, update_tolerance
 
@@ -105,6 +105,21 @@ def test_losses_as_numbers_do_not_push_out_other_constants(backend_options):
     for _ in range(70):
         optimizer.step(closure)
     assert all(optimizer._flat._constants.get(values) is tensor for values, tensor in kept.items())
+
+
+def test_constants_are_limited(backend_options, monkeypatch):
+    """A scheduled rho brings a new number in every step: the oldest goes, and steps are right all the same."""
+    monkeypatch.setattr(flat, "_MAX_CONSTANTS", 4)
+    param, optimizer, closure = problem("float", backend_options)
+    other, plain, plainly = problem("float", backend_options)
+    for step in range(10):
+        optimizer.param_groups[0]["rho"] = 0.1 / (step + 1)
+        plain.param_groups[0]["rho"] = torch.tensor(0.1 / (step + 1), dtype=torch.float64)
+        optimizer.step(closure)
+        plain.step(plainly)
+        assert len(optimizer._flat._constants) <= 4
+        assert torch.equal(param, other)
+    assert (0.1,) in optimizer._flat._constants  # alpha, used in every step
 
 
 def test_a_returned_graph_does_not_outlive_its_pass(backend_options):

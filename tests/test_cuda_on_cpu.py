@@ -4,6 +4,7 @@ Those tests run on this build as well, as backend "cuda_on_cpu". Here are the or
 of awkward sizes and addresses, and the sanitizers, which must see faults that are planted.
 """
 
+import re
 import struct
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from .operator_cases import (
     stepping,
     wrong_arguments,
 )  # fmt: skip
+from .reference import assert_close
 
 # Values --------------------------------------------------------------------------------------------------------------
 
@@ -126,6 +128,27 @@ def test_table_is_copied_when_a_pointer_has_changed(library):
     for operator in Case.OPERATORS:
         assert copies(operator) == (operator is not Case.perturb_second)  # which takes the table of the first one
         assert copies(operator) == 0
+
+
+def test_tables_are_limited(library):
+    """The one that was not used for longest is given up and made again; results stay right."""
+    limit = int(re.search(r"kEntries = (\d+);", (build.SOURCES / "cuda" / "table_cache.h").read_text())[1])
+    operators = CudaOperators()
+    rows = [[torch.randn(5)] for _ in range(limit + 2)]
+
+    def copies(index):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            squared = operators.grad_norm(rows[index], [0], 1, [None])
+        assert_close(squared, rows[index][0].double().square().sum().reshape(1), 1e-6)
+        return sum(event.count for event in profile.key_averages() if event.key == "aten::copy_")
+
+    copies(0)  # the layout of the row is kept for all of them, in a table of its own
+    assert copies(0) == 0
+    assert all(copies(index) == 1 for index in range(1, limit - 1))
+    assert copies(0) == 0  # used again, and so no longer the oldest
+    assert copies(limit - 1) == copies(limit) == copies(limit + 1) == 1
+    assert copies(0) == 0
+    assert copies(1) == 1
 
 
 # Manners -------------------------------------------------------------------------------------------------------------
@@ -352,11 +375,11 @@ def test_gradients_that_are_not_taken(compiled, library):
     """One that is missing, is part of more, or lies in the memory of its parameter: all stay in p.grad."""
     module = library if compiled else host
     params = module.Column(Parameter(torch.ones(3)) for _ in range(3))
-    for given in (None, torch.ones(4)[:3], params[2].detach()):
-        for p, g in zip(params, (torch.ones(3), torch.ones(3), given), strict=True):
+    for last in (None, torch.ones(4)[:3], params[2].detach()):
+        for p, g in zip(params, (torch.ones(3), torch.ones(3), last), strict=True):
             p.grad = g
         assert module.take_gradients(params) is None
-        assert [p.grad is None for p in params] == [False, False, given is None]
+        assert [p.grad is None for p in params] == [False, False, last is None]
     params[2].grad = torch.ones(3)
     assert len(module.take_gradients(params)) == 3
     assert [p.grad for p in params] == [None] * 3

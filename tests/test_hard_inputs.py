@@ -304,7 +304,7 @@ def test_gradient_that_is_a_view_of_a_reused_storage(base, backend_options, devi
 
 @bases
 def test_gradient_buffers_kept_by_the_closure(base, backend_options, device):
-    """The same whole tensors in every pass, as a captured graph writes them: copied, or refused, but never wrong."""
+    """The same whole tensors in every pass, as a captured graph writes them, would overwrite g0: refused."""
     params = tensors((4,), (3, 2), device=device)
     pair = Pair(params, backend_options, base)
     buffers = [torch.empty_like(p) for p in params]
@@ -314,14 +314,9 @@ def test_gradient_buffers_kept_by_the_closure(base, backend_options, device):
             p.grad = v.detach().copy_(2 * p.detach() + p.detach() ** 3)
 
     kept = [p.detach().clone() for p in params]
-    try:
+    with pytest.raises(RuntimeError, match="pass 2 wrote a gradient into the memory of an earlier pass's"):
         pair.optimizer.step(closure)
-    except RuntimeError as error:
-        assert "memory" in str(error)  # noqa: PT017
-        assert all(torch.equal(p, w) for p, w in zip(params, kept, strict=True))
-    else:
-        pair.expected.step(lambda w: (0.0, [2 * x + x**3 for x in w]))
-        pair.check()
+    assert all(torch.equal(p, w) for p, w in zip(params, kept, strict=True))
 
 
 @bases
@@ -727,14 +722,9 @@ def test_instances_of_base_optimizers(backend_options):
     ("cls", "name"), [(torch.optim.RMSprop, "alpha"), (torch.optim.ASGD, "alpha"), (torch.optim.Adadelta, "rho")]
 )
 def test_base_optimizers_with_options_of_the_same_name(cls, name, backend_options, device):
-    """Two meanings of one name must not mix: what was given here is used here, or the pair is refused."""
+    """Two meanings of one name do not mix: what is given here is used here."""
     params = tensors((3,), (2, 2), device=device)
-    try:
-        optimizer = CRSAM(params, cls, lr=0.01, **{name: 0.3}, **backend_options)
-    except ValueError as refusal:
-        assert f"{name}" in str(refusal)  # noqa: PT017
-        assert cls.__name__ in str(refusal)  # noqa: PT017
-        return
+    optimizer = CRSAM(params, cls, lr=0.01, **{name: 0.3}, **backend_options)
     expected = Reference([{"params": params}], lambda w: cls(w, lr=0.01), **{name: 0.3})
     for _ in range(3):
         optimizer.step(closure_of(smooth, params))

@@ -527,10 +527,21 @@ def test_state_dict_interchange_in_bfloat16(direction, case, backend_options, de
         ours.step(closure)
         name = "momentum_buffer" if cls is SGD else "exp_avg"
         assert all(ours.state[p][name].dtype == torch.float32 for p in model.parameters())
-    else:
-        ours.step(closure)
-        theirs.load_state_dict(ours.state_dict())
-        torch_step(theirs, rebind(closure, other))
+        return
+    ours.step(closure)
+    theirs.load_state_dict(ours.state_dict())
+    # torch casts the buffers to bfloat16, and so it would from a state that holds nothing but them.
+    plain = copy.deepcopy(other)
+    plainly = cls(plain.parameters(), **options)
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        buffers = {k: v for k, v in ours.state[q].items() if k != "master_param"}
+        plainly.state[p] = {k: v.to(v.dtype if k == "step" else torch.bfloat16, copy=True) for k, v in buffers.items()}
+    for optimizer, module in ((theirs, other), (plainly, plain)):
+        torch_step(optimizer, rebind(closure, module))
+    before, _ = problem(device, torch.bfloat16)
+    for p, q, w in zip(other.parameters(), plain.parameters(), before.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert not torch.equal(p, w)
 
 
 def saved_and_loaded(state):

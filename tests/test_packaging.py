@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "crsam_ext", "triton_kernels", "csrc")
+SOURCES = ("pyproject.toml", "MANIFEST.in", "setup.py", "README.md", "LICENSE", "crsam_ext", "triton_kernels", "csrc")
 # Copied so that a wheel that took them along would be seen.
 NOT_FOR_WHEELS = ("tests", "benchmarks", "examples")
 
@@ -66,10 +66,65 @@ def test_wheel_metadata(distribution):
     assert scripts == {"crsam-bench": "crsam_ext.bench:main", "crsam-train": "crsam_ext.training.__main__:main"}
 
 
-def test_triton_kernels_are_a_subpackage_of_the_installation(tmp_path):
-    """From a wheel and from an editable install: the latter finds the renamed folder through an import hook."""
-    code = "import crsam_ext.triton_kernels, importlib.util as u; print(u.find_spec('triton_kernels'))"
-    assert run("-I", "-c", code, cwd=tmp_path).strip() == "None"
+KERNELS_ARE_A_SUBPACKAGE = "import crsam_ext.triton_kernels, importlib.util as u; print(u.find_spec('triton_kernels'))"
+
+
+def test_triton_kernels_are_a_subpackage_of_an_editable_installation(tmp_path):
+    """It finds the renamed folder through an import hook."""
+    assert run("-I", "-c", KERNELS_ARE_A_SUBPACKAGE, cwd=tmp_path).strip() == "None"
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """A folder into which the wheel is installed, before everything else on the path of whoever runs there."""
+    folder = tmp_path_factory.mktemp("installed")
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", folder, wheel, cwd=folder)
+    return folder
+
+
+def test_wheel_is_installed_and_trains(installed, tmp_path):
+    """Away from the sources; torch and Triton are those of this environment."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(installed)!r})
+{KERNELS_ARE_A_SUBPACKAGE}
+import torch, crsam_ext
+param = torch.nn.Parameter(torch.ones(3))
+optimizer = crsam_ext.CRSAM([param], torch.optim.SGD, lr=0.1)
+optimizer.step(lambda: param.square().sum().backward())
+print(crsam_ext.__file__, crsam_ext.triton_kernels.__file__, bool((param < 1).all()))
+"""
+    spec, (package, kernels, moved) = (line.split() for line in run("-c", code, cwd=tmp_path).splitlines())
+    assert spec == ["None"]
+    assert Path(package) == installed / "crsam_ext" / "__init__.py"
+    assert Path(kernels) == installed / "crsam_ext" / "triton_kernels" / "__init__.py"
+    assert moved == "True"
+
+
+@pytest.mark.parametrize("program", ["crsam-train", "crsam-bench"])
+def test_programs_of_the_wheel_start(program, installed):
+    env = os.environ | {"PYTHONPATH": str(installed)}
+    done = subprocess.run([installed / "bin" / program, "--help"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert program in done.stdout
+
+
+def test_source_distribution_builds_the_same_wheel(wheel, tmp_path):
+    """It holds all that the wheel is made of, C++ sources included, and was made from a checkout."""
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv*", "build", "runs", "*.so", "__pycache__")
+    )
+    run("-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, cwd=source)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    packed = {path.relative_to(unpacked).as_posix() for path in (unpacked / "csrc").rglob("*.*") if path.is_file()}
+    assert packed == {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*") if path.is_file()}
+    run("-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "wheels", cwd=unpacked)
+    (path,) = (tmp_path / "wheels").iterdir()
+    names = [set(zipfile.ZipFile(p).namelist()) for p in (path, wheel)]
+    assert names[0] == names[1]
 
 
 def test_import_brings_in_nothing_but_torch(tmp_path):

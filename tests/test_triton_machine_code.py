@@ -250,6 +250,35 @@ def test_nothing_is_compiled_twice(launched, monkeypatch):
     assert variants == {name: 2 if name == "perturb_kernel" else 1 for name in expected}  # two signs
 
 
+def test_launchers_are_limited(monkeypatch):
+    """When there are too many, all are made again; every launch gets its own arguments."""
+    from crsam_ext.triton_kernels import launch
+
+    launched, compiled = [], []
+
+    class Kernel:
+        def __init__(self):
+            self.arg_names = ["x", "constant"]
+
+        def __getitem__(self, grid):
+            def first(*arguments, constant, **options):
+                compiled.append(constant)
+                launched.append((arguments, constant))
+                return {(grid[0], 1, 1): lambda *given: launched.append((given[:-1], given[-1]))}
+
+            return first
+
+    kernel = Kernel()
+    monkeypatch.setattr(launch, "_launchers", {})
+    monkeypatch.setattr(launch, "_MAX_LAUNCHERS", 8)
+    numbers = [*range(8), *range(8), 8, *range(3)]
+    for number in numbers:
+        launch._launch(kernel, (number,), 1, (f"argument {number}",), {"constant": number}, num_warps=4)
+        assert len(launch._launchers) <= 8
+    assert launched == [((f"argument {number}",), number) for number in numbers]
+    assert compiled == [*range(8), 8, *range(3)]
+
+
 @pytest.mark.parametrize("losses", [False, True])
 def test_later_launches_are_as_triton_makes_them(losses, launched):
     """They do without Triton's look at the arguments, and its launcher is called with the same."""
