@@ -15,7 +15,10 @@ All of them take ``(model, loss_fn, loader)`` and these options:
 
 ``model, loss_fn``
     The loss of a batch is ``loss_fn(model(input), target)``, a scalar and a mean over samples. An input that is a tuple
-    or a list is given as positional arguments, a dictionary as keywords.
+    or a list is given as positional arguments, a dictionary as keywords. Batches are weighted by their samples, except
+    for :class:`torch.nn.CrossEntropyLoss` and :class:`torch.nn.NLLLoss` with class indices as targets: these divide by
+    the number of targets that are not ignored, or the sum of their class weights, and so batches are weighted. Any
+    other loss that averages otherwise needs batches alike.
 ``loader``
     Batches ``(input, target)``, on any device: a DataLoader, a list, anything that can be gone through more than once
     and gives the same batches each time. A batch has as many samples as the first dimension of its target is long, or,
@@ -27,12 +30,17 @@ All of them take ``(model, loss_fn, loader)`` and these options:
 ``progress``
     Show a progress bar; needs rich.
 
-An autocast context around the call acts in it. Afterwards the model is as it was, to the bit: parameters, ``.grad``,
-buffers, the mode of every module, and the random number generators.
+An autocast context around the call acts in it, and whatever ``torch.compile`` was applied to runs uncompiled.
+Afterwards the model is as it was, to the bit: parameters, ``.grad``, buffers, the mode of every module, and the random
+number generators (those of :class:`crsam_ext.noise.RandomState`).
 
 Hessian-vector products differentiate the gradient once more, with one graph for all vectors of a batch; device memory
 is that of one product. Attention runs through PyTorch's plain kernels and recurrent layers without cuDNN meanwhile,
 because the fused ones have no second derivative.
+
+Activation checkpoints with ``use_reentrant=True`` are refused: ``torch.autograd.grad`` passes them by. So are, where
+second derivatives are needed, functions whose backward is marked ``once_differentiable``. A function that hides from
+autograd what its backward depends on, without that mark, cannot be told from one whose backward is constant.
 """
 
 from __future__ import annotations
@@ -47,6 +55,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .model_buffers import Snapshot
 from .noise import RandomState
 
 __all__ = [
@@ -351,6 +360,7 @@ class _Batch:
         self._random = RandomState(objective.devices)
         lengths = (n for n in map(_length, (self._target, self._input)) if n is not None)
         self.size = next(lengths, 1)
+        self.weight = _weight(objective.loss_fn, self._target, self.size)
 
     def loss(self) -> Tensor:
         """The mean loss of the batch, 0-dim, with its graph where gradients are enabled."""
@@ -373,6 +383,7 @@ class _Batch:
             loss = self.loss()
             if not loss.requires_grad:
                 raise ValueError("the loss does not depend on the model's parameters")
+            _check_graph(loss, twice)
             grads = torch.autograd.grad(
                 loss, self._objective.params, create_graph=twice, allow_unused=True, materialize_grads=True
             )
@@ -426,16 +437,19 @@ class _Objective:
         if not self.params:
             raise ValueError("the model has no parameter that requires a gradient")
         self.devices = {p.device for p in self.params}
-        self.samples = 0
+        self.samples, self.weight = 0, 0.0
+        self._buffers = Snapshot(model)
 
     def __enter__(self) -> _Objective:
         self._modes = {module: module.training for module in self.model.modules()}
-        self._buffers = [(b, b.clone()) for b in self.model.buffers()]
+        self._buffers.take()
         self._random = RandomState(self.devices)
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            # Compiled functions have no second derivative, and in evaluation mode would have to be compiled anew.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             if any(isinstance(module, nn.RNNBase) for module in self._modes):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             self._advance = stack.enter_context(_bar(self._label)) if self._progress else None
@@ -452,42 +466,48 @@ class _Objective:
         self._stack.close()
 
     def reset_buffers(self) -> None:
-        for buffer, kept in self._buffers:
-            buffer.copy_(kept)
+        self._buffers.put()
 
     def batches(self) -> Iterator[_Batch]:
         """One run through the loader, the same every time."""
         self._random.restore()
-        self.samples, index = 0, -1
-        length = len(self._loader) if isinstance(self._loader, Sized) else None
+        self.samples, self.weight, index = 0, 0.0, -1
+        try:
+            length = len(self._loader) if isinstance(self._loader, Sized) else None
+        except TypeError:  # of a DataLoader, where its data set has none
+            length = None
         for index, content in enumerate(self._loader):
             batch = _Batch(self, content)
             self.samples += batch.size
-            yield batch
+            self.weight += batch.weight
+            if batch.weight:  # otherwise all its targets are ignored, and its loss is the mean of nothing
+                yield batch
             if self._advance is not None:
                 self._advance(index + 1, length)
         if not self.samples:
             raise ValueError("the loader has no samples" if index >= 0 else "the loader has no batches")
+        if not self.weight:
+            raise ValueError("the loss ignores all targets of the loader, or gives their classes no weight")
 
     def loss(self) -> float:
-        return math.fsum(batch.size * batch.loss().item() for batch in self.batches()) / self.samples
+        return math.fsum(batch.weight * batch.loss().item() for batch in self.batches()) / self.weight
 
     def gradient(self) -> tuple[float, Vector]:
         """The mean loss and its gradient."""
         losses, total = [], [torch.zeros_like(p) for p in self.params]
         for batch in self.batches():
             loss, grads = batch.gradient()
-            losses.append(batch.size * loss.item())
-            torch._foreach_add_(total, grads, alpha=batch.size)
-        return math.fsum(losses) / self.samples, torch._foreach_div(total, self.samples)
+            losses.append(batch.weight * loss.item())
+            torch._foreach_add_(total, grads, alpha=batch.weight)
+        return math.fsum(losses) / self.weight, torch._foreach_div(total, self.weight)
 
     def product(self, vector: Vector) -> Vector:
         """The Hessian of the mean loss times a vector."""
         total = [torch.zeros_like(p) for p in self.params]
         for batch in self.batches():
             for _, product in batch.products([vector]):
-                torch._foreach_add_(total, product, alpha=batch.size)
-        return torch._foreach_div(total, self.samples)
+                torch._foreach_add_(total, product, alpha=batch.weight)
+        return torch._foreach_div(total, self.weight)
 
     @contextmanager
     def moved(self, e: Vector, factor: float = 1.0) -> Iterator[None]:
@@ -545,10 +565,10 @@ def _quadratic_forms(
         else:
             forms = _differences(objective, batch, made, estimator, rho)
         for k, form in enumerate(forms):
-            sums[k] += batch.size * form
+            sums[k] += batch.weight * form
         if with_gradient:
-            torch._foreach_add_(total, batch.gradient()[1], alpha=batch.size)
-    return (sums / objective.samples).tolist(), torch._foreach_div(total, objective.samples) if total else total
+            torch._foreach_add_(total, batch.gradient()[1], alpha=batch.weight)
+    return (sums / objective.weight).tolist(), torch._foreach_div(total, objective.weight) if total else total
 
 
 def _differences(
@@ -632,6 +652,44 @@ def _length(x: Any) -> int | None:
         return len(x) if x.ndim else 1
     values = x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else ()
     return next((n for n in map(_length, values) if n is not None), None)
+
+
+def _weight(loss_fn: Any, target: Any, size: int) -> float:
+    """What the loss of a batch was divided by: its samples or, by the losses that say so, its targets that count."""
+    indices = isinstance(target, Tensor) and not target.is_floating_point()
+    if not indices or not isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)):
+        return size
+    counted = target[target != loss_fn.ignore_index]
+    if loss_fn.weight is None:
+        return counted.numel()
+    return loss_fn.weight.to(counted.device)[counted].sum(dtype=_wide(counted.device)).item()
+
+
+def _check_graph(loss: Tensor, twice: bool) -> None:
+    """Raise ValueError if differentiation would leave out a part of the graph without a word."""
+    seen: set[Any] = set()
+    stack = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack.extend(following for following, _ in node.next_functions)
+        function = getattr(node, "_forward_cls", None)  # of those that are written in Python
+        if function is None:
+            continue
+        if "Checkpoint" in function.__name__:
+            raise ValueError(
+                "the model has activation checkpoints with use_reentrant=True, whose parameters torch.autograd.grad "
+                "passes by: use checkpoint(..., use_reentrant=False)"
+            )
+        # The mark is a wrapper that torch.autograd.function defines.
+        backward = getattr(function.backward, "__code__", None)
+        if twice and backward is not None and backward.co_filename == torch.autograd.function.__file__:
+            raise ValueError(
+                f"the backward of {function.__name__} is marked once_differentiable, and the Hessian would be that of "
+                'a part: use hessian_trace(..., estimator="gradient"), which takes first derivatives only'
+            )
 
 
 def _import(name: str) -> Any:

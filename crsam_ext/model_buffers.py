@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["ModelBuffers"]
+__all__ = ["ModelBuffers", "Snapshot"]
+
+_Held = list[tuple[nn.Module, dict[str, Tensor | None]]]  # for each module its buffers, the tensors themselves
 
 
 class ModelBuffers:
@@ -25,7 +26,7 @@ class ModelBuffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._before, self._after = _Snapshot(model), _Snapshot(model)
+        self._before, self._after = Snapshot(model), Snapshot(model)
 
     def begin(self) -> None:
         """Call before the first pass: the other passes will start from these buffers."""
@@ -47,65 +48,68 @@ class ModelBuffers:
         self._before.taken = self._after.taken = False
 
 
-class _Entry(NamedTuple):
-    module: nn.Module
-    name: str
-    buffer: Tensor | None
+class Snapshot:
+    """The buffers of a model at one moment. Its memory is kept for the next time.
 
-
-class _Snapshot:
-    """The buffers of a model at one moment. Its memory is kept from one step to the next."""
+    Args:
+        model: of which :meth:`take` and :meth:`put` are.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._entries: list[_Entry] = []
+        self._held: _Held = []
         self._copies: list[tuple[list[Tensor], list[Tensor]]] = []  # buffers and their values, by device and dtype
         self.taken = False
 
     def take(self) -> None:
-        entries = list(_entries(self._model))
-        if list(map(_identity, entries)) != list(map(_identity, self._entries)) or not self._fits():
+        """Remember the buffers as they are now."""
+        held = [(module, dict(module._buffers)) for module in _modules(self._model)]
+        if not _same(held, self._held) or not self._fits():
             groups: dict[object, dict[int, Tensor]] = {}
-            for buffer in (entry.buffer for entry in entries):
+            for buffer in (buffer for _, buffers in held for buffer in buffers.values()):
                 if buffer is not None and _is_writable(buffer):
                     groups.setdefault((buffer.device, buffer.dtype), {})[id(buffer)] = buffer
             self._copies = [(list(g.values()), list(map(torch.empty_like, g.values()))) for g in groups.values()]
-        self._entries, self.taken = entries, True
+        self._held, self.taken = held, True
         with torch.no_grad():
             for buffers, values in self._copies:
                 torch._foreach_copy_(values, buffers)
 
     def put(self) -> None:
-        for module, name, buffer in self._entries:
-            if name in module._buffers and module._buffers[name] is not buffer:
-                module._buffers[name] = buffer
+        """Make the buffers what they were: the same tensors, under the same names, with the same values."""
+        for module, buffers in self._held:
+            if not _same([(module, module._buffers)], [(module, buffers)]):
+                module._buffers.clear()
+                module._buffers.update(buffers)
         with torch.no_grad():
-            for buffers, values in self._copies:
-                for buffer, value in zip(buffers, values, strict=True):
+            for written, values in self._copies:
+                for buffer, value in zip(written, values, strict=True):
                     if not _alike(buffer, value):  # resized in place, as an observer does with its first batch
                         buffer.data = torch.empty_like(value)
-                torch._foreach_copy_(buffers, values)
+                torch._foreach_copy_(written, values)
 
     def _fits(self) -> bool:
         return all(all(map(_alike, buffers, values)) for buffers, values in self._copies)
 
 
-def _entries(model: nn.Module) -> Iterator[_Entry]:
-    """The buffers of all modules. Faster than ``named_buffers()``, which puts together every name."""
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model. Faster than ``modules()``, which puts together every name."""
     seen: set[int] = set()
     stack = [model]
     while stack:
         module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        for name, buffer in module._buffers.items():
-            yield _Entry(module, name, buffer)
-        stack.extend(child for child in module._modules.values() if child is not None)
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            stack.extend(child for child in module._modules.values() if child is not None)
 
 
-def _identity(entry: _Entry) -> tuple[int, str, int]:
-    return id(entry.module), entry.name, id(entry.buffer)
+def _same(held: _Held, others: _Held) -> bool:
+    """Whether the same modules hold the same tensors under the same names."""
+    return len(held) == len(others) and all(
+        module is other and len(x) == len(y) and all(name in y and y[name] is buffer for name, buffer in x.items())
+        for (module, x), (other, y) in zip(held, others, strict=True)
+    )
 
 
 def _alike(x: Tensor, y: Tensor) -> bool:

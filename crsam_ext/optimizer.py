@@ -711,7 +711,7 @@ class CRSAM(Optimizer):
         groups, _ = state.pop("param_groups", None), state.pop("state", None)
         base = state["base_optimizer"]
         shares_names = bool(state["_own"].keys() & base.defaults.keys())
-        later = {
+        later: dict[str, Any] = {
             "_separate_groups": groups if shares_names else None,
             "_synced": [],
             "_difference": SecondDifference(),
