@@ -213,8 +213,8 @@ def test_probabilities_as_targets_count_by_samples():
 
 @pytest.mark.parametrize("options", [{"ignore_index": 2}, {"weight": torch.tensor([1.0, 1.0, 0.0])}])
 def test_nothing_counts(options):
+    batch = torch.randn(2, 4), torch.full((2,), 2)
     with pytest.raises(ValueError, match="ignores all targets of the loader"):
-        batch = torch.randn(2, 4), torch.full((2,), 2)
         curvature.gradient_norm(Tokens().float(), nn.CrossEntropyLoss(**options), [batch])
 
 

@@ -1,5 +1,6 @@
 """The program ``crsam-train``: runs the training, and turns errors and Ctrl-C into one line and an exit code."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,8 +15,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the name of the program; those of the process by default.
 
     Returns:
-        The exit code: 0, 2 after an error that the user can mend, 130 after Ctrl-C.
+        The exit code: 0, 1 when nobody reads the output, 2 after an error that the user can mend, 130 after Ctrl-C.
     """
+    _make_streams_robust()
     try:
         options = parse(argv)
         # Not at the top: the help and mistakes in the options need none of the packages that training needs.
@@ -29,7 +31,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"the package {package} is missing: pip install 'crsam_ext[train]'", 2)
     except KeyboardInterrupt:
         return _complain("interrupted; with --resume it goes on after the last complete epoch", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain of it once more as it ends
+        return _complain("nobody reads the output any more; with --resume it goes on after the last complete epoch", 1)
     return 0
+
+
+def _make_streams_robust() -> None:
+    """Whatever the terminal cannot show is escaped; streams that are closed go nowhere."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, it stays open as long as the program runs
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _complain(message: str, code: int) -> int:

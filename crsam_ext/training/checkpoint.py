@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,8 +33,14 @@ def write(path: Path, content: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
-        raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:
+        # torch.save hides an OSError of the file behind a RuntimeError of its own.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        with suppress(OSError):
+            partial.unlink()  # on a disk that is full
+        raise TrainingError(f"cannot write {path}: {cause.strerror or cause}") from error
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import TrainingError
+from .progress import warn
 
 Batch = tuple[Tensor, Tensor]
 
@@ -30,6 +31,7 @@ class Data(NamedTuple):
     steps: int  #: batches in an epoch of training
     train: Callable[[int], Iterable[Batch]]  #: the training batches of an epoch, counted from 0
     test: Callable[[], Iterable[Batch]]  #: all test samples, in order
+    broken: Callable[[], list[Path]] = list  #: the training files that the last epoch could not read
 
 
 def load(options: Namespace, device: torch.device) -> Data:
@@ -69,7 +71,11 @@ def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
 
 def _tensor_data(tensors: tuple[Tensor, Tensor, Tensor, Tensor], options: Namespace, device: torch.device) -> Data:
     x, y, x_test, y_test = (tensor.to(device) for tensor in tensors)
-    size, batch_size, drop_last = len(x), options.batch_size, options.mixup > 0
+    size, batch_size = len(x), options.batch_size
+    alone = size % batch_size == 1 < batch_size
+    if alone:
+        warn("the last batch of an epoch would be a single sample, which batch norm cannot take: it is left out")
+    drop_last = alone or options.mixup > 0
 
     def train(epoch: int) -> Iterator[Batch]:
         return batches(x, y, batch_size, epoch_order(size, options.seed, epoch), drop_last)
@@ -132,19 +138,46 @@ def _cifar_data(root: Path, kind: str, options: Namespace, device: torch.device)
 
 
 def _folder_data(root: Path, options: Namespace, device: torch.device) -> Data:
-    from timm.data.dataset_factory import create_dataset
+    from .images import ImageFiles, find, named
 
-    for split in ("train", "val"):
-        if not (root / split).is_dir():
-            raise TrainingError(f"--data {options.data}: there is no folder {root / split}")
+    train_files, val_files, classes = find(root, f"--data {options.data}")
+    train_set, test_set = ImageFiles(train_files, replaces=True), ImageFiles(val_files, replaces=False)
+    data = _image_data(train_set, test_set, classes, options, device)
+
+    def refuse_broken() -> None:
+        broken = test_set.broken()
+        if broken:
+            raise TrainingError(
+                f"{len(broken)} of {len(test_set)} validation images cannot be read: {named(broken)}; "
+                "--skip-bad-val leaves them out"
+            )
+
+    def train(epoch: int) -> Iterator[Batch]:
+        train_set.forget()
+        yield from _from_workers(data.train(epoch))
+
+    def test() -> Iterator[Batch]:
+        yield from _from_workers(data.test())
+        refuse_broken()
+
+    # Before hours of training, and not after the first epoch.
+    for _ in _from_workers(data.test()):
+        pass
+    broken = test_set.broken()
+    if options.skip_bad_val and 0 < len(broken) < len(test_set):
+        warn(f"{len(broken)} of {len(test_set)} validation images cannot be read and are left out: {named(broken)}")
+        test_set.leave_out(broken)
+        data = _image_data(train_set, test_set, classes, options, device)
+    refuse_broken()
+    return data._replace(train=train, test=test, broken=train_set.broken)
+
+
+def _from_workers(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of a loader, and the errors of its workers without their tracebacks."""
     try:
-        train_set = create_dataset("", root=str(root / "train"), search_split=False)
-        # The training folders number the classes: a class that val/ lacks must not shift the others.
-        classes = train_set.reader.class_to_idx
-        test_set = create_dataset("", root=str(root / "val"), search_split=False, class_map=classes)
-    except (RuntimeError, OSError) as error:
-        raise TrainingError(f"--data {options.data}: {error}") from error
-    return _image_data(train_set, test_set, len(classes), options, device)
+        yield from batches
+    except TrainingError as error:
+        raise TrainingError(str(error).strip().splitlines()[-1].rpartition("TrainingError: ")[2]) from error
 
 
 def _image_data(

@@ -28,10 +28,11 @@ from crsam_ext import CRSAM, Scheduled
 from . import checkpoint
 from .data import Batch, Data, load
 from .errors import TrainingError
+from .images import named
 from .models import create_model
-from .options import SCHEDULED, run_config
+from .options import SCHEDULED, build_parser, run_config
 from .plot import draw
-from .progress import progress, say
+from .progress import progress, say, warn
 
 FILES = ("last.pt", "best.pt", "log.csv", "curves.png", "config.json")
 # A picture takes half a second: after an epoch of at least this many seconds it is drawn at once, else at the end.
@@ -74,6 +75,14 @@ def run(options: Namespace) -> None:
     _save_log(state, options)
     try:
         _train(state, options, data)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise TrainingError(f"batch norm takes no batch of one sample: give a larger --batch-size ({error})") from error
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "t allocate memory" not in str(error):
+            raise
+        raise TrainingError("there is not enough memory: give a smaller --batch-size, or fewer --workers") from error
     finally:
         if state.history:
             _draw(state, options)
@@ -161,7 +170,7 @@ def _schedule(optimizer: torch.optim.Optimizer, kind: str, options: Namespace, w
 
 def _train(state: Run, options: Namespace, data: Data) -> None:
     schedules = create_schedules(state.optimizer, options)
-    done = len(state.history)
+    done, seen = len(state.history), set[Path]()
     with progress(options.epochs * data.steps, done * data.steps) as (advance, line):
         for epoch in range(done, options.epochs):
             for schedule in schedules:
@@ -169,7 +178,12 @@ def _train(state: Run, options: Namespace, data: Data) -> None:
             start = time.perf_counter()
             row = {"epoch": epoch + 1, "lr": state.optimizer.param_groups[0]["lr"]}
             row |= train_epoch(state, options, data.train(epoch), epoch * data.steps, advance)
+            broken = data.broken()
             row |= evaluate(state.evaluated, data.test(), state.device, options.amp)
+            row["bad_files"] = len(broken)
+            if not seen.issuperset(broken):
+                warn(f"{len(broken)} training images cannot be read, others took their place: {named(broken)}")
+            seen.update(broken)
             row["seconds"] = round(time.perf_counter() - start, 3)
             _save(state, options, row)
             line(_line(row, options.epochs))
@@ -286,9 +300,9 @@ def _claim(output: Path, overwrite: bool) -> None:
 def _restore(state: Run, options: Namespace) -> None:
     path = options.output / "last.pt"
     saved = checkpoint.load(path)
-    config = run_config(options)
+    config, defaults = run_config(options), build_parser()
     for name, value in config.items():
-        before = saved["config"].get(name)
+        before = saved["config"].get(name, defaults.get_default(name))  # of an option that came later
         if before != value:
             flag = "--" + name.replace("_", "-")
             raise TrainingError(f"cannot resume with {flag} {value}: {options.output} was started with {flag} {before}")
@@ -330,7 +344,7 @@ def _save_last(state: Run, options: Namespace) -> None:
 
 LOG_COLUMNS = (
     "epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
-    "seconds", "grad_norm", "skipped", "curvature_dropped",
+    "seconds", "grad_norm", "skipped", "curvature_dropped", "bad_files",
 )  # fmt: skip
 
 

@@ -60,6 +60,7 @@ OPTION_NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "auto_augment": ("data", ("cifar10", "cifar100", "folder")),
     "workers": ("data", ("cifar10", "cifar100", "folder")),
     "image_size": ("data", ("folder",)),
+    "skip_bad_val": ("data", ("folder",)),
 }
 
 
@@ -110,7 +111,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--data",
         default="digits",
         help="digits, mnist1d, cifar10:PATH, cifar100:PATH or folder:PATH, a folder with "
-        "train/ and val/ and a folder per class in each (default: digits)",
+        "train/ and val/ and a folder per class in each; training images that cannot be read are replaced by the next "
+        "one, named, and counted in log.csv (default: digits)",
+    )
+    add(
+        "--skip-bad-val",
+        action="store_true",
+        help="leave out validation images of folder:PATH that cannot be read, which is an error otherwise",
     )
     add("--model", help="mlp, cnn, cifar_resnet18, wrn28_10, pyramidnet110 or any model of timm")
     add("--image-size", type=integer(1), help="side of the images of folder:PATH in pixels (default: 224)")
@@ -134,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=integer(1))
-    add("--batch-size", type=integer(1))
+    add("--batch-size", type=integer(1), help="of the last batch, a single sample is left out")
     add(
         "--schedule",
         choices=SCHEDULES,

@@ -1,10 +1,16 @@
 """What a run shows while it works: a bar on a terminal, plain lines elsewhere."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def warn(line: str) -> None:
+    """Print one line on stderr."""
+    print(f"crsam-train: {' '.join(line.split())}", file=sys.stderr, flush=True)
 
 
 def say(line: str, console: Console | None = None) -> None:

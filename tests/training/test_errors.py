@@ -154,6 +154,7 @@ def test_resume_from_a_bad_checkpoint(refuse, here, finished, harm, message):
 
 
 def test_policy_that_timm_does_not_know(refuse, image_folder):
+    shutil.copytree(image_folder / "train" / "ape", image_folder / "val" / "ape")
     command = f"--data folder:{image_folder} --batch-size 4 --model test_resnet --image-size 32"
 
     assert "--auto-augment nonsense: timm has no such policy" in refuse(f"{command} --auto-augment nonsense")
