@@ -485,11 +485,11 @@ class CRSAM(Optimizer):
     def _finish(self) -> None:
         """Take the last pass of a step of calls, and make the update."""
         if self._step is None:
-            if self.passes > 1 and not self._combined:
+            if self.passes > 1 and not self._combined and not self._fills_state():
                 raise RuntimeError(
                     "step() without a closure finishes what first_step() began: call first_step(), or step(closure)"
                 )
-            self._begin(1, self._combined)
+            self._begin(1, combined=self._combined or self.passes > 1)
         step = self._step
         assert step is not None
         if step.collected != step.passes - 1:
@@ -504,6 +504,10 @@ class CRSAM(Optimizer):
                 )
             step.collect(loss, keep=False)
             self._update(step, grad_scale, found_inf)
+
+    def _fills_state(self) -> bool:
+        """Whether a step is only to fill an empty state: torch.distributed.checkpoint takes one with a rate of 0."""
+        return not self.state and not any(float(group.get("lr", 1.0)) for group in self.param_groups)
 
     def _update(self, step: Step, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Make the update with the gradients that the step has collected; it is over."""

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn import Parameter
 
 from crsam_ext import CRSAM
@@ -281,6 +282,51 @@ def test_copies_follow_their_own_base(base, backend_options, device):
         twin_optimizer.step(closure_of(twin))
         assert twin_optimizer.param_groups[1]["lr"] == 0.125
         assert optimizer.param_groups[1]["lr"] != 0.125
+
+
+# torch.distributed.checkpoint ----------------------------------------------------------------------------------------
+
+
+@every_base
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_state_dict_functions_of_torch(tensor_lr, base, backend_options, device):
+    """They fill the state of a fresh optimizer by a step without a closure, with zero gradients and a rate of 0."""
+    model, optimizer = make(base, backend_options)
+    resumed, resumed_optimizer = make(base, backend_options, seed=1)
+    if tensor_lr:
+        if base == "alpha":
+            pytest.skip("RMSprop takes a tensor as its rate when it is capturable only")
+        for o in (optimizer, resumed_optimizer):
+            for group in o.param_groups:
+                group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
+    for _ in range(2):
+        optimizer.step(closure_of(model))
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    weights, state = copy.deepcopy(get_state_dict(model, optimizer))
+    before = [p.detach().clone() for p in resumed.parameters()]
+    get_state_dict(resumed, resumed_optimizer)
+    assert all(map(torch.equal, resumed.parameters(), before))
+    assert resumed_optimizer.stats.steps == 0
+    set_state_dict(resumed, resumed_optimizer, model_state_dict=weights, optim_state_dict=state)
+    assert [float(group["lr"]) for group in resumed_optimizer.param_groups] == rates
+    for _ in range(2):
+        optimizer.step(closure_of(model))
+        resumed_optimizer.step(closure_of(resumed))
+    for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert_close(q, p, EXACT)
+
+
+def test_a_step_without_a_closure_is_still_refused(backend_options):
+    """Where there is a rate, or a state already."""
+    for rate, steps in ((0.1, 0), (0.0, 1)):
+        model, optimizer = make("sgd", backend_options)
+        for _ in range(steps):
+            optimizer.step(closure_of(model))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        closure_of(model)()
+        with pytest.raises(RuntimeError, match=r"call first_step\(\), or step\(closure\)"):
+            optimizer.step()
 
 
 # What earlier versions have pickled ----------------------------------------------------------------------------------
