@@ -56,11 +56,7 @@ class GradScaler(torch.amp.GradScaler):
         scale = self._get_scale_async()
         assert scale is not None
         found_inf = torch.zeros((), dtype=torch.float32, device=scale.device)
-        optimizer._scaling = scale, found_inf
-        try:
-            loss = optimizer.step(closure)
-        finally:
-            optimizer._scaling = None
+        loss = optimizer.step(closure, grad_scaling=(scale, found_inf))
         state["found_inf_per_device"] = {found_inf.device: found_inf}
         state["stage"] = OptState.STEPPED
         return loss

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,17 +28,29 @@ from torch.nn.parameter import is_lazy
 from torch.utils.dlpack import from_dlpack
 
 from ._compat import storage_is_shared
-from .ops import AdamOptions, Operators, SGDOptions, compute_dtype, scalar
+from .ops import Operators, compute_dtype, scalar
 
-__all__ = ["FlatParameters", "Gradients", "Options", "check_parameter"]
+__all__ = ["FlatParameters", "Gradients", "StateLayout", "check_parameter"]
 
 _ALIGNMENT = 16  # bytes: the widest load of a GPU
 _MAX_CONSTANTS = 64  # tuples of numbers that are kept on the device
 _MAX_PLANS = 64  # sets of participants that are remembered: layers dropped at random make ever new ones
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-Options = SGDOptions | AdamOptions | None  # None: another optimizer makes the update and owns its state
 Gradients = Sequence[Tensor | None]  # one for each slot of a bucket, shaped and laid out as the parameter
+
+
+class StateLayout:
+    """Which state of a base optimizer is flat."""
+
+    #: Whether the state holds the counter of a parameter's steps, as "step".
+    counts_steps: ClassVar[bool] = False
+    #: For each group the names of the model-size buffers of its parameters; None where nothing is flat.
+    buffers: Sequence[tuple[str, ...]] | None
+
+    def steps_taken(self, state: Mapping[str, Any]) -> float:
+        """How many steps a parameter has taken whose state is this, where the state holds no counter."""
+        return 0.0
 
 
 @dataclass(eq=False)
@@ -233,7 +245,7 @@ class Bucket:
     def __init__(
         self,
         members: list[tuple[Tensor, int]],
-        options: Sequence[Options],
+        layout: StateLayout,
         operators: Operators,
         num_points: int,
         stays: Callable[[Tensor], bool],
@@ -265,9 +277,9 @@ class Bucket:
         wide = compute_dtype(self.dtype)
         self.points = torch.zeros(num_points, live_offset, dtype=self.dtype, device=self.device)
         self.live, self.saved = self.points[0], flat(offset, wide)
-        names = {name for slot in self.slots if (o := options[slot.group]) is not None for name in o.buffers}
+        names = {name for slot in self.slots for name in (layout.buffers or {slot.group: ()})[slot.group]}
         self.buffers = {name: flat(offset, wide) for name in sorted(names)}
-        self.steps = None if options[0] is None else flat(len(self.slots), torch.float32)
+        self.steps = None if layout.buffers is None else flat(len(self.slots), torch.float32)
         self.history: list[float] = []
         self._counted: list[float] = []  # see _counters(), after the last step
         self._theirs: list[tuple[Tensor, Tensor]] = []  # state that lies elsewhere, and its mirror
@@ -294,9 +306,7 @@ class Bucket:
             points[0] = slot.param.detach()
         return points
 
-    def adopt(
-        self, state: Mapping[Tensor, dict[str, Any]], options: Sequence[Options], moved: Mapping[Tensor, int]
-    ) -> None:
+    def adopt(self, state: Mapping[Tensor, dict[str, Any]], layout: StateLayout, moved: Mapping[Tensor, int]) -> None:
         """Move parameters and state into the flat buffers, and point them there."""
         for slot in self.slots:
             saved = slot.view(self.saved)
@@ -305,21 +315,20 @@ class Bucket:
                 live.copy_(slot.param.detach())
                 slot.param.data = live
             slot.locate()
-            option = options[slot.group]
-            if option is None:
+            if layout.buffers is None:
                 continue
             assert self.steps is not None
-            slot.views = {name: slot.view(self.buffers[name]) for name in option.buffers}
+            slot.views = {name: slot.view(self.buffers[name]) for name in layout.buffers[slot.group]}
             if self.has_master:
                 slot.views["master_param"] = saved.copy_(slot.param.detach())
-            if option.counts_steps:
+            if layout.counts_steps:
                 slot.views["step"] = from_dlpack(self.steps[slot.index])
             kept = state.get(slot.param, {})
             for name, view in slot.views.items():
                 if kept.get(name) is not None:
                     slot.views[name] = kept[name] = self._take_over(name, kept[name], view, moved)
-            if kept.get("momentum_buffer") is not None and not option.counts_steps:
-                self.steps[slot.index] = 1.0
+            if not layout.counts_steps:
+                self.steps[slot.index] = layout.steps_taken(kept)
             if kept:
                 kept.pop("master_param", None)
                 kept.update(slot.views)
@@ -434,7 +443,7 @@ class FlatParameters:
     Args:
         param_groups: the optimizer's; those parameters are adopted that require a gradient, have one, or have state.
         state: the optimizer's; what it holds is carried over.
-        options: for each group, how its update is computed, or None for all where another optimizer computes it.
+        layout: which of it is flat.
         operators: will work on them.
         num_points: how many points are evaluated at once, 1 or 2.
         flatten: move the parameters that own their memory alone; otherwise, all stay in place.
@@ -447,7 +456,7 @@ class FlatParameters:
         self,
         param_groups: Sequence[Mapping[str, Any]],
         state: Mapping[Tensor, dict[str, Any]],
-        options: Sequence[Options],
+        layout: StateLayout,
         operators: Operators,
         num_points: int = 1,
         flatten: bool = True,
@@ -457,7 +466,7 @@ class FlatParameters:
         self.num_points = num_points
         self._host = operators.host
         self.published = False  # whether the state holds all buffers that the last update used
-        self._names = [None if o is None else o.buffers for o in options]
+        self._layout = layout
         members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int]]] = {}
         for group, param in _members(param_groups):
             if _wanted(param, state):
@@ -469,13 +478,13 @@ class FlatParameters:
         def stays(tensor: Tensor) -> bool:
             return not flatten or _is_held_by_others(tensor, moved)
 
-        self.buckets = [Bucket(bucket, options, operators, num_points, stays) for bucket in members.values()]
+        self.buckets = [Bucket(bucket, layout, operators, num_points, stays) for bucket in members.values()]
         self._slots = {slot.param: slot for bucket in self.buckets for slot in bucket.slots}
         self._moved_in_step: set[Slot] = set()  # those that followed a parameter since the step began
         self._copies: dict[tuple[Slot, int], Tensor] = {}
         self._constants: dict[tuple[float, ...], Tensor] = {}
         for bucket in self.buckets:
-            bucket.adopt(state, options, moved)
+            bucket.adopt(state, layout, moved)
         self._places = self._now()
         self._matched: Any = None  # fingerprint of what was found in place
         self._outside: list[Tensor] = []  # parameters that were left where they are
@@ -484,10 +493,10 @@ class FlatParameters:
         self,
         param_groups: Sequence[Mapping[str, Any]],
         state: Mapping[Tensor, dict[str, Any]],
-        options: Sequence[Options],
+        layout: StateLayout,
     ) -> bool:
         """Whether parameters and state are still where they were put, and no others have joined or left."""
-        if self._names != [None if o is None else o.buffers for o in options]:
+        if (type(layout), layout.buffers) != (type(self._layout), self._layout.buffers):
             return False
         look = self._host.fingerprint([group["params"] for group in param_groups], state)
         if look == self._matched and not any(_wanted(param, state) for param in self._outside):

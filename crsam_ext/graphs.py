@@ -8,24 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .noise import SharedNoise
 from .optimizer import CRSAM
 
 __all__ = ["GraphedStep"]
 
 # What schedulers change. As tensors on the device, they are read anew by each replay.
 _SCHEDULED = ("lr", "rho", "alpha", "beta")
-
-
-def why_not(optimizer: CRSAM) -> str | None:
-    """Why the steps of an optimizer cannot be captured; None if they can."""
-    devices = sorted({str(param.device) for group in optimizer.param_groups for param in group["params"]})
-    if len(devices) != 1 or not devices[0].startswith("cuda"):
-        return f"the parameters are on {', '.join(devices)}, not on one CUDA device"
-    if optimizer.backend not in ("cuda", "triton"):
-        return f"backend {optimizer.backend!r} reads numbers on the host; use cuda or triton"
-    if optimizer._options()[0] is None:
-        return f"whether {type(optimizer.base_optimizer).__name__} makes its step is decided on the host"
-    return None
 
 
 class GraphedStep:
@@ -56,7 +45,7 @@ class GraphedStep:
     """
 
     def __init__(self, optimizer: CRSAM, closure: Callable[[], Any], warmup: int = 3) -> None:
-        reason = why_not(optimizer)
+        reason = optimizer.capture_blocker()
         if reason is not None:
             raise ValueError(f"this step cannot be captured in a CUDA graph: {reason}")
         if warmup < 1:
@@ -75,14 +64,13 @@ class GraphedStep:
         """
         optimizer = self.optimizer
         self._options_to_device()
-        flat = optimizer._flat
-        if flat is None or not flat.matches(optimizer.param_groups, optimizer.state, optimizer._options()):
+        if not optimizer.in_place:
             self._forget()
         passes, baked = optimizer.passes, self._baked()
         graph = self._graphs.get(passes)
         if graph is None or graph.baked != baked:
             # Until a first step was sound, the host is asked whether its state is to be entered.
-            if flat is None or not flat.published or self._ordinary.get(passes, 0) < self.warmup:
+            if not optimizer.state_is_complete or self._ordinary.get(passes, 0) < self.warmup:
                 self._ordinary[passes] = self._ordinary.get(passes, 0) + 1
                 return self._on_stream(lambda: optimizer.step(self.closure))
             graph = self._graphs[passes] = _Graph(optimizer, self.closure, baked, self._stream, self.device)
@@ -137,26 +125,24 @@ class _Graph:
         self._graph = torch.cuda.CUDAGraph()
         self._noise = _GraphNoise(self._graph, device, optimizer.passes)
         steps = self._stats.steps
-        optimizer._shared_noise = lambda devices: self._noise
         try:
             with torch.cuda.graph(self._graph, stream=stream):
-                self.loss = optimizer.step(closure)
+                self.loss = optimizer.step(closure, noise=self._noise)
         finally:
-            del optimizer._shared_noise
             self._noise.end()
-        self._measured = dict(vars(self._stats))
+        self._measured = self._stats.snapshot()
         self._stats.steps = steps
         self._grads = [(param, param.grad) for group in optimizer.param_groups for param in group["params"]]
 
     def replay(self) -> None:
         self._noise.align()
         self._graph.replay()
-        vars(self._stats).update(self._measured, steps=self._stats.steps + 1)
+        self._stats.replay(self._measured)
         for param, grad in self._grads:
             param.grad = grad
 
 
-class _GraphNoise:
+class _GraphNoise(SharedNoise):
     """:class:`crsam_ext.noise.SharedNoise` of a graph: a state of the generator for each pass, which go in step.
 
     A graph knows the states of a generator by identity; each counts what was drawn from it, and a replay begins where

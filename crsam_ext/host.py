@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import chain, repeat
 from operator import attrgetter, is_not
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.autograd.graph import increment_version
 __all__ = [
     "Column",
     "Groups",
+    "Host",
     "clear_gradients",
     "fingerprint",
     "mark_written",
@@ -30,6 +31,25 @@ __all__ = [
     "split_decision",
     "take_gradients",
 ]
+
+
+class Host(Protocol):
+    """The functions of this module, as a backend has them: these or the compiled ones."""
+
+    Column: Any
+    Groups: Any
+    clear_gradients: Any
+    fingerprint: Any
+    mark_written: Any
+    places: Any
+    repeats_memory: Any
+    set_gradients: Any
+    share_memory: Any
+    split_decision: Any
+    take_gradients: Any
+
+    def __hash__(self) -> int: ...
+
 
 # Mapped, a loop runs in C.
 _grad_of, _shape_of, _dtype_of, _device_of, _nbytes_of, _requires_grad_of = map(

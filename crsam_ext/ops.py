@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -78,16 +78,15 @@ class SGDOptions:
     weight_decay: float
     nesterov: bool
     maximize: bool
-    counts_steps: ClassVar[bool] = False
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> SGDOptions:
-        return cls(**{name: group[name] for name in cls.__dataclass_fields__ if name != "counts_steps"})
+        return cls(**{field.name: group[field.name] for field in fields(cls)})
 
     @property
-    def buffers(self) -> tuple[str, ...]:
-        """Names of the model-size buffers that the state of a parameter holds."""
-        return ("momentum_buffer",) if self.momentum else ()
+    def numbers(self) -> tuple[float | Tensor, ...]:
+        """The options in the order in which the kernels read them: that of ``Sgd`` in csrc/cuda/update_math.cuh."""
+        return self.lr, self.momentum, self.dampening, self.weight_decay, self.nesterov, self.maximize
 
 
 @dataclass(frozen=True)
@@ -100,16 +99,15 @@ class AdamOptions:
     weight_decay: float
     decoupled_weight_decay: bool
     maximize: bool
-    counts_steps: ClassVar[bool] = True
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> AdamOptions:
-        return cls(**{name: group[name] for name in cls.__dataclass_fields__ if name != "counts_steps"})
+        return cls(**{field.name: group[field.name] for field in fields(cls)})
 
     @property
-    def buffers(self) -> tuple[str, ...]:
-        """Names of the model-size buffers that the state of a parameter holds."""
-        return ("exp_avg", "exp_avg_sq")
+    def numbers(self) -> tuple[float | Tensor, ...]:
+        """The options in the order in which the kernels read them: that of ``Adam`` in csrc/cuda/update_math.cuh."""
+        return self.lr, *self.betas, self.eps, self.weight_decay, self.decoupled_weight_decay, self.maximize
 
 
 class Coefficients(NamedTuple):
@@ -143,7 +141,7 @@ class Operators(ABC):
     fuses_gram: ClassVar[bool]
     #: The functions of :mod:`crsam_ext.host` for its lists, there or compiled. Operators take any lists of tensors and
     #: groups; a ``host.Column`` or ``host.Groups`` they look at once.
-    host: Any = host
+    host: host.Host = host
 
     def selects(self, row: Tensor) -> bool:
         """Whether numbers must stay on the device of ``row``, so that a choice between two of them is an operation."""

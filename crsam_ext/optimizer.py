@@ -12,27 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Optimizer
 
 from . import backends
-from .flat import FlatParameters, Options, check_parameter
+from .flat import FlatParameters, check_parameter
 from .model_buffers import ModelBuffers
 from .noise import SharedNoise
-from .ops import AdamOptions, Operators, SGDOptions, scalar
+from .ops import Operators, scalar
 from .parallel import gradients_at
-from .passes import SecondDifference, Step, is_loss
+from .second_difference import SecondDifference
 from .stats import Stats
+from .step import Located, Step, StepSettings, is_loss
+from .updates import Update, update_of
 
 __all__ = ["CRSAM"]
 
-_NATIVE: dict[type[Optimizer], type[SGDOptions] | type[AdamOptions]] = {
-    SGD: SGDOptions,
-    Adam: AdamOptions,
-    AdamW: AdamOptions,
-}
 # What a copy or a pickle of the optimizer leaves behind: it is made again when needed. (A scheduler puts a function
 # named ``step`` on the instance, which refers to that very instance.)
-_TRANSIENT = ("operators", "_flat", "_step", "_last_loss", "_combined", "_scaling", "step")
+_TRANSIENT = ("operators", "_flat", "_step", "_last_loss", "_combined", "step")
 
 
 class CRSAM(Optimizer):
@@ -113,12 +110,12 @@ class CRSAM(Optimizer):
     """
 
     operators: Operators
-    _flat: FlatParameters | None
+    _flat: FlatParameters | None  # where parameters and state are, once there has been a step
+    # A step is in progress from step(closure) or first_step() to the update or combine(); then _step holds it, and
+    # _step.collected says which pass is due. After combine(), until the next step begins, _combined is set.
     _step: Step | None
-    _last_loss: Any  # what the last call of a step was given: step() takes no such argument
-    _combined: bool  # whether p.grad holds what combine() has left there
-    _scaling: tuple[Tensor, Tensor] | None  # scale and found_inf of a crsam_ext.GradScaler that steps
-    _shared_noise: Any = SharedNoise  # a CUDA graph needs another
+    _combined: bool
+    _last_loss: Any  # of the pass that step() will end, which takes no such argument
     _step_supports_amp_scaling = True  # torch's GradScaler leaves scale and found_inf to the step
 
     def __init__(
@@ -243,6 +240,27 @@ class CRSAM(Optimizer):
     def _curved(self) -> bool:
         return any(_nonzero(group[name]) for group in self.param_groups for name in ("alpha", "beta"))
 
+    def capture_blocker(self) -> str | None:
+        """Why steps cannot be captured in a CUDA graph; None if they can."""
+        devices = sorted(map(str, self._devices()))
+        if len(devices) != 1 or not devices[0].startswith("cuda"):
+            return f"the parameters are on {', '.join(devices)}, not on one CUDA device"
+        if self.backend not in ("cuda", "triton"):
+            return f"backend {self.backend!r} reads numbers on the host; use cuda or triton"
+        if not self._update().native:
+            return f"whether {type(self.base_optimizer).__name__} makes its step is decided on the host"
+        return None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether parameters and state are where the last step left them: the next one finds them by address."""
+        return self._flat is not None and self._flat.matches(self.param_groups, self.state, self._update())
+
+    @property
+    def state_is_complete(self) -> bool:
+        """Whether the state holds all that the last step used: until then, steps ask the device if they were sound."""
+        return self._flat is not None and self._flat.published
+
     def __repr__(self) -> str:
         head, _, groups = super().__repr__().partition("(")
         base, backend = type(self.base_optimizer).__name__, self.backend
@@ -284,6 +302,8 @@ class CRSAM(Optimizer):
         closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None,
         *,
         parallel: torch.nn.Module | None = None,
+        grad_scaling: tuple[Tensor, Tensor] | None = None,
+        noise: SharedNoise | None = None,
     ) -> Any:
         """Take a step.
 
@@ -298,6 +318,9 @@ class CRSAM(Optimizer):
                 the memory for activations; a step of fewer passes is as without. The closure only returns the loss
                 and leaves ``backward()`` to the step. Hooks on gradients do not see the two; random numbers, which
                 ``vmap`` would draw anew, are refused unless ``replay_rng`` is off.
+            grad_scaling: what the closure multiplied its losses with, 0-dim, and a 0-dim tensor that becomes 1 if the
+                step is skipped, else 0: :class:`crsam_ext.GradScaler` gives them.
+            noise: replays the random numbers, those of the global generators by default. A CUDA graph has its own.
         Returns:
             What the closure returned at w (a tensor without its graph), of several the sum; None without a closure.
         Raises:
@@ -322,12 +345,12 @@ class CRSAM(Optimizer):
         with self._restoring():
             passes = self.passes
             step = self._begin(passes, num_points=1 if parallel is None or passes < 3 else 2)
-            noise = None
-            if passes > 1:
-                if self.replay_rng:
-                    noise = self._shared_noise(self._devices())
-                if self.model_buffers is not None:
-                    self.model_buffers.begin()
+            if passes == 1 or not self.replay_rng:
+                noise = None
+            elif noise is None:
+                noise = SharedNoise(self._devices())
+            if passes > 1 and self.model_buffers is not None:
+                self.model_buffers.begin()
 
             def run() -> Any:  # what is returned here must not stay alive during the next pass: it may hold a graph
                 value = _with_gradients(closure)
@@ -358,7 +381,7 @@ class CRSAM(Optimizer):
                     step.move()
             if noise is not None:
                 noise.end()
-            self._update(step, *(self._scaling or (None, None)))
+            self._end(step, *(grad_scaling or (None, None)))
         return result
 
     def first_step(self, zero_grad: bool = False, loss: Any = None) -> None:
@@ -389,6 +412,10 @@ class CRSAM(Optimizer):
         """
         self._require("second_step", 1)
         self._call(zero_grad, loss)
+
+    def give_loss(self, loss: Any) -> None:
+        """Give the loss of the last pass where ``step()`` ends a step of calls: it takes no argument for it."""
+        self._last_loss = loss
 
     def third_step(self, zero_grad: bool = False, loss: Any = None) -> None:
         """After ``backward()`` at w - e: update w. Arguments and errors as for :meth:`first_step`."""
@@ -430,33 +457,34 @@ class CRSAM(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         if not any(param.requires_grad or param.grad is not None for param in params):
             raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
+        settings = StepSettings(
+            self.regularizer, self.estimator, self.max_grad_norm, self.max_regularizer_ratio, self.stochastic_rounding
+        )
         difference = self._difference if self.curvature_interval > 1 and self._curved else None
-        self._step = Step(self, passes, combined, difference, num_points)
+        self._step = Step(
+            settings, self._locate, self.stats, self.model_buffers, passes, combined, difference, num_points
+        )
         return self._step
 
-    def locate(self, num_points: int) -> tuple[FlatParameters, list[Options]]:
-        """Parameters and state where they are now, and the options of each group.
-
-        Args:
-            num_points: how many points are to be evaluated at once.
-        """
-        options, flat = self._options(), self._flat
+    def _locate(self, num_points: int) -> Located:
+        """Parameters and state where they are now, and the update with the options that there are now."""
+        update, flat = self._update(), self._flat
         if flat is not None:
             num_points = max(num_points, flat.num_points)
-        if flat is None or flat.num_points < num_points or not flat.matches(self.param_groups, self.state, options):
+        if flat is None or flat.num_points < num_points or not flat.matches(self.param_groups, self.state, update):
             operators = self._load_operators()
             if operators.name != self.operators.name:  # the parameters have moved to another kind of device
                 self.operators = operators
             moved = {} if flat is None else flat.moved()
             self._flat = flat = None  # whatever it holds of parameters in place must not count as another holder
             flat = FlatParameters(
-                self.param_groups, self.state, options, self.operators, num_points, self.flatten, moved
+                self.param_groups, self.state, update, self.operators, num_points, self.flatten, moved
             )
             if not flat.buckets:
                 raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
             self._flat = flat
         flat.begin_step()
-        return flat, options
+        return Located(flat, update, self.operators, self.param_groups, self.state)
 
     @contextmanager
     def _restoring(self) -> Iterator[None]:
@@ -477,7 +505,7 @@ class CRSAM(Optimizer):
                 # In calls, a GradScaler looks at the gradients of the last pass only.
                 step.move(show_overflow=True)
         else:
-            self._last_loss = loss
+            self.give_loss(loss)
             self.step()  # through the public method: hooks and schedulers watch it
             if zero_grad:
                 self._clear_gradients()
@@ -503,13 +531,13 @@ class CRSAM(Optimizer):
                     "call combine() before it, or clip with max_grad_norm"
                 )
             step.collect(loss, keep=False)
-            self._update(step, grad_scale, found_inf)
+            self._end(step, grad_scale, found_inf)
 
     def _fills_state(self) -> bool:
         """Whether a step is only to fill an empty state: torch.distributed.checkpoint takes one with a rate of 0."""
         return not self.state and not any(float(group.get("lr", 1.0)) for group in self.param_groups)
 
-    def _update(self, step: Step, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _end(self, step: Step, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Make the update with the gradients that the step has collected; it is over."""
         step.update(grad_scale, found_inf)
         self._step = None
@@ -527,10 +555,6 @@ class CRSAM(Optimizer):
             raise RuntimeError(f"{call}() called outside a step: first_step() is due{sam}")
         if self._step.collected != collected:
             raise RuntimeError(f"{call}() called out of order: {self._due()}")
-
-    def step_base(self) -> None:
-        """Have the base optimizer make the update with the gradients that are in ``p.grad``."""
-        self._call_base("step")
 
     def train(self) -> None:
         """Put the base optimizer into training mode, if it has one, as schedule-free optimizers do.
@@ -591,12 +615,9 @@ class CRSAM(Optimizer):
             our.update({name: value for name, value in their.items() if name not in our and name not in self._own})
         self._synced = [(their["params"], dict(their)) for their in theirs]
 
-    def _options(self) -> list[Options]:
-        """For each group, how its update is computed here; None for all if the base optimizer makes it."""
-        native = _NATIVE.get(type(self.base_optimizer))
-        if native is None or any(g.get("amsgrad") or g.get("differentiable") for g in self.param_groups):
-            return [None] * len(self.param_groups)
-        return [native.from_group(group) for group in self.param_groups]
+    def _update(self) -> Update:
+        """How the base optimizer's update is made, with the options that the groups have now."""
+        return update_of(self.base_optimizer, self.param_groups, lambda: self._call_base("step"))
 
     def _clear_gradients(self) -> None:
         for group in self.param_groups:
@@ -693,7 +714,7 @@ class CRSAM(Optimizer):
 
     def _reset(self) -> None:
         self.operators = self._load_operators()
-        self._flat = self._step = self._last_loss = self._scaling = None
+        self._flat = self._step = self._last_loss = None
         self._combined = False
 
     def __getstate__(self) -> dict[str, Any]:

@@ -61,6 +61,14 @@ class Stats:
         self._squared_norm, self._coefficients, self._grad_scale = squared_norm, coefficients, grad_scale
         self._gram, self._scale = gram, scale
 
+    def snapshot(self) -> dict[str, Any]:
+        """What the last step has entered, for :meth:`replay`."""
+        return dict(vars(self))
+
+    def replay(self, snapshot: dict[str, Any]) -> None:
+        """Enter a step that a CUDA graph has repeated: its measurements are in the tensors of a snapshot."""
+        vars(self).update(snapshot, steps=self.steps + 1)
+
     @property
     def skipped(self) -> Tensor:
         """Steps skipped because a gradient held a NaN or an infinity (int64)."""

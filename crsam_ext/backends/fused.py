@@ -147,7 +147,6 @@ class FusedOperators(Operators):
         if isinstance(momentum_buffer, list) and any(m is None for m in momentum_buffer):
             none = live[0].new_empty(0)  # the schemas know no list of optional tensors that are written
             momentum_buffer = [none if m is None else m for m in momentum_buffer]
-        values = [(o.lr, o.momentum, o.dampening, o.weight_decay, o.nesterov, o.maximize) for o in options]
         device = live[0].device
         self._ops.sgd_step_(
             live,
@@ -156,7 +155,7 @@ class FusedOperators(Operators):
             *_gradients(grads),
             groups,
             steps,
-            *_options(values, device),
+            *_options(options, device),
             *_decision(coefficients, device),
             _on(device, coefficients.ok),
         )
@@ -173,7 +172,6 @@ class FusedOperators(Operators):
         options: Sequence[AdamOptions],
         coefficients: Coefficients,
     ) -> None:
-        values = [(o.lr, *o.betas, o.eps, o.weight_decay, o.decoupled_weight_decay, o.maximize) for o in options]
         device = live[0].device
         self._ops.adamw_step_(
             live,
@@ -183,7 +181,7 @@ class FusedOperators(Operators):
             *_gradients(grads),
             groups,
             steps,
-            *_options(values, device),
+            *_options(options, device),
             *_decision(coefficients, device),
             _on(device, coefficients.ok),
         )
@@ -215,12 +213,12 @@ def _on(device: torch.device, x: Tensor) -> Tensor:
 
 
 def _options(
-    groups: Iterable[Sequence[float | Tensor]], device: torch.device
+    groups: Iterable[SGDOptions | AdamOptions], device: torch.device
 ) -> tuple[list[float], list[Tensor | None]]:
     """Options of all groups in a row, as numbers, and those that lie on the device as tensors."""
     numbers: list[float] = []
     tensors: list[Tensor | None] = []
-    for value in (value for group in groups for value in group):
+    for value in (value for group in groups for value in group.numbers):
         on_host = not isinstance(value, Tensor) or value.device.type == "cpu" != device.type
         numbers.append(float(value) if on_host else 0.0)
         tensors.append(None if on_host else _number(value, device))

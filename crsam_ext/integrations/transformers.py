@@ -49,7 +49,7 @@ class CRSAMTrainer(Trainer):
         if calls and (self.args.max_grad_norm or scaler is not None):  # which act on the regularized gradient
             optimizer.combine(last, None if scaler is None else scaler.get_scale())
         else:
-            optimizer._last_loss = last  # the Trainer's step() has no argument for it
+            optimizer.give_loss(last)
         return loss
 
     def _crsam(self) -> CRSAM:

@@ -1,73 +1,53 @@
-"""The passes of a step, and what happens between and after them."""
+"""One step: its passes, what happens between them, and the update."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .flat import FlatParameters, Gradients, Options, Plan, Slot
-from .ops import COUNTERS, AdamOptions, Coefficients, SGDOptions, compute_dtype, scalar
-
-if TYPE_CHECKING:
-    from .optimizer import CRSAM
+from .flat import FlatParameters, Gradients, Plan
+from .model_buffers import ModelBuffers
+from .ops import COUNTERS, Coefficients, Operators, scalar
+from .second_difference import SecondDifference
+from .stats import Stats
+from .updates import Update
+from .updates.wrapped import combine
 
 Rows = list[list[Sequence[Tensor]]]  # bucket, pass, row: of the gradients
 
-__all__ = ["SecondDifference", "Step", "is_loss"]
+__all__ = ["Located", "Step", "StepSettings", "is_loss"]
 
 
-class SecondDifference:
-    """The second difference of the last step that had all three gradients, for steps that leave out the third.
+@dataclass(frozen=True)
+class StepSettings:
+    """What decides how a step is made, besides the options of the groups; see :class:`crsam_ext.CRSAM`."""
 
-    There d2 = g+ + g- - 2 g0 is taken to be what it was, and so the gradient at w - e is g0 - (g+ - g0) + d2.
-    """
+    regularizer: str
+    estimator: str
+    max_grad_norm: float | None
+    max_regularizer_ratio: float
+    stochastic_rounding: bool
 
-    def __init__(self) -> None:
-        #: For each parameter d2 in the compute dtype, for losses that are not scaled.
-        self.values: dict[Tensor, Tensor] = {}
-
-    def keep(self, step: Step, ok: Tensor, grad_scale: Tensor | None) -> None:
-        """Take d2 of a step of three passes, unless it is skipped: ``ok`` says so on the device."""
-        for slots, (g0, gp, gm) in _complete(step):
-            new = torch._foreach_add(torch._foreach_sub(gp, g0), torch._foreach_sub(gm, g0))
-            if grad_scale is not None:
-                torch._foreach_div_(new, grad_scale.to(new[0]))
-            here = ok.to(new[0].device, non_blocking=True)
-            for slot, d2 in zip(slots, new, strict=True):
-                old = self.values.get(slot.param)
-                if old is None:
-                    old = self.values[slot.param] = torch.zeros_like(d2)
-                torch.where(here, d2, old, out=old)
-
-    def descent(self, step: Step, grad_scale: Tensor | None) -> list[Gradients]:
-        """The gradient at w - e of a step that has the other two, for each bucket and slot."""
-        guess: dict[Slot, Tensor] = {}
-        for slots, (g0, gp) in _complete(step):
-            d2 = [
-                self.values.get(slot.param, torch.zeros_like(g)).to(g.device) for slot, g in zip(slots, g0, strict=True)
-            ]
-            if grad_scale is not None:
-                d2 = list(torch._foreach_mul(d2, grad_scale.to(d2[0])))
-            down = torch._foreach_sub(g0, gp)
-            torch._foreach_add_(down, d2)
-            torch._foreach_add_(down, g0)
-            guess.update({slot: g.to(slot.dtype) for slot, g in zip(slots, down, strict=True)})
-        return [[guess.get(slot) for slot in bucket.slots] for bucket in step.flat.buckets]
+    @property
+    def needs_losses(self) -> bool:
+        """Whether a step of three passes needs their losses."""
+        return self.regularizer == "log" and self.estimator == "loss"
 
 
-def _complete(step: Step) -> Iterator[tuple[list[Slot], list[list[Tensor]]]]:
-    """For each bucket the slots with a gradient in every pass, and for each pass these gradients, in compute dtype."""
-    for bucket, *by_pass in zip(step.flat.buckets, *step.grads, strict=True):
-        pairs = zip(bucket.slots, zip(*by_pass, strict=True), strict=True)
-        found = {slot: of_slot for slot, of_slot in pairs if all(g is not None for g in of_slot)}
-        if found:
-            wide = compute_dtype(bucket.dtype)
-            yield list(found), [[g.to(wide) for g in grads] for grads in zip(*found.values(), strict=True)]
+class Located(NamedTuple):
+    """What a step works on, where it was found when the first pass was over."""
+
+    flat: FlatParameters
+    update: Update
+    operators: Operators
+    groups: list[dict[str, Any]]
+    state: MutableMapping[Tensor, Any]
 
 
 class Step:
@@ -81,7 +61,10 @@ class Step:
     ``flatten_parameters()`` of recurrent layers does.
 
     Args:
-        optimizer: whose groups, state and settings apply.
+        settings: how it is made.
+        locate: finds parameters, state and options, given how many points will be evaluated at once.
+        stats: takes the measurements.
+        model_buffers: of the model, if they follow the first pass.
         passes: how many there will be, 1 to 3.
         combined: whether the one pass is what another step's :meth:`combine` has left, which has counted it.
         difference: of earlier steps, where the third of their passes is not always taken.
@@ -89,27 +72,28 @@ class Step:
 
     Attributes:
         flat: the parameters.
-        options: for each group, how its update is computed.
         losses: for each pass so far its loss, a detached tensor or a number; None if it gave something else.
         grads: for each pass so far, for each bucket and slot, its gradient in the parameter's own layout.
     """
 
     flat: FlatParameters
-    options: list[Options]
     home: torch.device  # where the few numbers are kept that belong to all parameters
     _adaptive: list[bool]
     _maximizes: list[bool]
 
     def __init__(
         self,
-        optimizer: CRSAM,
+        settings: StepSettings,
+        locate: Callable[[int], Located],
+        stats: Stats,
+        model_buffers: ModelBuffers | None,
         passes: int,
         combined: bool = False,
         difference: SecondDifference | None = None,
         num_points: int = 1,
     ) -> None:
-        self.optimizer, self.passes = optimizer, passes
-        self.combined, self.difference, self.num_points = combined, difference, num_points
+        self.settings, self._locate, self._stats, self._model_buffers = settings, locate, stats, model_buffers
+        self.passes, self.combined, self.difference, self.num_points = passes, combined, difference, num_points
         self.losses: list[Any] = []
         self.grads: list[list[Gradients]] = []
         self._given: list[list[tuple[bool, ...]]] = []  # pass, bucket, slot: whether there is a gradient
@@ -127,21 +111,16 @@ class Step:
         """How many passes have been collected, a guessed one included."""
         return len(self.grads)
 
-    def _locate(self) -> None:
-        """Find parameters and state where they are now."""
-        optimizer = self.optimizer
-        self.flat, self.options = optimizer.locate(self.num_points)
-        self.groups, self.operators, self.host = optimizer.param_groups, optimizer.operators, optimizer.operators.host
-        self.home = self.flat.buckets[0].device
-        self._adaptive = [bool(group["adaptive"]) for group in self.groups]
-        self._maximizes = [bool(group.get("maximize")) for group in self.groups]
-
     def collect(self, loss: Any, keep: bool) -> None:
         """Take over the gradients that autograd left in this pass; ``keep`` leaves them in ``p.grad`` as well."""
         if self.collected:
             self.flat.follow()
         else:
-            self._locate()
+            self.flat, self._update, self.operators, self.groups, self.state = self._locate(self.num_points)
+            self.host = self.operators.host
+            self.home = self.flat.buckets[0].device
+            self._adaptive = [bool(group["adaptive"]) for group in self.groups]
+            self._maximizes = [bool(group.get("maximize")) for group in self.groups]
         self.add(loss, self.flat.take_gradients(self.collected, keep))
 
     def add(self, loss: Any, grads: list[Gradients]) -> None:
@@ -160,7 +139,7 @@ class Step:
                     "leave p.grad to autograd, give each pass its own tensor, or call first_step(zero_grad=False)"
                 )
         if not is_loss(loss):
-            if self.passes == 3 and self._needs_losses:
+            if self.passes == 3 and self.settings.needs_losses:
                 raise ValueError(
                     'estimator="loss" needs the loss of every pass, a tensor of one element or a number: '
                     "return it from the closure, or pass it as loss="
@@ -170,17 +149,13 @@ class Step:
         self._given.append(given)
         self.losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
 
-    @property
-    def _needs_losses(self) -> bool:
-        return self.optimizer.regularizer == "log" and self.optimizer.estimator == "loss"
-
     def move(self, show_overflow: bool = False) -> None:
         """Move the parameters to w + e, or from there to w - e.
 
         With ``show_overflow``, to NaN instead if the last gradient holds a NaN or an infinity: so will the next one.
         (An overflow in g0 shows in any case: e is not finite.)
         """
-        adaptive, stochastic = self._adaptive, self.optimizer.stochastic_rounding
+        adaptive, stochastic = self._adaptive, self.settings.stochastic_rounding
         plans = self._plans(self._given[0])
         rows = self._rows(plans, 0)
         sign = 1 if self._scale is None else -1
@@ -203,18 +178,17 @@ class Step:
                 self.operators.perturb_(
                     plan.live, plan.saved, grads, plan.groups, uphill, adaptive, sign, self._undo, stochastic
                 )
-                plan.push()
-                self.host.mark_written(plan.params)
+                self._wrote(plan)
         # Autocast keeps low-precision copies of the weights until its outermost context ends: they are stale now.
         torch.clear_autocast_cache()
-        if self.optimizer.model_buffers is not None:
-            self.optimizer.model_buffers.rewind()
+        if self._model_buffers is not None:
+            self._model_buffers.rewind()
 
     def move_apart(self) -> dict[Tensor, Tensor]:
         """Move the parameters to w + e and write w - e beside them; both, [2, *its shape], for each that was moved."""
         self.move()
         plans = self._plans(self._given[0])
-        adaptive, stochastic = self._adaptive, self.optimizer.stochastic_rounding
+        adaptive, stochastic = self._adaptive, self.settings.stochastic_rounding
         uphill, both = self._uphill(), {}
         for bucket, plan, rows, grads in zip(
             self.flat.buckets, plans, self._rows(plans, 0), self.grads[0], strict=True
@@ -248,7 +222,7 @@ class Step:
         plans, rows = self._finish(grad_scale)
         self._return_gradients()  # may be refused, and then nothing has been written
         steps = self._counted(plans)
-        c = self._coefficients(plans, rows, steps, grad_scale, found_inf, self.optimizer.max_grad_norm)
+        c = self._coefficients(plans, rows, steps, grad_scale, found_inf, self.settings.max_grad_norm)
         self._keep_difference(c, grad_scale)
         self._apply(plans, rows, c)
         for bucket in self.flat.buckets:
@@ -269,7 +243,8 @@ class Step:
         self._return_gradients()
         for plan, grads in zip(plans, rows, strict=True):
             if plan.rows:
-                self._combine(plan, plan.saved, grads, c)
+                combine(self.operators, plan, plan.saved, grads, c)
+                self._wrote(plan)
                 plan.scatter(grads[-1])
         self._leave()
         self._record(c, grad_scale)
@@ -277,7 +252,7 @@ class Step:
     def _finish(self, grad_scale: Tensor | None) -> tuple[list[Plan], Rows]:
         """Plans and rows of a step of which all passes are there; all w are saved that will be written."""
         if self.passes == 2 and self.difference is not None:
-            self.add(None, self.difference.descent(self, grad_scale))
+            self.add(None, self.difference.descent(self.flat.buckets, self.grads, grad_scale))
         active = [_either(masks) for masks in zip(*self._given, strict=True)]
         plans = self._plans(active)
         by_pass = [self._rows(plans, index) for index in range(self.collected)]
@@ -287,7 +262,7 @@ class Step:
 
     def _keep_difference(self, c: Coefficients, grad_scale: Tensor | None) -> None:
         if self.passes == 3 and self.difference is not None:
-            self.difference.keep(self, c.ok, grad_scale)
+            self.difference.keep(self.flat.buckets, self.grads, c.ok, grad_scale)
 
     def _return_gradients(self) -> None:
         """Put g0 into ``p.grad``."""
@@ -302,7 +277,7 @@ class Step:
         # Only a plain e is a multiple of g0, and only then, or where nothing was perturbed, the norm is that of g0.
         weighted = self._scale is not None and any(self._adaptive)
         scale, norm = (None, None) if weighted else (self._scale, self._squared_norms[0])
-        self.optimizer.stats.record(self.losses, norm, self._gram, scale, c, grad_scale)
+        self._stats.record(self.losses, norm, self._gram, scale, c, grad_scale)
 
     def restore(self) -> None:
         """Abandon the step: the parameters are bit for bit w again."""
@@ -322,8 +297,8 @@ class Step:
     def _leave(self) -> None:
         """What is to be done wherever parameters come back from a perturbation."""
         torch.clear_autocast_cache()
-        if self.optimizer.model_buffers is not None:
-            self.optimizer.model_buffers.end()
+        if self._model_buffers is not None:
+            self._model_buffers.end()
 
     def _plans(self, active: list[tuple[bool, ...]]) -> list[Plan]:
         if active != self._active:  # mostly, all passes have the same
@@ -370,9 +345,9 @@ class Step:
         From the Gram matrix, where it costs little, or where log form, clip or cap need it. Otherwise the norms of the
         three gradients show whether the step is sound.
         """
-        settings, groups = self.optimizer, self.groups
+        settings, groups = self.settings, self.groups
         log = settings.regularizer == "log" and self.collected == 3
-        losses = self._losses() if log and self._needs_losses else None
+        losses = self._losses() if log and settings.needs_losses else None
         clips, caps = max_grad_norm is not None, settings.max_regularizer_ratio < math.inf
         gram = None
         if self.collected == 3 and (self.operators.fuses_gram or clips or caps or (log and losses is None)):
@@ -403,7 +378,7 @@ class Step:
             beta,
             counters=torch.zeros(len(COUNTERS), dtype=torch.int64, device=self.home)
             if self.combined
-            else settings.stats.counters(self.home),
+            else self._stats.counters(self.home),
             steps=list(steps),
             passes=self.collected,
             regularizer=settings.regularizer,
@@ -426,44 +401,29 @@ class Step:
         return at_w, ascent, descent
 
     def _apply(self, plans: Sequence[Plan], rows: Rows, c: Coefficients) -> None:
-        """Run the base optimizer's operator on every bucket, or the base optimizer itself."""
-        if self.options[0] is None and self.collected == 1 and c.factor is not None:
-            # combine_ writes over the gradient of the last pass, and here that is the one which p.grad will hold.
-            rows = [[[g.clone() for g in of_pass] for of_pass in of_bucket] for of_bucket in rows]
-        moved = self._scale is not None
+        """Make the update of every bucket."""
+        update, moved = self._update, self._scale is not None
         for bucket, plan, grads in zip(self.flat.buckets, plans, rows, strict=True):
             if not plan.rows:
                 continue
             if not moved:
                 plan.pull()
-            saved = plan.saved if moved or bucket.has_master else plan.live
-            sgd = [o for o in self.options if isinstance(o, SGDOptions)]
-            adam = [o for o in self.options if isinstance(o, AdamOptions)]
-            if sgd:
-                m = plan.buffers.get("momentum_buffer") or [None] * len(plan.rows)
-                self.operators.sgd_step_(plan.live, saved, m, grads, plan.groups, plan.steps, sgd, c)
-            elif adam:
-                m, v = plan.buffers["exp_avg"], plan.buffers["exp_avg_sq"]
-                self.operators.adamw_step_(plan.live, saved, m, v, grads, plan.groups, plan.steps, adam, c)
-            elif self.collected > 1 or c.factor is not None:
-                self._combine(plan, saved, grads, c)
-            plan.push()
-            self.host.mark_written(plan.params)
+            update.apply(self.operators, plan, plan.saved if moved or bucket.has_master else plan.live, grads, c)
+            self._wrote(plan)
             # The flag is read in the first step of a plan only: what enters the state must have been used.
-            if (sgd or adam) and not plan.published and bool(c.ok):
-                bucket.publish(plan, self.optimizer.state)
+            if update.native and not plan.published and bool(c.ok):
+                bucket.publish(plan, self.state)
         self.flat.published = all(plan.published for plan in plans if plan.rows)
-        if self.options[0] is None and bool(c.ok):
+
+        def give_gradients() -> None:
             for plan, grads in zip(plans, rows, strict=True):
                 plan.scatter(grads[-1])
-            self.optimizer.step_base()
+
+        if update.finish(c.ok, give_gradients):
             self._return_gradients()
 
-    def _combine(self, plan: Plan, saved: Sequence[Tensor], grads: list[Sequence[Tensor]], c: Coefficients) -> None:
-        """Write the regularized gradient over that of the last pass, and w into the parameters."""
-        if self.host.repeats_memory(grads[-1]):  # one tensor is the gradient of two parameters
-            grads[-1] = [g.clone() for g in grads[-1]]
-        self.operators.combine_(plan.live, saved, grads, plan.groups, c)
+    def _wrote(self, plan: Plan) -> None:
+        """Call when an operator has written the parameters of a plan."""
         plan.push()
         self.host.mark_written(plan.params)
 
