@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 
 from crsam_ext import backends
-from crsam_ext.ops import AdamOptions, Coefficients, SGDOptions, compute_dtype
+from crsam_ext.ops import AdamOptions, Coefficients, SGDOptions
+from crsam_ext.precision import compute_dtype
 
 __all__ = ["Contestant", "contestants", "measure"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from crsam_ext import CRSAM, available_backends
-from crsam_ext.ops import compute_dtype
+from crsam_ext.precision import compute_dtype
 
 __all__ = ["PEERS", "Case", "available", "make"]
 

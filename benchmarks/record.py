@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from crsam_ext.ops import compute_dtype
+from crsam_ext.precision import compute_dtype
 
 from .peers import Case, Phase, make
 from .shapes import MODELS

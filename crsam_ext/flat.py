@@ -25,17 +25,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.utils.dlpack import from_dlpack
 
-from ._compat import storage_is_shared
-from .ops import Operators, compute_dtype, scalar
+from ._compat import segment, storage_is_shared
+from .ops import Operators, scalar
+from .precision import PRECISIONS, compute_dtype, has_master
 
 __all__ = ["FlatParameters", "Gradients", "StateLayout", "check_parameter"]
 
 _ALIGNMENT = 16  # bytes: the widest load of a GPU
 _MAX_CONSTANTS = 64  # tuples of numbers that are kept on the device
 _MAX_PLANS = 64  # sets of participants that are remembered: layers dropped at random make ever new ones
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 Gradients = Sequence[Tensor | None]  # one for each slot of a bucket, shaped and laid out as the parameter
 
@@ -93,10 +92,7 @@ class Slot:
         return self._segment(flat, self.offset)
 
     def _segment(self, flat: Tensor, offset: int) -> Tensor:
-        """It has a storage of its own over that memory: safetensors and Accelerate take tensors of one storage for one
-        tied tensor, of which they save one or refuse to save any, and torch.save writes storages whole.
-        """
-        return from_dlpack(flat[offset : offset + self.numel]).as_strided(self.shape, self.stride)
+        return segment(flat, offset, self.numel).as_strided(self.shape, self.stride)
 
     def as_gradient(self, g: Tensor) -> Tensor:
         """A gradient in the dtype that ``p.grad`` takes: the parameter's own, or that of its ``grad_dtype``."""
@@ -292,7 +288,7 @@ class Bucket:
     @property
     def has_master(self) -> bool:
         """Whether ``saved`` is wider than the parameters, and kept from step to step."""
-        return self.saved.dtype != self.dtype
+        return has_master(self.dtype)
 
     def beside(self, row: Row) -> Tensor:
         """The row at w - e, beside the one that the model reads."""
@@ -322,7 +318,7 @@ class Bucket:
             if self.has_master:
                 slot.views["master_param"] = saved.copy_(slot.param.detach())
             if layout.counts_steps:
-                slot.views["step"] = from_dlpack(self.steps[slot.index])
+                slot.views["step"] = segment(self.steps, slot.index, 1).reshape(())
             kept = state.get(slot.param, {})
             for name, view in slot.views.items():
                 if kept.get(name) is not None:
@@ -682,7 +678,7 @@ def check_parameter(param: Tensor) -> None:
     if is_lazy(param):
         return  # until the first step
     what = f"parameter of shape {tuple(param.shape)}"
-    if param.dtype not in _DTYPES:
+    if param.dtype not in PRECISIONS:
         raise ValueError(f"{what} has dtype {param.dtype}; CRSAM takes float64, float32, float16 and bfloat16")
     if param.layout != torch.strided or type(param.data) is not Tensor:
         raise ValueError(

@@ -46,7 +46,6 @@ __all__ = [
     "Coefficients",
     "Operators",
     "SGDOptions",
-    "compute_dtype",
     "quadratic_form",
     "scalar",
 ]
@@ -56,11 +55,6 @@ EPSILON = 1e-12
 
 #: What is counted over the steps, in the order of the counters that :meth:`Operators.coefficients` advances.
 COUNTERS = ("skipped", "curvature_dropped", "gradient_norm_dropped", "capped")
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which rows of ``dtype`` are computed: float64 for float64, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def scalar(value: float | Tensor) -> Tensor:

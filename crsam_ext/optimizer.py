@@ -6,7 +6,7 @@ import inspect
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,11 +15,14 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from . import backends
+from ._compat import attributes_of, mark_stepped
+from .base_optimizer import SeparateGroups, completed, make_base
 from .flat import FlatParameters, check_parameter
 from .model_buffers import ModelBuffers
 from .noise import SharedNoise
 from .ops import Operators, scalar
 from .parallel import gradients_at
+from .precision import has_master
 from .second_difference import SecondDifference
 from .stats import Stats
 from .step import Located, Step, StepSettings, is_loss
@@ -173,13 +176,12 @@ class CRSAM(Optimizer):
         backends.load(backend, compile=compile)  # what is asked for in vain is said first
 
         self._own = {"rho": rho, "alpha": alpha, "beta": 0.01 if beta is None else beta, "adaptive": adaptive}
-        base, own_groups = _make_base(params, base_optimizer, base_kwargs, self._own.keys())
-        self._separate_groups: list[dict[str, Any]] | None = []
-        self._synced: list[tuple[list[Tensor], dict[str, Any]]] = []
+        base, own_groups = make_base(params, base_optimizer, base_kwargs, self._own.keys())
+        self._separate: SeparateGroups | None = SeparateGroups([], base, self._own)
         super().__init__(own_groups or base.param_groups, {**base.defaults, **self._own})
         self.base_optimizer = base
         if own_groups is None:
-            self._separate_groups = None
+            self._separate = None
         self._attach()
 
     # What the optimizer is -------------------------------------------------------------------------------------------
@@ -197,8 +199,8 @@ class CRSAM(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups of the base optimizer, with our options; our own list where the two share names of options."""
-        if self._separate_groups is not None:
-            return self._separate_groups
+        if self._separate is not None:
+            return self._separate.groups
         groups = self.base_optimizer.param_groups
         for group in groups:
             if not group.keys() >= self._own.keys():  # it was handed to the base optimizer
@@ -207,8 +209,8 @@ class CRSAM(Optimizer):
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        if self._separate_groups is not None:
-            self._separate_groups = groups
+        if self._separate is not None:
+            self._separate.groups = groups
         else:
             self.base_optimizer.param_groups = groups
 
@@ -292,7 +294,7 @@ class CRSAM(Optimizer):
         except ValueError:
             self.param_groups.pop()  # what is refused does not stay
             raise
-        self._sync_groups()
+        self._sync()
 
     # A step ---------------------------------------------------------------------------------------------------------
 
@@ -453,7 +455,7 @@ class CRSAM(Optimizer):
     def _begin(self, passes: int, combined: bool = False, num_points: int = 1) -> Step:
         """Begin a step."""
         self._combined = False
-        self._sync_groups()
+        self._sync()
         params = [param for group in self.param_groups for param in group["params"]]
         if not any(param.requires_grad or param.grad is not None for param in params):
             raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
@@ -542,7 +544,7 @@ class CRSAM(Optimizer):
         step.update(grad_scale, found_inf)
         self._step = None
         # For a scheduler that watches the base optimizer, whose own step() need not have been called.
-        self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
+        mark_stepped(self.base_optimizer)
 
     def _due(self) -> str:
         assert self._step is not None
@@ -577,43 +579,14 @@ class CRSAM(Optimizer):
 
     def _call_base(self, method: str) -> None:
         """Call a method of the base optimizer, with our options before and its own changes of them after."""
-        self._sync_groups()
+        self._sync()
         getattr(self.base_optimizer, method)()
-        self._sync_groups()
+        self._sync()
 
-    def _sync_groups(self) -> None:
-        """Bring our groups and those of the base optimizer in line, where they are separate.
-
-        What was changed since the last time, on either side, is changed on the other: options, groups added, groups
-        removed. Where both sides have changed an option, ours counts. A group is known by its list of parameters.
-        """
-        ours, base = self._separate_groups, self.__dict__.get("base_optimizer")
-        if ours is None or base is None:
-            return
-        theirs = base.param_groups
-        if len(ours) != len(theirs):
-            known = {id(params) for params, _ in self._synced}
-            in_ours, in_theirs = ({id(group["params"]) for group in groups} for groups in (ours, theirs))
-            ours[:] = [group for group in ours if id(group["params"]) in in_theirs or id(group["params"]) not in known]
-            theirs[:] = [
-                group for group in theirs if id(group["params"]) in in_ours or id(group["params"]) not in known
-            ]
-            for group in [group for group in theirs if id(group["params"]) not in in_ours]:
-                ours.append({**self._own, **{k: v for k, v in group.items() if k not in self._own}})
-            for group in [group for group in ours if id(group["params"]) not in in_theirs]:
-                base.add_param_group({k: v for k, v in group.items() if k not in self._own})
-                theirs[-1]["params"] = group["params"]
-            order = {id(group["params"]): index for index, group in enumerate(ours)}
-            theirs.sort(key=lambda group: order[id(group["params"])])
-        before = {id(params): values for params, values in self._synced}
-        for our, their in zip(ours, theirs, strict=True):
-            last = before.get(id(their["params"]), {})
-            for name in their.keys() - self._own.keys():
-                if name in last and their[name] is not last[name] and our.get(name) is last[name]:
-                    our[name] = their[name]
-            their.update({name: value for name, value in our.items() if name not in self._own})
-            our.update({name: value for name, value in their.items() if name not in our and name not in self._own})
-        self._synced = [(their["params"], dict(their)) for their in theirs]
+    def _sync(self) -> None:
+        """Bring our groups and those of the base optimizer in line, where they are separate."""
+        if self._separate is not None and hasattr(self, "base_optimizer"):
+            self._separate.sync()
 
     def _update(self) -> Update:
         """How the base optimizer's update is made, with the options that the groups have now."""
@@ -650,7 +623,7 @@ class CRSAM(Optimizer):
         loaded: dict[str, Any] = {}
 
         def complete(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            loaded.update(_completed(given, self.param_groups))
+            loaded.update(completed(given, self.param_groups))
             return loaded
 
         self.restore()
@@ -666,7 +639,7 @@ class CRSAM(Optimizer):
         self._own_state(loaded)
         base = self.base_optimizer
         if type(base).load_state_dict is not Optimizer.load_state_dict:  # it knows best what its state is made of
-            shared = self._separate_groups is None
+            shared = self._separate is None
             theirs = [
                 {**new, **({} if shared else {k: old[k] for k in self._own if k in old})}
                 for old, new in zip(base.param_groups, loaded["param_groups"], strict=True)
@@ -683,7 +656,7 @@ class CRSAM(Optimizer):
                 for name, value in loaded["state"].get(key, {}).items():
                     if not isinstance(value, Tensor):
                         continue
-                    narrowed = param.dtype.itemsize == 2 and value.is_floating_point()
+                    narrowed = has_master(param.dtype) and value.is_floating_point()
                     if narrowed or self.state[param].get(name) is value:
                         self.state[param][name] = value.detach().to(param.device, copy=True)
 
@@ -694,13 +667,13 @@ class CRSAM(Optimizer):
         def complete(base: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             self.restore()
             loaded.clear()
-            loaded.update(_completed(given, base.param_groups))
+            loaded.update(completed(given, base.param_groups))
             return loaded
 
         if type(self.base_optimizer).load_state_dict is Optimizer.load_state_dict:  # others need not know of hooks
             self.base_optimizer.register_load_state_dict_pre_hook(complete)
             self.base_optimizer.register_load_state_dict_post_hook(lambda _: self._own_state(loaded))
-        self._sync_groups()
+        self._sync()
         self._reset()
 
     def _devices(self) -> set[torch.device]:
@@ -718,16 +691,16 @@ class CRSAM(Optimizer):
         self._combined = False
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {k: v for k, v in _own_attributes(self).items() if k not in _TRANSIENT}
+        kept = {k: v for k, v in attributes_of(self).items() if k not in _TRANSIENT}
         # torch's __getstate__ of the base optimizer leaves attributes behind that its class has added.
-        return {**kept, "_base_attributes": _own_attributes(self.base_optimizer)}
+        return {**kept, "_base_attributes": attributes_of(self.base_optimizer)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base_optimizer" not in state:  # called by torch's load_state_dict
-            if self._separate_groups is None:
+            if self._separate is None:
                 self.base_optimizer.__setstate__(state)
             else:
-                self._separate_groups = state["param_groups"]
+                self._separate.groups = state["param_groups"]
                 self.base_optimizer.__setstate__({**state, "param_groups": self.base_optimizer.param_groups})
             self._reset()
             return
@@ -737,8 +710,7 @@ class CRSAM(Optimizer):
         base = state["base_optimizer"]
         shares_names = bool(state["_own"].keys() & base.defaults.keys())
         later: dict[str, Any] = {
-            "_separate_groups": groups if shares_names else None,
-            "_synced": [],
+            "_separate": SeparateGroups(groups, base, state["_own"]) if shares_names else None,
             "_difference": SecondDifference(),
             "model_buffers": None,
         }
@@ -749,19 +721,6 @@ class CRSAM(Optimizer):
         base.__dict__.update(attributes)
         base.__setstate__({"state": base.state, "param_groups": base.param_groups})
         self._attach()
-
-
-def _completed(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """A state dict whose groups have all options of ``groups``: those that they lack stay as they are."""
-    pairs = zip(groups, given["param_groups"], strict=False)
-    filled = [{**{k: v for k, v in own.items() if k != "params"}, **group} for own, group in pairs]
-    return {**given, "param_groups": filled + given["param_groups"][len(filled) :]}
-
-
-def _own_attributes(optimizer: Optimizer) -> dict[str, Any]:
-    """What makes an optimizer, without what torch puts there for itself: hooks, and the names of profiler ranges."""
-    torchs = ("_optimizer_", "_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured")
-    return {k: v for k, v in vars(optimizer).items() if not k.startswith(torchs)}
 
 
 def _with_gradients(closure: Callable[[], Any]) -> Any:
@@ -831,57 +790,3 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def _nonzero(value: float | Tensor) -> bool:
     """Whether a hyper-parameter can be nonzero: a tensor may change on its device, so it is not asked."""
     return isinstance(value, Tensor) or value != 0
-
-
-def _make_base(
-    params: Any, base: type[Optimizer] | Optimizer, kwargs: dict[str, Any], own: Set[str]
-) -> tuple[Optimizer, list[dict[str, Any]] | None]:
-    """The base optimizer over ``params``, with its own checks of its own arguments.
-
-    Returns:
-        The base optimizer, and None if its groups are to be shared. But RMSprop has an ``alpha`` of its own and
-        Adadelta a ``rho``: then the groups without them, for CRSAM.
-    """
-    given: list[dict[str, Any]] = []
-    if isinstance(base, type) and issubclass(base, Optimizer):
-        accepted = inspect.signature(base.__init__).parameters
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
-            for name in kwargs.keys() - accepted.keys():
-                raise TypeError(f"unexpected keyword argument {name!r}: neither CRSAM nor {base.__name__} takes it")
-        if not isinstance(params, (Tensor, str, set)):  # torch's own errors say best what is wrong with these
-            params = given = _groups(params, "gamma" in accepted)
-            params = [{k: v for k, v in group.items() if k not in own & accepted.keys()} for group in given]
-        made = base(params, **kwargs)
-    elif isinstance(base, Optimizer):
-        if kwargs:
-            raise TypeError(f"{', '.join(kwargs)} given with an instance of {type(base).__name__}: set them there")
-        wanted = {id(p) for group in base.param_groups for p in group["params"]}
-        members = [p for group in _groups(params, "gamma" in base.defaults) for p in group["params"]]
-        if {id(p[1] if isinstance(p, tuple) else p) for p in members} != wanted:
-            raise ValueError("params are not the parameters of the base optimizer that was given")
-        made = base
-    else:
-        raise TypeError(f"base_optimizer must be a class or an instance of torch.optim.Optimizer, but is {base!r}")
-    closure = inspect.signature(made.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(f"{type(made).__name__} evaluates the loss within its step and cannot be a base optimizer")
-    clash = own & made.defaults.keys()
-    if not clash:
-        return made, None
-    groups = [{k: v for k, v in group.items() if k not in clash} for group in made.param_groups]
-    for group, original in zip(groups, given, strict=False):
-        group.update({k: original[k] for k in clash if k in original})
-    return made, groups
-
-
-def _groups(params: Any, gamma_is_the_bases: bool) -> list[dict[str, Any]]:
-    """``params`` as a list of groups, in each every tensor once: a tied parameter is one parameter."""
-    items = list(params)
-    groups = [dict(group) for group in items] if items and isinstance(items[0], dict) else [{"params": items}]
-    for group in groups if items else ():
-        members = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
-        if not isinstance(members, set):
-            group["params"] = list({id(p[1] if isinstance(p, tuple) else p): p for p in members}.values())
-        if "gamma" in group and not gamma_is_the_bases:
-            group["alpha"] = group.pop("gamma")
-    return groups if items else []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .flat import Bucket, Gradients, Slot
-from .ops import compute_dtype
+from .precision import compute_dtype
 
 __all__ = ["SecondDifference"]
 

@@ -6,7 +6,8 @@ from torch.nn import Parameter
 
 from crsam_ext import CRSAM
 from crsam_ext.backends.torch import TorchOperators
-from crsam_ext.ops import AdamOptions, Coefficients, SGDOptions, compute_dtype
+from crsam_ext.ops import AdamOptions, Coefficients, SGDOptions
+from crsam_ext.precision import compute_dtype
 
 SIZES = (1, 3, 4097, 40000)
 GROUPS = (0, 1, 1, 0)

@@ -250,11 +250,33 @@ def test_nothing_is_compiled_twice(launched, monkeypatch):
     assert variants == {name: 2 if name == "perturb_kernel" else 1 for name in expected}  # two signs
 
 
-def test_launchers_are_limited(monkeypatch):
+def test_launchers_are_kept_with_this_triton(launched):
+    """Or every launch would cost 20 microseconds more; the tests below say whether a version can be added."""
+    import triton
+    from crsam_ext.triton_kernels import launch
+
+    assert triton.__version__.startswith(launch.KEPT_WITH)
+    assert launch._keeps
+
+
+def test_with_another_triton_every_launch_is_its_own(launched, monkeypatch):
+    from crsam_ext.triton_kernels import launch
+
+    monkeypatch.setattr(launch, "_keeps", False)
+    monkeypatch.setattr(launch, "_launchers", {})
+    sizes, offset = SIZES[0]
+    for _ in range(2):
+        launched.clear()
+        _run_all(sizes, offset)
+        assert len(launched) == 9
+    assert launch._launchers == {}
+
+
+def test_launchers_are_limited(launched, monkeypatch):
     """When there are too many, all are made again; every launch gets its own arguments."""
     from crsam_ext.triton_kernels import launch
 
-    launched, compiled = [], []
+    given, compiled = [], []
 
     class Kernel:
         def __init__(self):
@@ -263,8 +285,8 @@ def test_launchers_are_limited(monkeypatch):
         def __getitem__(self, grid):
             def first(*arguments, constant, **options):
                 compiled.append(constant)
-                launched.append((arguments, constant))
-                return {(grid[0], 1, 1): lambda *given: launched.append((given[:-1], given[-1]))}
+                given.append((arguments, constant))
+                return {(grid[0], 1, 1): lambda *later: given.append((later[:-1], later[-1]))}
 
             return first
 
@@ -275,7 +297,7 @@ def test_launchers_are_limited(monkeypatch):
     for number in numbers:
         launch._launch(kernel, (number,), 1, (f"argument {number}",), {"constant": number}, num_warps=4)
         assert len(launch._launchers) <= 8
-    assert launched == [((f"argument {number}",), number) for number in numbers]
+    assert given == [((f"argument {number}",), number) for number in numbers]
     assert compiled == [*range(8), 8, *range(3)]
 
 

@@ -79,6 +79,11 @@ def launch_one(kernel: Any, tuples: tuple[Any, ...], device: torch.device, *argu
     _launch(kernel, (tuples, device, *constants.values()), 1, arguments, constants, num_warps=4)
 
 
+# Launchers are kept with the versions of Triton for which tests/test_triton_machine_code.py has found that they are
+# called as Triton itself calls them. With any other version, Triton makes every launch.
+KEPT_WITH = ("3.8",)
+_keeps = triton.__version__.rpartition(".")[0] in KEPT_WITH
+
 _MAX_LAUNCHERS = 1024  # some 10 are in use in a training loop
 _launchers: dict[tuple[Any, ...], Any] = {}  # of kernels that are compiled
 
@@ -111,7 +116,7 @@ def _launch(
         return
     assert list(constants) == kernel.arg_names[len(arguments) :], f"constants are not in order: {list(constants)}"
     compiled = kernel[(programs,)](*arguments, **constants, **options)
-    if compiled is not None:  # as it is of one that is interpreted
+    if compiled is not None and _keeps:  # one that is interpreted is not compiled
         if len(_launchers) >= _MAX_LAUNCHERS:
             _launchers.clear()
         _launchers[key] = compiled[(programs, 1, 1)]

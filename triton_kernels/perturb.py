@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crsam_ext.precision import has_master
+
 from .chunk_table import ADAPTIVE, GRAD, GROUP, LIVE, SAVED, Table, chunk_of, compute_dtype, for_each, load, store
 from .launch import jit, launch
 from .update_math import dithered, hashed, perturbed
@@ -90,4 +92,4 @@ def launch_perturb(
     Float16 and bfloat16 may be rounded stochastically.
     """
     arguments = (table.rows, table.chunks, scale, marker, number)
-    launch(perturb_kernel, table, dtype, *arguments, SAVE=sign > 0, STOCHASTIC=stochastic and dtype.itemsize == 2)
+    launch(perturb_kernel, table, dtype, *arguments, SAVE=sign > 0, STOCHASTIC=stochastic and has_master(dtype))

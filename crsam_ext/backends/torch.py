@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import AdamOptions, Coefficients, Operators, SGDOptions, compute_dtype, scalar
+from ..ops import AdamOptions, Coefficients, Operators, SGDOptions, scalar
+from ..precision import PRECISIONS, compute_dtype
 
 __all__ = ["TorchOperators"]
 
@@ -132,7 +133,7 @@ def _hashed(w: Tensor, g: Tensor) -> Tensor:
 
 def _dithered(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
     """x rounded to ``dtype``, up with the probability of the part that is cut off, see csrc/cuda/update_math.cuh."""
-    digits, smallest = (10, 113) if dtype == torch.float16 else (7, 8)  # exponents are biased by 127
+    digits, smallest = PRECISIONS[dtype].digits, PRECISIONS[dtype].smallest_exponent
     exponent = (x.view(torch.int32) >> 23 & 255).clamp_(min=smallest)
     q = (exponent - digits << 23).view(torch.float32)
     inverse = (254 + digits - exponent << 23).view(torch.float32)

@@ -1,0 +1,67 @@
+"""What is private to torch: each interface still does what is relied on."""
+
+import warnings
+
+import pytest
+import torch
+from torch.optim import SGD
+from torch.optim.lr_scheduler import StepLR
+
+from crsam_ext import _compat
+
+
+def test_storage_is_shared():
+    x = torch.ones(4)
+    assert not _compat.storage_is_shared(x.untyped_storage())
+    for hold in (x.detach, lambda: x[1:], lambda: torch.nn.Parameter(x), x.numpy):
+        holder = hold()
+        assert _compat.storage_is_shared(x.untyped_storage())
+        del holder
+        assert not _compat.storage_is_shared(x.untyped_storage())
+
+
+def test_storage_is_shared_where_torch_does_not_tell(monkeypatch):
+    monkeypatch.delattr(torch._C, "_storage_Use_Count")
+    x = torch.ones(4)
+    view = x[1:]
+    assert not _compat.storage_is_shared(view.untyped_storage())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_segment(dtype):
+    """A storage of its own, over the memory of the whole, which stays as long as the part does."""
+    flat = torch.zeros(10, dtype=dtype)
+    part = _compat.segment(flat, 3, 4)
+    flat[4] = 1
+    assert part.tolist() == [0, 1, 0, 0]
+    assert part.storage_offset() == 0
+    assert part.untyped_storage().nbytes() == 4 * part.element_size()
+    part[0] = 2
+    assert flat[3] == 2
+    version = part._version
+    flat.add_(1)
+    assert part._version == version  # so that a change by a user can be told from a step
+    del flat
+    assert part.tolist() == [3, 2, 1, 1]
+
+
+def test_mark_stepped():
+    optimizer = SGD([torch.ones(1, requires_grad=True)], lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        StepLR(optimizer, 1).step()
+    assert len(caught) == 1
+    optimizer = SGD([torch.ones(1, requires_grad=True)], lr=0.1)
+    scheduler = StepLR(optimizer, 1)
+    _compat.mark_stepped(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
+
+
+def test_attributes_of():
+    """A new private attribute of torch's would travel in copies and pickles."""
+    optimizer = SGD([torch.ones(1, requires_grad=True)], lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: None)
+    optimizer.mine = 1
+    assert _compat.attributes_of(optimizer).keys() == {"defaults", "state", "param_groups", "mine"}
