@@ -531,6 +531,10 @@ class FlatParameters:
     def _now(self) -> list[Any]:
         return [self._host.places(bucket.params) for bucket in self.buckets]
 
+    def devices(self) -> set[torch.device]:
+        """The devices of the parameters, also of a model that has moved to another one."""
+        return {bucket.slots[0].param.device for bucket in self.buckets}
+
     def begin_step(self) -> None:
         """Call when a step has found everything in place."""
         self._moved_in_step.clear()

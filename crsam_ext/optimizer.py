@@ -350,7 +350,7 @@ class CRSAM(Optimizer):
             if passes == 1 or not self.replay_rng:
                 noise = None
             elif noise is None:
-                noise = SharedNoise(self._devices())
+                noise = SharedNoise(self._devices() if self._flat is None else self._flat.devices())
             if passes > 1 and self.model_buffers is not None:
                 self.model_buffers.begin()
 
@@ -415,14 +415,14 @@ class CRSAM(Optimizer):
         self._require("second_step", 1)
         self._call(zero_grad, loss)
 
-    def give_loss(self, loss: Any) -> None:
-        """Give the loss of the last pass where ``step()`` ends a step of calls: it takes no argument for it."""
-        self._last_loss = loss
-
     def third_step(self, zero_grad: bool = False, loss: Any = None) -> None:
         """After ``backward()`` at w - e: update w. Arguments and errors as for :meth:`first_step`."""
         self._require("third_step", 2)
         self._call(zero_grad, loss)
+
+    def give_loss(self, loss: Any) -> None:
+        """Give the loss of the last pass where ``step()`` ends a step of calls: it takes no argument for it."""
+        self._last_loss = loss
 
     @torch.no_grad()
     def combine(self, loss: Any = None, grad_scale: Tensor | float | None = None) -> None:
@@ -456,7 +456,7 @@ class CRSAM(Optimizer):
         """Begin a step."""
         self._combined = False
         self._sync()
-        params = [param for group in self.param_groups for param in group["params"]]
+        params = (param for group in self.param_groups for param in group["params"])
         if not any(param.requires_grad or param.grad is not None for param in params):
             raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
         settings = StepSettings(

@@ -49,6 +49,11 @@ PARTS = {
         f"triton_interpreted and ({' or '.join(f'({name})' for name in OPTIMIZER)})",
         35,
     ),
+    "rows_in_place": (
+        ["test_rows_in_place.py"],
+        "triton_interpreted and trained_in_place and 0.5 and float32 and sgd and (twin or columns)",
+        2,
+    ),
 }
 
 
