@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from crsam_ext import CRSAM
+from crsam_ext import CRSAM, flat
 from crsam_ext.flat import _is_held_by_others
 
 SHAPES = [(700, 300), (3, 5), (7,), ()]  # the first is too large to share a row with others in backend "torch"
@@ -234,6 +234,15 @@ def test_one_that_is_held_beside_one_that_is_not(backend_options, device):
     assert torch.equal(holder, mixed[1])
 
 
+@pytest.mark.parametrize("hold", [a_part, columns, of_numpy, shared], ids=lambda hold: hold.__name__)
+def test_where_torch_does_not_tell_who_holds_a_storage(hold, backend_options, device, monkeypatch):
+    """What a storage shows by itself still counts: its size, whether it can be resized, whether it is shared."""
+    monkeypatch.setattr(flat, "storage_is_shared", lambda storage: False)
+    _, held, seen = pair(hold, torch.float32, device)
+    train(held, backend_options, "sgd", steps=2)
+    assert same(held, [see() for see in seen])
+
+
 def test_a_holder_of_the_flat_buffer(backend_options, device):
     """Who takes over a parameter after the first step stays in touch when parameters are adopted anew."""
     trained, generating = nn.Linear(4, 4), nn.Linear(4, 4)
@@ -307,15 +316,17 @@ def test_re_pointed_in_every_forward(dtype, form, rho, base, backend_options, de
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_re_pointed_and_then_interrupted(dtype, backend_options, device):
+@pytest.mark.parametrize("passes", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+def test_re_pointed_and_then_interrupted(passes, dtype, backend_options, device):
     """w goes where the parameter is now, also of one that was followed there."""
     params = [Parameter(torch.randn(s).to(dtype)) for s in SHAPES]
     optimizer = train(params, backend_options, "sgd", steps=1)
     before = [p.detach().clone() for p in params]
 
     def closure():
-        for p in params:
-            p.data = p.data.clone()
+        if optimizer.pass_index in passes:
+            for p in params:
+                p.data = p.data.clone()
         if optimizer.pass_index == 2:
             raise KeyboardInterrupt
         loss_of(params).backward()
