@@ -1,10 +1,14 @@
-"""Interfaces that are private to torch, in one place: what is relied on, and what happens without it.
+"""Interfaces that are private to others, in one place: what is relied on, and what happens without it.
 
-They were tried with torch 2.14; ``tests/test_compat.py`` has a test for each.
+They were tried with torch 2.14, CPython 3.11 and NumPy 2; ``tests/test_compat.py`` has a test for each.
 """
 
 from __future__ import annotations
 
+import ctypes
+import random
+import sys
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.dlpack import from_dlpack
 
-__all__ = ["attributes_of", "mark_stepped", "segment", "storage_is_shared"]
+__all__ = ["attributes_of", "mark_of_numpy", "mark_of_python", "mark_stepped", "segment", "storage_is_shared"]
 
 # What torch keeps on an optimizer for itself: hooks, and the names of profiler ranges.
 _TORCHS_OWN = ("_optimizer_", "_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured")
@@ -44,3 +48,42 @@ def mark_stepped(optimizer: Optimizer) -> None:
 def attributes_of(optimizer: Optimizer) -> dict[str, Any]:
     """The attributes of an optimizer that belong into a copy: all but those that torch makes anew."""
     return {name: value for name, value in vars(optimizer).items() if not name.startswith(_TORCHS_OWN)}
+
+
+def mark_of_python() -> Any:
+    """A value that changes whenever numbers are drawn from ``random``, ten times faster than its state; None without.
+
+    It is the memory of the generator, which CPython keeps behind the head of the object.
+    """
+    generator = _python_generator()
+    return None if generator is None else (_memory_of(generator), generator.gauss_next)
+
+
+def mark_of_numpy(numpy_random: Any) -> Any:
+    """Likewise for the global generator of ``numpy.random``, fifty times faster; None if it is no Mersenne Twister.
+
+    It does not tell whether the second of two normal variates was used, which the state keeps (``has_gauss``).
+    """
+    generator = numpy_random.get_bit_generator()
+    if type(generator).__name__ != "MT19937":
+        return None
+    return generator, ctypes.string_at(generator.ctypes.state_address, 625 * 4)  # 624 words and the position
+
+
+def _memory_of(generator: random.Random) -> bytes:
+    head = object.__basicsize__
+    return ctypes.string_at(id(generator) + head, random.Random.__mro__[1].__basicsize__ - head)
+
+
+@cache
+def _python_generator() -> Any:
+    """The generator behind the functions of ``random``, if its memory shows what is drawn from it."""
+    if sys.implementation.name != "cpython":
+        return None
+    probe = random.Random(0)
+    before, state = _memory_of(probe), probe.getstate()
+    probe.random()
+    if _memory_of(probe) == before:
+        return None
+    probe.setstate(state)
+    return getattr(random.getstate, "__self__", None) if _memory_of(probe) == before else None

@@ -370,8 +370,8 @@ class Bucket:
 
     def _counters(self) -> list[float]:
         """What shows whether someone changed the step counters: their values or, where these may not be read, the
-        versions of the tensors in the state, through which operators do not write."""
-        if self.steps is None:
+        versions of the tensors in the state, through which operators do not write. It matters where rows are shared."""
+        if self.steps is None or not self.gather_below:
             return []
         if not self._selects(self.steps):
             return self.steps.tolist()

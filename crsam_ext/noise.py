@@ -5,19 +5,55 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._compat import mark_of_numpy, mark_of_python
+
 __all__ = ["RandomState", "SharedNoise"]
 
 
-class _Generator(NamedTuple):
-    get_state: Callable[[], Any]
-    set_state: Callable[[Any], Any]
+class _Generator:
+    """A global generator of random numbers, whose state is read only where it has changed.
+
+    Args:
+        get_state, set_state: its functions.
+        mark: a value that changes with the state, and takes less time, given the last state; None where only the state
+            tells.
+    """
+
+    def __init__(
+        self, get_state: Callable[[], Any], set_state: Callable[[Any], Any], mark: Callable[[Any], Any] = lambda _: None
+    ) -> None:
+        self._get_state, self._set_state, self._mark_after = get_state, set_state, mark
+        self._state: Any = None
+        self._mark: Any = None
+
+    def get_state(self) -> Any:
+        mark = self._mark_after(self._state)
+        if mark is None or mark != self._mark:
+            self._state, self._mark = self._get_state(), mark
+        return self._state
+
+    def set_state(self, state: Any) -> None:
+        self._set_state(state)
+
+
+@cache
+def _python() -> _Generator:
+    return _Generator(random.getstate, random.setstate, lambda _: mark_of_python())
+
+
+@cache
+def _numpy(module: Any) -> _Generator:
+    def mark(last: Any) -> Any:
+        return None if last is not None and last.get("has_gauss") else mark_of_numpy(module)
+
+    return _Generator(partial(module.get_state, legacy=False), module.set_state, mark)
 
 
 class RandomState:
@@ -37,10 +73,10 @@ class RandomState:
                 module = torch.get_device_module(device)
                 get_state, set_state = module.get_rng_state, module.set_rng_state
                 self._generators.append(_Generator(partial(get_state, device), partial(set_state, device=device)))
-        self._generators.append(_Generator(random.getstate, random.setstate))
+        self._generators.append(_python())
         numpy_random = sys.modules.get("numpy.random")
         if numpy_random is not None:  # nobody can draw from a module that was not imported
-            self._generators.append(_Generator(partial(numpy_random.get_state, legacy=False), numpy_random.set_state))
+            self._generators.append(_numpy(numpy_random))
         self.states = self.now()
 
     def now(self) -> list[Any]:
@@ -96,6 +132,8 @@ class SharedNoise:
 
 def _equal(x: Any, y: Any) -> bool:
     """Whether two states of one generator are equal."""
+    if x is y:
+        return True
     if isinstance(x, Tensor):
         return torch.equal(x, y)
     if isinstance(x, dict):  # NumPy's, which holds an array

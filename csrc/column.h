@@ -42,6 +42,16 @@ class Column {
   const std::vector<int64_t>& addresses() const { return addresses_; }
   const std::vector<int64_t>& numels() const { return numels_; }
 
+  // The addresses of the tensors that have elements, in order.
+  const std::vector<int64_t>& sorted_addresses() const {
+    if (sorted_.empty()) {
+      sorted_ = addresses_;
+      std::sort(sorted_.begin(), sorted_.end());
+      sorted_.erase(sorted_.begin(), std::upper_bound(sorted_.begin(), sorted_.end(), 0));
+    }
+    return sorted_;
+  }
+
   // Whether all are there, of one dtype and device, and runs of memory without gaps.
   bool alike() const { return alike_ && !items_.empty(); }
   bool consists_of(at::Device device, at::ScalarType type) const {
@@ -69,6 +79,7 @@ class Column {
   std::vector<int64_t> addresses_;
   std::vector<int64_t> numels_;
   bool alike_ = true;
+  mutable std::vector<int64_t> sorted_;
   mutable std::vector<at::Tensor> versioned_;
 };
 

@@ -75,16 +75,8 @@ void mark_written(const py::args& written) {
   }
 }
 
-// The addresses of the tensors that have elements, in order.
-std::vector<int64_t> sorted_addresses(const Column& tensors) {
-  std::vector<int64_t> sorted = tensors.addresses();
-  std::sort(sorted.begin(), sorted.end());
-  sorted.erase(sorted.begin(), std::upper_bound(sorted.begin(), sorted.end(), 0));
-  return sorted;
-}
-
 bool share_memory(const Given<Column>& tensors, const Given<Column>& others) {
-  const std::vector<int64_t> x = sorted_addresses(tensors.get()), y = sorted_addresses(others.get());
+  const std::vector<int64_t>&x = tensors.get().sorted_addresses(), &y = others.get().sorted_addresses();
   for (auto i = x.begin(), j = y.begin(); i != x.end() && j != y.end();) {
     if (*i == *j) return true;
     *i < *j ? ++i : ++j;
@@ -93,7 +85,7 @@ bool share_memory(const Given<Column>& tensors, const Given<Column>& others) {
 }
 
 bool repeats_memory(const Given<Column>& tensors) {
-  const std::vector<int64_t> x = sorted_addresses(tensors.get());
+  const std::vector<int64_t>& x = tensors.get().sorted_addresses();
   return std::adjacent_find(x.begin(), x.end()) != x.end();
 }
 

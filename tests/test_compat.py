@@ -1,7 +1,9 @@
-"""What is private to torch: each interface still does what is relied on."""
+"""What is private to torch, Python and NumPy: each interface still does what is relied on."""
 
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import SGD
@@ -65,3 +67,58 @@ def test_attributes_of():
     optimizer.register_step_post_hook(lambda *_: None)
     optimizer.mine = 1
     assert _compat.attributes_of(optimizer).keys() == {"defaults", "state", "param_groups", "mine"}
+
+
+DRAWS = {
+    "random": random.random,
+    "gauss": lambda: random.gauss(0, 1),
+    "shuffle": lambda: random.shuffle([1, 2, 3]),
+    "getrandbits": lambda: random.getrandbits(1),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_mark_of_python(draw):
+    assert _compat.mark_of_python() is not None, "noise is still right, and each step takes longer"
+    for _ in range(4):  # of two normal variates, the second is kept for later
+        state, before = random.getstate(), _compat.mark_of_python()
+        assert _compat.mark_of_python() == before
+        DRAWS[draw]()
+        assert _compat.mark_of_python() != before
+        random.setstate(state)
+        assert _compat.mark_of_python() == before
+        DRAWS[draw]()
+    random.seed(1)
+    assert _compat.mark_of_python() != before
+
+
+def test_mark_of_python_elsewhere(monkeypatch):
+    monkeypatch.setattr(_compat.sys.implementation, "name", "another")
+    _compat._python_generator.cache_clear()
+    try:
+        assert _compat.mark_of_python() is None
+    finally:
+        _compat._python_generator.cache_clear()
+
+
+@pytest.mark.parametrize("draw", [np.random.rand, lambda: np.random.randint(3), lambda: np.random.permutation(3)])
+def test_mark_of_numpy(draw):
+    for _ in range(3):
+        state, before = np.random.get_state(), _compat.mark_of_numpy(np.random)
+        assert _compat.mark_of_numpy(np.random) == before
+        draw()
+        assert _compat.mark_of_numpy(np.random) != before
+        np.random.set_state(state)
+        assert _compat.mark_of_numpy(np.random) == before
+        draw()
+    np.random.seed(1)
+    assert _compat.mark_of_numpy(np.random) != before
+
+
+def test_mark_of_another_generator_of_numpy():
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(0))
+    try:
+        assert _compat.mark_of_numpy(np.random) is None
+    finally:
+        np.random.set_bit_generator(before)

@@ -16,6 +16,14 @@ DRAWS = {
     "random": lambda: torch.tensor([random.random() for _ in range(16)]),
     "random-gauss": lambda: torch.tensor([random.gauss(0, 1) for _ in range(15)] + [0.0]),
 }
+# A single number: of two normal variates, the second is kept for later.
+ONE = {
+    "torch": lambda: torch.rand(()).item(),
+    "numpy": np.random.rand,
+    "numpy-gauss": np.random.normal,
+    "random": random.random,
+    "random-gauss": lambda: random.gauss(0, 1),
+}
 draws = pytest.mark.parametrize("draw", DRAWS)
 
 
@@ -81,6 +89,32 @@ def test_another_bit_generator_of_numpy():
     finally:
         np.random.set_bit_generator(before)
     assert drawn[0] == drawn[1] == drawn[2]
+
+
+@draws
+@pytest.mark.parametrize("skip", [0, 1])
+def test_what_is_drawn_between_steps(skip, draw):
+    """A state is read only where it has changed: what others draw between two steps must not go unnoticed."""
+    param, seen = torch.nn.Parameter(torch.ones(16)), []
+    optimizer = CRSAM([param], lr=0.1)
+
+    def closure():
+        seen.append(ONE[draw]())
+        param.square().sum().backward()
+
+    for step in range(4):
+        for _ in range(skip + step % 2):
+            ONE[draw]()
+        optimizer.step(closure)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    expected = []
+    for step in range(4):
+        for _ in range(skip + step % 2):
+            ONE[draw]()
+        expected += [ONE[draw]()] * 3
+    assert seen == expected
 
 
 def test_numpy_random_is_imported_within_a_step(monkeypatch):
