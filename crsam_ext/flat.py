@@ -262,10 +262,10 @@ class Bucket:
             if stays(param):
                 slot.home = param.data
             self.slots.append(slot)
-            segment = -(-numel // align) * align
-            offset += segment
+            length = -(-numel // align) * align
+            offset += length
             if num_points > 1 or not slot.is_row:
-                live_offset += segment
+                live_offset += length
 
         def flat(length: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(length, dtype=dtype, device=self.device)
@@ -278,7 +278,8 @@ class Bucket:
         self.steps = None if layout.buffers is None else flat(len(self.slots), torch.float32)
         self.history: list[float] = []
         self._counted: list[float] = []  # see _counters(), after the last step
-        self._theirs: list[tuple[Tensor, Tensor]] = []  # state that lies elsewhere, and its mirror
+        #: State that lies elsewhere, and its mirror.
+        self.theirs: list[tuple[Tensor, Tensor]] = []
         self.params = self.host.Column(slot.param for slot in self.slots)
         self.all_active = (True,) * len(self.slots)
         #: Whether every ``p.grad`` takes the parameter's own dtype.
@@ -349,14 +350,14 @@ class Bucket:
         if given.requires_grad or given.is_inference() or type(given) is not Tensor:
             return view
         if _is_held_by_others(given, moved):
-            self._theirs.append((given, view))
+            self.theirs.append((given, view))
         else:
             given.data = view
         return given
 
     def pull_state(self) -> None:
         """Copy state that lies elsewhere into its mirror, and see whether someone changed the step counters."""
-        for theirs, view in self._theirs:
+        for theirs, view in self.theirs:
             view.copy_(theirs)
         if self.steps is not None and self._counters() != self._counted:
             self.history = _numbered(zip(self.history, self.steps.tolist(), strict=True))
@@ -364,7 +365,7 @@ class Bucket:
 
     def push_state(self) -> None:
         """Copy the mirrors into the state that lies elsewhere."""
-        for theirs, view in self._theirs:
+        for theirs, view in self.theirs:
             theirs.copy_(view)
         self._counted = self._counters()
 
@@ -466,8 +467,8 @@ class FlatParameters:
         members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int]]] = {}
         for group, param in _members(param_groups):
             if _wanted(param, state):
-                _check_memory(param)
                 check_parameter(param)
+                _check_memory(param)
                 members.setdefault((param.device, param.dtype), []).append((param, group))
         _check_sharing([param for bucket in members.values() for param, _ in bucket])
 
@@ -520,8 +521,9 @@ class FlatParameters:
 
     def moved(self) -> dict[Tensor, int]:
         """Parameters and state that were moved here and have stayed, with their addresses."""
-        tensors = [view for slot in self._slots.values() for view in slot.views.values()]
-        tensors += [slot.param for slot in self._slots.values() if slot.home is None]
+        elsewhere = {id(theirs) for bucket in self.buckets for theirs, _ in bucket.theirs}
+        tensors = [slot.param for slot in self._slots.values() if slot.home is None]
+        tensors += [view for slot in self._slots.values() for view in slot.views.values() if id(view) not in elsewhere]
         return {tensor: tensor.data_ptr() for tensor in tensors}
 
     @staticmethod

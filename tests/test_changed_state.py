@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -135,6 +136,19 @@ def test_state_that_is_handed_in(base, form, backend_options, device):
         for name in x:
             assert_close(x[name].double(), y[name].double(), EXACT)
             assert x[name].abs().sum() > 0
+
+
+def test_handed_in_state_of_numpy(backend_options, device):
+    """The array is updated, also after parameters were adopted anew."""
+    (param,) = params_of((3,))
+    optimizer = CRSAM([param], lr=0.1, momentum=0.9, **backend_options)
+    array = np.zeros(3)
+    optimizer.state[param]["momentum_buffer"] = torch.from_numpy(array)
+    for _ in range(3):
+        optimizer.step(lambda: param.sin().sum().backward())
+        assert array.tolist() == optimizer.state[param]["momentum_buffer"].tolist()
+        assert array.any()
+        optimizer.add_param_group({"params": params_of((2,))})
 
 
 def test_handed_in_state_stays_the_object_that_it_is(backend_options, device):

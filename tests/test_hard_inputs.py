@@ -342,6 +342,12 @@ def test_several_dtypes(base, backend_options, device):
         assert_close(value, w, update_tolerance(torch.float32, 3))
 
 
+def test_sparse_parameter(backend_options):
+    param = Parameter(torch.eye(3).to_sparse())
+    with pytest.raises(ValueError, match="plain strided tensors"):
+        CRSAM([param], lr=0.1, **backend_options)
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn], ids=str)
 def test_unsupported_dtypes(dtype, backend_options, device):
     param = Parameter(torch.zeros(3, device=device).to(dtype))
