@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.crsam_ext-installed
 HAS_TORCH := $(PYTHON) -c 'import torch, pytest, hypothesis' 2>/dev/null
 
-.PHONY: help train test lint bench experiments gpu clean
+.PHONY: help train test quick lint bench experiments gpu clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ train: $(INSTALLED)  ## Train a network on the digits data with CR-SAM; results 
 
 test: $(INSTALLED)  ## Run all tests; a test that cannot run here is listed with its reason
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+quick: $(INSTALLED)  ## Run the tests that show most mistakes, in a minute: backend torch, without the slow ones
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m 'not slow' -k 'not cuda_on_cpu' -q
 
 lint: $(INSTALLED)  ## Check style, format and types
 	$(BIN)/ruff check .

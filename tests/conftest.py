@@ -70,20 +70,23 @@ else:
     collect_ignore = ["test_triton_operators.py"]  # tests/test_triton_interpreted.py runs it
 
 
-@pytest.fixture(params=["triton_interpreted"] if triton.interpreted() else [*available_backends(), "cuda_on_cpu"])
-def backend(request):
-    """The name of each backend in turn, among them cuda a second time, compiled for a CPU.
+AVAILABLE = [name for name, verdict in available_backends().items() if verdict == "available"]
 
-    With TRITON_INTERPRET=1, Triton alone: tests/test_triton_interpreted.py says what runs so.
+
+@pytest.fixture(params=["triton_interpreted"] if triton.interpreted() else [*AVAILABLE, "cuda_on_cpu"])
+def backend(request):
+    """The name of each available backend in turn, and cuda, a second time or the first, compiled for a CPU.
+
+    tests/test_backends.py tells of those that are not available. With TRITON_INTERPRET=1, Triton alone:
+    tests/test_triton_interpreted.py says what runs so.
     """
     if request.param == "triton_interpreted":
         return "triton"
     if request.param == "cuda_on_cpu":
         request.getfixturevalue("cuda_on_cpu")
         return "cuda"
-    verdict = available_backends()[request.param]
-    if verdict != "available":
-        missing(f"backend {request.param} is {verdict}")
+    if request.param in ("cuda", "triton") and request.node.get_closest_marker("on_cpu"):
+        pytest.skip("the tensors of this test are on the CPU; tests/gpu has those on a GPU")
     return request.param
 
 

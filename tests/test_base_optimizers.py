@@ -10,6 +10,8 @@ from crsam_ext import CRSAM
 
 from .reference import EXACT, assert_close, differences, perturbation
 
+pytestmark = pytest.mark.slow
+
 RHO, ALPHA, BETA = 0.1, 0.3, 0.05
 STEPS = 12  # rectified and shifted optimizers move only after some steps
 

@@ -17,6 +17,8 @@ from crsam_ext.training import models
 
 from .cuda_on_cpu.build import counted
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [(70, 300), (64,), (8, 4, 3, 3), (1,), (20000,)]
 CASES = [Case(method, base) for method in ("crsam", "sam") for base in ("sgd", "adamw")]
 TIMM = {

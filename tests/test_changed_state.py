@@ -14,6 +14,8 @@ from crsam_ext import CRSAM
 
 from .reference import EXACT, assert_close
 
+pytestmark = pytest.mark.on_cpu
+
 SGD, ADAM = torch.optim.SGD, torch.optim.Adam
 LARGE = 2**17 + 1  # elements of a parameter that shares its row with no other in backend "torch"
 
@@ -65,9 +67,6 @@ ways = pytest.mark.parametrize(
 @pytest.mark.parametrize("names", [("step",), ("exp_avg", "exp_avg_sq"), ("step", "exp_avg", "exp_avg_sq")], ids=str)
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_adam_state_of_one_parameter(which, names, way, backend_options, device):
-    if backend_options["backend"] != "torch" and device.type != "cpu":
-        pytest.skip("tensors of a CPU")
-
     def change(optimizer, params, step):
         if step in (2, 5):
             for name in names:

@@ -8,6 +8,8 @@ from crsam_ext import CRSAM, flat
 
 from .reference import EXACT, assert_close, update_tolerance
 
+pytestmark = pytest.mark.on_cpu
+
 RETURNS = {
     "tensor": lambda loss: loss,
     "one element": lambda loss: loss.view(1, 1),

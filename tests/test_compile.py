@@ -11,6 +11,8 @@ from crsam_ext import CRSAM, Scheduled
 
 from .reference import EXACT, assert_close
 
+pytestmark = pytest.mark.slow
+
 BASES = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {})}
 
 

@@ -11,6 +11,8 @@ import pytest
 from .conftest import missing
 from .cuda_on_cpu.build import KERNELS, SOURCES
 
+pytestmark = pytest.mark.slow
+
 DTYPES = {"d": "float64", "f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 
 

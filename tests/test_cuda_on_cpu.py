@@ -38,6 +38,8 @@ from .operator_cases import (
 )  # fmt: skip
 from .reference import assert_close
 
+pytestmark = pytest.mark.slow
+
 # Values --------------------------------------------------------------------------------------------------------------
 
 

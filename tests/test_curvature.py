@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from crsam_ext import CRSAM, curvature
 
+pytestmark = pytest.mark.slow
+
 ALL = [
     curvature.hessian_trace,
     curvature.normalized_trace,

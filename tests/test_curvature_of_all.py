@@ -15,6 +15,8 @@ from crsam_ext import curvature
 
 from .test_curvature import ALL
 
+pytestmark = pytest.mark.slow
+
 SECOND = [m for m in ALL if m not in (curvature.gradient_norm, curvature.ascent_gap)]
 CRITERION = nn.CrossEntropyLoss()
 

@@ -10,6 +10,8 @@ from crsam_ext import CRSAM, GradScaler, Scheduled, curvature
 
 from .reference import EXACT, assert_close
 
+pytestmark = pytest.mark.on_cpu
+
 BASES = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01}),
     "adamw": (torch.optim.AdamW, {"weight_decay": 0.01}),

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-pytestmark = pytest.mark.filterwarnings("default")  # those of other libraries are theirs
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default"),  # those of other libraries are theirs
+]
 
 NEEDS = {
     "digits": ["sklearn"],

@@ -12,6 +12,8 @@ from benchmarks.experiments import __main__ as program
 from benchmarks.experiments import analysis, runs, tasks
 from benchmarks.experiments.runs import Config, run, run_all
 
+pytestmark = pytest.mark.slow
+
 TINY = Config("graph", "CR-SAM", 0.1, 0, epochs=3, checkpoints=(1, 3), probes=2, samples=20)
 
 

@@ -9,6 +9,8 @@ import torch
 from benchmarks import finite_differences
 from benchmarks.finite_differences import RHOS, errors_of, fit, good_range, modelled
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("power", [1, 2])
 def test_fit_recovers_the_model(power):

@@ -15,7 +15,10 @@ from crsam_ext import CRSAM
 
 from .reference import assert_close
 
-pytestmark = pytest.mark.filterwarnings("default")  # those of other libraries are theirs
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default"),  # those of other libraries are theirs
+]
 OPTIONS = {"base_optimizer": torch.optim.AdamW, "rho": 0.1, "lr": 0.01}
 STEPS = 6
 

@@ -6,6 +6,8 @@ from torch import nn
 
 from crsam_ext import CRSAM
 
+pytestmark = pytest.mark.on_cpu
+
 
 class Counting(nn.Module):
     """Moves a buffer in one of the ways in which forwards do that, and multiplies with it."""

@@ -9,6 +9,8 @@ import torch
 
 from crsam_ext import CRSAM
 
+pytestmark = pytest.mark.on_cpu
+
 DRAWS = {
     "torch": lambda: torch.rand(16),
     "numpy": lambda: torch.from_numpy(np.random.rand(16)),
@@ -46,8 +48,6 @@ def steps(draw, backend_options, passes=3, count=2, **options):
 @pytest.mark.parametrize("passes", [1, 2, 3])
 def test_all_passes_draw_the_same(passes, draw, backend_options, device):
     """And the next step goes on as if there had been one pass."""
-    if device.type != "cpu":
-        pytest.skip("draws on the CPU")
     drawn = steps(draw, backend_options, passes)
     random.seed(0)
     np.random.seed(0)

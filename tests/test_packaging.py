@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SOURCES = ("pyproject.toml", "MANIFEST.in", "setup.py", "README.md", "LICENSE", "crsam_ext", "triton_kernels", "csrc")
 # Copied so that a wheel that took them along would be seen.

@@ -11,6 +11,8 @@ from torch.nn import Parameter
 from crsam_ext import CRSAM, flat
 from crsam_ext.flat import _is_held_by_others
 
+pytestmark = pytest.mark.on_cpu
+
 SHAPES = [(700, 300), (3, 5), (7,), ()]  # the first is too large to share a row with others in backend "torch"
 BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
@@ -105,12 +107,6 @@ def pair(hold, dtype, device):
 
 def same(params, others):
     return all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
-
-
-@pytest.fixture(autouse=True)
-def on_a_cpu(device):
-    if device.type != "cpu":
-        pytest.skip("holders of CPU memory; tests/gpu has rows in place on a GPU")
 
 
 @bases

@@ -22,6 +22,8 @@ from crsam_ext import CRSAM
 
 from .reference import Reference, assert_same, evaluator
 
+pytestmark = pytest.mark.slow
+
 CONFIGURATIONS = {
     "sgd-linear": (torch.optim.SGD, "sgd", {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "rho": 0.3}),
     "sgd-dampened-sam": (

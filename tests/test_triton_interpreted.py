@@ -19,6 +19,8 @@ import pytest
 
 from .conftest import missing
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 OPTIMIZER = (
     "points_of_the_passes",

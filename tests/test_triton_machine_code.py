@@ -15,6 +15,8 @@ from .conftest import missing
 from .operator_cases import Case
 from .triton_driver import without_gpu
 
+pytestmark = pytest.mark.slow
+
 # For each compute capability the dtypes that are looked at: to compile all kernels for all of them would take minutes.
 # float16 differs from bfloat16 in a conversion.
 COMPILED = {

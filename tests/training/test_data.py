@@ -6,6 +6,8 @@ from crsam_ext.training.data import CIFAR, epoch_order, load
 from crsam_ext.training.errors import TrainingError
 from crsam_ext.training.options import parse
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

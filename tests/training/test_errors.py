@@ -8,6 +8,8 @@ import torch
 
 from crsam_ext.training.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def refuse(crsam_train, here, capsys):

@@ -4,6 +4,8 @@ import torch
 from crsam_ext.training.errors import TrainingError
 from crsam_ext.training.models import MODELS, create_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("name", "shape", "parameters"),

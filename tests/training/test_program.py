@@ -12,6 +12,8 @@ from crsam_ext.training.loop import create_optimizer, create_schedules
 from crsam_ext.training.models import create_model
 from crsam_ext.training.options import parse
 
+pytestmark = pytest.mark.slow
+
 RESULTS = {"config.json", "log.csv", "curves.png", "last.pt", "best.pt"}
 
 

@@ -12,6 +12,8 @@ import torch
 
 from crsam_ext.training import checkpoint, loop
 
+pytestmark = pytest.mark.slow
+
 # Runs the program with each command that comes in until the n-th time that a file is put in place, kills it right
 # before or right after, and answers with the signal. Forks, so that the packages are imported once.
 KILLED_RUNS = """
