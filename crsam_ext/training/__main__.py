@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from .errors import TrainingError
 from .options import parse
@@ -32,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted; with --resume it goes on after the last complete epoch", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain of it once more as it ends
         return _complain("nobody reads the output any more; with --resume it goes on after the last complete epoch", 1)
+    except OSError as error:  # of stdout or stderr: those of files have become a TrainingError
+        return _complain(f"{error}; with --resume it goes on after the last complete epoch", 2)
     return 0
 
 
@@ -48,7 +50,13 @@ def _make_streams_robust() -> None:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"crsam-train: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"crsam-train: {' '.join(message.split())}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # or Python would fail at it once more as it ends, with a code of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
 
 

@@ -148,8 +148,8 @@ def _folder_data(root: Path, options: Namespace, device: torch.device) -> Data:
         broken = test_set.broken()
         if broken:
             raise TrainingError(
-                f"{len(broken)} of {len(test_set)} validation images cannot be read: {named(broken)}; "
-                "--skip-bad-val leaves them out"
+                f"{len(broken)} of {len(test_set)} validation images cannot be read: {named(broken)}"
+                + ("" if options.skip_bad_val else "; --skip-bad-val leaves them out")
             )
 
     def train(epoch: int) -> Iterator[Batch]:

@@ -111,8 +111,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--data",
         default="digits",
         help="digits, mnist1d, cifar10:PATH, cifar100:PATH or folder:PATH, a folder with "
-        "train/ and val/ and a folder per class in each; training images that cannot be read are replaced by the next "
-        "one, named, and counted in log.csv (default: digits)",
+        "train/ and val/ and a folder per class in each. Images are the files that Pillow opens, with 8 bits a "
+        "channel: more bits, or more pixels than Pillow allows, are an error. Hidden files and folders, files beside "
+        "the class folders and files that are no images are left out and named. Folders within a class, classes of "
+        "train/ without images and classes of val/ that train/ lacks are an error. Training images that cannot be "
+        "read are replaced by the next one, named, and counted in log.csv as bad_files (default: digits)",
     )
     add(
         "--skip-bad-val",

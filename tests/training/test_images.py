@@ -1,8 +1,12 @@
 """Folders of images as people have them: what is the data, and what is said of the rest."""
 
+import os
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
+from contextlib import nullcontext
 from importlib import import_module
 
 import numpy as np
@@ -89,6 +93,26 @@ def test_classes_are_numbered_in_natural_order(tmp_path):
     assert [(path.parent.name, label) for path, label in train] == [("1", 0), ("9", 1), ("10", 2)]
     assert [label for _, label in val] == [0, 1, 2]
     assert count == 3
+
+
+@pytest.mark.parametrize("names", [("01", "1"), ("5", "5²"), ("b", "①")])
+def test_the_order_is_a_function_of_the_names(names, tmp_path, monkeypatch):
+    """Whatever the order in which the file system lists them; digits that int() does not take are letters."""
+    for name in names:
+        for split in ("train", "val"):
+            picture(tmp_path / split / name / "0.png")
+    numbered = []
+    for backwards in (False, True):
+
+        def scan(folder, scandir=os.scandir, backwards=backwards):
+            with scandir(folder) as entries:
+                return nullcontext(sorted(entries, key=lambda entry: entry.name, reverse=backwards))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(images.os, "scandir", scan)
+            train, _, _ = images.find(tmp_path, "--data")
+        numbered.append([path.parent.name for path, _ in train])
+    assert numbered == [list(names)] * 2
 
 
 def test_links_are_followed(image_folder, tmp_path):
@@ -245,6 +269,31 @@ def test_the_same_files_are_bad_for_any_number_of_workers(image_folder, crsam_tr
     assert [row["bad_files"] for row in first] == [row["bad_files"] for row in second] == ["1", "1"]
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError, NotImplementedError, AttributeError, KeyError, struct.error, zlib.error]
+)
+def test_whatever_pillow_raises_the_file_is_broken(error, tmp_path, monkeypatch):
+    """AVIF raises RuntimeError, BLP NotImplementedError, SPIDER AttributeError, and so on."""
+    picture(tmp_path / "0.png")
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(Image.Image, "convert", fails)
+    assert images.read(tmp_path / "0.png") is None
+
+
+def test_memory_that_is_short_is_no_broken_file(tmp_path, monkeypatch):
+    picture(tmp_path / "0.png")
+
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", fails)
+    with pytest.raises(MemoryError):
+        images.read(tmp_path / "0.png")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_no_training_file_can_be_read(workers, image_folder, crsam_train, here, capsys):
     for path in (image_folder / "train").rglob("*.png"):
@@ -282,9 +331,10 @@ def test_broken_validation_files_are_left_out_when_asked(workers, image_folder, 
 def test_all_validation_files_are_broken(image_folder):
     for path in (image_folder / "val").rglob("*.png"):
         html(path)
-    for more in ("", "--skip-bad-val"):
-        with pytest.raises(TrainingError, match="5 of 5 validation images cannot be read"):
+    for more, advice in (("", True), ("--skip-bad-val", False)):
+        with pytest.raises(TrainingError, match="5 of 5 validation images cannot be read") as refusal:
             load_data(image_folder, more)
+        assert ("--skip-bad-val" in str(refusal.value)) == advice
 
 
 def test_a_validation_file_that_breaks_later(image_folder):
@@ -323,6 +373,27 @@ def test_nobody_reads(closed, tmp_path):
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
     assert (tmp_path / "out" / "log.csv").exists()
+
+
+full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is of Linux")
+
+
+@full
+def test_stdout_is_a_file_on_a_full_disk(tmp_path):
+    with open("/dev/full", "w") as stdout:
+        command = [*PROGRAM, "--output", str(tmp_path / "out")]
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("crsam-train: [Errno 28] No space left on device")
+    assert done.stderr.count("\n") == 1
+    assert (tmp_path / "out" / "log.csv").read_text().count("\n") == 2  # the epoch is there
+
+
+@full
+def test_stderr_is_a_file_on_a_full_disk():
+    with open("/dev/full", "w") as stderr:
+        done = subprocess.run([*PROGRAM, "--nonsense"], stderr=stderr, check=False)
+    assert done.returncode == 2
 
 
 def test_a_terminal_that_knows_ascii_only(tmp_path):
