@@ -63,6 +63,23 @@ def run(options: Namespace) -> None:
     Raises:
         TrainingError: something that the user gave cannot be used, or the training diverged.
     """
+    try:
+        _run(options)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise TrainingError(f"batch norm takes no batch of one sample: give a larger --batch-size ({error})") from error
+    except (RuntimeError, MemoryError) as error:
+        if "DataLoader worker" in str(error) and "pid" in str(error):
+            raise TrainingError(
+                f"a process that prepares images has died, perhaps for lack of memory: give fewer --workers ({error})"
+            ) from error
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "t allocate memory" not in str(error):
+            raise
+        raise TrainingError("there is not enough memory: give a smaller --batch-size, or fewer --workers") from error
+
+
+def _run(options: Namespace) -> None:
     device = _prepare_device(options)
     data = load(options, device)
     state = _start(options, data, device)
@@ -75,14 +92,6 @@ def run(options: Namespace) -> None:
     _save_log(state, options)
     try:
         _train(state, options, data)
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise TrainingError(f"batch norm takes no batch of one sample: give a larger --batch-size ({error})") from error
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "t allocate memory" not in str(error):
-            raise
-        raise TrainingError("there is not enough memory: give a smaller --batch-size, or fewer --workers") from error
     finally:
         if state.history:
             _draw(state, options)

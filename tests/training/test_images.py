@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -428,6 +429,26 @@ def test_not_enough_memory(crsam_train, here, capsys, monkeypatch):
         def fails(*_, error=error):
             raise error
 
-        monkeypatch.setattr(loop, "train_epoch", fails)
-        assert crsam_train("--model mlp --overwrite --output out") == 2
-        assert capsys.readouterr().err.count("\n") == 1
+        for where in ("load", "create_model", "train_epoch"):
+            with monkeypatch.context() as patch:
+                patch.setattr(loop, where, fails)
+                assert crsam_train("--model mlp --overwrite --output out") == 2
+            said = capsys.readouterr().err
+            assert said.startswith("crsam-train: there is not enough memory")
+            assert said.count("\n") == 1
+
+
+def test_a_worker_that_is_killed(image_folder, crsam_train, here, capsys, monkeypatch):
+    """As a system without memory does it."""
+
+    class Killed(images.ImageFiles):
+        def __getitem__(self, index):
+            if self._replaces:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(index)
+
+    monkeypatch.setattr(images, "ImageFiles", Killed)
+    assert crsam_train(f"--data folder:{image_folder} {RUN} --workers 2 --output out") == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("crsam-train: a process that prepares images has died")
+    assert "fewer --workers" in line

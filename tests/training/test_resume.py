@@ -127,6 +127,8 @@ def test_interrupted_with_augmentation(
     crsam_train, interrupt_second_epoch, assert_same_run, request, capsys, data, options
 ):
     path = request.getfixturevalue("cifar10" if data == "cifar10" else "image_folder")
+    if data == "folder":
+        (path / "train" / "bee" / "3.png").write_text("broken, and counted in log.csv")
     command = f"--data {data}:{path} {options} --epochs 2 --output"
     assert crsam_train(f"{command} straight") == 0
     capsys.readouterr()
@@ -163,6 +165,17 @@ def test_finished_run_stays_as_it_is(crsam_train, here, finished, read_log, read
 
     assert read_log(here / "out") == log
     assert read_state(here / "out" / "last.pt") == state
+
+
+def test_checkpoint_from_before_bad_files_were_counted(crsam_train, here, finished, read_log):
+    shutil.copytree(finished, here / "out")
+    state = torch.load(here / "out" / "last.pt", weights_only=True)
+    del state["config"]["skip_bad_val"]
+    for row in state["history"]:
+        del row["bad_files"]
+    torch.save(state, here / "out" / "last.pt")
+    assert crsam_train("--model mlp --epochs 1 --output out --resume") == 0
+    assert [row["bad_files"] for row in read_log(here / "out")] == [""]
 
 
 def test_random_states_come_back():
