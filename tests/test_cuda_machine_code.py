@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+from itertools import chain, groupby
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,26 @@ def test_wide_accesses(kernels):
             assert len(re.findall(r"\bSTG\S*\.128", code)) >= stores, (kernel, dtype)
 
 
+def test_loads_in_flight(kernels):
+    """All streams of a main loop are read before the first of them is used, so that memory answers them together."""
+    together = {
+        "grad_norm_kernel": 1,
+        "perturb_kernel": 2,
+        "fd_gram_kernel": 3,
+        "sgd_step_kernel": 5,
+        "adamw_step_kernel": 6,
+        "combine_kernel": 3,
+    }
+    for kernel, loads in together.items():
+        instructions = [
+            re.findall(r"\bLDG\S*\.128|\b[DF](?:ADD|MUL|FMA)\b", code) for _, code in kernels[kernel, "float32"]
+        ]
+        runs = [
+            [len(list(run)) for load, run in groupby(x, lambda op: op.startswith("LDG")) if load] for x in instructions
+        ]
+        assert max(chain.from_iterable(runs)) >= loads, kernel
+
+
 def test_no_float64_arithmetic_on_float32(kernels):
     """Except in the last stages of the sums, and once a block where a beta is given as a float64 tensor (1 - beta)."""
     final_stages = ("grad_norm_kernel", "fd_gram_kernel", "coefficients_kernel", "perturbation_scale_kernel")
@@ -99,3 +120,11 @@ def test_no_float64_products_in_float32_sums(kernels):
         for dtype in ("float32", "float16", "bfloat16"):
             for _, code in kernels[kernel, dtype]:
                 assert not re.search(r"\b(DMUL|DFMA)\b", code), (kernel, dtype)
+
+
+def test_partial_sums_are_not_read_through_a_cache(kernels):
+    """The last block reads what others have written; the L1 cache of its multiprocessor may hold something older."""
+    for kernel, sums in {"grad_norm_kernel": 1, "fd_gram_kernel": 9}.items():
+        for dtype in DTYPES.values():
+            for _, code in kernels[kernel, dtype]:
+                assert len(re.findall(r"\bLDG\.E\.64\.STRONG\.GPU", code)) >= sums, (kernel, dtype)

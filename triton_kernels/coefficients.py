@@ -135,11 +135,12 @@ def coefficients_kernel(
     tl.store(flags, ok.to(tl.uint8))
     tl.store(flags + 1, capped.to(tl.uint8))
 
-    tl.store(counters, tl.load(counters) + (ok == 0).to(tl.int64))
+    # Atomic, as every thread would load what one of them stores.
+    tl.atomic_add(counters, (ok == 0).to(tl.int64), sem="relaxed")
     if LOG:
-        tl.store(counters + 1, tl.load(counters + 1) + (ok & (kappa <= 0)).to(tl.int64))
-        tl.store(counters + 2, tl.load(counters + 2) + (ok & (sigma <= 0)).to(tl.int64))
-    tl.store(counters + 3, tl.load(counters + 3) + (ok & capped).to(tl.int64))
+        tl.atomic_add(counters + 1, (ok & (kappa <= 0)).to(tl.int64), sem="relaxed")
+        tl.atomic_add(counters + 2, (ok & (sigma <= 0)).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + 3, (ok & capped).to(tl.int64), sem="relaxed")
     for i in tl.static_range(len(taken)):
         count = counts[i] * ok.to(tl.int32)
         for first in range(0, count, LANES):

@@ -78,12 +78,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   const C* saved = static_cast<const C*>(row.saved);
   C* momentum_buffer = static_cast<C*>(row.first);
   for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
-    C w[width], g[width];
+    C w[width], m[width], g[width];
     load(saved + i, w);
+    if (momentum_buffer) load(momentum_buffer + i, m);  // with the others: after their first use, it would be waited for
     load_combined<T, kDifferences>(row, i, weights, g);
     if (momentum_buffer) {
-      C m[width];
-      load(momentum_buffer + i, m);
 #pragma unroll
       for (int j = 0; j < width; ++j) rule(w[j], m[j], g[j]);
       store(momentum_buffer + i, m);
