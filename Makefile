@@ -10,7 +10,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 # Made when the installation is complete; older than one of the files that describe it, it is made again.
 INSTALLED := $(VENV)/.crsam_ext-installed
-HAS_TORCH := $(PYTHON) -c 'import torch, pytest, hypothesis' 2>/dev/null
+HAS_TORCH := $(PYTHON) -c 'import torch, pytest, hypothesis, xdist' 2>/dev/null
 
 .PHONY: help train test quick lint bench experiments gpu clean
 

@@ -130,7 +130,8 @@ def module(cuda: str) -> dict[str, Any]:
         depends=[str(p) for p in (ROOT / "csrc").rglob("*.*h")],
         include_dirs=[str(write_build_info(info))],
         extra_compile_args={
-            "cxx": ["-O2", "-Wall"],
+            # Hidden as pybind11 is itself: a class that holds one of its types would otherwise be more visible than it.
+            "cxx": ["-O2", "-Wall", "-fvisibility=hidden"],
             # No --use_fast_math: a step must be the same as PyTorch's.
             "nvcc": ["-O3", "-lineinfo", "-Werror", "all-warnings"],
         },

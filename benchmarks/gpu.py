@@ -47,38 +47,32 @@ BLOCKS = ((128, 4), (256, 4), (256, 8), (512, 4), (512, 8), (1024, 8), (1024, 16
 def run_tests() -> dict[str, dict[str, object]]:
     """For each file or folder of tests, how many passed, failed and were skipped, and what has failed.
 
-    All run at once: most of their time is spent on the host.
+    They are shared out to one process per core: most of their time is spent on the host.
     """
     with tempfile.TemporaryDirectory() as folder:
-        running = {}
-        for name in TESTS:
-            report, log = Path(folder) / f"{name}.xml", Path(folder) / f"{name}.log"
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{name}"]
-            running[name] = (
-                report,
-                log,
-                subprocess.Popen(
-                    [*command, "-k", SELECTION, f"--junitxml={report}"],
-                    cwd=ROOT,
-                    env=os.environ | {"CRSAM_REQUIRE_CUDA": "1"},
-                    stdout=log.open("w"),
-                    stderr=subprocess.STDOUT,
-                ),
-            )
-        results: dict[str, dict[str, object]] = {}
-        for name, (report, log, process) in running.items():
-            process.wait()
-            if not report.exists():
-                results[name] = {"passed": 0, "failed": 1, "skipped": 0, "failures": [log.read_text()[-2000:]]}
-                continue
-            cases = list(ElementTree.parse(report).getroot().iter("testcase"))
-            failures = [c.get("name") for c in cases if c.find("failure") is not None or c.find("error") is not None]
-            skipped = sum(c.find("skipped") is not None for c in cases)
-            passed = len(cases) - len(failures) - skipped
-            if failures:
-                print(log.read_text()[-4000:])
-            results[name] = {"passed": passed, "failed": len(failures), "skipped": skipped, "failures": failures}
-        return results
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-k", SELECTION]
+        done = subprocess.run(
+            [*command, "--numprocesses=auto", f"--junitxml={report}", *(f"tests/{name}" for name in TESTS)],
+            cwd=ROOT,
+            env=os.environ | {"CRSAM_REQUIRE_CUDA": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if done.returncode != 0:
+            print(done.stdout[-20000:])
+        if not report.exists():
+            return {"pytest": {"passed": 0, "failed": 1, "skipped": 0, "failures": [done.stdout[-2000:]]}}
+        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    results: dict[str, dict[str, object]] = {}
+    for name in TESTS:
+        own = [case for case in cases if f".{name.removesuffix('.py')}." in f"{case.get('classname')}."]
+        failures = [c.get("name") for c in own if c.find("failure") is not None or c.find("error") is not None]
+        skipped = sum(c.find("skipped") is not None for c in own)
+        passed = len(own) - len(failures) - skipped
+        results[name] = {"passed": passed, "failed": len(failures), "skipped": skipped, "failures": failures}
+    return results
 
 
 def tune(device: torch.device, lengths: list[int], calls: int) -> dict[str, dict[str, float]]:
@@ -128,7 +122,7 @@ def main() -> int:
         "device": torch.cuda.get_device_name(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
         "revision": revision(),
-        "command": sys.argv,
+        "command": ["python", "-m", "benchmarks.gpu", *sys.argv[1:]],
         "backends": available_backends(),
         "parameters": sum(lengths),
     }

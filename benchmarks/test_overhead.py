@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch
 
-from crsam_ext import CRSAM
+from crsam_ext import CRSAM, available_backends
 from crsam_ext.training.models import cifar_resnet18
 
 from . import host
@@ -71,10 +71,15 @@ def test_host_time(backend, base, form, results):
 
 
 @pytest.mark.parametrize(
-    "options", [{"backend": "torch"}, {"backend": "torch", "compile": True}], ids=["eager", "compiled"]
+    "options",
+    [{"backend": "torch"}, {"backend": "torch", "compile": True}, {"backend": "cuda"}, {"backend": "triton"}],
+    ids=["eager", "compiled", "cuda", "triton"],
 )
 def test_share_of_a_training_step(options, device, rounds, results):
     """The CIFAR form of ResNet-18: three gradients of a batch, and everything between them."""
+    verdict = available_backends()[options["backend"]]
+    if verdict != "available":
+        pytest.skip(f"backend {options['backend']} is {verdict}")
     batch = 128 if device.type == "cuda" else 16
     torch.manual_seed(0)
     model = cifar_resnet18((3, 32, 32), 10).to(device)
@@ -103,6 +108,6 @@ def test_share_of_a_training_step(options, device, rounds, results):
         if index >= 0:
             seconds.append(taken)
             shares.append(1 - spent / taken)
-    name = "crsam_ext torch" + (", compiled" if options.get("compile") else "")
+    name = f"crsam_ext {options['backend']}" + (", compiled" if options.get("compile") else "")
     entry = {"peer": name, "model": "cifar_resnet18", "batch": batch, "dtype": "float32"}
     results["shares"].append({**entry, "seconds": seconds, "shares": shares})

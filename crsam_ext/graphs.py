@@ -22,8 +22,9 @@ class GraphedStep:
 
     Every call makes one step. The first are ordinary ones; then one is captured, for each number of passes that occurs.
     In the groups, ``lr``, ``rho``, ``alpha`` and ``beta`` become tensors on the device, unless they are 0, so that
-    schedulers go on working, those that assign numbers too. After a change of other options a step is captured anew;
-    after parameters were moved or state was loaded, ordinary steps come first again.
+    schedulers go on working, those that assign numbers too. After a change of other options, and when one of these four
+    is no longer 0, an ordinary step follows, and the next one is captured anew. After parameters were moved or state
+    was loaded, all ordinary steps come first again.
 
     Args:
         optimizer: around SGD, Adam or AdamW, with backend "cuda" or "triton", all parameters on one CUDA device.
@@ -69,9 +70,11 @@ class GraphedStep:
         passes, baked = optimizer.passes, self._baked()
         graph = self._graphs.get(passes)
         if graph is None or graph.baked != baked:
-            # Until a first step was sound, the host is asked whether its state is to be entered.
-            if not optimizer.state_is_complete or self._ordinary.get(passes, 0) < self.warmup:
-                self._ordinary[passes] = self._ordinary.get(passes, 0) + 1
+            # Until a first step was sound, the host is asked whether its state is to be entered. And an ordinary step
+            # with the same options has put the numbers on the device that a captured one reads there.
+            ready = optimizer.state_is_complete and self._ordinary_baked.get(passes) == baked
+            if not ready or self._ordinary.get(passes, 0) < self.warmup:
+                self._ordinary[passes], self._ordinary_baked[passes] = self._ordinary.get(passes, 0) + 1, baked
                 return self._on_stream(lambda: optimizer.step(self.closure))
             graph = self._graphs[passes] = _Graph(optimizer, self.closure, baked, self._stream, self.device)
         self._on_stream(graph.replay)
@@ -88,6 +91,7 @@ class GraphedStep:
     def _forget(self) -> None:
         self._graphs: dict[int, _Graph] = {}  # for each number of passes
         self._ordinary: dict[int, int] = {}  # likewise, how many steps were not replayed
+        self._ordinary_baked: dict[int, Any] = {}  # likewise, the options of the last of those steps
 
     def _options_to_device(self) -> None:
         for index, group in enumerate(self.optimizer.param_groups):
@@ -102,13 +106,13 @@ class GraphedStep:
                 group[name] = tensor
 
     def _baked(self) -> Any:
-        """All options that a graph holds as numbers."""
+        """All options, a tensor by its identity: a graph holds numbers, and reads tensors anew in each replay."""
         optimizer = self.optimizer
         groups = [
             {
                 name: id(value) if isinstance(value, Tensor) else value
                 for name, value in group.items()
-                if name not in (*_SCHEDULED, "params") and not name.startswith("initial_")
+                if name != "params" and not name.startswith("initial_")
             }
             for group in optimizer.param_groups
         ]

@@ -452,9 +452,10 @@ class Step:
 
     def _vector(self, values: Sequence[Any]) -> Tensor:
         """Numbers or 0-dim tensors as one float64 tensor on the home device."""
-        if any(isinstance(v, Tensor) for v in values):
-            return _on(self.home, values)
-        return self.flat.constants(tuple(values))
+        if not any(isinstance(v, Tensor) for v in values):
+            return self.flat.constants(tuple(values))
+        # A number beside tensors is kept on the device as well: a CUDA graph does not capture a copy from the host.
+        return _on(self.home, [v if isinstance(v, Tensor) else self.flat.constants((v,)) for v in values])
 
 
 def is_loss(value: Any) -> bool:

@@ -3,6 +3,7 @@
 // Groups are given by number; options as one list of numbers for all groups, in the order of `Sgd` and `Adam`, and a
 // list of tensors that hold some of those numbers on the device instead. With fewer than three passes, `grad` is the
 // gradient of the last one, and the lists of the other two are empty. An empty tensor stands for no momentum.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>

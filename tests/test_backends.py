@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from crsam_ext import CRSAM, available_backends
+from crsam_ext.backends import triton
+from crsam_ext.backends.fused import no_device
 
 from .conftest import missing
 
@@ -18,3 +20,18 @@ def test_backend(name):
     optimizer.step(lambda: param.square().sum().backward())
     assert optimizer.backend == name
     assert (param < 1).all()
+
+
+def test_cuda_that_does_not_start(monkeypatch):
+    """As in a process that was forked from one that uses CUDA: backend "torch" goes on, the others say why not."""
+
+    def start(*_):
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", start)
+    why = "CUDA cannot be used in this process: Cannot re-initialize CUDA in forked subprocess"
+    assert no_device() == why
+    assert triton.why_unavailable() == why
+    assert available_backends()["torch"] == "available"
+    assert CRSAM([torch.nn.Parameter(torch.ones(3))], lr=0.1, backend="torch").backend == "torch"

@@ -81,13 +81,29 @@ def test_other_options_are_captured_anew(stand_in):
     params, optimizer, closure = problem()
     others, plain, closure_of_others = problem()
     step = GraphedStep(optimizer, closure, warmup=1)
-    for momentum in (0.9, 0.9, 0.9, 0.8, 0.8):
+    for index, momentum in enumerate((0.9, 0.9, 0.9, 0.8, 0.8)):
         optimizer.param_groups[0]["momentum"] = plain.param_groups[0]["momentum"] = momentum
         step()
         plain.step(closure_of_others)
-    assert stand_in.captured == 2
+        assert stand_in.captured == (0, 1, 1, 1, 2)[index], "an ordinary step with the new options comes first"
     for p, q in zip(params, others, strict=True):
         assert_close(p, q, EXACT)
+
+
+def test_an_option_that_leaves_zero_is_captured_anew(stand_in):
+    """A graph holds the 0 of one group, beside the tensors of others."""
+    torch.manual_seed(0)
+    params = network_params(torch.float64)
+    data = batch(torch.float64)
+    groups = [{"params": params[:2], "alpha": 0.0}, {"params": params[2:]}]
+    optimizer = CRSAM(groups, torch.optim.SGD, lr=0.1, rho=0.2)
+    step = GraphedStep(optimizer, closure_of(lambda p: network_loss(p, data), params), warmup=1)
+    captured = []
+    for alpha in (0.0, 0.0, 0.0, 0.3, 0.3, 0.0, 0.2):
+        optimizer.param_groups[0]["alpha"] = alpha
+        step()
+        captured.append(stand_in.captured)
+    assert captured == [0, 1, 1, 1, 2, 2, 2]  # from then on a tensor, also where it is 0
 
 
 @pytest.mark.parametrize("event", ["moved", "loaded"])

@@ -563,6 +563,9 @@ def test_what_a_closure_returns(value, backend_options, device):
 
     expected = smooth(params).item()
     loss = optimizer.step(closure)
+    if value == "tensor":
+        assert loss.device.type == device.type
+        loss = loss.item()
     assert loss == (pytest.approx(expected) if value == "tensor" else value)
     stats = optimizer.stats.as_dict()
     assert stats["loss"] == loss

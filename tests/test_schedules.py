@@ -71,8 +71,8 @@ def test_the_steps(backend_options, device):
     """Each step is taken with the values of its time, in all three options, against the reference."""
     params, data = network_params(torch.float64, device), batch(torch.float64, device)
     options = {"rho": 0.2, "alpha": 0.4, "beta": 0.3, "lr": 0.1, "momentum": 0.9}
+    reference = ReferenceCRSAM([{"params": [p.detach().cpu() for p in params]}], **options)
     optimizer = CRSAM(params, **options, **backend_options)
-    reference = ReferenceCRSAM([{"params": params}], **options)
     chain = [schedulers.ExponentialLR(Scheduled(optimizer, name), 0.5) for name in ("rho", "alpha", "beta")]
     closure, cpu_data = closure_of(lambda p: network_loss(p, data), params), tuple(x.cpu() for x in data)
     for _ in range(3):

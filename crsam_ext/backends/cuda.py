@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from .fused import FAKES, FusedOperators
+from .fused import FAKES, FusedOperators, no_device
 
 __all__ = ["CudaOperators", "why_unavailable"]
 
@@ -23,8 +23,9 @@ def why_unavailable() -> str | None:
     architectures = extension.load().build_info()["architectures"]
     if not architectures:
         return extension.why_not_built()
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
+    reason = no_device()
+    if reason is not None:
+        return reason
     oldest = min(float(a.removesuffix("+PTX")) for a in architectures.split(";"))
     major, minor = torch.cuda.get_device_capability()
     if major + minor / 10 < oldest:

@@ -18,7 +18,18 @@ from torch import Tensor
 
 from ..ops import EPSILON, AdamOptions, Coefficients, Operators, SGDOptions
 
-__all__ = ["FAKES", "FusedOperators", "register_fakes"]
+__all__ = ["FAKES", "FusedOperators", "no_device", "register_fakes"]
+
+
+def no_device() -> str | None:
+    """Why no kernel can be launched from this process; None if a GPU is there."""
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    try:
+        torch.cuda.get_device_capability()
+    except RuntimeError as error:  # a process that was forked from one that uses CUDA, for example
+        return f"CUDA cannot be used in this process: {error}"
+    return None
 
 
 class FusedOperators(Operators):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from .fused import FAKES, FusedOperators
+from .fused import FAKES, FusedOperators, no_device
 
 __all__ = ["SCHEMAS", "TritonOperators", "interpreted", "why_unavailable"]
 
@@ -55,8 +55,9 @@ def why_unavailable() -> str | None:
         return "crsam_ext.triton_kernels is missing; install crsam_ext from its sources"
     if interpreted():
         return None
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
+    reason = no_device()
+    if reason is not None:
+        return reason
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         return f"the GPU has compute capability {major}.{minor}; the Triton kernels need 8.0"

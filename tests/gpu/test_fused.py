@@ -20,7 +20,9 @@ STEPS = 3
 def params_and_gradients(seed=0):
     generator = torch.Generator().manual_seed(seed)
     params = [Parameter(torch.randn(n, generator=generator).cuda()) for n in (1, 3, 4097, 300000)]
-    grads = [[torch.randn(p.shape, generator=generator).cuda() for p in params] for _ in range(3)]
+    # Near each other and far from 0: where a combination cancels, Adam would divide rounding by rounding.
+    signs = [torch.randn(p.shape, generator=generator).sign() for p in params]
+    grads = [[(s * (1 + 0.3 * torch.rand(s.shape, generator=generator))).cuda() for s in signs] for _ in range(3)]
     return params, grads
 
 

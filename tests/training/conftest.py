@@ -59,7 +59,7 @@ def read_state():
 
     def flatten(value, name):
         if isinstance(value, torch.Tensor):
-            return {name: (value.dtype, value.shape, sha256(value.contiguous().numpy()).hexdigest())}
+            return {name: (value.dtype, value.shape, sha256(value.cpu().contiguous().numpy()).hexdigest())}
         if isinstance(value, dict):
             items = value.items()
         elif isinstance(value, list | tuple):

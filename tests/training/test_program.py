@@ -54,7 +54,7 @@ def test_same_seed_same_run(crsam_train, here, finished, read_log):
 
 
 def test_sgd_is_torch_sgd(crsam_train, here):
-    command = "--model mlp --optimizer sgd --epochs 2 --nesterov --output out"
+    command = "--model mlp --optimizer sgd --epochs 2 --nesterov --device cpu --output out"
     options = parse(command.split())
     data = load(options, torch.device("cpu"))
     torch.manual_seed(0)
