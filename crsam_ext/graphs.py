@@ -72,9 +72,9 @@ class GraphedStep:
         if graph is None or graph.baked != baked:
             # Until a first step was sound, the host is asked whether its state is to be entered. And an ordinary step
             # with the same options has put the numbers on the device that a captured one reads there.
-            ready = optimizer.state_is_complete and self._ordinary_baked.get(passes) == baked
-            if not ready or self._ordinary.get(passes, 0) < self.warmup:
-                self._ordinary[passes], self._ordinary_baked[passes] = self._ordinary.get(passes, 0) + 1, baked
+            count, last = self._ordinary.get(passes, (0, None))
+            if not optimizer.state_is_complete or count < self.warmup or last != baked:
+                self._ordinary[passes] = count + 1, baked
                 return self._on_stream(lambda: optimizer.step(self.closure))
             graph = self._graphs[passes] = _Graph(optimizer, self.closure, baked, self._stream, self.device)
         self._on_stream(graph.replay)
@@ -90,8 +90,8 @@ class GraphedStep:
 
     def _forget(self) -> None:
         self._graphs: dict[int, _Graph] = {}  # for each number of passes
-        self._ordinary: dict[int, int] = {}  # likewise, how many steps were not replayed
-        self._ordinary_baked: dict[int, Any] = {}  # likewise, the options of the last of those steps
+        # Likewise, how many steps were not replayed, and the options of the last of them.
+        self._ordinary: dict[int, tuple[int, Any]] = {}
 
     def _options_to_device(self) -> None:
         for index, group in enumerate(self.optimizer.param_groups):

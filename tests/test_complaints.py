@@ -244,7 +244,7 @@ def test_distributed_data_parallel(views, tmp_path):
     assert_equal(plain, trained()[0], EXACT)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="nn.DataParallel takes a model on the CPU where no GPU is")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, nn.DataParallel needs the model there")
 def test_data_parallel():
     model = network()
     trained(model, closure=closure_of(nn.DataParallel(model)))
