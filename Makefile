@@ -29,6 +29,7 @@ quick: $(INSTALLED)  ## Run the tests that show most mistakes, in a minute: back
 lint: $(INSTALLED)  ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 bench: $(INSTALLED)  ## Measure what a step costs; table, figures and numbers go to benchmarks/results

@@ -8,9 +8,12 @@ void launch_perturbation_scale(const double*, const double*, double, double*, in
 void launch_perturb(Dtype, const Table&, const double*, int, bool, cudaStream_t) {}
 void launch_fd_gram(Dtype, const Table&, double*, double*, cudaStream_t) {}
 // A step that is sound: parameters enter the optimizer's state as they do in training.
-void launch_coefficients(const CoefficientsArguments& arguments, cudaStream_t) { arguments.flags[0] = true; }
-void launch_sgd_step(Dtype, const Table&, const Scalar*, Decision, bool, cudaStream_t) {}
-void launch_adamw_step(Dtype, const Table&, const Scalar*, Decision, bool, cudaStream_t) {}
+void launch_coefficients(const CoefficientsArguments& arguments, cudaStream_t) { *arguments.ok = true; }
+std::optional<Regularizer> regularizer_named(std::string_view) { return Regularizer::linear; }
+std::optional<RuleShape> shape_of_rule(std::string_view rule) {
+  return rule == "sgd" ? RuleShape{1, 6} : RuleShape{2, 7};
+}
+void launch_step(std::string_view, Dtype, const Table&, const Scalar*, Decision, bool, cudaStream_t) {}
 void launch_combine(Dtype, const Table&, Decision, bool, cudaStream_t) {}
 
 }  // namespace crsam

@@ -10,8 +10,10 @@ from typing import NamedTuple
 import torch
 
 from crsam_ext import backends
-from crsam_ext.ops import AdamOptions, Coefficients, SGDOptions
+from crsam_ext.backends.fused import KERNELS
+from crsam_ext.ops import Coefficients
 from crsam_ext.precision import compute_dtype
+from crsam_ext.updates import AdamOptions, SGDOptions
 
 __all__ = ["Contestant", "contestants", "measure"]
 
@@ -47,27 +49,27 @@ def contestants(
     groups, none = [0] * len(lengths), [None] * len(lengths)
     steps = [torch.ones((), device=device)] * len(lengths)
     one = torch.full((1,), 0.1, dtype=torch.float64, device=device)
-    c = Coefficients(one, one, None, torch.tensor(True, device=device))
+    c = Coefficients(torch.stack([2 * one, 0 * one]), None, torch.tensor(True, device=device))
 
-    t, w = dtype.itemsize, wide.itemsize
-    master = w if dtype != wide else 0  # of a parameter: read where w is saved, written where w is updated
+    def of(operator: str, *variant: int) -> int:
+        return sum(KERNELS[operator].nbytes(dtype, *variant))
+
+    def perturb(sign: int) -> object:
+        return operators.perturb_(live, saved, grads[0], groups, one, [False], sign, [])
+
     return {
         "copy": Contestant(8, lambda: target.copy_(source)),
-        "grad_norm": Contestant(t, lambda: operators.grad_norm(grads[0], groups, 1, none)),
-        "perturb_ +1": Contestant(
-            3 * t + w, lambda: operators.perturb_(live, saved, grads[0], groups, one, [False], 1, [])
+        "grad_norm": Contestant(of("grad_norm"), lambda: operators.grad_norm(grads[0], groups, 1, none)),
+        "perturb_ +1": Contestant(of("perturb_", 1), lambda: perturb(1)),
+        "perturb_ -1": Contestant(of("perturb_", -1), lambda: perturb(-1)),
+        "fd_gram": Contestant(of("fd_gram"), lambda: operators.fd_gram(grads, groups, 1, none)),
+        "step_ sgd": Contestant(
+            of("step_", 3, 1), lambda: operators.step_(live, saved, [m], grads, groups, steps, [SGD], c)
         ),
-        "perturb_ -1": Contestant(
-            2 * t + w, lambda: operators.perturb_(live, saved, grads[0], groups, one, [False], -1, [])
+        "step_ adam": Contestant(
+            of("step_", 3, 2), lambda: operators.step_(live, saved, [m, v], grads, groups, steps, [ADAMW], c)
         ),
-        "fd_gram": Contestant(3 * t, lambda: operators.fd_gram(*grads, groups, 1, none)),
-        "sgd_step_": Contestant(
-            4 * t + 3 * w + master, lambda: operators.sgd_step_(live, saved, m, grads, groups, steps, [SGD], c)
-        ),
-        "adamw_step_": Contestant(
-            4 * t + 5 * w + master, lambda: operators.adamw_step_(live, saved, m, v, grads, groups, steps, [ADAMW], c)
-        ),
-        "combine_": Contestant(5 * t + w, lambda: operators.combine_(live, saved, grads, groups, c)),
+        "combine_": Contestant(of("combine_", 3), lambda: operators.combine_(live, saved, grads, groups, c)),
     }
 
 

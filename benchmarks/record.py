@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from crsam_ext.precision import compute_dtype
+from crsam_ext.backends.fused import KERNELS
+from crsam_ext.ops import PASSES
 
 from .peers import Case, Phase, make
 from .shapes import MODELS
@@ -36,17 +37,20 @@ def fused_bytes(case: Case, dtype: torch.dtype, gram: bool = True, gathered: boo
         gram: with the Gram matrix; without, the norm of the last gradient shows whether it is sound.
         gathered: gradients are copied into a buffer first, and soundness is not looked at.
     """
-    t, wide = dtype.itemsize, compute_dtype(dtype).itemsize
-    master = wide if dtype.itemsize == 2 else 0
+
+    def of(operator: str, *variant: int) -> int:
+        return sum(KERNELS[operator].nbytes(dtype, *variant))
+
     buffers = 1 if case.base == "sgd" else 2
-    norm, save_and_perturb, perturb = t, 3 * t + wide, 2 * t + wide
-    step = (4 if case.passes == 3 else 2) * t + wide + master + 2 * buffers * wide
-    total = norm + save_and_perturb + step + (perturb if case.passes == 3 else 0)
+    norm, given = of("grad_norm"), case.passes if case.passes == PASSES else 1
+    total = norm + of("perturb_", 1) + of("step_", given, buffers)
+    if case.passes == PASSES:
+        total += of("perturb_", -1)
     if gathered:
-        return total + 2 * t * case.passes
-    if case.passes == 2:
-        return total + norm
-    return total + norm + (3 * norm if gram else norm)
+        return total + 2 * dtype.itemsize * case.passes
+    if case.passes == PASSES:
+        return total + norm + (of("fd_gram") if gram else norm)
+    return total + norm
 
 
 def _bytes_of(peer: str, case: Case, dtype: torch.dtype, counted: int, elements: int) -> tuple[int, str]:

@@ -28,7 +28,6 @@ __all__ = [
     "repeats_memory",
     "set_gradients",
     "share_memory",
-    "split_decision",
     "take_gradients",
 ]
 
@@ -45,7 +44,6 @@ class Host(Protocol):
     repeats_memory: Any
     set_gradients: Any
     share_memory: Any
-    split_decision: Any
     take_gradients: Any
 
     def __hash__(self) -> int: ...
@@ -122,8 +120,8 @@ def take_gradients(params: Column) -> Column | None:
             and list(map(Tensor.stride, grads)) == strides
             and not any(map(_requires_grad_of, grads))
             and params._pointers.isdisjoint(grads._pointers)
-            # As many elements in as many bytes: two dtypes of 16 bits can be taken for one another.
-            and (params[0].dtype.itemsize != 2 or set(map(_dtype_of, grads)) == {params[0].dtype})
+            # As many elements in as many bytes: two dtypes of one size can be taken for one another.
+            and set(map(_dtype_of, grads)) == {params[0].dtype}
         )
     except RuntimeError:  # a sparse one has neither storage nor strides
         return None
@@ -178,20 +176,14 @@ def fingerprint(by_group: Sequence[list[Tensor]], state: Mapping[Any, Any]) -> A
     ]
 
 
-def mark_written(*written: Tensor | Sequence[Tensor | None]) -> None:
-    """Tell autograd that tensors changed, or lists of them: a backward that still needs the old values then raises."""
-    for x in written:
-        increment_version(x if isinstance(x, Tensor) else [tensor for tensor in x if tensor is not None])
-
-
-def split_decision(values: Tensor, flags: Tensor) -> tuple[Tensor, ...]:
-    """What the fused operator ``coefficients`` returns in two tensors, by its parts.
+def mark_written(*written: Any) -> None:
+    """Tell autograd that tensors changed, or lists of them: a backward that still needs the old values then raises.
 
     Args:
-        values: [2 groups + 4].
-        flags: [2].
-    Returns:
-        a and b, [groups]; factor, kappa, sigma, ratio, ok and capped, 0-dim: views.
+        written: tensors, lists of tensors or None, and lists of such lists.
     """
-    groups = (values.numel() - 4) // 2
-    return values[:groups], values[groups : 2 * groups], *values[2 * groups :].unbind(), *flags.unbind()
+    for x in written:
+        if isinstance(x, list) and x and isinstance(x[0], list):
+            mark_written(*x)
+        else:
+            increment_version(x if isinstance(x, Tensor) else [tensor for tensor in x if tensor is not None])

@@ -1,4 +1,4 @@
-r"""The seven operators between the gradients of a CR-SAM step: their signatures and their mathematics.
+r"""The operators between the gradients of a CR-SAM step: their signatures and their mathematics.
 
 Notation, as in the paper (Wu, Luo, Wunsch, AAAI 2024, arXiv 2312.13555). All parameters together are :math:`w`, and
 
@@ -21,37 +21,51 @@ Conventions that hold for every operator:
 - An underscore ends the name of an operator that writes into its arguments; it returns nothing.
 - Nothing here synchronises with the host: what is computed on the device stays there.
 
-Bytes moved, in units of N = the parameters once in fp32: ``grad_norm`` 1, ``perturb_`` 4 (sign +1, which saves) and
-3 (sign -1), ``fd_gram`` 3, ``sgd_step_`` with momentum 7, ``adamw_step_`` 9, ``combine_`` 6. Saving :math:`w` at the
-beginning of each step rather than keeping a copy from the last one costs nothing in total (the step need not write
-the copy) and honours every change that the user makes to a parameter between steps, also through ``p.data``.
+Each operator is one pass over its rows; ``KERNELS`` in :mod:`crsam_ext.backends.fused` has the bytes that it moves.
+Saving :math:`w` at the beginning of each step rather than keeping a copy from the last one costs nothing in total (the
+step need not write the copy) and honours every change that the user makes to a parameter between steps, also through
+``p.data``.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import host
 
+if TYPE_CHECKING:
+    from typing import Self  # from Python 3.11 on
+
 __all__ = [
+    "CLIP_EPSILON",
     "COUNTERS",
     "EPSILON",
-    "AdamOptions",
+    "PASSES",
+    "REGULARIZERS",
     "Coefficients",
     "Operators",
-    "SGDOptions",
+    "Options",
+    "Regularizer",
     "quadratic_form",
     "scalar",
 ]
 
 #: What is added to the gradient norm before dividing by it, as in the published SAM and CR-SAM implementations.
 EPSILON = 1e-12
+
+#: What is added to the norm of the update's gradient before the clip divides by it, as in
+#: :func:`torch.nn.utils.clip_grad_norm_`, so that the two can be exchanged.
+CLIP_EPSILON = 1e-6
+
+#: The gradients of a full step: g0, g+ and g-.
+PASSES = 3
 
 #: What is counted over the steps, in the order of the counters that :meth:`Operators.coefficients` advances.
 COUNTERS = ("skipped", "curvature_dropped", "gradient_norm_dropped", "capped")
@@ -62,59 +76,65 @@ def scalar(value: float | Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
-@dataclass(frozen=True)
-class SGDOptions:
-    """One parameter group's options of :class:`torch.optim.SGD`, under torch's names."""
+class Regularizer(NamedTuple):
+    """What :class:`crsam_ext.CRSAM` must know of a regularizer; :meth:`Operators.coefficients` has its formula."""
 
-    lr: float | Tensor
-    momentum: float
-    dampening: float
-    weight_decay: float
-    nesterov: bool
-    maximize: bool
+    alpha: float  #: default weight of the curvature term
+    max_ratio: float  #: default cap of the norm of its gradient, over the norm of g+
+    measures: bool  #: whether its weights are taken from kappa and sigma of the step
 
-    @classmethod
-    def from_group(cls, group: Mapping[str, Any]) -> SGDOptions:
-        return cls(**{field.name: group[field.name] for field in fields(cls)})
 
-    @property
-    def numbers(self) -> tuple[float | Tensor, ...]:
-        """The options in the order in which the kernels read them: that of ``Sgd`` in csrc/cuda/update_math.cuh."""
-        return self.lr, self.momentum, self.dampening, self.weight_decay, self.nesterov, self.maximize
+REGULARIZERS = {
+    "linear": Regularizer(alpha=0.1, max_ratio=math.inf, measures=False),
+    "log": Regularizer(alpha=0.01, max_ratio=1.0, measures=True),
+}
 
 
 @dataclass(frozen=True)
-class AdamOptions:
-    """One parameter group's options of :class:`torch.optim.Adam` or, with ``decoupled_weight_decay``, AdamW."""
+class Options:
+    """One parameter group's options of an update rule, under torch's names; a subclass for every rule."""
 
-    lr: float | Tensor
-    betas: tuple[float | Tensor, float | Tensor]
-    eps: float
-    weight_decay: float
-    decoupled_weight_decay: bool
+    #: The name of the rule: backends have its formula under this name.
+    rule: ClassVar[str]
+    #: Names of its state buffers.
+    state: ClassVar[tuple[str, ...]]
+
     maximize: bool
 
     @classmethod
-    def from_group(cls, group: Mapping[str, Any]) -> AdamOptions:
+    def from_group(cls, group: Mapping[str, Any]) -> Self:
         return cls(**{field.name: group[field.name] for field in fields(cls)})
 
     @property
-    def numbers(self) -> tuple[float | Tensor, ...]:
-        """The options in the order in which the kernels read them: that of ``Adam`` in csrc/cuda/update_math.cuh."""
-        return self.lr, *self.betas, self.eps, self.weight_decay, self.decoupled_weight_decay, self.maximize
+    def numbers(self) -> Iterator[float | Tensor]:
+        """The options in the order in which they are declared, and in which the kernels' rules read them."""
+        for value in vars(self).values():
+            if isinstance(value, tuple):
+                yield from value
+            else:
+                yield value
 
 
 class Coefficients(NamedTuple):
     """What :meth:`Operators.coefficients` decides for a step; every tensor float64 on one device, unless noted."""
 
-    a: Tensor  #: [groups], weight of the second difference
-    b: Tensor  #: [groups], weight of the first difference
+    pass_weights: Tensor  #: [PASSES - 1, groups], c_i of g_i - g0 in ghat = c (g+ + sum of c_i (g_i - g0))
     factor: Tensor | None  #: 0-dim, the clip factor, over the scale of the gradients; None when there is neither
     ok: Tensor  #: 0-dim bool, False when a gradient held a NaN or an infinity: the step is skipped
     kappa: Tensor | None = None  #: 0-dim, curvature along e, of the log regularizer
     sigma: Tensor | None = None  #: 0-dim, loss difference along e, of the log regularizer
     regularizer_ratio: Tensor | None = None  #: 0-dim, norm of a d2 + b d1 over the norm of g+, before the cap
     capped: Tensor | None = None  #: 0-dim bool, whether the cap acted
+
+    @property
+    def a(self) -> Tensor:
+        """[groups], weight of the second difference."""
+        return (self.pass_weights[0] + self.pass_weights[1]) / 2
+
+    @property
+    def b(self) -> Tensor:
+        """[groups], weight of the first difference."""
+        return (self.pass_weights[0] - self.pass_weights[1]) / 2
 
 
 def quadratic_form(gram: Tensor, x: float, y: Tensor | float, z: Tensor | float) -> Tensor:
@@ -207,9 +227,7 @@ class Operators(ABC):
     @abstractmethod
     def fd_gram(
         self,
-        grad: Sequence[Tensor],
-        grad_ascent: Sequence[Tensor],
-        grad_descent: Sequence[Tensor],
+        grads: Sequence[Sequence[Tensor]],
         groups: Sequence[int],
         num_groups: int,
         weights: Sequence[Tensor | None],
@@ -220,7 +238,7 @@ class Operators(ABC):
         all digits, since the differences are small against the gradients.
 
         Args:
-            grad, grad_ascent, grad_descent: rows of g0, g+ and g-.
+            grads: for each pass, the rows of its gradient: g0, g+ and g-.
             groups, num_groups: as for :meth:`grad_norm`.
             weights: for each row None, or w in the compute dtype (ASAM).
         Returns:
@@ -268,7 +286,7 @@ class Operators(ABC):
             steps: for each bucket, float32 [parameters] how many steps each has taken and float32 [parameters] 1 for
                 those that take part in this one; advanced unless the step is skipped.
             passes: 3, 2 (plain SAM) or 1 (the base optimizer alone).
-            regularizer: "linear" or "log".
+            regularizer: one of :data:`REGULARIZERS`.
             losses: L(w), L(w+e), L(w-e) as 0-dim float64 tensors to take kappa and sigma from, or None: from gradients.
             grad_scale: 0-dim float64, what all gradients (and so ``gram`` and norms) were multiplied with against
                 underflow; ``factor`` takes it out again, and all else is as if it were not there.
@@ -283,7 +301,7 @@ class Operators(ABC):
             squared_norms = [norm / grad_scale**2 for norm in squared_norms]
             gram = None if gram is None else gram / grad_scale**2
             scale = scale * grad_scale
-        if passes == 3 and regularizer == "log":
+        if passes == PASSES and regularizer == "log":
             if losses is not None:
                 loss, ascent, descent = losses
                 kappa, sigma = ascent + descent - 2 * loss, ascent - descent
@@ -299,12 +317,11 @@ class Operators(ABC):
             cap = torch.where(capped, max_regularizer_ratio / ratio, 1.0)
             a, b = a * cap, b * cap
             norm_hat = quadratic_form(gram, 1.0, b + 0.5, a + 0.5).sqrt()
-        elif passes < 3:
+        elif passes < PASSES:
             norm_hat = squared_norms[-1].sum().sqrt()
         if max_grad_norm is not None:
             assert norm_hat is not None
-            # The same expression as torch.nn.utils.clip_grad_norm_, so that the two can be exchanged.
-            factor = (max_grad_norm / (norm_hat + 1e-6)).clamp(max=1.0)
+            factor = (max_grad_norm / (norm_hat + CLIP_EPSILON)).clamp(max=1.0)
         if grad_scale is not None:
             factor = 1 / grad_scale if factor is None else factor / grad_scale
         for taken, part in steps:
@@ -313,58 +330,47 @@ class Operators(ABC):
         dropped = [never, never] if kappa is None or sigma is None else [kappa <= 0, sigma <= 0]
         events = (*dropped, never if capped is None else capped)
         counters += torch.stack([~ok, *(ok & event for event in events)])
-        return Coefficients(a, b, factor, ok, kappa, sigma, ratio, capped)
+        # a d2 + b d1 = (a + b) (g+ - g0) + (a - b) (g- - g0)
+        return Coefficients(torch.stack([a + b, a - b]), factor, ok, kappa, sigma, ratio, capped)
 
     @abstractmethod
-    def sgd_step_(
+    def step_(
         self,
         live: Sequence[Tensor],
         saved: Sequence[Tensor],
-        momentum_buffer: Sequence[Tensor | None],
+        state: Sequence[Sequence[Tensor | None]],
         grads: Sequence[Sequence[Tensor]],
         groups: Sequence[int],
         steps: Sequence[Tensor],
-        options: Sequence[SGDOptions],
+        options: Sequence[Options],
         coefficients: Coefficients,
     ) -> None:
-        r"""One step of :class:`torch.optim.SGD` from w with :math:`\hat g`; where not ``ok``, ``live`` becomes w.
+        r"""The step of an update rule from w with :math:`\hat g`; where not ``ok``, ``live`` becomes w.
 
-        .. math::
-            g &= \pm\hat g + \lambda w, \quad m \leftarrow \mu m + (1 - \tau) g \;(m \leftarrow g \text{ first}), \\
+        With :math:`g = \pm\hat g`, minus where the group is maximized:
+
+        - "sgd", :class:`torch.optim.SGD`:
+
+          .. math::
+            g &\leftarrow g + \lambda w, \quad m \leftarrow \mu m + (1 - \tau) g \;(m \leftarrow g \text{ first}), \\
             w &\leftarrow w - \gamma\, m \quad\text{or, nesterov,}\quad w \leftarrow w - \gamma\,(g + \mu m)
 
-        Args:
-            live: rows of the parameters, written.
-            saved: rows of w; written for float16 and bfloat16. May be ``live`` itself when nothing was perturbed.
-            momentum_buffer: rows of m, written; None where momentum is 0.
-            grads: the rows of g0, of (g0, g+) or of (g0, g+, g-): one list for each pass that was run.
-            groups: the group of each row.
-            steps: for each row a 0-dim tensor on its device, how many steps it has taken, this one included.
-            options: for each group.
-            coefficients: of this step.
-        """
+        - "adam", :class:`torch.optim.AdamW`; Adam has :math:`g \leftarrow g + \lambda w` instead of the factor on w:
 
-    @abstractmethod
-    def adamw_step_(
-        self,
-        live: Sequence[Tensor],
-        saved: Sequence[Tensor],
-        exp_avg: Sequence[Tensor],
-        exp_avg_sq: Sequence[Tensor],
-        grads: Sequence[Sequence[Tensor]],
-        groups: Sequence[int],
-        steps: Sequence[Tensor],
-        options: Sequence[AdamOptions],
-        coefficients: Coefficients,
-    ) -> None:
-        r"""One step of :class:`torch.optim.AdamW`, or Adam, from w with :math:`\hat g`; arguments as above.
-
-        .. math::
+          .. math::
             m &\leftarrow \beta_1 m + (1-\beta_1) g, \quad v \leftarrow \beta_2 v + (1-\beta_2) g^2, \\
             w &\leftarrow (1 - \gamma\lambda)\,w - \frac{\gamma}{1-\beta_1^t}\,
                 \frac{m}{\sqrt{v}/\sqrt{1-\beta_2^t} + \epsilon}
 
-        with :math:`g = \pm\hat g`; Adam has :math:`g = \pm\hat g + \lambda w` instead of the factor on w.
+        Args:
+            live: rows of the parameters, written.
+            saved: rows of w; written for float16 and bfloat16. May be ``live`` itself when nothing was perturbed.
+            state: for each of the rule's buffers its rows, written; None where the group has none.
+            grads: the rows of g0, of (g0, g+) or of (g0, g+, g-): one list for each pass that was run.
+            groups: the group of each row.
+            steps: for each row a 0-dim tensor on its device, how many steps it has taken, this one included.
+            options: for each group, all of one rule.
+            coefficients: of this step.
         """
 
     @abstractmethod

@@ -20,7 +20,7 @@ from .base_optimizer import SeparateGroups, completed, make_base
 from .flat import FlatParameters, check_parameter
 from .model_buffers import ModelBuffers
 from .noise import SharedNoise
-from .ops import Operators, scalar
+from .ops import REGULARIZERS, Operators, scalar
 from .parallel import gradients_at
 from .precision import has_master
 from .second_difference import SecondDifference
@@ -145,15 +145,15 @@ class CRSAM(Optimizer):
         flatten: bool = True,
         **base_kwargs: Any,
     ) -> None:
-        _check_choice("regularizer", regularizer, ("linear", "log"))
+        _check_choice("regularizer", regularizer, tuple(REGULARIZERS))
         _check_choice("estimator", estimator, ("gradient", "loss"))
         if gamma is not None and alpha is not None:
             raise TypeError("gamma is another name of alpha: give one of them")
         alpha = gamma if alpha is None else alpha
         if alpha is None:
-            alpha = 0.01 if regularizer == "log" else 0.1
+            alpha = REGULARIZERS[regularizer].alpha
         if max_regularizer_ratio is None:
-            max_regularizer_ratio = 1.0 if regularizer == "log" else math.inf
+            max_regularizer_ratio = REGULARIZERS[regularizer].max_ratio
         if not max_regularizer_ratio >= 0:
             raise ValueError(f"max_regularizer_ratio must be at least 0, but is {max_regularizer_ratio}")
         if max_grad_norm is not None and not max_grad_norm > 0:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .flat import FlatParameters, Gradients, Plan
 from .model_buffers import ModelBuffers
-from .ops import COUNTERS, Coefficients, Operators, scalar
+from .ops import COUNTERS, PASSES, REGULARIZERS, Coefficients, Operators, scalar
 from .second_difference import SecondDifference
 from .stats import Stats
 from .updates import Update
@@ -37,7 +37,7 @@ class StepSettings:
     @property
     def needs_losses(self) -> bool:
         """Whether a step of three passes needs their losses."""
-        return self.regularizer == "log" and self.estimator == "loss"
+        return REGULARIZERS[self.regularizer].measures and self.estimator == "loss"
 
 
 class Located(NamedTuple):
@@ -139,7 +139,7 @@ class Step:
                     "leave p.grad to autograd, give each pass its own tensor, or call first_step(zero_grad=False)"
                 )
         if not is_loss(loss):
-            if self.passes == 3 and self.settings.needs_losses:
+            if self.passes == PASSES and self.settings.needs_losses:
                 raise ValueError(
                     'estimator="loss" needs the loss of every pass, a tensor of one element or a number: '
                     "return it from the closure, or pass it as loss="
@@ -261,7 +261,7 @@ class Step:
         return plans, rows
 
     def _keep_difference(self, c: Coefficients, grad_scale: Tensor | None) -> None:
-        if self.passes == 3 and self.difference is not None:
+        if self.passes == PASSES and self.difference is not None:
             self.difference.keep(self.flat.buckets, self.grads, c.ok, grad_scale)
 
     def _return_gradients(self) -> None:
@@ -346,16 +346,17 @@ class Step:
         three gradients show whether the step is sound.
         """
         settings, groups = self.settings, self.groups
-        log = settings.regularizer == "log" and self.collected == 3
-        losses = self._losses() if log and settings.needs_losses else None
+        complete = self.collected == PASSES
+        measures = complete and REGULARIZERS[settings.regularizer].measures
+        losses = self._losses() if measures and settings.needs_losses else None
         clips, caps = max_grad_norm is not None, settings.max_regularizer_ratio < math.inf
         gram = None
-        if self.collected == 3 and (self.operators.fuses_gram or clips or caps or (log and losses is None)):
+        if complete and (self.operators.fuses_gram or clips or caps or (measures and losses is None)):
             parts = []
-            for plan, (grad, ascent, descent) in zip(plans, rows, strict=True):
+            for plan, grads in zip(plans, rows, strict=True):
                 if plan.rows:
                     weights = self._weights(plan, plan.saved)
-                    parts.append(self.operators.fd_gram(grad, ascent, descent, plan.groups, len(groups), weights))
+                    parts.append(self.operators.fd_gram(grads, plan.groups, len(groups), weights))
             gram = self._gram = self._total(parts)
         else:
             for index in range(len(self._squared_norms), self.collected):

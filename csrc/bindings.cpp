@@ -9,23 +9,19 @@ namespace {
 
 std::map<std::string, std::string> build_info() {
   return {
-      {"version", CRSAM_VERSION},
-      {"revision", CRSAM_REVISION},
-      {"torch", CRSAM_TORCH},
-      {"cuda", CRSAM_CUDA},
-      {"architectures", CRSAM_ARCHITECTURES},
-      {"compiler", __VERSION__},
+      {"version", CRSAM_VERSION}, {"revision", CRSAM_REVISION},           {"torch", CRSAM_TORCH},
+      {"cuda", CRSAM_CUDA},       {"architectures", CRSAM_ARCHITECTURES}, {"compiler", __VERSION__},
   };
 }
 
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "The compiled parts of crsam_ext; with kernels, they are registered as torch.ops.crsam when this is imported.";
+  m.doc() =
+      "The compiled parts of crsam_ext; with kernels, they are registered as torch.ops.crsam when this is imported.";
   m.def("build_info", &build_info, "Versions of crsam_ext, its sources, torch, CUDA and the compiler; architectures.");
   crsam::define_host_functions(m);
 #ifdef CRSAM_WITH_KERNELS
   crsam::define_operators(m);
-  py::module_::import("crsam_ext.backends.fused").attr("register_fakes")("crsam");
 #endif
 }

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -81,6 +82,34 @@ class Column {
   bool alike_ = true;
   mutable std::vector<int64_t> sorted_;
   mutable std::vector<at::Tensor> versioned_;
+};
+
+// Several lists of as many tensors each: one for each pass, or for each buffer of an update rule's state.
+class Columns {
+ public:
+  explicit Columns(std::vector<std::shared_ptr<const Column>> columns) : columns_(std::move(columns)) {}
+
+  // All of them one after the other, as schemas have them.
+  explicit Columns(std::vector<at::Tensor> flat) : flat_(std::move(flat)) {}
+
+  // The lists, of so many tensors each where they were given as one.
+  std::vector<std::shared_ptr<const Column>> of(size_t size) const {
+    if (flat_.empty()) return columns_;
+    TORCH_CHECK(size > 0 && flat_.size() % size == 0, flat_.size(), " tensors are not lists of ", size);
+    std::vector<std::shared_ptr<const Column>> columns;
+    for (auto begin = flat_.begin(); begin != flat_.end(); begin += size) {
+      columns.push_back(std::make_shared<Column>(std::vector<at::Tensor>(begin, begin + size)));
+    }
+    return columns;
+  }
+
+  // As they were given.
+  const std::vector<std::shared_ptr<const Column>>& columns() const { return columns_; }
+  const std::vector<at::Tensor>& flat() const { return flat_; }
+
+ private:
+  std::vector<std::shared_ptr<const Column>> columns_;
+  std::vector<at::Tensor> flat_;
 };
 
 // A list of which some tensors may be missing, in the schemas; here, every list may be one.

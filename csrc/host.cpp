@@ -1,9 +1,8 @@
-// What a step does for every tensor on the host, in one call for all of them. crsam_ext/host.py has the same functions in
-// Python, and says what they do.
+// What a step does for every tensor on the host, in one call for all of them. crsam_ext/host.py has the same functions
+// in Python, and says what they do.
 #include "host.h"
 
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 
@@ -27,8 +26,8 @@ namespace {
 // The gradient of a parameter, undefined where there is none: p.grad, without the look at whether p is a leaf.
 at::Tensor& grad_of(const at::Tensor& param) { return param.unsafeGetTensorImpl()->mutable_grad(); }
 
-// Whether a gradient is ours to hold as it is: laid out as its parameter, and of a storage of its own, which is not that
-// of the parameter either.
+// Whether a gradient is ours to hold as it is: laid out as its parameter, and of a storage of its own, which is not
+// that of the parameter either.
 bool is_ours(const at::Tensor& grad, const at::Tensor& param) {
   if (!grad.defined() || !grad.has_storage() || grad.dtype() != param.dtype() || grad.sizes() != param.sizes() ||
       grad.storage().nbytes() != grad.numel() * grad.itemsize() || grad.requires_grad() ||
@@ -63,15 +62,22 @@ void clear_gradients(const py::list& params) {
   for (const py::handle param : params) grad_of(THPVariable_Unpack(param.ptr())).reset();
 }
 
+bool holds_lists(py::handle item) {
+  return PyList_Check(item.ptr()) && PyList_GET_SIZE(item.ptr()) > 0 &&
+         (PyList_Check(PyList_GET_ITEM(item.ptr(), 0)) || py::isinstance<Column>(PyList_GET_ITEM(item.ptr(), 0)));
+}
+
 void mark_written(const py::args& written) {
   for (const py::handle item : written) {
     if (THPVariable_Check(item.ptr())) {
       torch::autograd::impl::bump_version(THPVariable_Unpack(item.ptr()));
-      continue;
+    } else if (holds_lists(item)) {
+      mark_written(py::args(py::reinterpret_borrow<py::list>(item)));
+    } else {
+      Given<Column> tensors;
+      tensors.load(item);
+      bump(tensors.get());
     }
-    Given<Column> tensors;
-    tensors.load(item);
-    bump(tensors.get());
   }
 }
 
@@ -139,29 +145,6 @@ py::object item(const Column& column, int64_t i) {
   return column[i].defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(column[i])) : py::none();
 }
 
-// A view, which autograd does not know.
-at::Tensor part_of(const at::Tensor& whole, int64_t offset, at::IntArrayRef sizes) {
-  at::Tensor part = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(whole.storage()),
-                                                             whole.key_set(), whole.dtype());
-  part.unsafeGetTensorImpl()->set_storage_offset(whole.storage_offset() + offset);
-  part.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
-  return part;
-}
-
-py::tuple split_decision(const at::Tensor& values, const at::Tensor& flags) {
-  const int64_t groups = (values.numel() - 4) / 2;
-  py::tuple parts(8);
-  size_t count = 0;
-  const auto add = [&](const at::Tensor& whole, int64_t offset, at::IntArrayRef sizes) {
-    parts[count++] = py::reinterpret_steal<py::object>(THPVariable_Wrap(part_of(whole, offset, sizes)));
-  };
-  add(values, 0, {groups});
-  add(values, groups, {groups});
-  for (int64_t i = 0; i < 4; ++i) add(values, 2 * groups + i, {});
-  for (int64_t i = 0; i < 2; ++i) add(flags, i, {});
-  return parts;
-}
-
 py::object attribute_of(const Column& column, const std::string& name) {
   if (name == "numels") return as_bytes(column.numels());
   if (name == "addresses") return as_bytes(column.addresses());
@@ -196,17 +179,17 @@ void define_host_functions(py::module_& m) {
   py::class_<Groups>(m, "Groups", py::module_local(), py::dynamic_attr())
       .def(py::init([](const py::iterable& numbers) { return Groups(py::list(numbers).cast<std::vector<int64_t>>()); }))
       .def("__len__", [](const Groups& groups) { return groups.numbers().size(); })
-      .def("__getitem__", [](const Groups& groups, size_t i) {
-        if (i >= groups.numbers().size()) throw py::index_error();
-        return groups.numbers()[i];
-      })
+      .def("__getitem__",
+           [](const Groups& groups, size_t i) {
+             if (i >= groups.numbers().size()) throw py::index_error();
+             return groups.numbers()[i];
+           })
       .def("__getattr__", &work_out<Groups>);
   m.def("take_gradients", torch::wrap_pybind_function(&take_gradients));
   m.def("set_gradients", torch::wrap_pybind_function(&set_gradients));
   m.def("clear_gradients", torch::wrap_pybind_function(&clear_gradients));
   m.def("share_memory", torch::wrap_pybind_function(&share_memory));
   m.def("repeats_memory", torch::wrap_pybind_function(&repeats_memory));
-  m.def("split_decision", torch::wrap_pybind_function(&split_decision));
   m.def("places", torch::wrap_pybind_function(&places));
   m.def("fingerprint", torch::wrap_pybind_function(&fingerprint));
   m.def("mark_written", torch::wrap_pybind_function(&mark_written));

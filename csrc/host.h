@@ -1,9 +1,11 @@
 // What Python gives to the functions of the extension.
 #pragma once
 
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -22,14 +24,16 @@ inline void bump(const Column& column) {
   for (const at::Tensor& tensor : column.versioned()) torch::autograd::impl::bump_version(tensor);
 }
 
-// A `Column` or `Groups`, or a list that is made one for this call.
+// A `Column` or `Groups`, or a list that is made one for this call; `Columns` of a list of them.
 template <typename T>
 class Given {
  public:
   const T& get() const { return owned_ ? *owned_ : *lent_; }
 
   bool load(pybind11::handle source) {
-    if (pybind11::isinstance<T>(source)) {
+    if constexpr (std::is_same_v<T, Columns>) {
+      load_columns(pybind11::reinterpret_borrow<pybind11::sequence>(source));
+    } else if (pybind11::isinstance<T>(source)) {
       lent_ = source.cast<const T*>();
     } else if constexpr (std::is_same_v<T, Column>) {
       owned_.emplace(tensors_of(source));
@@ -40,9 +44,29 @@ class Given {
   }
 
  private:
+  void load_columns(const pybind11::sequence& lists);
+
   const T* lent_ = nullptr;
   std::optional<T> owned_;
 };
+
+// Lists of tensors, or one list of all tensors, as schemas have them.
+template <>
+inline void Given<Columns>::load_columns(const pybind11::sequence& lists) {
+  std::vector<std::shared_ptr<const Column>> columns;
+  for (const pybind11::handle list : lists) {
+    if (THPVariable_Check(list.ptr())) {
+      owned_.emplace(tensors_of(lists));
+      return;
+    }
+    if (pybind11::isinstance<Column>(list)) {
+      columns.emplace_back(std::shared_ptr<void>(), list.cast<const Column*>());  // its caller holds it
+    } else {
+      columns.push_back(std::make_shared<Column>(tensors_of(list)));
+    }
+  }
+  owned_.emplace(std::move(columns));
+}
 
 }  // namespace crsam
 

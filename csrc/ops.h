@@ -1,13 +1,25 @@
-// The operators as C++ functions; ops.cpp has their schemas.
+// The operators as C++ functions. crsam_ext/backends/fused.py has their schemas, crsam_ext/ops.py says what they
+// compute.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "column.h"
+
+// Every operator, for whatever is to be done for each: its name is that of its schema too.
+#define CRSAM_FOR_EACH_OPERATOR(X) \
+  X(grad_norm)                     \
+  X(perturbation_scale)            \
+  X(perturb_)                      \
+  X(fd_gram)                       \
+  X(coefficients)                  \
+  X(step_)                         \
+  X(combine_)
 
 namespace crsam {
 
@@ -18,29 +30,22 @@ at::Tensor perturbation_scale(const at::Tensor& squared_norm, const at::Tensor& 
 void perturb_(const Column& live, const Column& saved, const Column& grads, const Groups& groups,
               const at::Tensor& scale, const std::vector<bool>& adaptive, int64_t sign, bool stochastic);
 
-at::Tensor fd_gram(const Column& grad, const Column& grad_ascent, const Column& grad_descent, const Groups& groups,
-                   int64_t num_groups, Optional weights);
+at::Tensor fd_gram(const Columns& grads, const Groups& groups, int64_t num_groups, Optional weights);
 
-std::tuple<at::Tensor, at::Tensor> coefficients(const std::optional<at::Tensor>& gram, const Column& squared_norms,
-                                                const at::Tensor& scale, const at::Tensor& alpha,
-                                                const at::Tensor& beta, at::Tensor counters, const Column& taken,
-                                                const Column& part, int64_t passes, bool log, const Column& losses,
-                                                const std::optional<at::Tensor>& grad_scale,
-                                                double max_regularizer_ratio, double max_grad_norm);
+// pass_weights, factor, ok, kappa, sigma, regularizer_ratio, capped
+using Coefficients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-void sgd_step_(const Column& live, const Column& saved, const Column& momentum_buffer, const Column& grad,
-               const Column& grad_ascent, const Column& grad_descent, const Groups& groups, const Column& steps,
-               const std::vector<double>& options, Optional option_tensors, const at::Tensor& a,
-               const at::Tensor& b, const std::optional<at::Tensor>& factor, const at::Tensor& ok);
+Coefficients coefficients(const std::optional<at::Tensor>& gram, const Column& squared_norms, const at::Tensor& scale,
+                          const at::Tensor& alpha, const at::Tensor& beta, at::Tensor counters, const Column& taken,
+                          const Column& part, const std::string& regularizer, const Column& losses,
+                          const std::optional<at::Tensor>& grad_scale, double max_regularizer_ratio,
+                          double max_grad_norm);
 
-void adamw_step_(const Column& live, const Column& saved, const Column& exp_avg, const Column& exp_avg_sq,
-                 const Column& grad, const Column& grad_ascent, const Column& grad_descent, const Groups& groups,
-                 const Column& steps, const std::vector<double>& options, Optional option_tensors,
-                 const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& factor,
-                 const at::Tensor& ok);
+void step_(const Column& live, const Column& saved, const Columns& state, const Columns& grads, const Groups& groups,
+           const Column& steps, const std::string& rule, const std::vector<double>& options, Optional option_tensors,
+           const at::Tensor& pass_weights, const std::optional<at::Tensor>& factor, const at::Tensor& ok);
 
-void combine_(const Column& live, const Column& saved, const Column& grad, const Column& grad_ascent,
-              const Column& grad_descent, const Groups& groups, const at::Tensor& a, const at::Tensor& b,
-              const std::optional<at::Tensor>& factor);
+void combine_(const Column& live, const Column& saved, const Columns& earlier, const Column& last, const Groups& groups,
+              const at::Tensor& pass_weights, const std::optional<at::Tensor>& factor);
 
 }  // namespace crsam

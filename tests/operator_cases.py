@@ -1,13 +1,17 @@
 """Arguments for all operators at once, rows of awkward sizes and addresses, and what every fused backend is asked."""
 
+import re
+
 import pytest
 import torch
 from torch.nn import Parameter
 
 from crsam_ext import CRSAM
+from crsam_ext.backends.fused import KERNELS
 from crsam_ext.backends.torch import TorchOperators
-from crsam_ext.ops import AdamOptions, Coefficients, SGDOptions
-from crsam_ext.precision import compute_dtype
+from crsam_ext.ops import Coefficients
+from crsam_ext.precision import compute_dtype, has_master
+from crsam_ext.updates import AdamOptions, SGDOptions
 
 SIZES = (1, 3, 4097, 40000)
 GROUPS = (0, 1, 1, 0)
@@ -64,8 +68,7 @@ class Case:
         steps = torch.ones(())
         self.steps = [steps] * len(sizes)
         self.coefficients = Coefficients(
-            torch.tensor([0.1, 0.2], dtype=torch.float64),
-            torch.tensor([0.3, 0.05], dtype=torch.float64),
+            torch.tensor([[0.4, 0.25], [-0.2, 0.15]], dtype=torch.float64),
             torch.tensor(0.7, dtype=torch.float64),
             torch.tensor(True),
         )
@@ -73,7 +76,7 @@ class Case:
 
     def in_float64(self):
         """The same numbers in float64; updates are entered into ``saved`` where that was a master."""
-        self.keeps_master = self.live[0].dtype.itemsize == 2
+        self.keeps_master = has_master(self.live[0].dtype)
         for name in ("live", "saved", "first", "second"):
             setattr(self, name, [row.double() for row in getattr(self, name)])
         self.grads = [[row.double() for row in rows] for rows in self.grads]
@@ -89,23 +92,23 @@ class Case:
         operators.perturb_(self.live, self.saved, self.grads[0], self.groups, self.scale, [False, False], -1, [])
 
     def fd_gram(self, operators):
-        return operators.fd_gram(*self.grads, self.groups, 2, self.none)
+        return operators.fd_gram(self.grads, self.groups, 2, self.none)
 
-    def sgd_step(self, operators):
-        operators.sgd_step_(
-            self.live, self.saved, self.first, self.grads, self.groups, self.steps, [SGD, SGD], self.coefficients
+    def step(self, operators, state, options):
+        operators.step_(
+            self.live, self.saved, state, self.grads, self.groups, self.steps, [options] * 2, self.coefficients
         )
 
-    def adamw_step(self, operators):
-        operators.adamw_step_(
-            self.live, self.saved, self.first, self.second, self.grads, self.groups, self.steps, [ADAMW, ADAMW],
-            self.coefficients,
-        )  # fmt: skip
+    def sgd_step(self, operators):
+        self.step(operators, [self.first], SGD)
+
+    def adam_step(self, operators):
+        self.step(operators, [self.first, self.second], ADAMW)
 
     def combine(self, operators):
         operators.combine_(self.live, self.saved, self.grads, self.groups, self.coefficients)
 
-    OPERATORS = (grad_norm, perturb_first, perturb_second, fd_gram, sgd_step, adamw_step, combine)
+    OPERATORS = (grad_norm, perturb_first, perturb_second, fd_gram, sgd_step, adam_step, combine)
 
     def tensors(self):
         lists = (self.live, self.saved, self.first, self.second, *self.grads)
@@ -117,7 +120,7 @@ def run_all(operators, case):
     returned = []
     for operator in Case.OPERATORS:
         returned.append(operator(case, operators))
-        if case.keeps_master and operator in (Case.sgd_step, Case.adamw_step):
+        if case.keeps_master and operator in (Case.sgd_step, Case.adam_step):
             torch._foreach_copy_(case.saved, case.live)
     return [x.double().clone() for x in (*case.tensors(), *(r for r in returned if r is not None))]
 
@@ -129,24 +132,28 @@ def check_same_as_float64(operators, dtype, **rows):
         run_all(TorchOperators(), Case(dtype, **rows).in_float64()),
     )
     tolerance = 40 * torch.finfo(compute_dtype(dtype)).eps
-    narrow = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0  # where the last word is a rounding
+    narrow = torch.finfo(dtype).eps / 2 if has_master(dtype) else 0  # where the last word is a rounding
     for x, y in zip(found, expected, strict=True):
         assert torch.allclose(x, y, rtol=tolerance + narrow, atol=tolerance * max(1.0, y.abs().max().item()))
 
 
-#: Operator, then bytes read and written an element in float32 and in bfloat16.
-BYTES = [
-    (Case.grad_norm, (4, 0), (2, 0)),
-    (Case.perturb_first, (8, 8), (8, 2)),  # bfloat16: live, master and gradient are read, live is written
-    (Case.perturb_second, (8, 4), (6, 2)),
-    (Case.fd_gram, (12, 0), (6, 0)),
-    (Case.sgd_step, (20, 8), (14, 10)),
-    (Case.adamw_step, (24, 12), (18, 14)),
-    (Case.combine, (16, 8), (10, 4)),
+#: Each operator of a case, its name and variant in `KERNELS`.
+VARIANTS = [
+    (Case.grad_norm, ("grad_norm",)),
+    (Case.perturb_first, ("perturb_", 1)),
+    (Case.perturb_second, ("perturb_", -1)),
+    (Case.fd_gram, ("fd_gram",)),
+    (Case.sgd_step, ("step_", 3, 1)),
+    (Case.adam_step, ("step_", 3, 2)),
+    (Case.combine, ("combine_", 3)),
 ]
-each_operator = pytest.mark.parametrize(
-    ("operator", "float32", "bfloat16"), BYTES, ids=lambda x: getattr(x, "__name__", None)
-)
+each_operator = pytest.mark.parametrize(("operator", "variant"), VARIANTS, ids=lambda x: getattr(x, "__name__", None))
+
+
+def moved(variant, dtype):
+    """Bytes that an operator reads and writes an element."""
+    name, *which = variant
+    return KERNELS[name].nbytes(dtype, *which)
 
 
 def stepping(base, options, **more):
@@ -169,7 +176,7 @@ def check_versions(operators):
         Case.perturb_first: {"live", "saved"},
         Case.perturb_second: {"live", "saved"},
         Case.sgd_step: {"live", "saved", "first"},
-        Case.adamw_step: {"live", "saved", "first", "second"},
+        Case.adam_step: {"live", "saved", "first", "second"},
         Case.combine: {"live"},
     }
     for operator in Case.OPERATORS:
@@ -207,21 +214,22 @@ def check_schemas_and_fakes(namespace):
     check(namespace.grad_norm, (case.grads[0], groups, 2, case.none))
     check(namespace.perturbation_scale, (case.scale, case.scale.clone(), 1e-12))
     check(namespace.perturb_, (case.live, case.saved, case.grads[0], groups, case.scale, [False, True], 1))
-    check(namespace.fd_gram, (*case.grads, groups, 2, case.none))
+    flat = [row for rows in case.grads for row in rows]
+    check(namespace.fd_gram, (flat, groups, 2, case.none))
     gram, norms, half = torch.ones(2, 9, dtype=torch.float64), [torch.ones(2, dtype=torch.float64)], case.scale[0]
     counters, taken, part = torch.zeros(4, dtype=torch.int64), [torch.ones(3)], [torch.ones(3)]
-    first = (case.scale, c.a, c.b, counters)
-    check(namespace.coefficients, (gram, norms, *first, taken, part, 3, True, [], half, 1.0, 1.0))
-    check(namespace.coefficients, (gram, [], *first, taken, part, 3, False, [half] * 3, None, 1.0, 1.0))
-    check(namespace.coefficients, (None, norms, *first, [], [], 1, False, [], None, 1.0, 1.0))
-    numbers = [0.1, 0.9, 0.1, 0.01, 1.0, 0.0] * 2
-    rest = (c.a, c.b, c.factor, c.ok)
-    momentum, step = (case.live, case.saved, case.first), (groups, case.steps, numbers, [None] * 12)
-    check(namespace.sgd_step_, (*momentum, *case.grads, *step, *rest))
-    numbers = [0.1, 0.9, 0.99, 1e-8, 0.01, 1.0, 0.0] * 2
-    moments, step = (*momentum, case.second), (groups, case.steps, numbers, [None] * 14)
-    check(namespace.adamw_step_, (*moments, *case.grads, *step, *rest))
-    check(namespace.combine_, (case.live, case.saved, *case.grads, groups, c.a, c.b, c.factor))
+    first = (case.scale, case.scale.clone(), case.scale.clone(), counters)
+    check(namespace.coefficients, (gram, norms, *first, taken, part, "log", [], half, 1.0, 1.0))
+    check(namespace.coefficients, (gram, [], *first, taken, part, "linear", [half] * 3, None, 1.0, 1.0))
+    check(namespace.coefficients, (None, norms, *first, [], [], "linear", [], None, 1.0, 1.0))
+    rest = (c.pass_weights, c.factor, c.ok)
+    for state, options in (([*case.first], SGD), ([*case.first, *case.second], ADAMW)):
+        numbers = [float(x) for x in options.numbers] * 2
+        arguments = (case.live, case.saved, state, flat, groups, case.steps, options.rule, numbers)
+        check(namespace.step_, (*arguments, [None] * len(numbers), *rest))
+    *earlier, last = case.grads
+    earlier = [row for rows in earlier for row in rows]
+    check(namespace.combine_, (case.live, case.saved, earlier, last, groups, c.pass_weights, c.factor))
 
 
 def check_other_groups(operators):
@@ -236,13 +244,13 @@ def check_other_groups(operators):
 wrong_arguments = pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda case: case.groups.__setitem__(0, 2), "group 2 is not one of 2"),
-        (lambda case: case.groups.pop(), "groups has 3 entries, not 4"),
-        (lambda case: case.grads[0].pop(), "grads has 3 entries, not 4"),
-        (lambda case: case.grads[0].__setitem__(1, torch.zeros(4)), "grads has 4 elements, not 3"),
-        (lambda case: case.grads[0].__setitem__(1, torch.zeros(3).double()), "grads is Double, not Float"),
-        (lambda case: case.grads[0].__setitem__(1, torch.zeros(6)[::2]), "grads is not contiguous"),
-        (lambda case: setattr(case, "scale", case.scale.float()), "scale is Float, not Double"),
+        (lambda case: case.groups.__setitem__(0, 2), "perturb_: groups[0] is 2, not one of 2 groups"),
+        (lambda case: case.groups.pop(), "perturb_: groups has 3 entries, not 4"),
+        (lambda case: case.grads[0].pop(), "perturb_: grads has 3 entries, not 4"),
+        (lambda case: case.grads[0].__setitem__(1, torch.zeros(4)), "perturb_: grads[1] has 4 elements, not 3"),
+        (lambda case: case.grads[0].__setitem__(1, torch.zeros(3).double()), "perturb_: grads[1] is Double, not Float"),
+        (lambda case: case.grads[0].__setitem__(1, torch.zeros(6)[::2]), "perturb_: grads[1] is not contiguous"),
+        (lambda case: setattr(case, "scale", case.scale.float()), "perturb_: scale is Float, not Double"),
     ],
 )
 
@@ -251,8 +259,48 @@ def check_arguments(operators, change, message):
     """An argument that is wrong is an error that says how."""
     case = Case(torch.float32)
     change(case)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=re.escape(message)):
         case.perturb_first(operators)
+
+
+#: Likewise of step_, some of whose arguments are lists of lists.
+wrong_arguments_of_a_step = pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda case: case.grads[2].__setitem__(3, torch.zeros(4)), "step_: grads[2][3] has 4 elements, not 40000"),
+        (lambda case: case.grads[1].__setitem__(0, torch.zeros(1).half()), "step_: grads[1][0] is Half, not Float"),
+        (lambda case: case.grads.pop(), "step_: grads has 2 entries, not 1 or 3"),
+        (lambda case: case.second.__setitem__(2, torch.zeros(3)), "step_: state[1][2] has 3 elements, not 4097"),
+        (lambda case: setattr(case, "first", case.first[:3]), "step_: state[0] has 3 entries, not 4"),
+        (lambda case: case.steps.__setitem__(1, torch.zeros(2)), "step_: steps[1] has 2 elements, not 1"),
+    ],
+)
+
+
+def check_arguments_of_a_step(operators, change, message):
+    """The row of a list of lists is named too."""
+    case = Case(torch.float32)
+    change(case)
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        operators._ops.step_(
+            case.live, case.saved, [case.first, case.second], case.grads, case.groups, case.steps, "adam",
+            [0.1] * 14, [None] * 14, case.coefficients.pass_weights, None, case.coefficients.ok,
+        )  # fmt: skip
+
+
+def check_unknown_names(operators):
+    """Of a rule and of a regularizer."""
+    case, scale = Case(torch.float32), Case(torch.float32).scale
+    with pytest.raises(RuntimeError, match="step_: rule is lion, which is none"):
+        operators._ops.step_(
+            case.live, case.saved, [], case.grads, case.groups, case.steps, "lion", [], [],
+            case.coefficients.pass_weights, None, case.coefficients.ok,
+        )  # fmt: skip
+    counters = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="coefficients: regularizer is cubic, which is none"):
+        operators._ops.coefficients(
+            None, [scale], scale, scale, scale, counters, [], [], "cubic", [], None, 1.0, 1.0
+        )  # fmt: skip
 
 
 def check_options_as_tensors(operators, held_in, dtype):
@@ -265,9 +313,6 @@ def check_options_as_tensors(operators, held_in, dtype):
     results = []
     for option in (number, tensor):
         case = Case(dtype)
-        operators.adamw_step_(
-            case.live, case.saved, case.first, case.second, case.grads, case.groups, case.steps, [option] * 2,
-            case.coefficients,
-        )  # fmt: skip
+        case.step(operators, [case.first, case.second], option)
         results.append(case.tensors())
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))

@@ -19,7 +19,10 @@ DTYPES = {"d": "float64", "f": "float32", "6__half": "float16", "13__nv_bfloat16
 
 @pytest.fixture(scope="module", params=["80", "86", "90", "100", "120"])
 def kernels(request, tmp_path_factory):
-    """(kernel, dtype) -> list of (resources, machine code), one for each further template argument."""
+    """(kernel, dtype) -> list of (resources, machine code), one for each further template argument.
+
+    A kernel of an update rule is named after both.
+    """
     tools = importlib.util.find_spec("triton")
     tools = Path(tools.origin).parent / "backends" / "nvidia" / "bin" if tools else Path()
     if not shutil.which("nvcc"):
@@ -44,13 +47,15 @@ def kernels(request, tmp_path_factory):
         code = re.split(r"Function : (\S+)\n", dump("-sass"))
         for mangled, text in zip(code[1::2], code[2::2], strict=True):
             kernel, dtype = re.match(r"_ZN5crsam\d+(\w+?_kernel)(?:I(d|f|6__half|13__nv_bfloat16))?", mangled).groups()
+            rule = re.search(r"NS_\d+([A-Z]\w*?)ELi", mangled)
+            kernel = f"{rule[1]} {kernel}" if rule else kernel
             resources = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", usage[mangled])}
             found.setdefault((kernel, DTYPES.get(dtype)), []).append((resources, text))
     return found
 
 
 def test_all_kernels_are_there(kernels):
-    names = {"grad_norm", "perturb", "fd_gram", "sgd_step", "adamw_step", "combine"}
+    names = {"grad_norm", "perturb", "fd_gram", "Sgd step", "Adam step", "combine"}
     expected = {(f"{name}_kernel", dtype) for name in names for dtype in DTYPES.values()}
     assert set(kernels) == expected | {("coefficients_kernel", None), ("perturbation_scale_kernel", None)}
 
@@ -71,8 +76,8 @@ def test_wide_accesses(kernels):
         "grad_norm_kernel": (1, 0),
         "perturb_kernel": (2, 1),
         "fd_gram_kernel": (4, 0),
-        "sgd_step_kernel": (3, 2),
-        "adamw_step_kernel": (4, 3),
+        "Sgd step_kernel": (3, 2),
+        "Adam step_kernel": (4, 3),
         "combine_kernel": (2, 2),
     }
     for (kernel, dtype), variants in kernels.items():
@@ -88,8 +93,8 @@ def test_loads_in_flight(kernels):
         "grad_norm_kernel": 1,
         "perturb_kernel": 2,
         "fd_gram_kernel": 3,
-        "sgd_step_kernel": 5,
-        "adamw_step_kernel": 6,
+        "Sgd step_kernel": 5,
+        "Adam step_kernel": 6,
         "combine_kernel": 3,
     }
     for kernel, loads in together.items():
@@ -108,7 +113,7 @@ def test_no_float64_arithmetic_on_float32(kernels):
             continue
         for _, code in variants:
             found = re.findall(r"\b(DADD|DMUL|DFMA)\b", code)
-            allowed = {"sgd_step_kernel": 1, "adamw_step_kernel": 2}.get(kernel, 0)
+            allowed = {"Sgd step_kernel": 1, "Adam step_kernel": 2}.get(kernel, 0)
             assert len(found) <= allowed, (kernel, dtype, found)
 
 

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from crsam_ext import host
 from crsam_ext.backends.cuda import CudaOperators
+from crsam_ext.precision import PRECISIONS
 
 from .cuda_on_cpu import build
 from .cuda_on_cpu.build import counted
@@ -24,17 +25,21 @@ from .operator_cases import (
     ROWS,
     Case,
     check_arguments,
+    check_arguments_of_a_step,
     check_interrupted_perturb,
     check_options_as_tensors,
     check_other_groups,
     check_same_as_float64,
     check_schemas_and_fakes,
+    check_unknown_names,
     check_versions,
     dtypes,
     each_operator,
+    moved,
     run_all,
     stepping,
     wrong_arguments,
+    wrong_arguments_of_a_step,
 )  # fmt: skip
 from .reference import assert_close
 
@@ -60,12 +65,12 @@ def test_sums_of_a_hundred_million_elements(library):
     norms = expected.diagonal().sqrt()
     found = operators.grad_norm([grads[0]], [0], 1, [None])
     assert found.item() == pytest.approx(expected[0, 0].item(), rel=1e-6)
-    gram = operators.fd_gram(*([g] for g in grads), [0], 1, [None])[0, :6]
+    gram = operators.fd_gram([[g] for g in grads], [0], 1, [None])[0, :6]
     i, j = torch.triu_indices(3, 3)
     assert ((gram - expected[i, j]).abs() <= 1e-6 * norms[i] * norms[j]).all()
 
 
-LISTS = ("live", "saved", "first", "second", "grad", "grad_ascent", "grad_descent")
+LISTS = ("live", "saved", "state[0]", "state[1]", "grads[0]", "grads[1]", "grads[2]")
 
 
 @dtypes
@@ -99,9 +104,10 @@ def test_order_of_threads_does_not_matter(dtype, shim):
 
 @pytest.mark.parametrize("rows", ["odd", "misaligned"])
 @each_operator
-def test_bytes(operator, float32, bfloat16, rows, shim):
+def test_bytes(operator, variant, rows, shim):
     """Bytes read and written an element, and one launch, whatever the number of rows."""
-    for dtype, (read, written) in ((torch.float32, float32), (torch.bfloat16, bfloat16)):
+    for dtype in PRECISIONS:
+        read, written = moved(variant, dtype)
         case, operators = Case(dtype, **ROWS[rows]), CudaOperators()
         elements = sum(p.numel() for p in case.live)
         assert counted(shim, lambda: operator(case, operators)) == [1, read * elements, written * elements]  # noqa: B023
@@ -200,6 +206,15 @@ def test_same_lengths_in_other_groups(library):
 @wrong_arguments
 def test_arguments_are_checked(change, message, library):
     check_arguments(CudaOperators(), change, message)
+
+
+@wrong_arguments_of_a_step
+def test_arguments_of_a_step_are_checked(change, message, library):
+    check_arguments_of_a_step(CudaOperators(), change, message)
+
+
+def test_unknown_names_are_refused(library):
+    check_unknown_names(CudaOperators())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -417,19 +432,10 @@ def test_fingerprint_tells_what_changes(change, compiled, library):
     assert kept
 
 
-@pytest.mark.parametrize("groups", [1, 3])
-def test_decision_is_split_by_both(groups, library):
-    values, flags = torch.arange(2 * groups + 4, dtype=torch.float64), torch.tensor([True, False])
-    for found, expected in zip(library.split_decision(values, flags), host.split_decision(values, flags), strict=True):
-        assert torch.equal(found, expected)
-        assert found.shape == expected.shape
-        assert found.data_ptr() == expected.data_ptr()
-
-
 def test_what_is_no_tensor_is_refused(library):
     with pytest.raises(TypeError, match="a list of tensors holds something else"):
         CudaOperators().grad_norm([1.0], [0], 1, [None])
-    with pytest.raises(RuntimeError, match="grads is None"):
+    with pytest.raises(RuntimeError, match=r"grad_norm: grads\[0\] is None"):
         CudaOperators().grad_norm([None], [0], 1, [None])
 
 
@@ -444,7 +450,7 @@ with FakeTensorMode():
     x = torch.ones(3, dtype=torch.float64)
     assert torch.ops.crsam.perturbation_scale(x, x, 0.0).shape == (3,)
     assert torch.ops.crsam.grad_norm([x], [0], 2, [None]).shape == (2,)
-    assert torch.ops.crsam.fd_gram([x], [x], [x], [0], 2, [None]).shape == (2, 9)
+    assert torch.ops.crsam.fd_gram([x] * 3, [0], 2, [None]).shape == (2, 9)
     torch.ops.crsam.perturb_([x], [x], [x], [0], x[:1], [False], 1)
 """
     subprocess.run([sys.executable, "-c", program], check=True)

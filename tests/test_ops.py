@@ -8,7 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from crsam_ext import backends
-from crsam_ext.ops import AdamOptions, Coefficients, SGDOptions
+from crsam_ext.ops import Coefficients
+from crsam_ext.updates import AdamOptions, SGDOptions
 
 from . import reference
 from .reference import assert_close, compute_dtype, point_tolerance, sum_tolerance, unit, update_tolerance
@@ -55,7 +56,12 @@ def vector(values, device="cpu"):
 
 def coefficients(device="cpu", a=ALPHA, b=BETA, factor=None, ok=True):
     factor = None if factor is None else vector(factor, device)
-    return Coefficients(vector(a, device), vector(b, device), factor, torch.tensor(ok, device=device))
+    return Coefficients(pass_weights(a, b, device), factor, torch.tensor(ok, device=device))
+
+
+def pass_weights(a, b, device="cpu"):
+    """Of a d2 + b d1, as weights of g+ - g0 and g- - g0."""
+    return vector([[x + y for x, y in zip(a, b, strict=True)], [x - y for x, y in zip(a, b, strict=True)]], device)
 
 
 def regularized(grads, factor=1.0, groups=GROUPS):
@@ -90,7 +96,7 @@ def test_sums_of_long_rows():
     operators, g = backends.load("torch"), torch.rand(2**23 + 5)
     expected = pytest.approx(reference.norm([g]) ** 2, rel=unit(torch.float32) * math.sqrt(2**19 / 8), abs=0)
     assert operators.grad_norm([g], [0], 1, [None]).item() == expected
-    assert operators.fd_gram([g], [2 * g], [g], [0], 1, [None])[0, :6].tolist() == [expected] * 6
+    assert operators.fd_gram([[g], [2 * g], [g]], [0], 1, [None])[0, :6].tolist() == [expected] * 6
 
 
 @dtypes
@@ -124,13 +130,13 @@ def check_gram(found, grads, w, weighted, dtype):
 def test_fd_gram(weighted, dtype, operators, device):
     grads, w = gradients(dtype, device), rows(compute_dtype(dtype), device)
     weights = [x if weighted[k] else None for x, k in zip(w, GROUPS, strict=True)]
-    check_gram(operators.fd_gram(*grads, GROUPS, 3, weights), grads, w, weighted, dtype)
+    check_gram(operators.fd_gram(grads, GROUPS, 3, weights), grads, w, weighted, dtype)
 
 
 def test_fd_gram_compiled(compiled):
     grads, w = gradients(torch.bfloat16), rows(torch.float32)
     weights = [w[0], None, None, w[3]]
-    check_gram(compiled.fd_gram(*grads, GROUPS, 3, weights), grads, w, (True, False), torch.bfloat16)
+    check_gram(compiled.fd_gram(grads, GROUPS, 3, weights), grads, w, (True, False), torch.bfloat16)
 
 
 def test_fd_gram_of_tiny_differences(operators, device):
@@ -138,7 +144,7 @@ def test_fd_gram_of_tiny_differences(operators, device):
     g = [torch.ones(5000, device=device)]
     change = [torch.full((5000,), 2.0**-20, device=device)]
     plus, minus = [g[0] + change[0]], [g[0] - 2 * change[0]]
-    found = operators.fd_gram(g, plus, minus, [0], 1, [None])[0]
+    found = operators.fd_gram([g, plus, minus], [0], 1, [None])[0]
     d1, d2 = 3 * 2.0**-20, -(2.0**-20)
     assert found[3].item() == pytest.approx(5000 * d1 * d1, rel=sum_tolerance(torch.float32))
     assert found[4].item() == pytest.approx(5000 * d1 * d2, rel=sum_tolerance(torch.float32))
@@ -155,7 +161,7 @@ def test_reductions_show_what_is_not_finite(place, bad, operators, device):
     for position in range(3):
         grads = gradients(torch.float32, device)
         grads[position] = g
-        assert not operators.fd_gram(*grads, GROUPS, 2, [None] * 4).isfinite().all()
+        assert not operators.fd_gram(grads, GROUPS, 2, [None] * 4).isfinite().all()
 
 
 # Perturbation --------------------------------------------------------------------------------------------------------
@@ -372,7 +378,7 @@ def test_coefficients(numbers, alpha, beta, regularizer, cap, clip):
     operators = backends.load("torch")
     g0, gp, gm = ([torch.tensor(numbers[i : i + 3], dtype=torch.float64), torch.tensor(numbers[i + 3 : i + 6]).double()]
                   for i in (0, 6, 12))  # fmt: skip
-    gram = operators.fd_gram(g0, gp, gm, [0, 1], 2, [None, None])
+    gram = operators.fd_gram([g0, gp, gm], [0, 1], 2, [None, None])
     scale = operators.perturbation_scale(gram[:, 0], vector(RHO))
     counters, steps = torch.zeros(4, dtype=torch.int64), [(torch.tensor([4.0, 7.0]), torch.tensor([1.0, 0.0]))]
     c = operators.coefficients(
@@ -438,7 +444,7 @@ def test_bad_step_counts_no_dropped_term(operators, device):
 
 def test_coefficients_where_all_gradients_are_zero(operators, device):
     zeros = [torch.zeros(3, device=device)]
-    gram = operators.fd_gram(zeros, zeros, zeros, [0], 1, [None])
+    gram = operators.fd_gram([zeros] * 3, [0], 1, [None])
     counters = torch.zeros(4, dtype=torch.int64, device=device)
     c = operators.coefficients(
         gram, [], vector([0.0], device), vector([0.1], device), vector([0.1], device), counters=counters, steps=[],
@@ -506,10 +512,10 @@ def check_updates(operators, dtype, passes, make, options, factor=None, device="
         steps = [step] * len(live)
         if make is sgd_options:
             m = buffers["momentum_buffer"] if options.get("momentum") else [None] * len(live)
-            operators.sgd_step_(live, saved, m, grads, GROUPS, steps, groups_options, c)
+            operators.step_(live, saved, [m], grads, GROUPS, steps, groups_options, c)
         else:
             m, v = buffers["exp_avg"], buffers["exp_avg_sq"]
-            operators.adamw_step_(live, saved, m, v, grads, GROUPS, steps, groups_options, c)
+            operators.step_(live, saved, [m, v], grads, GROUPS, steps, groups_options, c)
         for i, (g, k) in enumerate(zip(regularized(grads, factor or 1.0), GROUPS, strict=True)):
             settings_ = {"lr": 0.1 if make is sgd_options else 0.01, **options, **({"lr": 0.03} if k else {})}
             g = -g if k else g
@@ -587,12 +593,13 @@ def check_step_that_is_not_ok(operators, update, dtype, device="cpu"):
     for g in grads:
         g[3][17] = math.nan
         g[1][1] = math.inf
-    c = coefficients(device, ok=False)._replace(a=vector([math.nan] * 2, device), b=vector([math.nan] * 2, device))
+    c = coefficients(device, ok=False)._replace(pass_weights=vector([[math.nan] * 2] * 2, device))
     steps = [torch.tensor(0.0, device=device)] * 4
     if update == "sgd":
-        operators.sgd_step_(live, saved, m, grads, GROUPS, steps, [sgd_options(momentum=0.9, weight_decay=0.1)] * 2, c)
+        options = [sgd_options(momentum=0.9, weight_decay=0.1)] * 2
+        operators.step_(live, saved, [m], grads, GROUPS, steps, options, c)
     else:
-        operators.adamw_step_(live, saved, m, v, grads, GROUPS, steps, [adam_options(weight_decay=0.1)] * 2, c)
+        operators.step_(live, saved, [m, v], grads, GROUPS, steps, [adam_options(weight_decay=0.1)] * 2, c)
     for found, expected in zip((saved, m, v), before, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
     assert all(torch.equal(p, w.to(dtype)) for p, w in zip(live, before[0], strict=True))
@@ -664,8 +671,8 @@ def test_any_sgd_step(sizes, data, lr, momentum, dampening, weight_decay, nester
     live = [p.clone() for p in w]
     step = torch.tensor(1.0 if first else 5.0)
     buffers = [torch.zeros_like(x) if first else x.clone() for x in m] if momentum else [None] * len(sizes)
-    backends.load("torch").sgd_step_(
-        live, w, buffers, [g], groups, [step] * len(sizes), [sgd_options(**options)] * 2, coefficients()
+    backends.load("torch").step_(
+        live, w, [buffers], [g], groups, [step] * len(sizes), [sgd_options(**options)] * 2, coefficients()
     )
     for p, x in zip(live, params, strict=True):
         assert_close(p, x, update_tolerance(torch.float64, 1), "row")

@@ -4,12 +4,13 @@ import importlib.util
 import re
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from crsam_ext.backends import triton as backend
+from crsam_ext.precision import has_master
 
 from .conftest import missing
 from .operator_cases import Case
@@ -28,7 +29,7 @@ COMPILED = {
 POINTERS = {
     "rows": "*i64", "chunks": "*i32", "group_begin": "*i64", "tickets": "*i32", "num_groups": "i32", "partial": "*fp64",
     "norms": "*fp64", "gram": "*fp64", "scale": "*fp64", "marker": "*i64", "number": "i64", "option_table": "*i64",
-    "a": "*fp64", "b": "*fp64", "factor": "*fp64", "ok": "*u8",
+    "pass_weights": "*fp64", "factor": "*fp64", "ok": "*u8",
 }  # fmt: skip
 
 
@@ -36,7 +37,7 @@ class Kernel(NamedTuple):
     """A kernel, its constants, and the streams of its main loop, of rows and of masters."""
 
     function: str
-    constants: dict[str, bool]
+    constants: dict[str, Any]
     loads: int
     master_loads: int
     stores: int
@@ -51,11 +52,11 @@ KERNELS = {
     "perturb_first_stochastic": Kernel("perturb_kernel", {"SAVE": True, "STOCHASTIC": True}, 2, 0, 1, 1),
     "perturb_second_stochastic": Kernel("perturb_kernel", {"SAVE": False, "STOCHASTIC": True}, 1, 1, 1, 0),
     "fd_gram": Kernel("fd_gram_kernel", {}, 3, 1, 0, 0),
-    "sgd_step": Kernel("sgd_step_kernel", {"DIFFERENCES": True}, 3, 2, 1, 1, True),
-    "sgd_step_plain": Kernel("sgd_step_kernel", {"DIFFERENCES": False}, 1, 2, 1, 1, True),
-    "adamw_step": Kernel("adamw_step_kernel", {"DIFFERENCES": True}, 3, 3, 1, 2, True),
-    "adamw_step_plain": Kernel("adamw_step_kernel", {"DIFFERENCES": False}, 1, 3, 1, 2, True),
-    "combine": Kernel("combine_kernel", {"DIFFERENCES": True}, 3, 0, 1, 0),
+    "sgd_step": Kernel("step_kernel", {"RULE": "sgd", "GIVEN": 3}, 3, 2, 1, 1, True),
+    "sgd_step_plain": Kernel("step_kernel", {"RULE": "sgd", "GIVEN": 1}, 1, 2, 1, 1, True),
+    "adam_step": Kernel("step_kernel", {"RULE": "adam", "GIVEN": 3}, 3, 3, 1, 2, True),
+    "adam_step_plain": Kernel("step_kernel", {"RULE": "adam", "GIVEN": 1}, 1, 3, 1, 2, True),
+    "combine": Kernel("combine_kernel", {"GIVEN": 3}, 3, 0, 1, 0),
 }
 
 
@@ -73,7 +74,7 @@ class Compiled(NamedTuple):
     def accesses(self):
         """How many 128-bit loads and stores the main loop has at least. A vector of masters is as long as that of a
         16-bit row, in elements, so twice as long in bytes."""
-        words = 2 if self.dtype.itemsize == 2 else 1
+        words = 2 if has_master(self.dtype) else 1
         k = self.kernel
         master_stores = k.master_stores + (k.writes_master and words == 2)
         return k.loads + words * k.master_loads, k.stores + words * master_stores
@@ -88,11 +89,16 @@ class Compiled(NamedTuple):
 WIDE = re.compile(r"\b(?:ld|st)\.global\S*\.(?:v4\.b32|v2\.b64)")
 
 
-def registers(name):
-    """How many a thread may have: what the launchers say."""
+def constants_and_registers(kernel):
+    """The constants of a kernel, and how many registers a thread may have: what the launchers say."""
     from crsam_ext.triton_kernels import launch
+    from crsam_ext.triton_kernels.update_math import RULES
 
-    return launch.REGISTERS_OF_ADAM if name.startswith("adamw") else launch.REGISTERS
+    constants = dict(kernel.constants)
+    if "RULE" not in constants:
+        return constants, launch.REGISTERS
+    rule = RULES[constants["RULE"]]
+    return constants | {"OPTIONS": rule.options, "BUFFERS": rule.buffers}, rule.registers
 
 
 @pytest.fixture(scope="module", params=COMPILED, ids=lambda architecture: f"sm_{architecture}")
@@ -120,15 +126,16 @@ def compiled(request, tmp_path_factory):
             if name.endswith("plain") and request.param != 90:  # they have less of everything
                 continue
             for dtype in COMPILED[request.param]:
-                if name.endswith("stochastic") and dtype.itemsize > 2:
+                if name.endswith("stochastic") and not has_master(dtype):
                     continue
                 function = functions[kernel.function]
-                constants = kernel.constants | {"dtype": launch.DTYPES[dtype], "VECTORS": block.vectors}
+                constants, registers = constants_and_registers(kernel)
+                constants |= {"dtype": launch.DTYPES[dtype], "VECTORS": block.vectors}
                 signature = {p: "constexpr" if p in constants else POINTERS[p] for p in function.arg_names}
                 done = compile(
                     ASTSource(function, signature, constants),
                     target=GPUTarget("cuda", request.param, 32),
-                    options={"num_warps": block.warps, "maxnreg": registers(name)},
+                    options={"num_warps": block.warps, "maxnreg": registers},
                 )
                 cubin.write_bytes(done.asm["cubin"])
                 usage = re.search(r"Function .+:\n\s*(REG:.*)", dump("-res-usage"))[1]
@@ -164,7 +171,7 @@ def test_no_spills(compiled):
 def test_registers(compiled):
     """Four programs of 256 threads on a multiprocessor, which has 65536 registers; two of Adam."""
     for (name, dtype), one in compiled.items():
-        programs = 2 if name.startswith("adamw") else 4
+        programs = 2 if name.startswith("adam") else 4
         assert one.resources["REG"] * 256 * programs <= 65536, (name, dtype, one.resources)
 
 
@@ -249,7 +256,8 @@ def test_nothing_is_compiled_twice(launched, monkeypatch):
         _run_all(sizes, offset)
     variants = {kernel.fn.__name__: len(kernel.device_caches[0][0]) for kernel in _kernels()}
     expected = {kernel.function for kernel in KERNELS.values()} | {"perturbation_scale_kernel", "coefficients_kernel"}
-    assert variants == {name: 2 if name == "perturb_kernel" else 1 for name in expected}  # two signs
+    twice = {"perturb_kernel", "step_kernel"}  # two signs, two rules
+    assert variants == {name: 2 if name in twice else 1 for name in expected}
 
 
 def test_launchers_are_kept_with_this_triton(launched):

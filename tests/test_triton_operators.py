@@ -6,8 +6,6 @@ of programs, rows of awkward sizes and addresses, many groups, and what is cache
 
 import itertools
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,24 +18,28 @@ from triton.runtime import interpreter
 
 from crsam_ext import CRSAM, extension
 from crsam_ext.backends.torch import TorchOperators
-from crsam_ext.backends.triton import SCHEMAS, TritonOperators
+from crsam_ext.backends.triton import TritonOperators
 
 from . import triton_interpreted
 from .operator_cases import (
     ROWS,
     Case,
     check_arguments,
+    check_arguments_of_a_step,
     check_interrupted_perturb,
     check_options_as_tensors,
     check_other_groups,
     check_same_as_float64,
     check_schemas_and_fakes,
+    check_unknown_names,
     check_versions,
     dtypes,
     each_operator,
+    moved,
     run_all,
     stepping,
     wrong_arguments,
+    wrong_arguments_of_a_step,
 )  # fmt: skip
 
 # A program costs some 10 ms, so that there are fewer tiny rows than elsewhere.
@@ -98,7 +100,7 @@ def test_groups_without_rows():
     expected = torch.zeros(300, dtype=torch.float64)
     expected[[299, 0, 140]] = torch.tensor([3.0, 5.0, 7.0], dtype=torch.float64)
     assert torch.equal(found, expected)
-    gram = TritonOperators().fd_gram(rows, rows, rows, groups, 300, [None] * 3)
+    gram = TritonOperators().fd_gram([rows] * 3, groups, 300, [None] * 3)
     assert torch.equal(gram[:, 0], expected)
     assert torch.equal(gram[expected == 0], torch.zeros(297, 9, dtype=torch.float64))
 
@@ -198,9 +200,10 @@ class Traffic:
 
 @pytest.mark.parametrize("rows", ["odd", "misaligned"])
 @each_operator
-def test_bytes(operator, float32, bfloat16, rows, launches):
+def test_bytes(operator, variant, rows, launches):
     """Bytes read and written an element, and one launch, whatever the number of rows."""
-    for dtype, (read, written) in ((torch.float32, float32), (torch.bfloat16, bfloat16)):
+    for dtype in (torch.float32, torch.bfloat16):
+        read, written = moved(variant, dtype)
         case = Case(dtype, **ROWS[rows])
         elements = sum(p.numel() for p in case.live)
         launches.clear()
@@ -283,12 +286,6 @@ def test_schemas_and_fakes():
     check_schemas_and_fakes(torch.ops.crsam_triton)
 
 
-def test_schemas_are_those_of_cuda():
-    source = (Path(__file__).parent.parent / "csrc" / "ops.cpp").read_text()
-    text = re.sub(r'"\s*"', "", source)  # literals that go on in the next line
-    assert dict(re.findall(r'm\.def\(\s*"(\w+)(\(.+?\) -> .+?)"\);', text)) == SCHEMAS
-
-
 def test_same_lengths_in_other_groups():
     check_other_groups(TritonOperators())
 
@@ -300,7 +297,7 @@ def test_arguments_are_checked(change, message):
 
 def test_dtypes_are_checked():
     rows = [torch.ones(3, dtype=torch.int32)]
-    with pytest.raises(RuntimeError, match="rows are Int, not float64, float32, float16 or bfloat16"):
+    with pytest.raises(RuntimeError, match="grad_norm: rows are Int, not float64, float32, float16 or bfloat16"):
         TritonOperators().grad_norm(rows, [0], 1, [None])
 
 
@@ -309,9 +306,18 @@ def test_nothing_to_do():
     backend, scale, none = TritonOperators(), torch.ones(2, dtype=torch.float64), [torch.empty(0)]
     backend.perturb_(none, none, none, [1], scale, [False, True], 1, [])
     assert torch.equal(backend.grad_norm(none, [1], 2, [None]), torch.zeros(2, dtype=torch.float64))
-    assert torch.equal(backend.fd_gram(none, none, none, [1], 2, [None]), torch.zeros(2, 9, dtype=torch.float64))
+    assert torch.equal(backend.fd_gram([none] * 3, [1], 2, [None]), torch.zeros(2, 9, dtype=torch.float64))
     torch.ops.crsam_triton.perturb_([], [], [], [], scale, [False, False], 1)
-    torch.ops.crsam_triton.combine_([], [], [], [], [], [], scale, scale, None)
+    torch.ops.crsam_triton.combine_([], [], [], [], [], scale, None)
+
+
+@wrong_arguments_of_a_step
+def test_arguments_of_a_step_are_checked(change, message):
+    check_arguments_of_a_step(TritonOperators(), change, message)
+
+
+def test_unknown_names_are_refused():
+    check_unknown_names(TritonOperators())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

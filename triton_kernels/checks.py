@@ -1,6 +1,8 @@
-"""What an operator demands of its arguments, said in one line where it is not met."""
+"""What an operator demands of its arguments. One line says where it is not met: operator, argument, found, expected."""
 
 from __future__ import annotations
+
+from array import array
 
 import torch
 from torch import Tensor
@@ -28,30 +30,36 @@ def check(condition: bool, message: str) -> None:
         raise RuntimeError(message)
 
 
-def check_tensor(tensor: Tensor | None, name: str, device: torch.device, dtype: torch.dtype, numel: int) -> None:
-    """A tensor that a kernel reads or writes through a pointer."""
+def check_tensor(tensor: Tensor | None, argument: str, device: torch.device, dtype: torch.dtype, numel: int) -> None:
+    """A tensor that a kernel reads or writes through a pointer.
+
+    Args:
+        argument: the operator and its argument, as "step_: grads[1][3]".
+    """
     if tensor is None:
-        raise RuntimeError(f"{name} is None")
+        raise RuntimeError(f"{argument} is None")
     if tensor.device != device:
-        raise RuntimeError(f"{name} is on {tensor.device}, not on {device}")
+        raise RuntimeError(f"{argument} is on {tensor.device}, not on {device}")
     if tensor.dtype != dtype:
-        raise RuntimeError(f"{name} is {name_of(tensor.dtype)}, not {name_of(dtype)}")
+        raise RuntimeError(f"{argument} is {name_of(tensor.dtype)}, not {name_of(dtype)}")
     if tensor.numel() != numel:
-        raise RuntimeError(f"{name} has {tensor.numel()} elements, not {numel}")
+        raise RuntimeError(f"{argument} has {tensor.numel()} elements, not {numel}")
     if not tensor.is_contiguous():
-        raise RuntimeError(f"{name} is not contiguous")
+        raise RuntimeError(f"{argument} is not contiguous")
 
 
-def check_count(found: int, name: str, expected: int) -> None:
+def check_count(found: int, argument: str, expected: int) -> None:
     """A list has as many entries as it should."""
     if found != expected:
-        raise RuntimeError(f"{name} has {found} entries, not {expected}")
+        raise RuntimeError(f"{argument} has {found} entries, not {expected}")
 
 
-def check_groups(limits: tuple[int, int], num_groups: int) -> None:
+def check_groups(numbers: bytes, limits: tuple[int, int], op: str, num_groups: int) -> None:
     """Every group exists: the least and the greatest do."""
     if not 0 < num_groups < 2**31:
-        raise RuntimeError(f"num_groups is {num_groups}")
-    for group in limits:
+        raise RuntimeError(f"{op}: num_groups is {num_groups}")
+    if limits[0] >= 0 and limits[1] < num_groups:
+        return
+    for row, group in enumerate(array("q", numbers)):
         if not 0 <= group < num_groups:
-            raise RuntimeError(f"group {group} is not one of {num_groups}")
+            raise RuntimeError(f"{op}: groups[{row}] is {group}, not one of {num_groups} groups")

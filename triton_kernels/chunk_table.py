@@ -13,24 +13,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crsam_ext.precision import PRECISIONS
+
 # Elements of a chunk: short enough to keep all multiprocessors busy to the end and to sum in float32, long enough to
 # pay for reading the row and for the reduction at the end of a program.
 CHUNK = tl.constexpr(1 << 14)
 
+PASSES = tl.constexpr(3)  # gradients of a step at most: g0, g+, g-
+BUFFERS = tl.constexpr(2)  # of an update rule's state at most
+
 # The columns of the table. Operators leave 0 what they do not use.
 LIVE = tl.constexpr(0)  # address of what the model reads
 SAVED = tl.constexpr(1)  # of w in the compute dtype; may be that of `live`
-FIRST = tl.constexpr(2)  # of momentum_buffer or exp_avg, in the compute dtype
-SECOND = tl.constexpr(3)  # of exp_avg_sq, in the compute dtype
-GRAD = tl.constexpr(4)
-GRAD_ASCENT = tl.constexpr(5)
-GRAD_DESCENT = tl.constexpr(6)
-STEP = tl.constexpr(7)  # of a float32: how many steps the row has taken, this one included
-NUMEL = tl.constexpr(8)
-GROUP = tl.constexpr(9)
-ADAPTIVE = tl.constexpr(10)  # 1 where e is that of ASAM
-ALIGNED = tl.constexpr(11)  # 1 where every address above, step aside, is a multiple of 16
-COLUMNS = tl.constexpr(12)
+STATE = tl.constexpr(2)  # of each buffer of the update rule, in the compute dtype
+GRADS = tl.constexpr(STATE.value + BUFFERS.value)  # of each pass
+STEP = tl.constexpr(GRADS.value + PASSES.value)  # of a float32: how many steps the row has taken, this one included
+NUMEL = tl.constexpr(STEP.value + 1)
+GROUP = tl.constexpr(STEP.value + 2)
+ADAPTIVE = tl.constexpr(STEP.value + 3)  # 1 where e is that of ASAM
+ALIGNED = tl.constexpr(STEP.value + 4)  # 1 where every address above, step aside, is a multiple of 16
+COLUMNS = tl.constexpr(STEP.value + 5)
 
 
 class Table(NamedTuple):
@@ -42,12 +44,30 @@ class Table(NamedTuple):
     tickets: Tensor  #: int32 [groups], 0 between launches
     partial: Tensor  #: float64 [9 chunks], where programs leave their sums
     num_chunks: int
+    num_groups: int
+
+
+#: The dtypes of rows, as Triton knows them.
+DTYPES = {dtype: getattr(tl, str(dtype).removeprefix("torch.")) for dtype in PRECISIONS}
+_PRECISIONS = {DTYPES[dtype]: precision for dtype, precision in PRECISIONS.items()}
 
 
 @triton.constexpr_function
 def compute_dtype(dtype: Any) -> Any:
-    """Arithmetic is done in float64 for float64, in float32 for all others."""
-    return tl.float64 if dtype == tl.float64 else tl.float32
+    """The dtype in which rows of ``dtype`` are computed."""
+    return DTYPES[_PRECISIONS[dtype].compute]
+
+
+@triton.constexpr_function
+def digits(dtype: Any) -> Any:
+    """See `Precision`."""
+    return _PRECISIONS[dtype].digits
+
+
+@triton.constexpr_function
+def smallest_exponent(dtype: Any) -> Any:
+    """See `Precision`."""
+    return _PRECISIONS[dtype].smallest_exponent
 
 
 @triton.jit
@@ -88,6 +108,24 @@ def store(address, where, mask, x, dtype: tl.constexpr, width: tl.constexpr):
         low, high = tl.split(halves)
         tl.store(pointers_to(address, where, dtype, width, 0, HALF), low, mask=mask, cache_modifier=".cs")
         tl.store(pointers_to(address, where, dtype, width, HALF, HALF), high, mask=mask, cache_modifier=".cs")
+
+
+@triton.jit
+def addresses(column, COUNT: tl.constexpr):
+    """The addresses in some columns of a row, from a pointer to the first of them."""
+    found = ()
+    for i in tl.static_range(COUNT):
+        found = found + (tl.load(column + i),)
+    return found
+
+
+@triton.jit
+def load_all(addresses, where, mask, dtype: tl.constexpr, width: tl.constexpr):
+    """A tile of each of some rows."""
+    tiles = ()
+    for i in tl.static_range(len(addresses)):
+        tiles = tiles + (load(addresses[i], where, mask, dtype, width),)
+    return tiles
 
 
 @triton.jit

@@ -8,9 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crsam_ext import ops
+
 from .launch import jit, launch_one
 
 LANES = tl.constexpr(128)  # groups, or step counters, that are read at a time
+CLIP_EPSILON = tl.constexpr(ops.CLIP_EPSILON)
 
 
 @jit
@@ -45,18 +48,22 @@ def norm_of(squared):
 
 
 @triton.jit
-def weight_of(weight, curvature, known, LOG: tl.constexpr):
-    """a = alpha, or alpha / kappa and 0 where kappa is not positive; and b from beta and sigma."""
+def weight_of(weight, curvature, known, REGULARIZER: tl.constexpr):
+    """a from alpha and kappa, or b from beta and sigma.
+
+    linear: alpha. log: alpha / kappa, and 0 where kappa is not positive.
+    """
     x = tl.load(weight, mask=known, other=0)
-    if LOG:
+    if REGULARIZER == "log":
         x = tl.where(curvature > 0, x / curvature, 0.0)
     return x
 
 
 @jit
 def coefficients_kernel(
-    gram, norms, scale, alpha, beta, losses, grad_scale, counters, taken, part, counts, values, flags, num_groups,
-    max_regularizer_ratio: tl.float64, max_grad_norm: tl.float64, LOG: tl.constexpr,
+    gram, norms, scale, alpha, beta, losses, grad_scale, counters, taken, part, counts,
+    pass_weights, factor, ok, kappa, sigma, regularizer_ratio, capped,
+    num_groups, max_regularizer_ratio: tl.float64, max_grad_norm: tl.float64, REGULARIZER: tl.constexpr,
 ):  # fmt: skip
     """a, b, the clip factor and whether the step is sound, from sums over all elements; advances the counters.
 
@@ -85,15 +92,15 @@ def coefficients_kernel(
             kappas += s * ed1
             sigmas += s * (2 * eg0 + ed2 / 3)
     total = tl.sum(everything, 0)
-    ok = tl.abs(total) < float("inf")  # false for a NaN
-    factor = tl.full([], 1.0, tl.float64)
+    sound = tl.abs(total) < float("inf")  # false for a NaN
+    unscale = tl.full([], 1.0, tl.float64)
     if grad_scale is not None:  # of gradients and norms; e is free of it
-        factor /= tl.load(grad_scale)
-    kappa, sigma = tl.sum(kappas, 0) / 2 * factor, tl.sum(sigmas, 0) * factor
+        unscale /= tl.load(grad_scale)
+    curvature, difference = tl.sum(kappas, 0) / 2 * unscale, tl.sum(sigmas, 0) * unscale
     if len(losses) == 3:
         loss, ascent, descent = tl.load(losses[0]), tl.load(losses[1]), tl.load(losses[2])
-        kappa = ascent + descent - 2 * loss
-        sigma = ascent - descent
+        curvature = ascent + descent - 2 * loss
+        difference = ascent - descent
 
     # The weights before the cap, and the norms of a d2 + b d1 and of g+ = g0 + d1 / 2 + d2 / 2.
     regularizers, ascents = zero, zero
@@ -101,48 +108,47 @@ def coefficients_kernel(
         for first in range(0, num_groups, LANES):
             group = first + lane
             known = group < num_groups
-            a = weight_of(alpha + group, kappa, known, LOG)
-            b = weight_of(beta + group, sigma, known, LOG)
+            a = weight_of(alpha + group, curvature, known, REGULARIZER)
+            b = weight_of(beta + group, difference, known, REGULARIZER)
             regularizers += quadratic_form(gram + 9 * group, known, 0.0, b, a)
             ascents += quadratic_form(gram + 9 * group, known, 1.0, 0.5, 0.5)
     ratio = tl.full([], 0.0, tl.float64)
     if gram is not None:
         ratio = norm_of(tl.sum(regularizers, 0)) / norm_of(tl.sum(ascents, 0))
-    capped = ratio > max_regularizer_ratio
-    cap = tl.where(capped, max_regularizer_ratio / ratio, 1.0)
+    too_large = ratio > max_regularizer_ratio
+    cap = tl.where(too_large, max_regularizer_ratio / ratio, 1.0)
 
     # The weights as they are used, and the norm of ghat = g0 + (1/2 + b) d1 + (1/2 + a) d2.
     ghats = zero
     for first in range(0, num_groups, LANES):
         group = first + lane
         known = group < num_groups
-        a = weight_of(alpha + group, kappa, known, LOG) * cap
-        b = weight_of(beta + group, sigma, known, LOG) * cap
-        tl.store(values + group, a, mask=known)
-        tl.store(values + num_groups + group, b, mask=known)
+        a = weight_of(alpha + group, curvature, known, REGULARIZER) * cap
+        b = weight_of(beta + group, difference, known, REGULARIZER) * cap
+        tl.store(pass_weights + group, a + b, mask=known)  # a d2 + b d1 = (a + b) (g+ - g0) + (a - b) (g- - g0)
+        tl.store(pass_weights + num_groups + group, a - b, mask=known)
         if gram is not None:
             ghats += quadratic_form(gram + 9 * group, known, 1.0, b + 0.5, a + 0.5)
     squared = tl.sum(last_norm, 0)
     if gram is not None:
         squared = tl.sum(ghats, 0)
-    clip = max_grad_norm / (norm_of(squared) * factor + 1e-6)
-    rest = values + 2 * num_groups
+    clip = max_grad_norm / (norm_of(squared) * unscale + CLIP_EPSILON)
     unclipped = (clip > 1) | (max_grad_norm == float("inf"))
-    tl.store(rest, tl.where(unclipped, 1.0, clip) * factor)
-    tl.store(rest + 1, kappa)
-    tl.store(rest + 2, sigma)
-    tl.store(rest + 3, ratio)
-    tl.store(flags, ok.to(tl.uint8))
-    tl.store(flags + 1, capped.to(tl.uint8))
+    tl.store(factor, tl.where(unclipped, 1.0, clip) * unscale)
+    tl.store(ok, sound.to(tl.uint8))
+    tl.store(kappa, curvature)
+    tl.store(sigma, difference)
+    tl.store(regularizer_ratio, ratio)
+    tl.store(capped, too_large.to(tl.uint8))
 
     # Atomic, as every thread would load what one of them stores.
-    tl.atomic_add(counters, (ok == 0).to(tl.int64), sem="relaxed")
-    if LOG:
-        tl.atomic_add(counters + 1, (ok & (kappa <= 0)).to(tl.int64), sem="relaxed")
-        tl.atomic_add(counters + 2, (ok & (sigma <= 0)).to(tl.int64), sem="relaxed")
-    tl.atomic_add(counters + 3, (ok & capped).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters, (sound == 0).to(tl.int64), sem="relaxed")
+    if REGULARIZER == "log":
+        tl.atomic_add(counters + 1, (sound & (curvature <= 0)).to(tl.int64), sem="relaxed")
+        tl.atomic_add(counters + 2, (sound & (difference <= 0)).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + 3, (sound & too_large).to(tl.int64), sem="relaxed")
     for i in tl.static_range(len(taken)):
-        count = counts[i] * ok.to(tl.int32)
+        count = counts[i] * sound.to(tl.int32)
         for first in range(0, count, LANES):
             known = first + lane < count
             steps = tl.load(taken[i] + first + lane, mask=known) + tl.load(part[i] + first + lane, mask=known)
@@ -165,13 +171,12 @@ def launch_coefficients(
     counters: Tensor,
     taken: Sequence[Tensor],
     part: Sequence[Tensor],
-    values: Tensor,
-    flags: Tensor,
     max_regularizer_ratio: float,
     max_grad_norm: float,
-    log: bool,
+    regularizer: str,
+    results: Sequence[Tensor],
 ) -> None:
-    """values <- a [groups], b [groups], factor, kappa, sigma, ratio; flags <- ok, capped; counters and taken advance.
+    """results <- those of the operator, flags as uint8; counters and taken advance.
 
     norms: one [groups] for each pass, maybe none. losses: three 0-dim tensors, or none: kappa and sigma come from the
     gradients. grad_scale: 0-dim, what all gradients were multiplied with. max_grad_norm: infinite for no clipping.
@@ -184,6 +189,6 @@ def launch_coefficients(
     norms, losses, taken, part = tuples
     launch_one(
         coefficients_kernel, (counts, *aligned), alpha.device,
-        gram, norms, scale, alpha, beta, losses, grad_scale, counters, taken, part, counts, values, flags,
-        alpha.numel(), max_regularizer_ratio, max_grad_norm, LOG=log,
+        gram, norms, scale, alpha, beta, losses, grad_scale, counters, taken, part, counts, *results,
+        alpha.numel(), max_regularizer_ratio, max_grad_norm, REGULARIZER=regularizer,
     )  # fmt: skip

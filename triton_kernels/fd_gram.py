@@ -9,15 +9,16 @@ from torch import Tensor
 
 from .chunk_table import (
     ADAPTIVE,
-    GRAD,
-    GRAD_ASCENT,
-    GRAD_DESCENT,
+    GRADS,
+    PASSES,
     SAVED,
     Table,
+    addresses,
     chunk_of,
     compute_dtype,
     for_each,
     load,
+    load_all,
 )  # fmt: skip
 from .launch import jit, launch
 from .reduce import group_sum
@@ -27,9 +28,10 @@ from .update_math import differences
 @triton.jit
 def add_products(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
     """One tile of the nine sums. Only ASAM loads w; the arithmetic is the same, and costs less than a branch."""
-    grad, grad_ascent, grad_descent, saved, adaptive = arguments
-    g = load(grad, where, mask, dtype, width)
-    d1, d2 = differences(g, load(grad_ascent, where, mask, dtype, width), load(grad_descent, where, mask, dtype, width))
+    grads, saved, adaptive = arguments
+    loaded = load_all(grads, where, mask, dtype, width)
+    g = loaded[0]
+    d1, d2 = differences(loaded)
     w = load(saved, where, mask & adaptive, compute_dtype(dtype), width)
     h = tl.where(adaptive, w * w * g, g)
     return (
@@ -54,13 +56,7 @@ def fd_gram_kernel(
     Reads g0, g+, g-, and w for ASAM: 12 bytes an element in float32.
     """
     row, index = chunk_of(rows, chunks)
-    arguments = (
-        tl.load(row + GRAD),
-        tl.load(row + GRAD_ASCENT),
-        tl.load(row + GRAD_DESCENT),
-        tl.load(row + SAVED),
-        tl.load(row + ADAPTIVE) != 0,
-    )
+    arguments = (addresses(row + GRADS, PASSES), tl.load(row + SAVED), tl.load(row + ADAPTIVE) != 0)
     zero = tl.zeros([VECTORS], compute_dtype(dtype))
     sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero)
     sums = for_each(add_products, arguments, sums, row, index, dtype, VECTORS)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunk_table import ADAPTIVE, GRAD, LIVE, Table, chunk_of, compute_dtype, for_each, load
+from .chunk_table import ADAPTIVE, GRADS, LIVE, Table, chunk_of, compute_dtype, for_each, load
 from .launch import jit, launch
 from .reduce import group_sum
 
@@ -31,7 +31,7 @@ def grad_norm_kernel(
     Reads g, and w where weighted: 4 bytes an element in float32.
     """
     row, index = chunk_of(rows, chunks)
-    arguments = (tl.load(row + GRAD), tl.load(row + LIVE), tl.load(row + ADAPTIVE) != 0)
+    arguments = (tl.load(row + GRADS), tl.load(row + LIVE), tl.load(row + ADAPTIVE) != 0)
     sums = (tl.zeros([VECTORS], compute_dtype(dtype)),)
     sums = for_each(add_squares, arguments, sums, row, index, dtype, VECTORS)
     group_sum(sums, row, group_begin, tickets, num_groups, partial, norms, 1)

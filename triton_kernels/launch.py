@@ -9,16 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
-from .chunk_table import Table
-
-DTYPES = {
-    torch.float64: tl.float64,
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
+from .chunk_table import DTYPES, Table
 
 
 class Block(NamedTuple):
@@ -36,9 +28,9 @@ BLOCKS: dict[tuple[int, int], Block] = {}
 INTERPRETED_BLOCK = Block(vectors=4096, warps=8)
 
 # Of a thread, at most: four programs of 256 threads on a multiprocessor, with one to five vectors a thread on the way,
-# keep its memory busy. Adam, with six streams and divisions, needs more, and two are enough.
+# keep its memory busy. Where a kernel needs more, as Adam's with six streams and divisions does, two are enough.
 REGISTERS = 64
-REGISTERS_OF_ADAM = 128
+MORE_REGISTERS = 128
 
 
 def block_of(dtype: torch.dtype, device: torch.device) -> Block:

@@ -1,11 +1,14 @@
-"""From tensors to addresses: checks, device, table, launch. csrc/ops.cpp says what the arguments mean."""
+"""From tensors to addresses: checks, device, table, launch.
+
+``KERNELS`` in crsam_ext/backends/fused.py says what the arguments are.
+"""
 
 from __future__ import annotations
 
 import struct
 import threading
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from operator import or_
 from typing import Any
@@ -14,83 +17,74 @@ import torch
 from torch import Tensor
 
 from crsam_ext.host import Column, Groups
+from crsam_ext.ops import REGULARIZERS
+from crsam_ext.precision import compute_dtype
 
+from . import chunk_table
 from .checks import check, check_count, check_groups, check_tensor, name_of
-from .chunk_table import (
-    ADAPTIVE,
-    ALIGNED,
-    CHUNK,
-    COLUMNS,
-    FIRST,
-    GRAD,
-    GRAD_ASCENT,
-    GRAD_DESCENT,
-    GROUP,
-    LIVE,
-    NUMEL,
-    SAVED,
-    SECOND,
-    STEP,
-    Table,
-)
+from .chunk_table import DTYPES, Table
 from .coefficients import launch_coefficients, launch_perturbation_scale
 from .fd_gram import launch_fd_gram
 from .grad_norm import launch_grad_norm
-from .launch import DTYPES, guard
+from .launch import guard
 from .perturb import launch_perturb
-from .step import Decision, launch_adamw_step, launch_combine, launch_sgd_step
+from .step import Decision, launch_combine, launch_step
 from .table_cache import TableCache
-from .update_math import ADAM_OPTIONS, SGD_OPTIONS
+from .update_math import RULES
 
 _cache = TableCache()
 _PLAIN = (list, tuple)  # sequences that nobody has looked at
-# Columns of the table.
-_LIVE, _SAVED, _FIRST, _SECOND, _GRAD, _GRAD_ASCENT, _GRAD_DESCENT, _STEP, _NUMEL, _GROUP, _ADAPTIVE, _ALIGNED = (
-    column.value
-    for column in (
-        LIVE, SAVED, FIRST, SECOND, GRAD, GRAD_ASCENT, GRAD_DESCENT, STEP, NUMEL, GROUP, ADAPTIVE, ALIGNED
+# Columns of the table, and what else of it the kernels know as constants of Triton.
+LIVE, SAVED, STATE, GRADS, STEP, NUMEL, GROUP, ADAPTIVE, ALIGNED, COLUMNS, CHUNK, PASSES = (
+    getattr(chunk_table, name).value
+    for name in (
+        "LIVE", "SAVED", "STATE", "GRADS", "STEP", "NUMEL", "GROUP", "ADAPTIVE", "ALIGNED", "COLUMNS", "CHUNK", "PASSES"
     )
 )  # fmt: skip
-_COLUMNS, _CHUNK = COLUMNS.value, CHUNK.value
-_ADDRESSES = (_LIVE, _SAVED, _FIRST, _SECOND, _GRAD, _GRAD_ASCENT, _GRAD_DESCENT)
-_MASTERS = (_SAVED, _FIRST, _SECOND)  # in the compute dtype
+_MASTERS = range(SAVED, GRADS)  # in the compute dtype
+_ADDRESSES = range(LIVE, STEP)
+_List = tuple[int, str, Sequence[Tensor]]  # column of the table, name and tensors of an argument
 
 
 class Rows:
     """The rows of one call: its lists of tensors, checked, and the table of their addresses.
 
     Args:
+        op: the operator.
         groups, num_groups: the group of each row, and how many there are.
-        lists: column of the table, name and tensors of each; the first gives the rows their number, lengths, dtype
-            and device.
-        optional: the same of a list in which some may be missing, or have no elements.
+        lists: of tensors; the first gives the rows their number, lengths, dtype and device.
+        optional: lists in which some may be missing, or have no elements.
         steps: how many steps each row has taken.
         adaptive: for each group, whether its perturbation is that of ASAM.
-        weighted: whether instead it is that of the rows that ``optional`` has.
+        weighted: whether instead it is that of the rows that the one list of ``optional`` has.
     """
 
     def __init__(
         self,
+        op: str,
         groups: Sequence[int],
         num_groups: int,
-        *lists: tuple[int, str, Sequence[Tensor]],
-        optional: tuple[int, str, Sequence[Tensor | None]] | None = None,
+        *lists: _List,
+        optional: Sequence[tuple[int, str, Sequence[Tensor | None]]] = (),
         steps: Sequence[Tensor] | None = None,
         adaptive: Sequence[bool] = (),
         weighted: bool = False,
     ) -> None:
         _, name, like = lists[0]
         if not like:
-            raise RuntimeError(f"{name} is empty")
+            raise RuntimeError(f"{op}: {name} is empty")
         first = _column(like)
+        if like[0] is None:
+            raise RuntimeError(f"{op}: {name}[0] is None")
         kind: tuple[torch.dtype, torch.device] = first.kind or (like[0].dtype, like[0].device)
+        self.op = op
         self.dtype, self.device = kind
         if self.dtype not in DTYPES:
-            raise RuntimeError(f"rows are {name_of(self.dtype)}, not float64, float32, float16 or bfloat16")
-        master = (torch.float64 if self.dtype == torch.float64 else torch.float32), self.device
+            raise RuntimeError(f"{op}: rows are {name_of(self.dtype)}, not float64, float32, float16 or bfloat16")
+        master = compute_dtype(self.dtype), self.device
         found: Any = Groups(groups) if type(groups) in _PLAIN else groups
-        check_count(len(groups), "groups", len(like))
-        check_groups(found.limits, num_groups)
+        check_count(len(groups), f"{op}: groups", len(like))
+        check_groups(found.numbers, found.limits, op, num_groups)
         self.groups, self.num_groups, self.numels = found.numbers, num_groups, first.numels
         self._columns: list[tuple[int, bytes]] = []
         for column, name, tensors in lists:
@@ -100,8 +94,7 @@ class Rows:
             self._columns.append((column, found.addresses))
         self._adaptive: Sequence[bool] = tuple(adaptive) if any(adaptive) else ()
         self._weights = b""  # addresses, where there are any
-        if optional is not None:
-            column, name, some = optional
+        for column, name, some in optional:
             found, expected = _column(some), master if column in _MASTERS else kind
             if found.addresses != bytes(len(self.numels)):
                 if found.kind != expected or found.numels != self.numels:
@@ -109,12 +102,12 @@ class Rows:
                 self._columns.append((column, found.addresses))
                 self._weights = found.addresses if weighted else b""
         if steps is not None:
-            check_count(len(steps), "steps", len(like))
+            check_count(len(steps), f"{op}: steps", len(like))
             found = _column(steps)
             if found.kind != (torch.float32, self.device) or found.numels != struct.pack("q", 1) * len(steps):
-                for step in steps:
-                    check_tensor(step, "steps", self.device, torch.float32, 1)
-            self._columns.append((_STEP, found.addresses))
+                for row, step in enumerate(steps):
+                    check_tensor(step, f"{op}: steps[{row}]", self.device, torch.float32, 1)
+            self._columns.append((STEP, found.addresses))
 
     @property
     def empty(self) -> bool:
@@ -132,10 +125,10 @@ class Rows:
         return _cache.get(key, self.device, self._content, table_of)
 
     def _check(self, column: Any, name: str, kind: tuple[torch.dtype, torch.device], optional: bool = False) -> None:
-        check_count(len(column), name, len(self.numels) // 8)
-        for tensor, n in zip(column, array("q", self.numels), strict=True):
+        check_count(len(column), f"{self.op}: {name}", len(self.numels) // 8)
+        for row, (tensor, n) in enumerate(zip(column, array("q", self.numels), strict=True)):
             if not (optional and (tensor is None or not tensor.numel())):
-                check_tensor(tensor, name, self.device, kind[0], n)
+                check_tensor(tensor, f"{self.op}: {name}[{row}]", self.device, kind[0], n)
 
     def _order(self) -> list[int]:
         """The rows by group."""
@@ -144,37 +137,44 @@ class Rows:
 
     def _content(self) -> bytes:
         order, groups = self._order(), array("q", self.groups)
-        columns = {_NUMEL: array("q", self.numels), _GROUP: groups}
+        columns = {NUMEL: array("q", self.numels), GROUP: groups}
         columns.update((column, array("q", addresses)) for column, addresses in self._columns)
         bits = [0] * len(order)
-        for column in columns.keys() & _ADDRESSES:
+        for column in columns.keys() & set(_ADDRESSES):
             bits = list(map(or_, bits, columns[column]))
-        columns[_ALIGNED] = array("q", (not x % 16 for x in bits))
+        columns[ALIGNED] = array("q", (not x % 16 for x in bits))
         if self._weights:
-            columns[_ADAPTIVE] = array("q", map(bool, array("q", self._weights)))
+            columns[ADAPTIVE] = array("q", map(bool, array("q", self._weights)))
         elif self._adaptive:
-            columns[_ADAPTIVE] = array("q", (self._adaptive[group] for group in groups))
-        content = array("q", bytes(8 * _COLUMNS * len(order)))
+            columns[ADAPTIVE] = array("q", (self._adaptive[group] for group in groups))
+        content = array("q", bytes(8 * COLUMNS * len(order)))
         for column, values in columns.items():
-            content[column::_COLUMNS] = array("q", map(values.__getitem__, order))
+            content[column::COLUMNS] = array("q", map(values.__getitem__, order))
         return content.tobytes()
 
-    def _parts(self, layout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    def _parts(self, layout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
         begin = 8 * (self.num_groups + 1)
         end = len(layout) - 4 * self.num_groups
         chunks = layout[begin:end].view(torch.int32).view(-1, 2)
         partial = torch.empty(9 * len(chunks), dtype=torch.float64, device=self.device)
-        return chunks, layout[:begin].view(torch.int64), layout[end:].view(torch.int32), partial, len(chunks)
+        return (
+            chunks,
+            layout[:begin].view(torch.int64),
+            layout[end:].view(torch.int32),
+            partial,
+            len(chunks),
+            self.num_groups,
+        )
 
     def _layout(self) -> bytes:
         """What depends on lengths and groups alone: group_begin, chunks, tickets."""
         begin, chunks = [0] * (self.num_groups + 1), array("i")
         numels, groups = array("q", self.numels), array("q", self.groups)
         for row, i in enumerate(self._order()):
-            count = -(-numels[i] // _CHUNK)
+            count = -(-numels[i] // CHUNK)
             begin[groups[i] + 1] += count
             chunks.extend(chain.from_iterable((row, index) for index in range(count)))
-        check(len(chunks) // 2 <= 2**31 - 1, "too many elements for one launch")
+        check(len(chunks) // 2 <= 2**31 - 1, f"{self.op}: too many elements for one launch")
         for group in range(self.num_groups):
             begin[group + 1] += begin[group]
         return array("q", begin).tobytes() + chunks.tobytes() + bytes(4 * self.num_groups)
@@ -185,8 +185,16 @@ def _column(tensors: Sequence[Tensor | None]) -> Any:
     return Column(tensors) if type(tensors) in _PLAIN else tensors
 
 
-def _numbers(tensor: Tensor, name: str, device: torch.device, count: int) -> Tensor:
-    check_tensor(tensor, name, device, torch.float64, count)
+def _columns(lists: Sequence[Any], size: int, argument: str) -> Sequence[Sequence[Tensor]]:
+    """Lists of so many tensors each, which schemas have one after the other."""
+    if not lists or not isinstance(lists[0], Tensor):
+        return lists
+    check(size > 0 and len(lists) % size == 0, f"{argument} has {len(lists)} tensors, which are not lists of {size}")
+    return [lists[first : first + size] for first in range(0, len(lists), size)]
+
+
+def _numbers(tensor: Tensor, argument: str, device: torch.device, count: int) -> Tensor:
+    check_tensor(tensor, argument, device, torch.float64, count)
     return tensor
 
 
@@ -194,7 +202,8 @@ def grad_norm(
     grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
 ) -> Tensor:
     """Squared norm of the gradient per group."""
-    rows = Rows(groups, num_groups, (_GRAD, "grads", grads), optional=(_LIVE, "weights", weights), weighted=True)
+    optional = ((LIVE, "weights", weights),)
+    rows = Rows("grad_norm", groups, num_groups, (GRADS, "grads", grads), optional=optional, weighted=True)
     if rows.empty:
         return torch.zeros(num_groups, dtype=torch.float64, device=rows.device)
     with guard(rows.device):
@@ -206,12 +215,12 @@ def grad_norm(
 
 def perturbation_scale(squared_norm: Tensor, rho: Tensor, epsilon: float) -> Tensor:
     """rho / (norm + epsilon) per group."""
-    device, groups = squared_norm.device, squared_norm.numel()
+    op, device, groups = "perturbation_scale", squared_norm.device, squared_norm.numel()
     scale = torch.empty_like(squared_norm)
+    _numbers(squared_norm, f"{op}: squared_norm", device, groups)
+    _numbers(rho, f"{op}: rho", device, groups)
     with guard(device):
-        launch_perturbation_scale(
-            _numbers(squared_norm, "squared_norm", device, groups), _numbers(rho, "rho", device, groups), epsilon, scale
-        )
+        launch_perturbation_scale(squared_norm, rho, epsilon, scale)
     return scale
 
 
@@ -257,31 +266,25 @@ def perturb_(
     """w + sign e into `live`; with sign +1, w is saved first."""
     if not live:
         return
-    check(sign in (1, -1), f"sign is {sign}")
-    num_groups = scale.numel()
-    check_count(len(adaptive), "adaptive", num_groups)
-    lists = (_LIVE, "live", live), (_SAVED, "saved", saved), (_GRAD, "grads", grads)
-    rows = Rows(groups, num_groups, *lists, adaptive=adaptive)
+    op, num_groups = "perturb_", scale.numel()
+    check(sign in (1, -1), f"{op}: sign is {sign}, not 1 or -1")
+    check_count(len(adaptive), f"{op}: adaptive", num_groups)
+    lists = (LIVE, "live", live), (SAVED, "saved", saved), (GRADS, "grads", grads)
+    rows = Rows(op, groups, num_groups, *lists, adaptive=adaptive)
     if rows.empty:
         return
-    _numbers(scale, "scale", rows.device, num_groups)
+    _numbers(scale, f"{op}: scale", rows.device, num_groups)
     with guard(rows.device):
         table = rows.table()
         launch_perturb(rows.dtype, table, scale, sign, stochastic, *_launches.next(rows.device))
 
 
-def fd_gram(
-    grad: Sequence[Tensor],
-    grad_ascent: Sequence[Tensor],
-    grad_descent: Sequence[Tensor],
-    groups: Sequence[int],
-    num_groups: int,
-    weights: Sequence[Tensor | None],
-) -> Tensor:
+def fd_gram(grads: Sequence[Any], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]) -> Tensor:
     """Gram matrix of the gradient and its differences, per group."""
-    check_count(len(grad_ascent), "grad_ascent", len(grad))
-    gradients = _gradients(grad, grad_ascent, grad_descent)
-    rows = Rows(groups, num_groups, *gradients, optional=(_SAVED, "weights", weights), weighted=True)
+    op = "fd_gram"
+    passes = _columns(grads, len(groups), f"{op}: grads")
+    check_count(len(passes), f"{op}: grads", PASSES)
+    rows = Rows(op, groups, num_groups, *_gradients(passes), optional=((SAVED, "weights", weights),), weighted=True)
     if rows.empty:
         return torch.zeros(num_groups, 9, dtype=torch.float64, device=rows.device)
     with guard(rows.device):
@@ -300,162 +303,128 @@ def coefficients(
     counters: Tensor,
     taken: Sequence[Tensor],
     part: Sequence[Tensor],
-    passes: int,
-    log: bool,
+    regularizer: str,
     losses: Sequence[Tensor],
     grad_scale: Tensor | None,
     max_regularizer_ratio: float,
     max_grad_norm: float,
-) -> tuple[Tensor, Tensor]:
-    """What a step does with its gradients: values, and flags."""
-    device, groups = alpha.device, alpha.numel()
-    check_count(len(part), "part", len(taken))
-    check_tensor(counters, "counters", device, torch.int64, 4)
+) -> tuple[Tensor, ...]:
+    """What a step does with its gradients."""
+    op, device, groups = "coefficients", alpha.device, alpha.numel()
+    check(regularizer in REGULARIZERS, f"{op}: regularizer is {regularizer}, which is none")
+    check_count(len(part), f"{op}: part", len(taken))
+    check_tensor(counters, f"{op}: counters", device, torch.int64, 4)
     if gram is not None:
-        _numbers(gram, "gram", device, 9 * groups)
-    for norm in squared_norms:
-        _numbers(norm, "squared_norms", device, groups)
+        _numbers(gram, f"{op}: gram", device, 9 * groups)
+    for i, norm in enumerate(squared_norms):
+        _numbers(norm, f"{op}: squared_norms[{i}]", device, groups)
     for name, tensor in (("scale", scale), ("alpha", alpha), ("beta", beta)):
-        _numbers(tensor, name, device, groups)
+        _numbers(tensor, f"{op}: {name}", device, groups)
     if losses:
-        check_count(len(losses), "losses", 3)
-    for loss in losses:
-        _numbers(loss, "losses", device, 1)
+        check_count(len(losses), f"{op}: losses", 3)
+    for i, loss in enumerate(losses):
+        _numbers(loss, f"{op}: losses[{i}]", device, 1)
     if grad_scale is not None:
-        _numbers(grad_scale, "grad_scale", device, 1)
-    for steps, taking in zip(taken, part, strict=True):
-        check_tensor(steps, "taken", device, torch.float32, steps.numel())
-        check_tensor(taking, "part", device, torch.float32, steps.numel())
-    values = alpha.new_empty(2 * groups + 4)
-    flags = alpha.new_empty(2, dtype=torch.bool)
+        _numbers(grad_scale, f"{op}: grad_scale", device, 1)
+    for i, (steps, taking) in enumerate(zip(taken, part, strict=True)):
+        check_tensor(steps, f"{op}: taken[{i}]", device, torch.float32, steps.numel())
+        check_tensor(taking, f"{op}: part[{i}]", device, torch.float32, steps.numel())
+    factor, kappa, sigma, regularizer_ratio = (alpha.new_empty(()) for _ in range(4))
+    ok, capped = (alpha.new_empty((), dtype=torch.bool) for _ in range(2))
+    results = alpha.new_empty(PASSES - 1, groups), factor, ok, kappa, sigma, regularizer_ratio, capped
     with guard(device):
         launch_coefficients(
-            gram, squared_norms, scale, alpha, beta, losses, grad_scale, counters, taken, part, values,
-            flags.view(torch.uint8),
-            max_regularizer_ratio, max_grad_norm, log and passes == 3,
+            gram, squared_norms, scale, alpha, beta, losses, grad_scale, counters, taken, part, max_regularizer_ratio,
+            max_grad_norm, regularizer, [x.view(torch.uint8) if x.dtype == torch.bool else x for x in results],
         )  # fmt: skip
-    return values, flags
+    return results
 
 
-def _decision(rows: Rows, a: Tensor, b: Tensor, factor: Tensor | None) -> Decision:
-    _numbers(a, "a", rows.device, a.numel())
-    _numbers(b, "b", rows.device, a.numel())
-    return Decision(a, b, None if factor is None else _numbers(factor, "factor", rows.device, 1))
+def _decision(rows: Rows, pass_weights: Tensor, factor: Tensor | None) -> Decision:
+    _numbers(pass_weights, f"{rows.op}: pass_weights", rows.device, pass_weights.numel())
+    return Decision(pass_weights, None if factor is None else _numbers(factor, f"{rows.op}: factor", rows.device, 1))
 
 
-def _options(options: Sequence[float], tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
+def _options(rows: Rows, options: Sequence[float], tensors: Sequence[Tensor | None]) -> Tensor:
     """The options of all groups on the device, WORDS for each."""
-    check_count(len(tensors), "option_tensors", len(options))
+    check_count(len(tensors), f"{rows.op}: option_tensors", len(options))
     words: list[float] = []
-    for value, tensor in zip(options, tensors, strict=True):
+    for i, (value, tensor) in enumerate(zip(options, tensors, strict=True)):
         if tensor is None:
             words += (0, 0, value, 1 - value)
             continue
         wide = tensor.dtype == torch.float64
-        check_tensor(tensor, "option_tensors", device, torch.float64 if wide else torch.float32, 1)
+        dtype = torch.float64 if wide else torch.float32
+        check_tensor(tensor, f"{rows.op}: option_tensors[{i}]", rows.device, dtype, 1)
         words += (0, tensor.data_ptr(), 0, 0) if wide else (tensor.data_ptr(), 0, 0, 0)
     content = struct.pack("qqdd" * len(options), *words)
-    return _cache.get(("options", content), device, lambda: content, lambda table: table.view(torch.int64))
+    return _cache.get(("options", content), rows.device, lambda: content, lambda table: table.view(torch.int64))
 
 
-def _gradients(
-    grad: Sequence[Tensor], grad_ascent: Sequence[Tensor], grad_descent: Sequence[Tensor]
-) -> tuple[tuple[int, str, Sequence[Tensor]], ...]:
-    """The lists of all three gradients, or that of the only one."""
-    others = (_GRAD_ASCENT, "grad_ascent", grad_ascent), (_GRAD_DESCENT, "grad_descent", grad_descent)
-    return (_GRAD, "grad", grad), *(others if grad_ascent else ())
+def _gradients(passes: Sequence[Sequence[Tensor]]) -> list[_List]:
+    """The lists of gradients, by pass."""
+    return [(GRADS + i, f"grads[{i}]", grads) for i, grads in enumerate(passes)]
 
 
-def sgd_step_(
+def _check_passes(op: str, passes: Sequence[Any]) -> None:
+    check(len(passes) in (1, PASSES), f"{op}: grads has {len(passes)} entries, not 1 or {PASSES}")
+
+
+def step_(
     live: Sequence[Tensor],
     saved: Sequence[Tensor],
-    momentum_buffer: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    grad_ascent: Sequence[Tensor],
-    grad_descent: Sequence[Tensor],
+    state: Sequence[Any],
+    grads: Sequence[Any],
     groups: Sequence[int],
     steps: Sequence[Tensor],
+    rule: str,
     options: Sequence[float],
     option_tensors: Sequence[Tensor | None],
-    a: Tensor,
-    b: Tensor,
+    pass_weights: Tensor,
     factor: Tensor | None,
     ok: Tensor,
 ) -> None:
-    """A step of SGD."""
+    """The step of an update rule."""
     if not live:
         return
-    lists = (_LIVE, "live", live), (_SAVED, "saved", saved), *_gradients(grad, grad_ascent, grad_descent)
-    momentum = _FIRST, "momentum_buffer", momentum_buffer
-    rows = Rows(groups, a.numel(), *lists, optional=momentum, steps=steps)
-    _step(launch_sgd_step, SGD_OPTIONS.value, rows, options, option_tensors, (a, b, factor), ok, bool(grad_ascent))
-
-
-def adamw_step_(
-    live: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    exp_avg: Sequence[Tensor],
-    exp_avg_sq: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    grad_ascent: Sequence[Tensor],
-    grad_descent: Sequence[Tensor],
-    groups: Sequence[int],
-    steps: Sequence[Tensor],
-    options: Sequence[float],
-    option_tensors: Sequence[Tensor | None],
-    a: Tensor,
-    b: Tensor,
-    factor: Tensor | None,
-    ok: Tensor,
-) -> None:
-    """A step of Adam or AdamW."""
-    if not live:
-        return
-    lists = (_LIVE, "live", live), (_SAVED, "saved", saved), *_gradients(grad, grad_ascent, grad_descent)
-    moments = (_FIRST, "exp_avg", exp_avg), (_SECOND, "exp_avg_sq", exp_avg_sq)
-    rows = Rows(groups, a.numel(), *lists, *moments, steps=steps)
-    _step(launch_adamw_step, ADAM_OPTIONS.value, rows, options, option_tensors, (a, b, factor), ok, bool(grad_ascent))
-
-
-def _step(
-    launch: Callable[..., None],
-    num_options: int,
-    rows: Rows,
-    options: Sequence[float],
-    option_tensors: Sequence[Tensor | None],
-    decided: tuple[Tensor, Tensor, Tensor | None],
-    ok: Tensor,
-    differences: bool,
-) -> None:
-    """The step of a base optimizer, with so many options a group."""
-    check_tensor(ok, "ok", rows.device, torch.bool, 1)
-    check_count(len(options), "options", rows.num_groups * num_options)
+    op = "step_"
+    check(rule in RULES, f"{op}: rule is {rule}, which is none")
+    buffers, passes = (_columns(x, len(live), f"{op}: {name}") for x, name in ((state, "state"), (grads, "grads")))
+    check_count(len(buffers), f"{op}: state", RULES[rule].buffers)
+    _check_passes(op, passes)
+    num_groups = pass_weights.numel() // (PASSES - 1)
+    lists = (LIVE, "live", live), (SAVED, "saved", saved), *_gradients(passes)
+    optional = [(STATE + i, f"state[{i}]", buffer) for i, buffer in enumerate(buffers)]
+    rows = Rows(op, groups, num_groups, *lists, optional=optional, steps=steps)
+    check_tensor(ok, f"{op}: ok", rows.device, torch.bool, 1)
+    check_count(len(options), f"{op}: options", num_groups * RULES[rule].options)
     if rows.empty:
         return
-    decision = _decision(rows, *decided)
+    decision = _decision(rows, pass_weights, factor)
     with guard(rows.device):
-        own = _options(options, option_tensors, rows.device)
-        launch(rows.dtype, rows.table(), own, decision, ok.view(torch.uint8), differences)
+        own = _options(rows, options, option_tensors)
+        launch_step(rule, rows.dtype, rows.table(), own, decision, ok.view(torch.uint8), len(passes))
 
 
 def combine_(
     live: Sequence[Tensor],
     saved: Sequence[Tensor],
-    grad: Sequence[Tensor],
-    grad_ascent: Sequence[Tensor],
-    grad_descent: Sequence[Tensor],
+    earlier: Sequence[Any],
+    last: Sequence[Tensor],
     groups: Sequence[int],
-    a: Tensor,
-    b: Tensor,
+    pass_weights: Tensor,
     factor: Tensor | None,
 ) -> None:
     """The regularized gradient over the last one, and w into `live`."""
     if not live:
         return
-    lists = (_LIVE, "live", live), (_SAVED, "saved", saved), *_gradients(grad, grad_ascent, grad_descent)
-    rows = Rows(groups, a.numel(), *lists)
+    op = "combine_"
+    passes = [*_columns(earlier, len(live), f"{op}: earlier"), last]
+    _check_passes(op, passes)
+    lists = (LIVE, "live", live), (SAVED, "saved", saved), *_gradients(passes)
+    rows = Rows(op, groups, pass_weights.numel() // (PASSES - 1), *lists)
     if rows.empty:
         return
-    decision = _decision(rows, a, b, factor)
+    decision = _decision(rows, pass_weights, factor)
     with guard(rows.device):
-        launch_combine(rows.dtype, rows.table(), decision, bool(grad_ascent))
+        launch_combine(rows.dtype, rows.table(), decision, len(passes))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from crsam_ext.precision import has_master
 
-from .chunk_table import ADAPTIVE, GRAD, GROUP, LIVE, SAVED, Table, chunk_of, compute_dtype, for_each, load, store
+from .chunk_table import ADAPTIVE, GRADS, GROUP, LIVE, SAVED, Table, chunk_of, compute_dtype, for_each, load, store
 from .launch import jit, launch
 from .update_math import dithered, hashed, perturbed
 
@@ -76,7 +76,7 @@ def perturb_kernel(
         tl.store(marker, number)
     row, index = chunk_of(rows, chunks)
     s = tl.load(scale + tl.load(row + GROUP)).to(compute_dtype(dtype))
-    live, saved, grad = tl.load(row + LIVE), tl.load(row + SAVED), tl.load(row + GRAD)
+    live, saved, grad = tl.load(row + LIVE), tl.load(row + SAVED), tl.load(row + GRADS)
     adaptive = tl.load(row + ADAPTIVE) != 0
     if SAVE:
         for_each(save_and_perturb, (live, saved, grad, s, adaptive, STOCHASTIC), (), row, index, dtype, VECTORS)

@@ -1,4 +1,4 @@
-"""The updates: SGD, Adam and AdamW, and the gradient for any other optimizer."""
+"""The updates: a kernel for every rule of `update_math`, and the gradient for any other optimizer."""
 
 from __future__ import annotations
 
@@ -10,81 +10,53 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunk_table import (
-    FIRST,
-    GRAD,
-    GRAD_ASCENT,
-    GRAD_DESCENT,
+    GRADS,
     GROUP,
     LIVE,
+    PASSES,
     SAVED,
-    SECOND,
+    STATE,
     STEP,
     Table,
+    addresses,
     chunk_of,
     compute_dtype,
     for_each,
     load,
+    load_all,
     store,
 )  # fmt: skip
-from .launch import REGISTERS_OF_ADAM, jit, launch
-from .update_math import (
-    ADAM_MAXIMIZE,
-    ADAM_OPTIONS,
-    SGD_MAXIMIZE,
-    SGD_OPTIONS,
-    WORDS,
-    adam,
-    adam_rule,
-    combined,
-    resolve,
-    sgd,
-    sgd_rule,
-)  # fmt: skip
+from .launch import jit, launch
+from .update_math import MAXIMIZE, RULES, WORDS, combined, prepared, resolve, updated
 
 
 class Decision(NamedTuple):
     """What `coefficients` has decided."""
 
-    a: Tensor  #: [groups]
-    b: Tensor  #: [groups]
+    pass_weights: Tensor  #: [PASSES - 1, groups]
     factor: Tensor | None  #: 0-dim
 
 
 @triton.jit
-def weights_of(group, a, b, factor, dtype: tl.constexpr):
-    """a, b and the factor of one group, in the compute dtype."""
+def weights_of(group, num_groups, pass_weights, factor, dtype: tl.constexpr):
+    """The weights of the passes for one group, and the factor, in the compute dtype."""
+    weights = ()
+    for i in tl.static_range(PASSES - 1):
+        weights = weights + (tl.load(pass_weights + i * num_groups + group).to(dtype),)
     one = tl.full([], 1.0, dtype)
     if factor is not None:
         one = tl.load(factor).to(dtype)
-    return tl.load(a + group).to(dtype), tl.load(b + group).to(dtype), one
-
-
-@triton.jit
-def gradients_of(row, DIFFERENCES: tl.constexpr):
-    """The addresses of all three gradients, or of one."""
-    if DIFFERENCES:
-        return tl.load(row + GRAD), tl.load(row + GRAD_ASCENT), tl.load(row + GRAD_DESCENT)
-    else:
-        return (tl.load(row + GRAD),)
+    return weights + (one,)
 
 
 @triton.jit
 def load_combined(grads, weights, where, mask, dtype: tl.constexpr, width: tl.constexpr):
-    """ghat times the factor, from three gradients or from one."""
-    g = load(grads[0], where, mask, dtype, width)
-    if len(grads) == 3:
-        ascent = load(grads[1], where, mask, dtype, width)
-        return combined(weights, g, ascent, load(grads[2], where, mask, dtype, width))
+    """ghat times the factor, from the gradients of all passes or from one."""
+    loaded = load_all(grads, where, mask, dtype, width)
+    if len(grads) == PASSES:
+        return combined(weights, loaded)
     else:
-        return weights[2] * g
-
-
-@triton.jit
-def store_parameters(live, saved, where, mask, w, dtype: tl.constexpr, width: tl.constexpr):
-    """w into `live`, and into the master where there is one."""
-    store(live, where, mask, w, dtype, width)
-    if compute_dtype(dtype) != dtype:
-        store(saved, where, mask, w, compute_dtype(dtype), width)
+        return weights[PASSES - 1] * loaded[0]
 
 
 @triton.jit
@@ -96,31 +68,20 @@ def restore(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constex
 
 
 @triton.jit
-def sgd_step(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
-    """One tile of a step of SGD."""
-    live, saved, momentum_buffer, grads, weights, rule = arguments
+def step(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
+    """One tile of the step of a rule."""
+    live, saved, state, grads, weights, rule = arguments[:6]
     master: tl.constexpr = compute_dtype(dtype)
-    kept = mask & (momentum_buffer != 0)
+    kept = mask & (state[0] != 0)
     w = load(saved, where, mask, master, width)
-    m = load(momentum_buffer, where, kept, master, width)
-    w, m = sgd(rule, w, m, load_combined(grads, weights, where, mask, dtype, width))
-    store(momentum_buffer, where, kept, m, master, width)
-    store_parameters(live, saved, where, mask, w, dtype, width)
-    return sums
-
-
-@triton.jit
-def adamw_step(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
-    """One tile of a step of Adam."""
-    live, saved, exp_avg, exp_avg_sq, grads, weights, rule = arguments
-    master: tl.constexpr = compute_dtype(dtype)
-    w = load(saved, where, mask, master, width)
-    m = load(exp_avg, where, mask, master, width)
-    v = load(exp_avg_sq, where, mask, master, width)
-    w, m, v = adam(rule, w, m, v, load_combined(grads, weights, where, mask, dtype, width))
-    store(exp_avg, where, mask, m, master, width)
-    store(exp_avg_sq, where, mask, v, master, width)
-    store_parameters(live, saved, where, mask, w, dtype, width)
+    old = load_all(state, where, kept, master, width)
+    g = load_combined(grads, weights, where, mask, dtype, width)
+    w, new = updated(rule, w, old, g, arguments[6])  # the name of the rule: a variable cannot hold text
+    for i in tl.static_range(len(state)):
+        store(state[i], where, kept, new[i], master, width)
+    store(live, where, mask, w, dtype, width)
+    if master != dtype:
+        store(saved, where, mask, w, master, width)
     return sums
 
 
@@ -134,86 +95,61 @@ def combine(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constex
 
 
 @jit
-def sgd_step_kernel(
-    rows, chunks, option_table, a, b, factor, ok,
-    DIFFERENCES: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr,
+def step_kernel(
+    rows, chunks, option_table, pass_weights, factor, ok, num_groups,
+    RULE: tl.constexpr, OPTIONS: tl.constexpr, BUFFERS: tl.constexpr, GIVEN: tl.constexpr,
+    dtype: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """torch.optim.SGD, see `sgd`.   In float32: reads w, m, g0, g+, g-, writes m, live: 28 bytes an element.
+    """The step of a rule, from as many gradients as are GIVEN: all or one.
 
-    A step that is not ok is skipped: live = w, and nothing else changes.
-    """
-    row, index = chunk_of(rows, chunks)
-    live, saved, momentum_buffer = tl.load(row + LIVE), tl.load(row + SAVED), tl.load(row + FIRST)
-    if tl.load(ok) != 0:
-        group, step = tl.load(row + GROUP), tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32)))
-        own = option_table + group * SGD_OPTIONS * WORDS
-        wide_dtype: tl.constexpr = compute_dtype(dtype)
-        wa, wb, wf = weights_of(group, a, b, factor, wide_dtype)
-        wf = tl.where(resolve(own + WORDS * SGD_MAXIMIZE, wide_dtype) != 0, -wf, wf)
-        rule = sgd_rule(own, step, momentum_buffer != 0, wide_dtype)
-        arguments = (live, saved, momentum_buffer, gradients_of(row, DIFFERENCES), (wa, wb, wf), rule)
-        for_each(sgd_step, arguments, (), row, index, dtype, VECTORS)
-    elif live != saved:
-        for_each(restore, (live, saved), (), row, index, dtype, VECTORS)
-
-
-@jit
-def adamw_step_kernel(
-    rows, chunks, option_table, a, b, factor, ok,
-    DIFFERENCES: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr,
-):  # fmt: skip
-    """torch.optim.Adam and AdamW, see `adam`.
-
-    In float32: reads w, m, v, g0, g+, g-, writes m, v, live: 36 bytes an element. A step that is not ok is skipped:
-    live = w, and nothing else changes.
+    In float32, with three gradients and n state buffers: reads w, the state and the gradients, writes the state and
+    live: 20 + 8 n bytes an element. A step that is not ok is skipped: live = w, and nothing else changes.
     """
     row, index = chunk_of(rows, chunks)
     live, saved = tl.load(row + LIVE), tl.load(row + SAVED)
     if tl.load(ok) != 0:
-        group, step = tl.load(row + GROUP), tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32)))
-        own = option_table + group * ADAM_OPTIONS * WORDS
-        wide_dtype: tl.constexpr = compute_dtype(dtype)
-        wa, wb, wf = weights_of(group, a, b, factor, wide_dtype)
-        wf = tl.where(resolve(own + WORDS * ADAM_MAXIMIZE, wide_dtype) != 0, -wf, wf)
-        rule = adam_rule(own, step, wide_dtype)
-        exp_avg, exp_avg_sq = tl.load(row + FIRST), tl.load(row + SECOND)
-        arguments = (live, saved, exp_avg, exp_avg_sq, gradients_of(row, DIFFERENCES), (wa, wb, wf), rule)
-        for_each(adamw_step, arguments, (), row, index, dtype, VECTORS)
+        group, taken = tl.load(row + GROUP), tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32)))
+        own = option_table + group * OPTIONS * WORDS
+        master: tl.constexpr = compute_dtype(dtype)
+        weights = weights_of(group, num_groups, pass_weights, factor, master)
+        maximized = resolve(own + WORDS * MAXIMIZE, master) != 0
+        weights = weights[: PASSES - 1] + (tl.where(maximized, -weights[PASSES - 1], weights[PASSES - 1]),)
+        state = addresses(row + STATE, BUFFERS)
+        rule = prepared(own, taken, state[0] != 0, master, RULE)
+        grads = addresses(row + GRADS, GIVEN)
+        for_each(step, (live, saved, state, grads, weights, rule, RULE), (), row, index, dtype, VECTORS)
     elif live != saved:
         for_each(restore, (live, saved), (), row, index, dtype, VECTORS)
 
 
 @jit
-def combine_kernel(rows, chunks, a, b, factor, DIFFERENCES: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr):
+def combine_kernel(
+    rows, chunks, pass_weights, factor, num_groups, GIVEN: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr
+):
     """ghat over the last gradient, and live = w.
 
     In float32: reads g0, g+, g-, w, writes g-, live: 24 bytes an element.
     """
     row, index = chunk_of(rows, chunks)
-    if DIFFERENCES or factor is not None:
-        weights = weights_of(tl.load(row + GROUP), a, b, factor, compute_dtype(dtype))
-        for_each(combine, (gradients_of(row, DIFFERENCES), weights), (), row, index, dtype, VECTORS)
+    if GIVEN == PASSES or factor is not None:
+        weights = weights_of(tl.load(row + GROUP), num_groups, pass_weights, factor, compute_dtype(dtype))
+        for_each(combine, (addresses(row + GRADS, GIVEN), weights), (), row, index, dtype, VECTORS)
     live, saved = tl.load(row + LIVE), tl.load(row + SAVED)
     if live != saved:
         for_each(restore, (live, saved), (), row, index, dtype, VECTORS)
 
 
-def launch_sgd_step(
-    dtype: torch.dtype, table: Table, options: Tensor, decision: Decision, ok: Tensor, differences: bool
+def launch_step(
+    rule: str, dtype: torch.dtype, table: Table, options: Tensor, decision: Decision, ok: Tensor, given: int
 ) -> None:
-    """differences: whether all three gradients are given; with one only, it is `grad`. options: see `update_math`."""
-    arguments = (table.rows, table.chunks, options, *decision, ok)
-    launch(sgd_step_kernel, table, dtype, *arguments, DIFFERENCES=differences)
+    """given: how many gradients, PASSES or 1. options: of all groups, WORDS for each, in the order of the rule."""
+    num_options, buffers, registers = RULES[rule]
+    launch(
+        step_kernel, table, dtype, table.rows, table.chunks, options, *decision, ok, table.num_groups,
+        registers=registers, RULE=rule, OPTIONS=num_options, BUFFERS=buffers, GIVEN=given,
+    )  # fmt: skip
 
 
-def launch_adamw_step(
-    dtype: torch.dtype, table: Table, options: Tensor, decision: Decision, ok: Tensor, differences: bool
-) -> None:
-    """As `launch_sgd_step`."""
-    arguments = (table.rows, table.chunks, options, *decision, ok)
-    launch(adamw_step_kernel, table, dtype, *arguments, registers=REGISTERS_OF_ADAM, DIFFERENCES=differences)
-
-
-def launch_combine(dtype: torch.dtype, table: Table, decision: Decision, differences: bool) -> None:
+def launch_combine(dtype: torch.dtype, table: Table, decision: Decision, given: int) -> None:
     """ghat over the last gradient, w into live."""
-    launch(combine_kernel, table, dtype, table.rows, table.chunks, *decision, DIFFERENCES=differences)
+    launch(combine_kernel, table, dtype, table.rows, table.chunks, *decision, table.num_groups, GIVEN=given)

@@ -6,26 +6,13 @@ root are those of IEEE, which in float32 are not Triton's default.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-# The order of a group's options, and how many there are.
-SGD_LR = tl.constexpr(0)
-SGD_MOMENTUM = tl.constexpr(1)
-SGD_DAMPENING = tl.constexpr(2)
-SGD_WEIGHT_DECAY = tl.constexpr(3)
-SGD_NESTEROV = tl.constexpr(4)
-SGD_MAXIMIZE = tl.constexpr(5)
-SGD_OPTIONS = tl.constexpr(6)
-
-ADAM_LR = tl.constexpr(0)
-ADAM_BETA1 = tl.constexpr(1)
-ADAM_BETA2 = tl.constexpr(2)
-ADAM_EPS = tl.constexpr(3)
-ADAM_WEIGHT_DECAY = tl.constexpr(4)
-ADAM_DECOUPLED_WEIGHT_DECAY = tl.constexpr(5)
-ADAM_MAXIMIZE = tl.constexpr(6)
-ADAM_OPTIONS = tl.constexpr(7)
+from .chunk_table import PASSES, digits, smallest_exponent
+from .launch import MORE_REGISTERS, REGISTERS
 
 # An option takes four words of the table of options: the address of a float32, that of a float64, a value and 1 - value
 # in float64. The value holds where both addresses are 0.
@@ -112,8 +99,8 @@ def dithered(x, random, dtype: tl.constexpr):
     So it is rounded up with the probability of the part that is cut off. All but x + q u is exact. Numbers next to 0,
     which `dtype` could round more finely, are treated as larger ones.
     """
-    DIGITS: tl.constexpr = 10 if dtype == tl.float16 else 7
-    SMALLEST: tl.constexpr = 113 if dtype == tl.float16 else 8  # exponents are biased by 127
+    DIGITS: tl.constexpr = digits(dtype)
+    SMALLEST: tl.constexpr = smallest_exponent(dtype)
     exponent = tl.maximum((x.to(tl.uint32, bitcast=True) >> 23) & 255, SMALLEST)
     q = ((exponent - DIGITS) << 23).to(tl.float32, bitcast=True)
     inverse = ((254 + DIGITS - exponent) << 23).to(tl.float32, bitcast=True)
@@ -121,24 +108,44 @@ def dithered(x, random, dtype: tl.constexpr):
 
 
 @triton.jit
-def differences(grad, ascent, descent):
+def differences(grads):
     """d1 = g+ - g-,  d2 = (g+ - g0) + (g- - g0)"""
-    return ascent - descent, (ascent - grad) + (descent - grad)
+    return grads[1] - grads[2], (grads[1] - grads[0]) + (grads[2] - grads[0])
 
 
 @triton.jit
-def combined(weights, grad, ascent, descent):
-    """ghat = c (g+ + a d2 + b d1)"""
-    a, b, factor = weights
-    d1, d2 = differences(grad, ascent, descent)
-    return factor * tl.fma(b, d1, tl.fma(a, d2, ascent))
+def combined(weights, grads):
+    """ghat = c (g+ + sum of c_i (g_i - g0)); weights: of each pass after the first, then c."""
+    ghat = grads[1]
+    for i in tl.static_range(PASSES - 1, 0, -1):
+        ghat = tl.fma(weights[i - 1], grads[i] - grads[0], ghat)
+    return weights[PASSES - 1] * ghat
+
+
+# The update rules. Each has two functions: one works out what the other needs, from the options of a group, how many
+# steps the row has taken and whether it has state; where it has none, the state is 0 and what is left there is lost. Of
+# the options, the first is always `maximize`.
+MAXIMIZE = tl.constexpr(0)
+
+SGD_LR = tl.constexpr(1)
+SGD_MOMENTUM = tl.constexpr(2)
+SGD_DAMPENING = tl.constexpr(3)
+SGD_WEIGHT_DECAY = tl.constexpr(4)
+SGD_NESTEROV = tl.constexpr(5)
+
+ADAM_LR = tl.constexpr(1)
+ADAM_BETA1 = tl.constexpr(2)
+ADAM_BETA2 = tl.constexpr(3)
+ADAM_EPS = tl.constexpr(4)
+ADAM_WEIGHT_DECAY = tl.constexpr(5)
+ADAM_DECOUPLED_WEIGHT_DECAY = tl.constexpr(6)
 
 
 @triton.jit
-def sgd_rule(options, step, has_momentum, dtype: tl.constexpr):
+def sgd_of(options, step, has_state, dtype: tl.constexpr):
     """What torch.optim.SGD needs to know for one group. Its first momentum is the gradient itself, undamped."""
-    momentum = tl.where(has_momentum, resolve(options + WORDS * SGD_MOMENTUM, dtype), 0.0)
-    dampened = has_momentum & (step > 1)
+    momentum = tl.where(has_state, resolve(options + WORDS * SGD_MOMENTUM, dtype), 0.0)
+    dampened = has_state & (step > 1)
     return (
         resolve(options + WORDS * SGD_LR, dtype),
         momentum,
@@ -149,19 +156,20 @@ def sgd_rule(options, step, has_momentum, dtype: tl.constexpr):
 
 
 @triton.jit
-def sgd(rule, w, m, g):
-    """w and m after a step of torch.optim.SGD; without momentum, m is the gradient.
+def sgd(rule, w, state, g):
+    """w and the state, m, after a step of torch.optim.SGD; without momentum, m is the gradient.
 
     g += weight_decay w,  m = momentum m + (1 - dampening) g,  w -= lr m, or nesterov: w -= lr (g + momentum m)
     """
     lr, momentum, undamped, weight_decay, nesterov = rule
+    m = state[0]
     g = tl.where(weight_decay != 0, tl.fma(weight_decay, w, g), g)
     m = tl.fma(undamped, g, momentum * m)
-    return tl.fma(-lr, tl.where(nesterov, tl.fma(momentum, m, g), m), w), m
+    return tl.fma(-lr, tl.where(nesterov, tl.fma(momentum, m, g), m), w), (m,)
 
 
 @triton.jit
-def adam_rule(options, step, dtype: tl.constexpr):
+def adam_of(options, step, dtype: tl.constexpr):
     """What torch.optim.Adam and AdamW need to know for one group."""
     lr = resolve(options + WORDS * ADAM_LR, dtype)
     rest1 = resolve_complement(options + WORDS * ADAM_BETA1, dtype)
@@ -183,16 +191,47 @@ def adam_rule(options, step, dtype: tl.constexpr):
 
 
 @triton.jit
-def adam(rule, w, m, v, g):
-    """w, m and v after a step of torch.optim.Adam or AdamW.
+def adam(rule, w, state, g):
+    """w and the state, m and v, after a step of torch.optim.Adam or AdamW.
 
     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
     w = (1 - lr weight_decay) w - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps), and for Adam, before all
     that, g += weight_decay w instead of the factor on w
     """
     beta1, beta2, rest1, rest2, root_correction2, eps, step_size, weight_decay, shrink = rule
+    m, v = state
     g = tl.where(weight_decay != 0, tl.fma(weight_decay, w, g), g)
     m = tl.fma(beta1, m, rest1 * g)
     v = tl.fma(beta2, v, rest2 * g * g)
     denominator = quotient(root(v), root_correction2) + eps
-    return tl.fma(-step_size, quotient(m, denominator), shrink * w), m, v
+    return tl.fma(-step_size, quotient(m, denominator), shrink * w), (m, v)
+
+
+@triton.jit
+def prepared(options, step, has_state, dtype: tl.constexpr, RULE: tl.constexpr):
+    """What a rule needs to know for one group."""
+    if RULE == "sgd":
+        return sgd_of(options, step, has_state, dtype)
+    else:
+        return adam_of(options, step, dtype)
+
+
+@triton.jit
+def updated(rule, w, state, g, RULE: tl.constexpr):
+    """w and the state after a step of a rule."""
+    if RULE == "sgd":
+        return sgd(rule, w, state, g)
+    else:
+        return adam(rule, w, state, g)
+
+
+class Rule(NamedTuple):
+    """An update rule: how many options a group has, how many buffers its state has, and what a thread needs for it."""
+
+    options: int
+    buffers: int
+    registers: int = REGISTERS
+
+
+#: By the names that options give them.
+RULES = {"sgd": Rule(options=6, buffers=1), "adam": Rule(options=7, buffers=2, registers=MORE_REGISTERS)}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from .fused import FAKES, FusedOperators, no_device
+from .fused import KERNELS, FusedOperators, no_device
 
 __all__ = ["CudaOperators", "why_unavailable"]
 
@@ -40,7 +40,7 @@ class CudaOperators(FusedOperators):
 
     def __init__(self) -> None:
         self.host = extension.load()
-        self._ops = SimpleNamespace(**{name: _direct(self.host, name) for name in FAKES})
+        self._ops = SimpleNamespace(**{name: _direct(self.host, name) for name in KERNELS})
 
     def _launch_mark(self, live: Tensor) -> int:
         return live._version  # which the operator bumps after the launch
@@ -54,6 +54,15 @@ def _direct(module: Any, name: str) -> Callable[..., Any]:
     direct, registered = getattr(module, name), getattr(torch.ops.crsam, name)
 
     def operator(*arguments: Any) -> Any:
-        return (registered if torch.compiler.is_compiling() else direct)(*arguments)
+        if torch.compiler.is_compiling():
+            return registered(*map(_flat, arguments))
+        return direct(*arguments)
 
     return operator
+
+
+def _flat(argument: Any) -> Any:
+    """A list of lists as schemas have it: one after the other."""
+    if isinstance(argument, list) and argument and isinstance(argument[0], list):
+        return [tensor for tensors in argument for tensor in tensors]
+    return argument

@@ -1,24 +1,141 @@
 """The operators as fused kernels, one launch each: from arguments of `Operators` to those of the schemas.
 
-CUDA C++ and Triton implement the same schemas, each in a namespace of its own: csrc/ops.cpp says what they mean. A row
-is one parameter, and gradients stay where autograd left them: the kernels read a table of pointers, which is copied to
-the device only when a pointer has changed.
+CUDA C++ and Triton implement the same schemas, those of ``KERNELS``, each in a namespace of its own. A row is one
+parameter, and gradients stay where autograd left them: the kernels read a table of pointers, which is copied to the
+device only when a pointer has changed.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import EPSILON, AdamOptions, Coefficients, Operators, SGDOptions
+from ..ops import EPSILON, PASSES, REGULARIZERS, Coefficients, Operators, Options
+from ..precision import compute_dtype, has_master
 
-__all__ = ["FAKES", "FusedOperators", "no_device", "register_fakes"]
+__all__ = ["KERNELS", "FusedOperators", "Kernel", "no_device", "register"]
+
+
+def _fake_sums(*columns: int) -> Callable[..., Tensor]:
+    def fake(grads: list[Tensor], groups: Any, num_groups: int, *_: Any) -> Tensor:
+        return grads[0].new_empty(num_groups, *columns, dtype=torch.float64)
+
+    return fake
+
+
+def _fake_coefficients(gram: Tensor | None, squared_norms: Any, scale: Any, alpha: Tensor, *_: Any) -> tuple[Any, ...]:
+    flags = {"ok", "capped"}
+    numbers = {name: alpha.new_empty((), dtype=torch.bool if name in flags else None) for name in Coefficients._fields}
+    return tuple((numbers | {"pass_weights": alpha.new_empty(PASSES - 1, len(alpha))}).values())
+
+
+def _fake_nothing(*_: Any) -> None:
+    """What an operator returns that writes into its arguments."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What is to be known of an operator, besides what it computes.
+
+    Args:
+        arguments: as in a schema; those that are marked with an exclamation mark are written.
+        results: likewise.
+        fake: makes the results without values, for torch.compile and its like.
+        moves: for each variant what is read and written an element, one letter a stream: ``r`` a row, ``w`` one in the
+            compute dtype; of the latter only if rows have (``m``) or have not (``n``) masters.
+    """
+
+    arguments: str
+    results: str
+    fake: Callable[..., Any]
+    moves: Callable[..., tuple[str, str]] = lambda: ("", "")
+
+    @property
+    def schema(self) -> str:
+        return f"({self.arguments}) -> {self.results}"
+
+    @property
+    def written(self) -> list[int]:
+        """The positions of the arguments that are written."""
+        return [i for i, argument in enumerate(self.arguments.split(", ")) if "!" in argument]
+
+    def nbytes(self, dtype: torch.dtype, *variant: int) -> tuple[int, int]:
+        """Bytes that are read and written an element, of rows of a dtype."""
+        wide, masters = compute_dtype(dtype).itemsize, has_master(dtype)
+        sizes = {"r": dtype.itemsize, "w": wide, "m": wide * masters, "n": wide * (not masters)}
+        read, written = (sum(map(sizes.__getitem__, streams)) for streams in self.moves(*variant))
+        return read, written
+
+
+#: The operators. Groups are given by number. Lists of lists, ``state`` and the gradients of all passes, come one after
+#: the other. Options are those of all groups, as numbers, and as tensors where they lie on the device. An empty tensor
+#: stands for missing state.
+KERNELS = {
+    "grad_norm": Kernel(
+        "Tensor[] grads, int[] groups, int num_groups, Tensor?[] weights",
+        "Tensor",
+        _fake_sums(),
+        lambda: ("r", ""),
+    ),
+    "perturbation_scale": Kernel(
+        "Tensor squared_norm, Tensor rho, float epsilon",
+        "Tensor",
+        lambda squared_norm, rho, epsilon: torch.empty_like(squared_norm),
+    ),
+    "perturb_": Kernel(
+        "Tensor(a!)[] live, Tensor(b!)[] saved, Tensor[] grads, int[] groups, Tensor scale, bool[] adaptive, int sign, "
+        "bool stochastic=False",
+        "()",
+        _fake_nothing,
+        lambda sign: ("rrm", "rn") if sign > 0 else ("rw", "r"),
+    ),
+    "fd_gram": Kernel(
+        "Tensor[] grads, int[] groups, int num_groups, Tensor?[] weights",
+        "Tensor",
+        _fake_sums(9),
+        lambda: ("r" * PASSES, ""),
+    ),
+    "coefficients": Kernel(
+        "Tensor? gram, Tensor[] squared_norms, Tensor scale, Tensor alpha, Tensor beta, Tensor(a!) counters, "
+        "Tensor(b!)[] taken, Tensor[] part, str regularizer, Tensor[] losses, Tensor? grad_scale, "
+        "float max_regularizer_ratio, float max_grad_norm",
+        "(" + ", ".join(f"Tensor {name}" for name in Coefficients._fields) + ")",
+        _fake_coefficients,
+    ),
+    "step_": Kernel(
+        "Tensor(a!)[] live, Tensor(b!)[] saved, Tensor(c!)[] state, Tensor[] grads, int[] groups, Tensor[] steps, "
+        "str rule, float[] options, Tensor?[] option_tensors, Tensor pass_weights, Tensor? factor, Tensor ok",
+        "()",
+        _fake_nothing,
+        lambda passes, buffers: ("r" * passes + "w" * (1 + buffers), "rm" + "w" * buffers),
+    ),
+    "combine_": Kernel(
+        "Tensor(a!)[] live, Tensor[] saved, Tensor[] earlier, Tensor(b!)[] last, int[] groups, Tensor pass_weights, "
+        "Tensor? factor",
+        "()",
+        _fake_nothing,
+        lambda passes: ("r" * passes + "w", "rr"),
+    ),
+}
+
+_libraries: list[torch.library.Library] = []  # what they define lasts as long as they do
+
+
+@cache
+def register(namespace: str) -> None:
+    """Define the operators of a namespace for torch; the extension calls it as it is imported."""
+    library = torch.library.Library(namespace, "FRAGMENT")
+    _libraries.append(library)
+    for name, kernel in KERNELS.items():
+        library.define(name + kernel.schema)
+        torch.library.register_fake(f"{namespace}::{name}", kernel.fake, lib=library)
 
 
 def no_device() -> str | None:
@@ -83,14 +200,12 @@ class FusedOperators(Operators):
 
     def fd_gram(
         self,
-        grad: Sequence[Tensor],
-        grad_ascent: Sequence[Tensor],
-        grad_descent: Sequence[Tensor],
+        grads: Sequence[Sequence[Tensor]],
         groups: Sequence[int],
         num_groups: int,
         weights: Sequence[Tensor | None],
     ) -> Tensor:
-        return self._ops.fd_gram(grad, grad_ascent, grad_descent, groups, num_groups, weights)
+        return self._ops.fd_gram(list(grads), groups, num_groups, weights)
 
     def coefficients(
         self,
@@ -109,90 +224,59 @@ class FusedOperators(Operators):
         max_regularizer_ratio: float,
         max_grad_norm: float | None,
     ) -> Coefficients:
-        log = passes == 3 and regularizer == "log"
-        assert gram is not None or not log or losses is not None
-        assert gram is not None or passes < 3 or max_grad_norm is None
+        measures = passes == PASSES and REGULARIZERS[regularizer].measures
+        assert gram is not None or not measures or losses is not None
+        assert gram is not None or passes < PASSES or max_grad_norm is None
         here = [pair for pair in steps if pair[0].device == alpha.device]
-        values, flags = self._ops.coefficients(
-            gram,
-            list(squared_norms),
-            scale,
-            alpha,
-            beta,
-            counters,
-            [taken for taken, _ in here],
-            [part for _, part in here],
-            passes,
-            log,
-            [] if losses is None else list(losses),
-            grad_scale,
-            max_regularizer_ratio,
-            math.inf if max_grad_norm is None else max_grad_norm,
+        c = Coefficients(
+            *self._ops.coefficients(
+                gram,
+                list(squared_norms),
+                scale,
+                alpha,
+                beta,
+                counters,
+                [taken for taken, _ in here],
+                [part for _, part in here],
+                regularizer if passes == PASSES else "linear",
+                [] if losses is None else list(losses),
+                grad_scale,
+                max_regularizer_ratio,
+                math.inf if max_grad_norm is None else max_grad_norm,
+            )
         )
-        a, b, factor, kappa, sigma, ratio, ok, capped = self.host.split_decision(values, flags)
         for taken, part in steps:
             if taken.device != alpha.device:
-                taken.addcmul_(part, ok.to(part, non_blocking=True))
-        return Coefficients(
-            a,
-            b,
-            None if max_grad_norm is None and grad_scale is None else factor,
-            ok,
-            kappa if log else None,
-            sigma if log else None,
-            None if gram is None else ratio,
-            None if gram is None else capped,
+                taken.addcmul_(part, c.ok.to(part, non_blocking=True))
+        return c._replace(
+            factor=None if max_grad_norm is None and grad_scale is None else c.factor,
+            kappa=c.kappa if measures else None,
+            sigma=c.sigma if measures else None,
+            regularizer_ratio=None if gram is None else c.regularizer_ratio,
+            capped=None if gram is None else c.capped,
         )
 
-    def sgd_step_(
+    def step_(
         self,
         live: Sequence[Tensor],
         saved: Sequence[Tensor],
-        momentum_buffer: Sequence[Tensor | None],
+        state: Sequence[Sequence[Tensor | None]],
         grads: Sequence[Sequence[Tensor]],
         groups: Sequence[int],
         steps: Sequence[Tensor],
-        options: Sequence[SGDOptions],
-        coefficients: Coefficients,
-    ) -> None:
-        if isinstance(momentum_buffer, list) and any(m is None for m in momentum_buffer):
-            none = live[0].new_empty(0)  # the schemas know no list of optional tensors that are written
-            momentum_buffer = [none if m is None else m for m in momentum_buffer]
-        device = live[0].device
-        self._ops.sgd_step_(
-            live,
-            saved,
-            momentum_buffer,
-            *_gradients(grads),
-            groups,
-            steps,
-            *_options(options, device),
-            *_decision(coefficients, device),
-            _on(device, coefficients.ok),
-        )
-
-    def adamw_step_(
-        self,
-        live: Sequence[Tensor],
-        saved: Sequence[Tensor],
-        exp_avg: Sequence[Tensor],
-        exp_avg_sq: Sequence[Tensor],
-        grads: Sequence[Sequence[Tensor]],
-        groups: Sequence[int],
-        steps: Sequence[Tensor],
-        options: Sequence[AdamOptions],
+        options: Sequence[Options],
         coefficients: Coefficients,
     ) -> None:
         device = live[0].device
-        self._ops.adamw_step_(
+        self._ops.step_(
             live,
             saved,
-            exp_avg,
-            exp_avg_sq,
-            *_gradients(grads),
+            [_without_none(column, live[0]) for column in state],
+            _gradients(grads),
             groups,
             steps,
-            *_options(options, device),
+            options[0].rule,
+            *_numbers(options, device),
             *_decision(coefficients, device),
             _on(device, coefficients.ok),
         )
@@ -205,27 +289,32 @@ class FusedOperators(Operators):
         groups: Sequence[int],
         coefficients: Coefficients,
     ) -> None:
-        self._ops.combine_(live, saved, *_gradients(grads), groups, *_decision(coefficients, live[0].device))
+        *earlier, last = _gradients(grads)
+        self._ops.combine_(live, saved, earlier, last, groups, *_decision(coefficients, live[0].device))
 
 
-def _gradients(grads: Sequence[Sequence[Tensor]]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-    """All three gradients, or that of the last pass alone."""
-    if len(grads) == 3:
-        return grads[0], grads[1], grads[2]
-    return grads[-1], [], []
+def _gradients(grads: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
+    """Those of all passes, or that of the last one alone."""
+    return list(grads) if len(grads) == PASSES else [grads[-1]]
 
 
-def _decision(c: Coefficients, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    return _on(device, c.a), _on(device, c.b), None if c.factor is None else _on(device, c.factor)
+def _without_none(rows: Sequence[Tensor | None], like: Tensor) -> Sequence[Tensor]:
+    """Empty tensors instead of None: schemas know no list of optional tensors that are written."""
+    if isinstance(rows, list) and any(row is None for row in rows):
+        none = like.new_empty(0)
+        return [none if row is None else row for row in rows]
+    return rows  # type: ignore[return-value]
+
+
+def _decision(c: Coefficients, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return _on(device, c.pass_weights), None if c.factor is None else _on(device, c.factor)
 
 
 def _on(device: torch.device, x: Tensor) -> Tensor:
     return x if x.device == device else x.to(device, non_blocking=True)
 
 
-def _options(
-    groups: Iterable[SGDOptions | AdamOptions], device: torch.device
-) -> tuple[list[float], list[Tensor | None]]:
+def _numbers(groups: Iterable[Options], device: torch.device) -> tuple[list[float], list[Tensor | None]]:
     """Options of all groups in a row, as numbers, and those that lie on the device as tensors."""
     numbers: list[float] = []
     tensors: list[Tensor | None] = []
@@ -239,35 +328,3 @@ def _options(
 def _number(value: Any, device: torch.device) -> Tensor:
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     return value.detach().to(device, dtype, non_blocking=True)
-
-
-# What the operators return, for torch.compile and its like: those that write into their arguments return nothing.
-
-
-def _fake_sums(*columns: int) -> Any:
-    def fake(grads: list[Tensor], *arguments: Any) -> Tensor:
-        num_groups = next(x for x in arguments if isinstance(x, int))
-        return grads[0].new_empty(num_groups, *columns, dtype=torch.float64)
-
-    return fake
-
-
-def _fake_coefficients(gram: Tensor | None, squared_norms: Any, scale: Any, alpha: Tensor, *_: Any) -> Any:
-    return alpha.new_empty(2 * len(alpha) + 4), alpha.new_empty(2, dtype=torch.bool)
-
-
-#: For each operator the function that makes its results, without values.
-FAKES: Mapping[str, Any] = {
-    "grad_norm": _fake_sums(),
-    "fd_gram": _fake_sums(9),
-    "perturbation_scale": lambda squared_norm, rho, epsilon: torch.empty_like(squared_norm),
-    "coefficients": _fake_coefficients,
-    **{name: lambda *_: None for name in ("perturb_", "sgd_step_", "adamw_step_", "combine_")},
-}
-
-
-@cache
-def register_fakes(namespace: str) -> None:
-    """Register the fakes of the operators of a namespace; the extension calls it as it is imported."""
-    for name, fake in FAKES.items():
-        torch.library.register_fake(f"{namespace}::{name}", fake)

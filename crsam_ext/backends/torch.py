@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops import AdamOptions, Coefficients, Operators, SGDOptions, scalar
+from ..ops import PASSES, Coefficients, Operators, Options, scalar
 from ..precision import PRECISIONS, compute_dtype
 
 __all__ = ["TorchOperators"]
@@ -65,17 +65,17 @@ def _differences(grads: Sequence[Tensor], scratch: Scratch) -> tuple[Tensor, Ten
     return g0, d1, d2
 
 
-def _regularized(grads: Sequence[Tensor], up: Tensor, down: Tensor, factor: Tensor | None, scratch: Scratch) -> Tensor:
-    """factor * (g+ + a d2 + b d1), or of the last pass's gradient; in scratch 4, or that gradient itself.
+def _regularized(grads: Sequence[Tensor], weights: Sequence[Tensor], factor: Tensor | None, scratch: Scratch) -> Tensor:
+    """factor * (g+ + sum of c_i (g_i - g0)), or of the last pass's gradient; in scratch 4, or that gradient itself.
 
-    With up = a + b and down = a - b, a d2 + b d1 = up (g+ - g0) + down (g- - g0): two operations less, and the
-    differences are exact wherever the gradients are within a factor of two (Sterbenz).
+    The differences are exact wherever the gradients are within a factor of two (Sterbenz).
     """
-    if len(grads) == 3:
-        g0, gp, gm = (_up(g, scratch, i) for i, g in enumerate(grads))
+    if len(grads) == PASSES:
+        g0, gp = (_up(g, scratch, i) for i, g in enumerate(grads[:2]))
         ascent = torch.sub(gp, g0, out=scratch(4))
-        descent = torch.sub(gm, g0, out=scratch(3))
-        g = torch.addcmul(gp, ascent, up, out=ascent).addcmul_(descent, down)
+        g = torch.addcmul(gp, ascent, weights[0], out=ascent)
+        for other, weight in zip(grads[2:], weights[1:], strict=True):
+            g.addcmul_(torch.sub(_up(other, scratch, 2), g0, out=scratch(3)), weight)
     else:
         g = _up(grads[-1], scratch, 0)
     return g if factor is None else torch.mul(g, factor, out=scratch(4))
@@ -189,9 +189,9 @@ def _sgd(
     nesterov: bool,
     select: bool,
 ) -> None:
-    up, down, factor, weight_decay, momentum, undamped, neg_lr, ok = scalars
+    *weights, factor, ok, weight_decay, momentum, undamped, neg_lr = scalars
     keep = ok != 0 if select else None
-    g = _regularized(grads, up, down, factor if clip else None, scratch)
+    g = _regularized(grads, weights, factor if clip else None, scratch)
     if decay:
         g = torch.addcmul(g, saved, weight_decay, out=scratch(4))
     if buffer is not None:
@@ -209,7 +209,7 @@ def _sgd(
         _write(live, saved, w, keep)
 
 
-def _adamw(
+def _adam(
     live: Tensor,
     saved: Tensor,
     exp_avg: Tensor,
@@ -222,9 +222,9 @@ def _adamw(
     decoupled: bool,
     select: bool,
 ) -> None:
-    up, down, factor, weight_decay, rest1, beta2, rest2, root_correction2, eps, neg_step_size, ok = scalars
+    *weights, factor, ok, weight_decay, rest1, beta2, rest2, root_correction2, eps, neg_step_size = scalars
     keep = ok != 0 if select else None
-    g = _regularized(grads, up, down, factor if clip else None, scratch)
+    g = _regularized(grads, weights, factor if clip else None, scratch)
     if decay and not decoupled:
         g = torch.addcmul(g, saved, weight_decay, out=scratch(4))
     # scratch 0 to 3 are free from here on: only g, in scratch 4 or in scratch 0, is still needed, and only until v.
@@ -240,12 +240,64 @@ def _adamw(
     _write(live, saved, torch.addcmul(w, update, neg_step_size, out=scratch(3)), keep)
 
 
+class Rule(NamedTuple):
+    """An update rule."""
+
+    #: Its formula: (live, saved, *state, *grads), by name the numbers of the row's group as scalars, scratch, `clip`,
+    #: `select`, and what `static` returns.
+    body: Callable[..., None]
+    #: What of a group's options decides on the code.
+    static: Callable[[Any], dict[str, bool]]
+    #: From the options of all groups, a number of steps and a tensor like which they should be: the numbers [groups]
+    #: that the formula reads, in its order.
+    numbers: Callable[[Sequence[Any], Tensor, Tensor], list[Tensor]]
+
+
+def _sgd_numbers(options: Sequence[Any], step: Tensor, like: Tensor) -> list[Tensor]:
+    # torch's first momentum is the gradient itself, undamped.
+    undamped = 1 - _column([o.dampening for o in options], like) * (step > 1).to(like)
+    return [
+        _column([o.weight_decay for o in options], like),
+        _column([o.momentum for o in options], like),
+        undamped,
+        -_column([o.lr for o in options], like),
+    ]
+
+
+def _adam_numbers(options: Sequence[Any], step: Tensor, like: Tensor) -> list[Tensor]:
+    lr, beta1, beta2, weight_decay, eps, decoupled = (
+        _column(values, like)
+        for values in zip(
+            *((o.lr, *o.betas, o.weight_decay, o.eps, o.decoupled_weight_decay) for o in options), strict=True
+        )
+    )
+    decay = torch.where(decoupled != 0, 1 - lr * weight_decay, weight_decay)
+    t = step.to(like)
+    correction1, correction2 = 1 - beta1**t, 1 - beta2**t
+    return [decay, 1 - beta1, beta2, 1 - beta2, correction2.sqrt(), eps, -lr / correction1]
+
+
+#: By the names that options give them.
+RULES = {
+    "sgd": Rule(
+        _sgd,
+        lambda o: {"decay": o.weight_decay != 0, "dampen": o.dampening != 0, "nesterov": o.nesterov},
+        _sgd_numbers,
+    ),
+    "adam": Rule(
+        _adam,
+        lambda o: {"decay": o.weight_decay != 0, "decoupled": o.decoupled_weight_decay},
+        _adam_numbers,
+    ),
+}
+
+
 def _combine(
     live: Tensor, saved: Tensor, *grads: Tensor, scalars: Sequence[Tensor], scratch: Scratch, clip: bool
 ) -> None:
-    up, down, factor = scalars
-    if len(grads) == 3 or clip:
-        grads[-1].copy_(_regularized(grads, up, down, factor if clip else None, scratch))
+    *weights, factor = scalars
+    if len(grads) == PASSES or clip:
+        grads[-1].copy_(_regularized(grads, weights, factor if clip else None, scratch))
     if live is not saved:
         live.copy_(saved)
 
@@ -379,115 +431,47 @@ class TorchOperators(Operators):
 
     def fd_gram(
         self,
-        grad: Sequence[Tensor],
-        grad_ascent: Sequence[Tensor],
-        grad_descent: Sequence[Tensor],
+        grads: Sequence[Sequence[Tensor]],
         groups: Sequence[int],
         num_groups: int,
         weights: Sequence[Tensor | None],
     ) -> Tensor:
-        inner, blind = _sum_of_products if self.compile else _dot, self.selects(grad[0])
+        first = grads[0][0]
+        inner, blind = _sum_of_products if self.compile else _dot, self.selects(first)
         products: list[list[Tensor]] = [[] for _ in range(num_groups)]
         no_scalars = torch.empty(0, dtype=torch.float64, device="cpu")
-        for *gradients, w, group in zip(grad, grad_ascent, grad_descent, weights, groups, strict=True):
+        for *gradients, w, group in zip(*grads, weights, groups, strict=True):
             products[group] += self._run(_gram, (*gradients, w), no_scalars, inner=inner, blind=blind)
-        zero = torch.zeros(9, dtype=torch.float64, device=grad[0].device)
+        zero = torch.zeros(9, dtype=torch.float64, device=first.device)
         return torch.stack([torch.stack(p).sum(0, dtype=torch.float64) if p else zero for p in products])
 
-    def sgd_step_(
+    def step_(
         self,
         live: Sequence[Tensor],
         saved: Sequence[Tensor],
-        momentum_buffer: Sequence[Tensor | None],
+        state: Sequence[Sequence[Tensor | None]],
         grads: Sequence[Sequence[Tensor]],
         groups: Sequence[int],
         steps: Sequence[Tensor],
-        options: Sequence[SGDOptions],
+        options: Sequence[Options],
         coefficients: Coefficients,
     ) -> None:
         if self._skips(coefficients.ok, live, saved):
             return
-        c = coefficients
+        c, rule, like = coefficients, RULES[options[0].rule], coefficients.pass_weights
+        common = [*c.pass_weights.unbind(), _signed_factor(c, options), c.ok.to(like)]
         tables: dict[int, list[Tensor]] = {}
-        for row in range(len(live)):
-            p, group, step = live[row], groups[row], steps[row]
+        for row, (p, w, group, step) in enumerate(zip(live, saved, groups, steps, strict=True)):
             if id(step) not in tables:
-                # torch's first momentum is the gradient itself, undamped.
-                undamped = 1 - _column([o.dampening for o in options], c.a) * (step > 1).to(c.a)
-                columns = [
-                    c.a + c.b,
-                    c.a - c.b,
-                    _signed_factor(c, options),
-                    _column([o.weight_decay for o in options], c.a),
-                    _column([o.momentum for o in options], c.a),
-                    undamped,
-                    -_column([o.lr for o in options], c.a),
-                    c.ok.to(c.a),
-                ]
-                tables[id(step)] = self._table(columns, p)
+                tables[id(step)] = self._table([*common, *rule.numbers(options, step, like)], p)
             o = options[group]
             self._run(
-                _sgd,
-                (p, saved[row], momentum_buffer[row], *(g[row] for g in grads)),
+                rule.body,
+                (p, w, *(buffer[row] for buffer in state), *(g[row] for g in grads)),
                 tables[id(step)][group],
                 clip=c.factor is not None or o.maximize,
-                decay=o.weight_decay != 0,
-                dampen=o.dampening != 0,
-                nesterov=o.nesterov,
                 select=self.selects(p),
-            )
-
-    def adamw_step_(
-        self,
-        live: Sequence[Tensor],
-        saved: Sequence[Tensor],
-        exp_avg: Sequence[Tensor],
-        exp_avg_sq: Sequence[Tensor],
-        grads: Sequence[Sequence[Tensor]],
-        groups: Sequence[int],
-        steps: Sequence[Tensor],
-        options: Sequence[AdamOptions],
-        coefficients: Coefficients,
-    ) -> None:
-        if self._skips(coefficients.ok, live, saved):
-            return
-        c = coefficients
-        lr, beta1, beta2, weight_decay, eps = (
-            _column(values, c.a)
-            for values in zip(*((o.lr, *o.betas, o.weight_decay, o.eps) for o in options), strict=True)
-        )
-        decay = torch.where(
-            _column([o.decoupled_weight_decay for o in options], c.a) != 0, 1 - lr * weight_decay, weight_decay
-        )
-        tables: dict[int, list[Tensor]] = {}
-        for row in range(len(live)):
-            p, group, step = live[row], groups[row], steps[row]
-            if id(step) not in tables:
-                t = step.to(c.a)
-                correction1, correction2 = 1 - beta1**t, 1 - beta2**t
-                columns = [
-                    c.a + c.b,
-                    c.a - c.b,
-                    _signed_factor(c, options),
-                    decay,
-                    1 - beta1,
-                    beta2,
-                    1 - beta2,
-                    correction2.sqrt(),
-                    eps,
-                    -lr / correction1,
-                    c.ok.to(c.a),
-                ]
-                tables[id(step)] = self._table(columns, p)
-            o = options[group]
-            self._run(
-                _adamw,
-                (p, saved[row], exp_avg[row], exp_avg_sq[row], *(g[row] for g in grads)),
-                tables[id(step)][group],
-                clip=c.factor is not None or o.maximize,
-                decay=o.weight_decay != 0,
-                decoupled=o.decoupled_weight_decay,
-                select=self.selects(p),
+                **rule.static(o),
             )
 
     def combine_(
@@ -498,8 +482,8 @@ class TorchOperators(Operators):
         groups: Sequence[int],
         coefficients: Coefficients,
     ) -> None:
-        a, b, factor = coefficients.a, coefficients.b, coefficients.factor
-        table = self._table([a + b, a - b, torch.ones_like(a) if factor is None else factor], live[0])
+        weights, factor = coefficients.pass_weights.unbind(), coefficients.factor
+        table = self._table([*weights, torch.ones_like(weights[0]) if factor is None else factor], live[0])
         for row, (p, w, group) in enumerate(zip(live, saved, groups, strict=True)):
             self._run(_combine, (p, w, *(g[row] for g in grads)), table[group], clip=factor is not None)
 
@@ -511,9 +495,9 @@ def _column(values: Sequence[float | Tensor], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device="cpu").to(like.device, non_blocking=True)
 
 
-def _signed_factor(coefficients: Coefficients, options: Sequence[SGDOptions | AdamOptions]) -> Tensor:
+def _signed_factor(coefficients: Coefficients, options: Sequence[Options]) -> Tensor:
     """The clip factor of each group, negative where the objective is maximized."""
-    sign = _column([-1.0 if o.maximize else 1.0 for o in options], coefficients.a)
+    sign = _column([-1.0 if o.maximize else 1.0 for o in options], coefficients.pass_weights)
     return sign if coefficients.factor is None else sign * coefficients.factor
 
 

@@ -15,31 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from .fused import FAKES, FusedOperators, no_device
+from .fused import KERNELS, FusedOperators, Kernel, no_device
 
-__all__ = ["SCHEMAS", "TritonOperators", "interpreted", "why_unavailable"]
-
-_STEP = (
-    "Tensor[] grad, Tensor[] grad_ascent, Tensor[] grad_descent, int[] groups, Tensor[] steps, float[] options, "
-    "Tensor?[] option_tensors, Tensor a, Tensor b, Tensor? factor, Tensor ok) -> ()"
-)
-
-#: Those of csrc/ops.cpp.
-SCHEMAS = {
-    "grad_norm": "(Tensor[] grads, int[] groups, int num_groups, Tensor?[] weights) -> Tensor",
-    "perturbation_scale": "(Tensor squared_norm, Tensor rho, float epsilon) -> Tensor",
-    "perturb_": "(Tensor(a!)[] live, Tensor(b!)[] saved, Tensor[] grads, int[] groups, Tensor scale, bool[] adaptive, "
-    "int sign, bool stochastic=False) -> ()",
-    "fd_gram": "(Tensor[] grad, Tensor[] grad_ascent, Tensor[] grad_descent, int[] groups, int num_groups, "
-    "Tensor?[] weights) -> Tensor",
-    "coefficients": "(Tensor? gram, Tensor[] squared_norms, Tensor scale, Tensor alpha, Tensor beta, "
-    "Tensor(a!) counters, Tensor(b!)[] taken, Tensor[] part, int passes, bool log, Tensor[] losses, "
-    "Tensor? grad_scale, float max_regularizer_ratio, float max_grad_norm) -> (Tensor, Tensor)",
-    "sgd_step_": f"(Tensor(a!)[] live, Tensor(b!)[] saved, Tensor(c!)[] momentum_buffer, {_STEP}",
-    "adamw_step_": f"(Tensor(a!)[] live, Tensor(b!)[] saved, Tensor(c!)[] exp_avg, Tensor(d!)[] exp_avg_sq, {_STEP}",
-    "combine_": "(Tensor(a!)[] live, Tensor[] saved, Tensor(b!)[] grad, Tensor[] grad_ascent, "
-    "Tensor(c!)[] grad_descent, int[] groups, Tensor a, Tensor b, Tensor? factor) -> ()",
-}
+__all__ = ["TritonOperators", "interpreted", "why_unavailable"]
 
 
 def interpreted() -> bool:
@@ -87,14 +65,15 @@ class TritonOperators(FusedOperators):
 @cache
 def _register() -> None:
     implementations = import_module("crsam_ext.triton_kernels.operators")
-    for name, schema in SCHEMAS.items():
+    for name, kernel in KERNELS.items():
+        arguments = kernel.arguments.split(", ")
         define: Any = torch.library.custom_op(
             f"crsam_triton::{name}",
             getattr(implementations, name),
-            mutates_args=[argument for argument, written in _arguments(schema) if written],
-            schema=schema,
+            mutates_args=[arguments[i].split()[-1] for i in kernel.written],
+            schema=kernel.schema,
         )
-        define.register_fake(FAKES[name])
+        define.register_fake(kernel.fake)
 
 
 @cache
@@ -103,15 +82,14 @@ def _direct(host: Any) -> SimpleNamespace:
     into one of its own and back, which takes longer than all the rest."""
     implementations = import_module("crsam_ext.triton_kernels.operators")
     return SimpleNamespace(
-        **{name: _versioned(getattr(implementations, name), schema, host) for name, schema in SCHEMAS.items()}
+        **{name: _versioned(getattr(implementations, name), kernel, host) for name, kernel in KERNELS.items()}
     )
 
 
-def _versioned(implementation: Callable[..., Any], schema: str, host: Any) -> Callable[..., Any]:
-    positions = [i for i, (_, written) in enumerate(_arguments(schema)) if written]
-    if not positions:
+def _versioned(implementation: Callable[..., Any], kernel: Kernel, host: Any) -> Callable[..., Any]:
+    if not kernel.written:
         return implementation
-    written, mark_written = itemgetter(*positions), host.mark_written
+    written, mark_written = itemgetter(*kernel.written), host.mark_written
 
     def operator(*arguments: Any) -> Any:
         result = implementation(*arguments)
@@ -119,9 +97,3 @@ def _versioned(implementation: Callable[..., Any], schema: str, host: Any) -> Ca
         return result
 
     return operator
-
-
-def _arguments(schema: str) -> list[tuple[str, bool]]:
-    """Name of each argument of a schema, and whether it is marked as written."""
-    arguments = schema[1:].split(") -> ")[0].split(", ")
-    return [(argument.split()[-1], "!" in argument) for argument in arguments]

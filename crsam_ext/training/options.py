@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..ops import REGULARIZERS
 from .errors import TrainingError
 
 OPTIMIZERS = ("sgd", "adamw", "sam", "crsam")
@@ -131,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rho", type=number(0), help="radius of the perturbation (default: 0.1)")
     add("--alpha", type=number(0), help="weight of the curvature (default: 0.1, log: 0.01)")
     add("--beta", type=number(0), help="weight of the gradient norm (default: 0.01)")
-    add("--regularizer", choices=("linear", "log"), help="default: linear")
+    add("--regularizer", choices=tuple(REGULARIZERS), help="default: linear")
     add("--estimator", choices=("gradient", "loss"), help="where log takes its curvature from (default: gradient)")
     add("--adaptive", action="store_true", help="scale the perturbation with the weights (ASAM)")
     add("--interval", type=integer(1), metavar="K", help="perturb in every K-th step only (default: 1)")

@@ -1,7 +1,7 @@
 """How a base optimizer's update is made: on flat state for SGD, Adam and AdamW, by the optimizer itself otherwise.
 
 An :class:`Update` is what the rest of the package knows of a base optimizer: its options of each group, the names of
-its state, and which operator applies it.
+its state, and how it is applied.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from .adam import AdamUpdate
-from .sgd import SGDUpdate
-from .update import Update
+from .adam import AdamOptions, AdamUpdate
+from .sgd import SGDOptions, SGDUpdate
+from .update import RuleUpdate, Update
 from .wrapped import WrappedUpdate
 
-__all__ = ["AdamUpdate", "SGDUpdate", "Update", "WrappedUpdate", "update_of"]
+__all__ = ["AdamOptions", "SGDOptions", "Update", "WrappedUpdate", "update_of"]
 
-_NATIVE: dict[type[Optimizer], type[SGDUpdate] | type[AdamUpdate]] = {
+_NATIVE: dict[type[Optimizer], type[RuleUpdate]] = {
     SGD: SGDUpdate,
     Adam: AdamUpdate,
     AdamW: AdamUpdate,

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..flat import Plan
-from ..ops import AdamOptions, Coefficients, Operators
-from .update import Update
+from ..ops import Options
+from .update import RuleUpdate
 
-__all__ = ["AdamUpdate"]
+__all__ = ["AdamOptions", "AdamUpdate"]
 
 
-class AdamUpdate(Update):
+@dataclass(frozen=True)
+class AdamOptions(Options):
+    """One parameter group's options of :class:`torch.optim.Adam` or, with ``decoupled_weight_decay``, AdamW."""
+
+    rule = "adam"
+    state = ("exp_avg", "exp_avg_sq")
+
+    lr: float | Tensor
+    betas: tuple[float | Tensor, float | Tensor]
+    eps: float
+    weight_decay: float
+    decoupled_weight_decay: bool
+
+
+class AdamUpdate(RuleUpdate):
     """``exp_avg``, ``exp_avg_sq`` and ``step`` are the state."""
 
+    group_options = AdamOptions
     counts_steps = True
-
-    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        self.options = [AdamOptions.from_group(group) for group in groups]
-        self.buffers = [("exp_avg", "exp_avg_sq")] * len(groups)
-
-    def apply(
-        self, operators: Operators, plan: Plan, saved: Sequence[Tensor], grads: list[Sequence[Tensor]], c: Coefficients
-    ) -> None:
-        m, v = plan.buffers["exp_avg"], plan.buffers["exp_avg_sq"]
-        operators.adamw_step_(plan.live, saved, m, v, grads, plan.groups, plan.steps, self.options, c)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ..flat import Plan, StateLayout
-from ..ops import Coefficients, Operators
+from ..ops import Coefficients, Operators, Options
 
-__all__ = ["Update"]
+__all__ = ["RuleUpdate", "Update"]
 
 
 class Update(StateLayout, ABC):
@@ -44,3 +44,24 @@ class Update(StateLayout, ABC):
             Whether ``p.grad`` was written.
         """
         return False
+
+
+class RuleUpdate(Update):
+    """An update that the operators make, by one of their rules.
+
+    Args:
+        groups: parameter groups.
+    """
+
+    #: The options of a group, which name the rule and its state.
+    group_options: ClassVar[type[Options]]
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        self.options = [self.group_options.from_group(group) for group in groups]
+        self.buffers = [self.group_options.state] * len(groups)
+
+    def apply(
+        self, operators: Operators, plan: Plan, saved: Sequence[Tensor], grads: list[Sequence[Tensor]], c: Coefficients
+    ) -> None:
+        state = [plan.buffers.get(name) or [None] * len(plan.rows) for name in self.group_options.state]
+        operators.step_(plan.live, saved, state, grads, plan.groups, plan.steps, self.options, c)

@@ -17,23 +17,29 @@ constexpr int64_t kChunk = 1 << 14;
 // The dtypes that a row of parameters, and of gradients, may have.
 enum class Dtype { float64, float32, float16, bfloat16 };
 
-// One contiguous run of parameters and all that belongs to it; operators leave null what they do not use. The
-// members have no gaps between them: the host compares tables byte by byte.
+constexpr int kPasses = 3;   // gradients of a step at most: g0, g+, g-
+constexpr int kBuffers = 2;  // of an update rule's state at most
+
+// The pointers of a row. Operators leave null what they do not use.
+enum Pointer {
+  kLive,                       // what the model reads
+  kSaved,                      // w in the compute dtype; may be that of kLive
+  kState,                      // of each buffer of the update rule, in the compute dtype
+  kGrads = kState + kBuffers,  // of each pass
+  kPointers = kGrads + kPasses,
+};
+
+// One contiguous run of parameters and all that belongs to it. The members have no gaps between them: the host compares
+// tables byte by byte.
 struct Row {
-  void* live;    // what the model reads
-  void* saved;   // w in the compute dtype; may be `live`
-  void* first;   // momentum_buffer or exp_avg, in the compute dtype
-  void* second;  // exp_avg_sq, in the compute dtype
-  void* grad;
-  void* grad_ascent;
-  void* grad_descent;
+  void* pointers[kPointers];
   const float* step;  // how many steps the row has taken, this one included
   int64_t numel;
   int32_t group;
   int16_t adaptive;  // whether e is that of ASAM
-  int16_t aligned;   // whether every pointer above, step aside, is a multiple of 16
+  int16_t aligned;   // whether every one of `pointers` is a multiple of 16
 };
-static_assert(sizeof(Row) == 80, "a gap in Row");
+static_assert(sizeof(Row) == 8 * kPointers + 24, "a gap in Row");
 
 struct Chunk {
   int32_t row;

@@ -1,6 +1,110 @@
-#include "coefficients.cuh"
+// What a few numbers per group decide.
+#include "kernels.h"
+#include "reduce.cuh"
 
 namespace crsam {
+
+// scale = rho / (sqrt(sum of squared norms) + epsilon), per group.   One block.
+__global__ void __launch_bounds__(kThreads)
+    perturbation_scale_kernel(const double* squared_norm, const double* rho, double epsilon, double* scale,
+                              int32_t num_groups) {
+  __shared__ double total[1];
+  double x[1] = {0};
+  for (int g = threadIdx.x; g < num_groups; g += kThreads) x[0] += squared_norm[g];
+  block_sum(x, total);
+  for (int g = threadIdx.x; g < num_groups; g += kThreads) scale[g] = rho[g] / (sqrt(total[0]) + epsilon);
+}
+
+// Squared norm of x g0 + y d1 + z d2 of one group, from its row of the Gram matrix.
+__device__ inline double quadratic_form(const double* gram, double x, double y, double z) {
+  return x * x * gram[0] + y * y * gram[3] + z * z * gram[5] +
+         2 * (x * y * gram[1] + x * z * gram[2] + y * z * gram[4]);
+}
+
+// What torch.nn.utils.clip_grad_norm_ adds to the norm.
+constexpr double kClipEpsilon = 1e-6;
+
+// Rounding can leave a small negative number; a NaN stays one.
+__device__ inline double norm_of(double squared) { return sqrt(squared < 0 ? 0 : squared); }
+
+// a, b, the clip factor and whether the step is sound, from sums over all elements; advances the counters.
+// One block: its inputs are a few numbers per group. See `Operators.coefficients` for the mathematics.
+__global__ void __launch_bounds__(kThreads) coefficients_kernel(CoefficientsArguments p) {
+  const int groups = p.num_groups;
+  const bool log = p.regularizer == Regularizer::log;
+
+  // What is summed over groups: everything, to see a NaN or an infinity; the norm of the last pass; kappa and sigma.
+  enum { everything, last_norm, kappa_sum, sigma_sum, num_sums };
+  __shared__ double total[num_sums];
+  double sums[num_sums] = {};
+  for (int g = threadIdx.x; g < groups; g += kThreads) {
+    for (int i = 0; i < p.num_norms; ++i) sums[everything] += p.norms[i][g];
+    if (p.num_norms > 0) sums[last_norm] += p.norms[p.num_norms - 1][g];
+    if (p.gram) {
+      const double* gram = p.gram + 9 * g;
+      for (int k = 0; k < 9; ++k) sums[everything] += gram[k];
+      sums[kappa_sum] += p.scale[g] * gram[7];
+      sums[sigma_sum] += p.scale[g] * (2 * gram[6] + gram[8] / 3);
+    }
+  }
+  block_sum(sums, total);
+  const bool ok = isfinite(total[everything]);
+  const double grad_scale = p.grad_scale ? *p.grad_scale : 1;  // of gradients and norms; e is free of it
+  double kappa = total[kappa_sum] / 2 / grad_scale, sigma = total[sigma_sum] / grad_scale;
+  if (p.losses[0]) {
+    kappa = *p.losses[1] + *p.losses[2] - 2 * *p.losses[0];
+    sigma = *p.losses[1] - *p.losses[2];
+  }
+
+  // The weights before the cap, and the norms of a d2 + b d1 and of g+ = g0 + d1 / 2 + d2 / 2.
+  __shared__ double squared[2];
+  double forms[2] = {0, 0};
+  const double over_kappa = !log ? 1 : kappa > 0 ? 1 / kappa : 0, over_sigma = !log ? 1 : sigma > 0 ? 1 / sigma : 0;
+  for (int g = threadIdx.x; p.gram && g < groups; g += kThreads) {
+    forms[0] += quadratic_form(p.gram + 9 * g, 0, p.beta[g] * over_sigma, p.alpha[g] * over_kappa);
+    forms[1] += quadratic_form(p.gram + 9 * g, 1, 0.5, 0.5);
+  }
+  block_sum(forms, squared);
+  const double ratio = p.gram ? norm_of(squared[0]) / norm_of(squared[1]) : 0;
+  const bool capped = ratio > p.max_regularizer_ratio;
+  const double cap = capped ? p.max_regularizer_ratio / ratio : 1;
+
+  // The weights as they are used, and the norm of ghat = g0 + (1/2 + b) d1 + (1/2 + a) d2.
+  __shared__ double squared_hat[1];
+  double form[1] = {0};
+  for (int g = threadIdx.x; g < groups; g += kThreads) {
+    const double a = p.alpha[g] * over_kappa * cap, b = p.beta[g] * over_sigma * cap;
+    p.pass_weights[g] = a + b;  // a d2 + b d1 = (a + b) (g+ - g0) + (a - b) (g- - g0)
+    p.pass_weights[groups + g] = a - b;
+    if (p.gram) form[0] += quadratic_form(p.gram + 9 * g, 1, b + 0.5, a + 0.5);
+  }
+  block_sum(form, squared_hat);
+
+  for (int i = 0; i < p.num_steps; ++i) {
+    const StepCounter& steps = p.steps[i];
+    if (!ok) break;
+    for (int64_t j = threadIdx.x; j < steps.count; j += kThreads) steps.taken[j] += steps.part[j];
+  }
+  if (threadIdx.x > 0) return;
+  const double norm_hat = norm_of(p.gram ? squared_hat[0] : total[last_norm]) / grad_scale;
+  const double factor = p.max_grad_norm / (norm_hat + kClipEpsilon);
+  *p.factor = (factor > 1 || isinf(p.max_grad_norm) ? 1 : factor) / grad_scale;
+  *p.kappa = kappa;
+  *p.sigma = sigma;
+  *p.regularizer_ratio = ratio;
+  *p.ok = ok;
+  *p.capped = capped;
+  p.counters[0] += !ok;
+  p.counters[1] += ok && log && kappa <= 0;
+  p.counters[2] += ok && log && sigma <= 0;
+  p.counters[3] += ok && capped;
+}
+
+std::optional<Regularizer> regularizer_named(std::string_view name) {
+  if (name == "linear") return Regularizer::linear;
+  if (name == "log") return Regularizer::log;
+  return std::nullopt;
+}
 
 void launch_perturbation_scale(const double* squared_norm, const double* rho, double epsilon, double* scale,
                                int32_t num_groups, cudaStream_t stream) {

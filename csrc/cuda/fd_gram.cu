@@ -1,6 +1,42 @@
-#include "fd_gram.cuh"
+// The Gram matrix of the gradient and its finite differences.
+#include "kernels.h"
+#include "reduce.cuh"
+#include "update_math.cuh"
 
 namespace crsam {
+
+// Inner products of (g0, d1, d2) and of h = g0, or w^2 g0 (ASAM), with each of them, per group.
+// Reads g0, g+, g-, and w for ASAM: 12 bytes an element in float32.
+//
+// Narrow dtypes have 8 elements of each gradient in flight beside the nine sums: 80 registers, hence a block less.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks - kHasMaster<T>)
+    fd_gram_kernel(Table table, double* partial, double* gram) {
+  using C = compute_t<T>;
+  const Chunk chunk = table.chunks[blockIdx.x];
+  const Row row = table.rows[chunk.row];
+  const C* w = pointer<C>(row, kSaved);
+  C sums[kGram] = {};
+
+  for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
+    C g[kPasses][width];
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) load(pointer<T>(row, kGrads + pass) + i, g[pass]);
+#pragma unroll
+    for (int j = 0; j < width; ++j) add_products(sums, g, j);
+    if (row.adaptive) {
+      C v[width];
+      load(w + i, v);
+#pragma unroll
+      for (int j = 0; j < width; ++j) add_products_with(sums, v[j] * v[j] * g[0][j], g, j);
+    }
+  });
+  if (!row.adaptive) {
+#pragma unroll
+    for (int k = 0; k < kPasses; ++k) sums[kProducts + k] = sums[k];
+  }
+  group_sum(table, row.group, sums, partial, gram);
+}
 
 void launch_fd_gram(Dtype dtype, const Table& table, double* partial, double* gram, cudaStream_t stream) {
   dispatch(dtype, [&](auto t) {

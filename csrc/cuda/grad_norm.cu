@@ -1,6 +1,41 @@
-#include "grad_norm.cuh"
+// The squared norm of a gradient.
+#include "kernels.h"
+#include "reduce.cuh"
+#include "update_math.cuh"
 
 namespace crsam {
+
+// |g|^2 per group, or | |w| g |^2 where weighted.   Reads g, and w where weighted: 4 bytes an element in float32.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks)
+    grad_norm_kernel(Table table, double* partial, double* norms) {
+  using C = compute_t<T>;
+  const Chunk chunk = table.chunks[blockIdx.x];
+  const Row row = table.rows[chunk.row];
+  const T *grad = pointer<T>(row, kGrads), *live = pointer<T>(row, kLive);
+  C sums[1] = {0};
+
+  if (!row.adaptive) {
+    for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
+      C g[width];
+      load(grad + i, g);
+#pragma unroll
+      for (int j = 0; j < width; ++j) sums[0] = fused(g[j], g[j], sums[0]);
+    });
+  } else {
+    for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
+      C g[width], w[width];
+      load(grad + i, g);
+      load(live + i, w);
+#pragma unroll
+      for (int j = 0; j < width; ++j) {
+        const C x = g[j] * w[j];
+        sums[0] = fused(x, x, sums[0]);
+      }
+    });
+  }
+  group_sum(table, row.group, sums, partial, norms);
+}
 
 void launch_grad_norm(Dtype dtype, const Table& table, double* partial, double* norms, cudaStream_t stream) {
   dispatch(dtype, [&](auto t) {

@@ -3,6 +3,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include <optional>
+#include <string_view>
+
 #include "chunk_table.h"
 
 namespace crsam {
@@ -28,48 +31,59 @@ struct StepCounter {
   int64_t count;
 };
 
+// The regularizers, in the order of crsam_ext.ops.REGULARIZERS.
+enum class Regularizer : int32_t { linear, log };
+
+// Nothing for a name that no regularizer has.
+std::optional<Regularizer> regularizer_named(std::string_view name);
+
 struct CoefficientsArguments {
-  static constexpr int kNorms = 3;     // passes
   static constexpr int kCounters = 4;  // dtypes of a device
 
-  const double* gram;             // [groups, 9] or null
-  const double* norms[kNorms];    // [groups] each
-  const double* scale;            // [groups]
-  const double* alpha;            // [groups]
-  const double* beta;             // [groups]
-  const double* losses[3];        // 0-dim, or null: kappa and sigma come from the gradients
-  const double* grad_scale;       // 0-dim, what all gradients were multiplied with, or null
+  const double* gram;            // [groups, 9] or null
+  const double* norms[kPasses];  // [groups] each
+  const double* scale;           // [groups]
+  const double* alpha;           // [groups]
+  const double* beta;            // [groups]
+  const double* losses[3];       // 0-dim, or null: kappa and sigma come from the gradients
+  const double* grad_scale;      // 0-dim, what all gradients were multiplied with, or null
   StepCounter steps[kCounters];
-  int64_t* counters;              // [4]
-  double* values;                 // a [groups], b [groups], factor, kappa, sigma, ratio
-  bool* flags;                    // ok, capped
+  int64_t* counters;  // [4]
   double max_regularizer_ratio;
-  double max_grad_norm;           // infinite for no clipping
-  int32_t num_groups, num_norms, num_steps, passes;
-  bool log;
+  double max_grad_norm;  // infinite for no clipping
+  int32_t num_groups, num_norms, num_steps;
+  Regularizer regularizer;
+
+  // The results.
+  double* pass_weights;  // [kPasses - 1, groups]
+  double *factor, *kappa, *sigma, *regularizer_ratio;
+  bool *ok, *capped;
 };
 
 void launch_coefficients(const CoefficientsArguments& arguments, cudaStream_t stream);
 
-// What `coefficients` has decided: [groups] each, the factor 0-dim or null, and whether the step is sound.
+// What `coefficients` has decided.
 struct Decision {
-  const double* a;
-  const double* b;
-  const double* factor;
-  const bool* ok;
+  const double* pass_weights;  // [kPasses - 1, groups]
+  const double* factor;        // 0-dim or null
+  const bool* ok;              // 0-dim
 };
 
-constexpr int kSgdOptions = 6;
-constexpr int kAdamOptions = 7;
+// What an update rule asks of its caller.
+struct RuleShape {
+  int buffers;  // of its state
+  int options;  // of a group
+};
 
-// `differences`: whether all three gradients are given; with one only, it is `grad`.
-// options: [groups, kSgdOptions] and [groups, kAdamOptions], in the order of `Sgd` and `Adam`.
-void launch_sgd_step(Dtype dtype, const Table& table, const Scalar* options, Decision decision, bool differences,
-                     cudaStream_t stream);
-void launch_adamw_step(Dtype dtype, const Table& table, const Scalar* options, Decision decision, bool differences,
-                       cudaStream_t stream);
+// Nothing for a name that no rule has.
+std::optional<RuleShape> shape_of_rule(std::string_view rule);
+
+// The step of a rule. `all_passes`: whether the gradients of all passes are given; else there is one, in kGrads.
+// options: [groups, RuleShape::options], in the order of the rule.
+void launch_step(std::string_view rule, Dtype dtype, const Table& table, const Scalar* options, Decision decision,
+                 bool all_passes, cudaStream_t stream);
 
 // ghat over the last gradient, w into live.
-void launch_combine(Dtype dtype, const Table& table, Decision decision, bool differences, cudaStream_t stream);
+void launch_combine(Dtype dtype, const Table& table, Decision decision, bool all_passes, cudaStream_t stream);
 
 }  // namespace crsam

@@ -1,24 +1,15 @@
 // How a kernel is launched, how a block finds its work and how it reads and writes memory.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <string.h>
 
 #include <type_traits>
 
 #include "chunk_table.h"
+#include "precision.cuh"
 
 namespace crsam {
-
-// Arithmetic is done in float64 for float64, in float32 for all others.
-template <typename T>
-using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// Blocks on a multiprocessor: 64 registers a thread, or 128 where one number takes two of them.
-template <typename T>
-constexpr int kBlocks = sizeof(T) == 8 ? 2 : 4;
 
 // A number of elements as a type, so that generic lambdas can declare arrays with it.
 template <int N>
@@ -37,38 +28,11 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, 
   cudaLaunchKernelEx(&config, kernel, arguments...);  // the caller asks for the last error
 }
 
-template <typename T>
-struct Type {
-  using type = T;
-};
-
-// Calls `body` with the type of `dtype`.
-template <typename Body>
-void dispatch(Dtype dtype, Body body) {
-  switch (dtype) {
-    case Dtype::float64: return body(Type<double>{});
-    case Dtype::float32: return body(Type<float>{});
-    case Dtype::float16: return body(Type<__half>{});
-    case Dtype::bfloat16: return body(Type<__nv_bfloat16>{});
-  }
-}
-
 // Memory -------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-
 template <typename T>
-__device__ __forceinline__ T narrow(compute_t<T> x) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(x);
-  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16_rn(x);
-  } else {
-    return x;
-  }
+__device__ __forceinline__ T* pointer(const Row& row, int which) {
+  return static_cast<T*>(row.pointers[which]);
 }
 
 template <int kBytes>
@@ -107,7 +71,7 @@ __device__ __forceinline__ void store(T* to, const compute_t<T> (&x)[N]) {
   for (int i = 0; i < W::kCount; ++i) {
     T elements[W::kElements];
 #pragma unroll
-    for (int j = 0; j < W::kElements; ++j) elements[j] = narrow<T>(x[i * W::kElements + j]);
+    for (int j = 0; j < W::kElements; ++j) elements[j] = Precision<T>::narrow(x[i * W::kElements + j]);
     typename W::type word;
     memcpy(&word, elements, sizeof word);
     __stcs(reinterpret_cast<typename W::type*>(to) + i, word);

@@ -13,9 +13,7 @@ inline void arrange(std::vector<Row>& rows) {
   std::stable_sort(rows.begin(), rows.end(), [](const Row& x, const Row& y) { return x.group < y.group; });
   for (Row& row : rows) {
     uintptr_t bits = 0;
-    for (void* pointer : {row.live, row.saved, row.first, row.second, row.grad, row.grad_ascent, row.grad_descent}) {
-      bits |= reinterpret_cast<uintptr_t>(pointer);
-    }
+    for (const void* pointer : row.pointers) bits |= reinterpret_cast<uintptr_t>(pointer);
     row.aligned = bits % 16 == 0;
   }
 }

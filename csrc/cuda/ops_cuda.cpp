@@ -5,7 +5,6 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include <array>
 #include <optional>
@@ -18,24 +17,8 @@
 #include "layout.h"
 #include "table_cache.h"
 
-#ifndef CRSAM_DISPATCH_KEY  // tests/cuda_on_cpu runs this file on a CPU
-#define CRSAM_DISPATCH_KEY CUDA
-#endif
-
 namespace crsam {
 namespace {
-
-Dtype dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kDouble: return Dtype::float64;
-    case at::kFloat: return Dtype::float32;
-    case at::kHalf: return Dtype::float16;
-    case at::kBFloat16: return Dtype::bfloat16;
-    default: TORCH_CHECK(false, "rows are ", type, ", not float64, float32, float16 or bfloat16");
-  }
-}
-
-at::ScalarType compute_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
 cudaStream_t current_stream(at::Device device) { return c10::cuda::getCurrentCUDAStream(device.index()).stream(); }
 
@@ -53,50 +36,53 @@ std::string bytes_of(const std::vector<T>& items) {
 class Rows {
  public:
   // `like` gives the rows their number, lengths, dtype and device.
-  Rows(const Column& like, const char* name, const Groups& groups, int64_t num_groups)
-      : device(first_of(like, name).device()),
+  Rows(const char* op, const Column& like, const Argument& argument, const Groups& groups, int64_t num_groups)
+      : op(op),
+        device(first_of(like, argument).device()),
         type(like[0].scalar_type()),
         numels_(like.numels()),
         groups_(groups),
         num_groups_(num_groups) {
-    check_count(groups.numbers().size(), "groups", size());
-    check_groups(groups, num_groups);
-    check(like, name, type);
+    check_count(groups.numbers().size(), {op, "groups"}, size());
+    check_groups(groups, op, num_groups);
+    check(like, argument, type);
   }
 
-  // Enters a list of tensors.
-  void enter(void* Row::*column, const Column& tensors, const char* name, at::ScalarType of_type) {
-    check_count(tensors.size(), name, size());
-    check(tensors, name, of_type);
-    columns_[num_columns_++] = {column, tensors.addresses().data()};
+  // Enters a list of tensors: of the rows' own dtype, or of the one in which they are computed.
+  void enter(int pointer, const Column& tensors, const Argument& argument, at::ScalarType of_type) {
+    check_count(tensors.size(), argument, size());
+    check(tensors, argument, of_type);
+    columns_[num_columns_++] = {pointer, tensors.addresses().data()};
   }
 
   // Enters a list in which some may be missing, or have no elements, which is the same.
-  void enter(void* Row::*column, Optional tensors, const char* name, at::ScalarType of_type) {
-    check_count(tensors.column.size(), name, size());
-    if (!is_as_expected(tensors.column, of_type)) {
+  void enter(int pointer, Optional tensors, const Argument& argument, at::ScalarType of_type) {
+    const Column& column = tensors.column;
+    check_count(column.size(), argument, size());
+    if (!is_as_expected(column, of_type)) {
       for (size_t i = 0; i < size(); ++i) {
-        if (tensors.column.addresses()[i] != 0) check_tensor(tensors.column[i], name, device, of_type, numels_[i]);
+        if (column.addresses()[i] != 0) check_tensor(column[i], argument.at(i), device, of_type, numels_[i]);
       }
     }
-    columns_[num_columns_++] = {column, tensors.column.addresses().data()};
+    columns_[num_columns_++] = {pointer, column.addresses().data()};
   }
 
   // The tensors that rows are weighted with, where there are any.
-  void enter_weights(void* Row::*column, Optional weights, at::ScalarType of_type) {
-    enter(column, weights, "weights", of_type);
+  void enter_weights(int pointer, Optional weights, at::ScalarType of_type) {
+    enter(pointer, weights, {op, "weights"}, of_type);
     weights_ = weights.column.addresses().data();
   }
 
   void enter_adaptive(const std::vector<bool>& adaptive) {
-    check_count(adaptive.size(), "adaptive", num_groups_);
+    check_count(adaptive.size(), {op, "adaptive"}, num_groups_);
     adaptive_ = adaptive;
   }
 
   void enter_steps(const Column& steps) {
-    check_count(steps.size(), "steps", size());
+    const Argument argument = {op, "steps"};
+    check_count(steps.size(), argument, size());
     if (!steps.consists_of(device, at::kFloat) || !all_are(steps.numels(), 1)) {
-      for (const at::Tensor& step : steps) check_tensor(step, "steps", device, at::kFloat, 1);
+      for (size_t i = 0; i < size(); ++i) check_tensor(steps[i], argument.at(i), device, at::kFloat, 1);
     }
     steps_ = steps.addresses().data();
   }
@@ -104,7 +90,7 @@ class Rows {
   Table table(cudaStream_t stream) const {
     Table table = {};
     for (const int64_t numel : numels_) table.num_chunks += chunks_of(numel);
-    TORCH_CHECK(table.num_chunks <= INT32_MAX, "too many elements for one launch");
+    TORCH_CHECK(table.num_chunks <= INT32_MAX, op, ": too many elements for one launch");
     table.rows = static_cast<const Row*>(cache().get(key(), device, stream, [&] { return bytes_of(arranged()); }));
     // Lengths and groups stay from step to step, so this part, which is long, is not built again.
     std::string lengths = "layout";
@@ -124,22 +110,33 @@ class Rows {
     return table;
   }
 
-  Dtype dtype() const { return dtype_of(type); }
+  Dtype dtype() const {
+    switch (type) {
+      case at::kDouble: return Dtype::float64;
+      case at::kFloat: return Dtype::float32;
+      case at::kHalf: return Dtype::float16;
+      case at::kBFloat16: return Dtype::bfloat16;
+      default: TORCH_CHECK(false, op, ": rows are ", type, ", not float64, float32, float16 or bfloat16");
+    }
+  }
+  // In which dtype the rows are computed, and their masters and state are.
+  at::ScalarType compute_type() const { return type == at::kDouble ? at::kDouble : at::kFloat; }
   size_t size() const { return numels_.size(); }
   bool empty() const { return all_are(numels_, 0); }
 
+  const char* const op;
   const at::Device device;
   const at::ScalarType type;
 
  private:
   struct Entered {
-    void* Row::*column;
+    int pointer;
     const int64_t* addresses;
   };
 
-  static const at::Tensor& first_of(const Column& like, const char* name) {
-    TORCH_CHECK(!like.empty(), name, " is empty");
-    TORCH_CHECK(like[0].defined(), name, " is None");
+  static const at::Tensor& first_of(const Column& like, const Argument& argument) {
+    TORCH_CHECK(!like.empty(), argument, " is empty");
+    TORCH_CHECK(like[0].defined(), argument.at(0), " is None");
     return like[0];
   }
 
@@ -156,9 +153,9 @@ class Rows {
     return tensors.consists_of(device, of_type) && tensors.numels() == numels_;
   }
 
-  void check(const Column& tensors, const char* name, at::ScalarType of_type) const {
+  void check(const Column& tensors, const Argument& argument, at::ScalarType of_type) const {
     if (is_as_expected(tensors, of_type)) return;
-    for (size_t i = 0; i < size(); ++i) check_tensor(tensors[i], name, device, of_type, numels_[i]);
+    for (size_t i = 0; i < size(); ++i) check_tensor(tensors[i], argument.at(i), device, of_type, numels_[i]);
   }
 
   // What decides on the rows.
@@ -166,7 +163,7 @@ class Rows {
     std::string key = "rows";
     key.reserve((num_columns_ + 4) * (size() + 1) * sizeof(int64_t));
     for (size_t i = 0; i < num_columns_; ++i) {
-      append(key, &columns_[i].column, 1);
+      key.push_back(static_cast<char>(columns_[i].pointer));
       append(key, columns_[i].addresses, size());
     }
     key.push_back(weights_ != nullptr);
@@ -182,7 +179,7 @@ class Rows {
     std::vector<Row> rows(size());
     for (size_t i = 0; i < size(); ++i) {
       for (size_t c = 0; c < num_columns_; ++c) {
-        rows[i].*columns_[c].column = reinterpret_cast<void*>(columns_[c].addresses[i]);
+        rows[i].pointers[columns_[c].pointer] = reinterpret_cast<void*>(columns_[c].addresses[i]);
       }
       if (steps_ != nullptr) rows[i].step = reinterpret_cast<const float*>(steps_[i]);
       rows[i].numel = numels_[i];
@@ -196,15 +193,15 @@ class Rows {
   const std::vector<int64_t>& numels_;
   const Groups& groups_;
   const int64_t num_groups_;
-  std::array<Entered, 7> columns_ = {};
+  std::array<Entered, kPointers> columns_ = {};
   size_t num_columns_ = 0;
   const int64_t* steps_ = nullptr;
   const int64_t* weights_ = nullptr;
   std::vector<bool> adaptive_;  // for each group; empty if none is
 };
 
-const double* numbers(const at::Tensor& tensor, const char* name, at::Device device, int64_t count) {
-  check_tensor(tensor, name, device, at::kDouble, count);
+const double* numbers(const at::Tensor& tensor, const Argument& argument, at::Device device, int64_t count) {
+  check_tensor(tensor, argument, device, at::kDouble, count);
   return tensor.const_data_ptr<double>();
 }
 
@@ -212,13 +209,15 @@ at::Tensor new_numbers(at::IntArrayRef sizes, at::Device device) {
   return at::empty(sizes, at::TensorOptions(at::kDouble).device(device));
 }
 
+at::Tensor new_flag(at::Device device) { return at::empty({}, at::TensorOptions(at::kBool).device(device)); }
+
 }  // namespace
 
 at::Tensor grad_norm(const Column& grads, const Groups& groups, int64_t num_groups, Optional weights) {
-  Rows rows(grads, "grads", groups, num_groups);
+  Rows rows("grad_norm", grads, {"grad_norm", "grads"}, groups, num_groups);
   const c10::DeviceGuard guard(rows.device);
-  rows.enter(&Row::grad, grads, "grads", rows.type);
-  rows.enter_weights(&Row::live, weights, rows.type);
+  rows.enter(kGrads, grads, {rows.op, "grads"}, rows.type);
+  rows.enter_weights(kLive, weights, rows.type);
   if (rows.empty()) return at::zeros({num_groups}, at::TensorOptions(at::kDouble).device(rows.device));
   const cudaStream_t stream = current_stream(rows.device);
   const Table table = rows.table(stream);
@@ -230,13 +229,14 @@ at::Tensor grad_norm(const Column& grads, const Groups& groups, int64_t num_grou
 }
 
 at::Tensor perturbation_scale(const at::Tensor& squared_norm, const at::Tensor& rho, double epsilon) {
+  const char* op = "perturbation_scale";
   const at::Device device = squared_norm.device();
   const c10::DeviceGuard guard(device);
   const int64_t groups = squared_norm.numel();
   at::Tensor scale = new_numbers({groups}, device);
-  launch_perturbation_scale(numbers(squared_norm, "squared_norm", device, groups), numbers(rho, "rho", device, groups),
-                            epsilon, scale.mutable_data_ptr<double>(), static_cast<int32_t>(groups),
-                            current_stream(device));
+  launch_perturbation_scale(numbers(squared_norm, {op, "squared_norm"}, device, groups),
+                            numbers(rho, {op, "rho"}, device, groups), epsilon, scale.mutable_data_ptr<double>(),
+                            static_cast<int32_t>(groups), current_stream(device));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return scale;
 }
@@ -244,29 +244,30 @@ at::Tensor perturbation_scale(const at::Tensor& squared_norm, const at::Tensor& 
 void perturb_(const Column& live, const Column& saved, const Column& grads, const Groups& groups,
               const at::Tensor& scale, const std::vector<bool>& adaptive, int64_t sign, bool stochastic) {
   if (live.empty()) return;
-  TORCH_CHECK(sign == 1 || sign == -1, "sign is ", sign);
+  const char* op = "perturb_";
+  TORCH_CHECK(sign == 1 || sign == -1, op, ": sign is ", sign, ", not 1 or -1");
   const int64_t num_groups = scale.numel();
-  Rows rows(live, "live", groups, num_groups);
+  Rows rows(op, live, {op, "live"}, groups, num_groups);
   const c10::DeviceGuard guard(rows.device);
-  rows.enter(&Row::live, live, "live", rows.type);
-  rows.enter(&Row::saved, saved, "saved", compute_type(rows.type));
-  rows.enter(&Row::grad, grads, "grads", rows.type);
+  rows.enter(kLive, live, {op, "live"}, rows.type);
+  rows.enter(kSaved, saved, {op, "saved"}, rows.compute_type());
+  rows.enter(kGrads, grads, {op, "grads"}, rows.type);
   rows.enter_adaptive(adaptive);
   if (rows.empty()) return;
   const cudaStream_t stream = current_stream(rows.device);
-  launch_perturb(rows.dtype(), rows.table(stream), numbers(scale, "scale", rows.device, num_groups),
+  launch_perturb(rows.dtype(), rows.table(stream), numbers(scale, {op, "scale"}, rows.device, num_groups),
                  static_cast<int>(sign), stochastic, stream);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-at::Tensor fd_gram(const Column& grad, const Column& grad_ascent, const Column& grad_descent, const Groups& groups,
-                   int64_t num_groups, Optional weights) {
-  Rows rows(grad, "grad", groups, num_groups);
+at::Tensor fd_gram(const Columns& grads, const Groups& groups, int64_t num_groups, Optional weights) {
+  const char* op = "fd_gram";
+  const auto passes = grads.of(groups.numbers().size());
+  check_count(passes.size(), {op, "grads"}, kPasses);
+  Rows rows(op, *passes[0], {op, "grads", 0}, groups, num_groups);
   const c10::DeviceGuard guard(rows.device);
-  rows.enter(&Row::grad, grad, "grad", rows.type);
-  rows.enter(&Row::grad_ascent, grad_ascent, "grad_ascent", rows.type);
-  rows.enter(&Row::grad_descent, grad_descent, "grad_descent", rows.type);
-  rows.enter_weights(&Row::saved, weights, compute_type(rows.type));
+  for (int pass = 0; pass < kPasses; ++pass) rows.enter(kGrads + pass, *passes[pass], {op, "grads", pass}, rows.type);
+  rows.enter_weights(kSaved, weights, rows.compute_type());
   if (rows.empty()) return at::zeros({num_groups, 9}, at::TensorOptions(at::kDouble).device(rows.device));
   const cudaStream_t stream = current_stream(rows.device);
   const Table table = rows.table(stream);
@@ -277,71 +278,91 @@ at::Tensor fd_gram(const Column& grad, const Column& grad_ascent, const Column& 
   return gram;
 }
 
-std::tuple<at::Tensor, at::Tensor> coefficients(const std::optional<at::Tensor>& gram, const Column& squared_norms,
-                                                const at::Tensor& scale, const at::Tensor& alpha,
-                                                const at::Tensor& beta, at::Tensor counters, const Column& taken,
-                                                const Column& part, int64_t passes, bool log, const Column& losses,
-                                                const std::optional<at::Tensor>& grad_scale,
-                                                double max_regularizer_ratio, double max_grad_norm) {
+Coefficients coefficients(const std::optional<at::Tensor>& gram, const Column& squared_norms, const at::Tensor& scale,
+                          const at::Tensor& alpha, const at::Tensor& beta, at::Tensor counters, const Column& taken,
+                          const Column& part, const std::string& regularizer, const Column& losses,
+                          const std::optional<at::Tensor>& grad_scale, double max_regularizer_ratio,
+                          double max_grad_norm) {
+  const char* op = "coefficients";
   using Arguments = CoefficientsArguments;
   const at::Device device = alpha.device();
   const c10::DeviceGuard guard(device);
   const int64_t groups = alpha.numel();
-  TORCH_CHECK(squared_norms.size() <= Arguments::kNorms, "squared_norms of more than three passes");
-  TORCH_CHECK(taken.size() <= Arguments::kCounters, "more step counters than dtypes");
-  check_count(part.size(), "part", taken.size());
-  check_tensor(counters, "counters", device, at::kLong, 4);
-  at::Tensor values = new_numbers({2 * groups + 4}, device);
-  at::Tensor flags = at::empty({2}, at::TensorOptions(at::kBool).device(device));
+  const auto per_group = [&](const at::Tensor& tensor, const Argument& argument) {
+    return numbers(tensor, argument, device, groups);
+  };
+  TORCH_CHECK(squared_norms.size() <= kPasses, op, ": squared_norms has ", squared_norms.size(), " entries, of ",
+              kPasses, " passes");
+  TORCH_CHECK(taken.size() <= Arguments::kCounters, op, ": taken has ", taken.size(), " entries, of ",
+              Arguments::kCounters, " dtypes");
+  check_count(part.size(), {op, "part"}, taken.size());
+  check_tensor(counters, {op, "counters"}, device, at::kLong, 4);
+  if (!losses.empty()) check_count(losses.size(), {op, "losses"}, 3);
 
   Arguments p = {};
-  p.gram = gram ? numbers(*gram, "gram", device, 9 * groups) : nullptr;
-  for (const at::Tensor& norm : squared_norms) p.norms[p.num_norms++] = numbers(norm, "squared_norms", device, groups);
-  p.scale = numbers(scale, "scale", device, groups);
-  p.alpha = numbers(alpha, "alpha", device, groups);
-  p.beta = numbers(beta, "beta", device, groups);
-  if (!losses.empty()) check_count(losses.size(), "losses", 3);
-  for (size_t i = 0; i < losses.size(); ++i) p.losses[i] = numbers(losses[i], "losses", device, 1);
+  p.gram = gram ? numbers(*gram, {op, "gram"}, device, 9 * groups) : nullptr;
+  for (const at::Tensor& norm : squared_norms) {
+    p.norms[p.num_norms] = per_group(norm, {op, "squared_norms", p.num_norms});
+    ++p.num_norms;
+  }
+  p.scale = per_group(scale, {op, "scale"});
+  p.alpha = per_group(alpha, {op, "alpha"});
+  p.beta = per_group(beta, {op, "beta"});
+  for (size_t i = 0; i < losses.size(); ++i) {
+    p.losses[i] = numbers(losses[i], Argument{op, "losses"}.at(i), device, 1);
+  }
   for (size_t i = 0; i < taken.size(); ++i) {
     const int64_t count = taken[i].numel();
-    check_tensor(taken[i], "taken", device, at::kFloat, count);
-    check_tensor(part[i], "part", device, at::kFloat, count);
+    check_tensor(taken[i], Argument{op, "taken"}.at(i), device, at::kFloat, count);
+    check_tensor(part[i], Argument{op, "part"}.at(i), device, at::kFloat, count);
     p.steps[p.num_steps++] = {taken[i].mutable_data_ptr<float>(), part[i].const_data_ptr<float>(), count};
   }
-  p.grad_scale = grad_scale ? numbers(*grad_scale, "grad_scale", device, 1) : nullptr;
+  p.grad_scale = grad_scale ? numbers(*grad_scale, {op, "grad_scale"}, device, 1) : nullptr;
   p.counters = counters.mutable_data_ptr<int64_t>();
-  p.values = values.mutable_data_ptr<double>();
-  p.flags = flags.mutable_data_ptr<bool>();
   p.max_regularizer_ratio = max_regularizer_ratio;
   p.max_grad_norm = max_grad_norm;
   p.num_groups = static_cast<int32_t>(groups);
-  p.log = log && passes == 3;
+  const std::optional<Regularizer> known = regularizer_named(regularizer);
+  TORCH_CHECK(known, op, ": regularizer is ", regularizer, ", which is none");
+  p.regularizer = *known;
+
+  at::Tensor pass_weights = new_numbers({kPasses - 1, groups}, device);
+  at::Tensor factor = new_numbers({}, device), kappa = new_numbers({}, device), sigma = new_numbers({}, device);
+  at::Tensor regularizer_ratio = new_numbers({}, device), ok = new_flag(device), capped = new_flag(device);
+  p.pass_weights = pass_weights.mutable_data_ptr<double>();
+  p.factor = factor.mutable_data_ptr<double>();
+  p.ok = ok.mutable_data_ptr<bool>();
+  p.kappa = kappa.mutable_data_ptr<double>();
+  p.sigma = sigma.mutable_data_ptr<double>();
+  p.regularizer_ratio = regularizer_ratio.mutable_data_ptr<double>();
+  p.capped = capped.mutable_data_ptr<bool>();
   launch_coefficients(p, current_stream(device));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return {values, flags};
+  return {pass_weights, factor, ok, kappa, sigma, regularizer_ratio, capped};
 }
 
 namespace {
 
-// Enters the gradients of a step, and says whether there are all three.
-bool enter_gradients(Rows& rows, const Column& grad, const Column& grad_ascent, const Column& grad_descent) {
-  rows.enter(&Row::grad, grad, "grad", rows.type);
-  if (grad_ascent.empty()) return false;
-  rows.enter(&Row::grad_ascent, grad_ascent, "grad_ascent", rows.type);
-  rows.enter(&Row::grad_descent, grad_descent, "grad_descent", rows.type);
-  return true;
+// Enters the gradients of a step, of all passes or of one, and says whether there are all.
+bool enter_gradients(Rows& rows, const std::vector<std::shared_ptr<const Column>>& passes) {
+  TORCH_CHECK(passes.size() == 1 || passes.size() == kPasses, rows.op, ": grads has ", passes.size(),
+              " entries, not 1 or ", kPasses);
+  for (size_t pass = 0; pass < passes.size(); ++pass) {
+    rows.enter(kGrads + pass, *passes[pass], {rows.op, "grads", static_cast<int64_t>(pass)}, rows.type);
+  }
+  return passes.size() == kPasses;
 }
 
-Decision decision_of(at::Device device, const at::Tensor& a, const at::Tensor& b,
-                     const std::optional<at::Tensor>& factor, const bool* ok) {
-  return {numbers(a, "a", device, a.numel()), numbers(b, "b", device, a.numel()),
-          factor ? numbers(*factor, "factor", device, 1) : nullptr, ok};
+Decision decision_of(const Rows& rows, const at::Tensor& pass_weights, const std::optional<at::Tensor>& factor,
+                     const bool* ok) {
+  return {numbers(pass_weights, {rows.op, "pass_weights"}, rows.device, pass_weights.numel()),
+          factor ? numbers(*factor, {rows.op, "factor"}, rows.device, 1) : nullptr, ok};
 }
 
 // The options of all groups on the device.
-const Scalar* scalars(const std::vector<double>& options, Optional tensors, at::Device device,
-                      cudaStream_t stream) {
-  check_count(tensors.column.size(), "option_tensors", options.size());
+const Scalar* scalars(const Rows& rows, const std::vector<double>& options, Optional tensors, cudaStream_t stream) {
+  const Argument argument = {rows.op, "option_tensors"};
+  check_count(tensors.column.size(), argument, options.size());
   std::vector<Scalar> scalars(options.size());
   for (size_t i = 0; i < options.size(); ++i) {
     scalars[i] = {nullptr, nullptr, options[i], 1 - options[i]};
@@ -349,147 +370,63 @@ const Scalar* scalars(const std::vector<double>& options, Optional tensors, at::
     if (!tensor.defined()) continue;
     scalars[i].value = scalars[i].complement = 0;
     if (tensor.scalar_type() == at::kDouble) {
-      scalars[i].wide = numbers(tensor, "option_tensors", device, 1);
+      scalars[i].wide = numbers(tensor, argument.at(i), rows.device, 1);
     } else {
-      check_tensor(tensor, "option_tensors", device, at::kFloat, 1);
+      check_tensor(tensor, argument.at(i), rows.device, at::kFloat, 1);
       scalars[i].single = tensor.const_data_ptr<float>();
     }
   }
   const std::string bytes = bytes_of(scalars);
-  return static_cast<const Scalar*>(cache().get("options" + bytes, device, stream, [&] { return bytes; }));
-}
-
-// The step of a base optimizer: `enter_buffers` enters its state, `launch` launches its kernel, with so many options a
-// group.
-template <typename EnterBuffers>
-void step(decltype(launch_sgd_step)* launch, int64_t num_options, EnterBuffers enter_buffers, const Column& live, const Column& saved, const Column& grad, const Column& grad_ascent,
-          const Column& grad_descent, const Groups& groups, const Column& steps, const std::vector<double>& options,
-          Optional option_tensors, const at::Tensor& a, const at::Tensor& b,
-          const std::optional<at::Tensor>& factor, const at::Tensor& ok) {
-  if (live.empty()) return;
-  Rows rows(live, "live", groups, a.numel());
-  const c10::DeviceGuard guard(rows.device);
-  rows.enter(&Row::live, live, "live", rows.type);
-  rows.enter(&Row::saved, saved, "saved", compute_type(rows.type));
-  enter_buffers(rows);
-  rows.enter_steps(steps);
-  const bool differences = enter_gradients(rows, grad, grad_ascent, grad_descent);
-  check_tensor(ok, "ok", rows.device, at::kBool, 1);
-  check_count(options.size(), "options", a.numel() * num_options);
-  if (rows.empty()) return;
-  const cudaStream_t stream = current_stream(rows.device);
-  launch(rows.dtype(), rows.table(stream), scalars(options, option_tensors, rows.device, stream),
-         decision_of(rows.device, a, b, factor, ok.const_data_ptr<bool>()), differences, stream);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return static_cast<const Scalar*>(cache().get("options" + bytes, rows.device, stream, [&] { return bytes; }));
 }
 
 }  // namespace
 
-void sgd_step_(const Column& live, const Column& saved, const Column& momentum_buffer, const Column& grad,
-               const Column& grad_ascent, const Column& grad_descent, const Groups& groups, const Column& steps,
-               const std::vector<double>& options, Optional option_tensors, const at::Tensor& a,
-               const at::Tensor& b, const std::optional<at::Tensor>& factor, const at::Tensor& ok) {
-  const auto enter = [&](Rows& rows) {
-    rows.enter(&Row::first, Optional{momentum_buffer}, "momentum_buffer", compute_type(rows.type));
-  };
-  step(launch_sgd_step, kSgdOptions, enter, live, saved, grad,
-       grad_ascent, grad_descent, groups, steps, options, option_tensors, a, b, factor, ok);
-}
-
-void adamw_step_(const Column& live, const Column& saved, const Column& exp_avg, const Column& exp_avg_sq,
-                 const Column& grad, const Column& grad_ascent, const Column& grad_descent, const Groups& groups,
-                 const Column& steps, const std::vector<double>& options, Optional option_tensors,
-                 const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& factor,
-                 const at::Tensor& ok) {
-  const auto enter = [&](Rows& rows) {
-    rows.enter(&Row::first, exp_avg, "exp_avg", compute_type(rows.type));
-    rows.enter(&Row::second, exp_avg_sq, "exp_avg_sq", compute_type(rows.type));
-  };
-  step(launch_adamw_step, kAdamOptions, enter, live, saved, grad, grad_ascent,
-       grad_descent, groups, steps, options, option_tensors, a, b, factor, ok);
-}
-
-void combine_(const Column& live, const Column& saved, const Column& grad, const Column& grad_ascent,
-              const Column& grad_descent, const Groups& groups, const at::Tensor& a, const at::Tensor& b,
-              const std::optional<at::Tensor>& factor) {
+void step_(const Column& live, const Column& saved, const Columns& state, const Columns& grads, const Groups& groups,
+           const Column& steps, const std::string& rule, const std::vector<double>& options, Optional option_tensors,
+           const at::Tensor& pass_weights, const std::optional<at::Tensor>& factor, const at::Tensor& ok) {
   if (live.empty()) return;
-  Rows rows(live, "live", groups, a.numel());
+  const char* op = "step_";
+  const std::optional<RuleShape> shape = shape_of_rule(rule);
+  TORCH_CHECK(shape, op, ": rule is ", rule, ", which is none");
+  const int64_t num_groups = pass_weights.numel() / (kPasses - 1);
+  Rows rows(op, live, {op, "live"}, groups, num_groups);
   const c10::DeviceGuard guard(rows.device);
-  rows.enter(&Row::live, live, "live", rows.type);
-  rows.enter(&Row::saved, saved, "saved", compute_type(rows.type));
-  const bool differences = enter_gradients(rows, grad, grad_ascent, grad_descent);
+  rows.enter(kLive, live, {op, "live"}, rows.type);
+  rows.enter(kSaved, saved, {op, "saved"}, rows.compute_type());
+  const auto buffers = state.of(live.size());
+  check_count(buffers.size(), {op, "state"}, shape->buffers);
+  for (int b = 0; b < shape->buffers; ++b) {
+    rows.enter(kState + b, Optional{*buffers[b]}, {op, "state", b}, rows.compute_type());
+  }
+  rows.enter_steps(steps);
+  const auto passes = grads.of(live.size());
+  const bool all_passes = enter_gradients(rows, passes);
+  check_tensor(ok, {op, "ok"}, rows.device, at::kBool, 1);
+  check_count(options.size(), {op, "options"}, num_groups * shape->options);
   if (rows.empty()) return;
   const cudaStream_t stream = current_stream(rows.device);
-  launch_combine(rows.dtype(), rows.table(stream), decision_of(rows.device, a, b, factor, nullptr), differences,
+  launch_step(rule, rows.dtype(), rows.table(stream), scalars(rows, options, option_tensors, stream),
+              decision_of(rows, pass_weights, factor, ok.const_data_ptr<bool>()), all_passes, stream);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void combine_(const Column& live, const Column& saved, const Columns& earlier, const Column& last, const Groups& groups,
+              const at::Tensor& pass_weights, const std::optional<at::Tensor>& factor) {
+  if (live.empty()) return;
+  const char* op = "combine_";
+  Rows rows(op, live, {op, "live"}, groups, pass_weights.numel() / (kPasses - 1));
+  const c10::DeviceGuard guard(rows.device);
+  rows.enter(kLive, live, {op, "live"}, rows.type);
+  rows.enter(kSaved, saved, {op, "saved"}, rows.compute_type());
+  auto passes = earlier.of(live.size());
+  passes.emplace_back(std::shared_ptr<void>(), &last);
+  const bool all_passes = enter_gradients(rows, passes);
+  if (rows.empty()) return;
+  const cudaStream_t stream = current_stream(rows.device);
+  launch_combine(rows.dtype(), rows.table(stream), decision_of(rows, pass_weights, factor, nullptr), all_passes,
                  stream);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 }  // namespace crsam
-
-namespace {
-
-using namespace crsam;
-
-// How the dispatcher gives a parameter of an operator, and what the operator makes of it.
-template <typename Parameter>
-struct Dispatched {
-  using Type = Parameter;
-  static Parameter convert(Parameter given) { return given; }
-};
-template <>
-struct Dispatched<const Column&> {
-  using Type = at::TensorList;
-  static Column convert(Type given) { return Column(given.vec()); }
-};
-template <>
-struct Dispatched<Optional> {
-  using Type = const c10::List<std::optional<at::Tensor>>&;
-  struct Owner {
-    Column column;
-    operator Optional() const { return {column}; }
-  };
-  static Owner convert(Type given) {
-    std::vector<at::Tensor> tensors;
-    for (const std::optional<at::Tensor>& tensor : given.vec()) tensors.push_back(tensor.value_or(at::Tensor()));
-    return {Column(std::move(tensors))};
-  }
-};
-template <>
-struct Dispatched<const Groups&> {
-  using Type = at::IntArrayRef;
-  static Groups convert(Type given) { return Groups(given.vec()); }
-};
-template <>
-struct Dispatched<const std::vector<double>&> {
-  using Type = at::ArrayRef<double>;
-  static std::vector<double> convert(Type given) { return given.vec(); }
-};
-template <>
-struct Dispatched<const std::vector<bool>&> {
-  using Type = const c10::List<bool>&;
-  static std::vector<bool> convert(Type given) { return {given.begin(), given.end()}; }
-};
-
-// An operator as the dispatcher calls it.
-template <auto op>
-struct Operator;
-template <typename Result, typename... Parameters, Result (*op)(Parameters...)>
-struct Operator<op> {
-  static Result call(typename Dispatched<Parameters>::Type... given) {
-    return op(Dispatched<Parameters>::convert(given)...);
-  }
-};
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(crsam, CRSAM_DISPATCH_KEY, m) {
-  m.impl("grad_norm", &Operator<grad_norm>::call);
-  m.impl("perturbation_scale", &Operator<perturbation_scale>::call);
-  m.impl("perturb_", &Operator<perturb_>::call);
-  m.impl("fd_gram", &Operator<fd_gram>::call);
-  m.impl("coefficients", &Operator<coefficients>::call);
-  m.impl("sgd_step_", &Operator<sgd_step_>::call);
-  m.impl("adamw_step_", &Operator<adamw_step_>::call);
-  m.impl("combine_", &Operator<combine_>::call);
-}

@@ -1,29 +1,153 @@
-#include "step.cuh"
+// The updates: a kernel for every rule of update_math.cuh, and the gradient for any other optimizer.
+#include "kernels.h"
+#include "launch.cuh"
+#include "update_math.cuh"
 
 namespace crsam {
 
-void launch_sgd_step(Dtype dtype, const Table& table, const Scalar* options, Decision decision, bool differences,
-                     cudaStream_t stream) {
-  dispatch(dtype, [&](auto t) {
-    using T = typename decltype(t)::type;
-    const auto kernel = differences ? sgd_step_kernel<T, true> : sgd_step_kernel<T, false>;
-    launch(kernel, table.num_chunks, stream, table, options, decision);
+template <typename C>
+__device__ __forceinline__ Weights<C> weights_of(const Decision& decision, int32_t group, int32_t num_groups) {
+  Weights<C> weights;
+#pragma unroll
+  for (int i = 0; i < kPasses - 1; ++i) weights.passes[i] = C(decision.pass_weights[i * num_groups + group]);
+  weights.factor = decision.factor ? C(*decision.factor) : C(1);
+  return weights;
+}
+
+// What all threads of a block need to know, worked out by the first one.
+template <typename C, typename Rule>
+struct Shared {
+  Weights<C> weights;
+  Rule rule;
+  bool ok;
+
+  __device__ __forceinline__ void decide(const Row& row, const Table& table, const Scalar* options,
+                                         const Decision& decision) {
+    if (threadIdx.x == 0) {
+      const Scalar* own = options + row.group * Rule::kOptions;
+      weights = weights_of<C>(decision, row.group, table.num_groups);
+      if (own[Rule::kMaximize].value != 0) weights.factor = -weights.factor;
+      rule = Rule(own, C(*row.step), row.pointers[kState] != nullptr);
+      ok = *decision.ok;
+    }
+    __syncthreads();
+  }
+};
+
+// N elements of ghat, times the factor: from the gradients of all passes, or from one.
+template <typename T, int kGiven, int N>
+__device__ __forceinline__ void load_combined(const Row& row, int64_t i, const Weights<compute_t<T>>& weights,
+                                              compute_t<T> (&ghat)[N]) {
+  compute_t<T> g[kGiven][N];
+#pragma unroll
+  for (int pass = 0; pass < kGiven; ++pass) load(pointer<const T>(row, kGrads + pass) + i, g[pass]);
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    if constexpr (kGiven == kPasses) {
+      ghat[j] = combined(weights, g, j);
+    } else {
+      ghat[j] = weights.factor * g[0][j];
+    }
+  }
+}
+
+// A step that is skipped: live = w, and nothing else changes.
+template <typename T>
+__device__ __forceinline__ void restore(const Row& row, int32_t index) {
+  if (row.pointers[kLive] == row.pointers[kSaved]) return;
+  for_each<T>(row, index, [&](int64_t i, auto width) {
+    compute_t<T> w[width];
+    load(pointer<const compute_t<T>>(row, kSaved) + i, w);
+    store(pointer<T>(row, kLive) + i, w);
   });
 }
 
-void launch_adamw_step(Dtype dtype, const Table& table, const Scalar* options, Decision decision, bool differences,
-                       cudaStream_t stream) {
-  dispatch(dtype, [&](auto t) {
-    using T = typename decltype(t)::type;
-    const auto kernel = differences ? adamw_step_kernel<T, true> : adamw_step_kernel<T, false>;
-    launch(kernel, table.num_chunks, stream, table, options, decision);
+// The step of a rule. In float32, with three gradients and n state buffers: reads w, the state and the gradients,
+// writes the state and live: 20 + 8 n bytes an element.
+template <typename T, template <typename> typename RuleOf, int kGiven>
+__global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks)
+    step_kernel(Table table, const Scalar* options, Decision decision) {
+  using C = compute_t<T>;
+  using Rule = RuleOf<C>;
+  const Chunk chunk = table.chunks[blockIdx.x];
+  const Row row = table.rows[chunk.row];
+  __shared__ Shared<C, Rule> shared;
+  shared.decide(row, table, options, decision);
+  if (!shared.ok) return restore<T>(row, chunk.index);
+
+  const Weights<C> weights = shared.weights;
+  const Rule rule = shared.rule;
+  const bool has_state = row.pointers[kState] != nullptr;
+  for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
+    C w[width], state[Rule::kBuffers][width] = {}, g[width];
+    load(pointer<const C>(row, kSaved) + i, w);
+    if (has_state) {  // before the gradients: after their first use, it would be waited for
+#pragma unroll
+      for (int b = 0; b < Rule::kBuffers; ++b) load(pointer<const C>(row, kState + b) + i, state[b]);
+    }
+    load_combined<T, kGiven>(row, i, weights, g);
+#pragma unroll
+    for (int j = 0; j < width; ++j) {
+      C own[Rule::kBuffers];
+#pragma unroll
+      for (int b = 0; b < Rule::kBuffers; ++b) own[b] = state[b][j];
+      rule(w[j], own, g[j]);
+#pragma unroll
+      for (int b = 0; b < Rule::kBuffers; ++b) state[b][j] = own[b];
+    }
+    if (has_state) {
+#pragma unroll
+      for (int b = 0; b < Rule::kBuffers; ++b) store(pointer<C>(row, kState + b) + i, state[b]);
+    }
+    store(pointer<T>(row, kLive) + i, w);
+    if constexpr (kHasMaster<T>) store(pointer<C>(row, kSaved) + i, w);
   });
 }
 
-void launch_combine(Dtype dtype, const Table& table, Decision decision, bool differences, cudaStream_t stream) {
+// ghat over the last gradient, and live = w.   In float32: reads g0, g+, g-, w, writes g-, live: 24 bytes an element.
+template <typename T, int kGiven>
+__global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks) combine_kernel(Table table, Decision decision) {
+  using C = compute_t<T>;
+  const Chunk chunk = table.chunks[blockIdx.x];
+  const Row row = table.rows[chunk.row];
+  const Weights<C> weights = weights_of<C>(decision, row.group, table.num_groups);
+  T* last = pointer<T>(row, kGrads + kGiven - 1);
+  if (kGiven == kPasses || decision.factor) {
+    for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
+      C g[width];
+      load_combined<T, kGiven>(row, i, weights, g);
+      store(last + i, g);
+    });
+  }
+  restore<T>(row, chunk.index);
+}
+
+std::optional<RuleShape> shape_of_rule(std::string_view rule) {
+  std::optional<RuleShape> shape;
+  with_rule(rule, [&](auto type) {
+    using Rule = typename decltype(type)::template Rule<float>;
+    static_assert(Rule::kBuffers <= kBuffers && Rule::kMaximize == 0, "a rule that no row has room for");
+    shape = RuleShape{Rule::kBuffers, Rule::kOptions};
+  });
+  return shape;
+}
+
+void launch_step(std::string_view rule, Dtype dtype, const Table& table, const Scalar* options, Decision decision,
+                 bool all_passes, cudaStream_t stream) {
+  with_rule(rule, [&](auto type) {
+    dispatch(dtype, [&](auto t) {
+      using T = typename decltype(t)::type;
+      using R = decltype(type);
+      const auto kernel = all_passes ? step_kernel<T, R::template Rule, kPasses> : step_kernel<T, R::template Rule, 1>;
+      launch(kernel, table.num_chunks, stream, table, options, decision);
+    });
+  });
+}
+
+void launch_combine(Dtype dtype, const Table& table, Decision decision, bool all_passes, cudaStream_t stream) {
   dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    const auto kernel = differences ? combine_kernel<T, true> : combine_kernel<T, false>;
+    const auto kernel = all_passes ? combine_kernel<T, kPasses> : combine_kernel<T, 1>;
     launch(kernel, table.num_chunks, stream, table, decision);
   });
 }

@@ -26,8 +26,8 @@ class TableCache {
   template <typename Build>
   void* get(std::string key, at::Device device, cudaStream_t stream, Build build) {
     const unsigned long long capture = capture_of(stream);
-    for (const uint64_t part : {reinterpret_cast<uint64_t>(stream), static_cast<uint64_t>(device.index()),
-                                static_cast<uint64_t>(capture)}) {
+    for (const uint64_t part :
+         {reinterpret_cast<uint64_t>(stream), static_cast<uint64_t>(device.index()), static_cast<uint64_t>(capture)}) {
       key.append(reinterpret_cast<const char*>(&part), sizeof part);
     }
     const std::lock_guard<std::mutex> lock(mutex_);

@@ -5,7 +5,10 @@
 
 #include <math.h>
 
+#include <string_view>
+
 #include "chunk_table.h"
+#include "precision.cuh"
 
 namespace crsam {
 
@@ -49,97 +52,106 @@ __device__ __forceinline__ uint32_t hashed(float w, float g) {
 // more finely, are treated as larger ones.
 template <typename T>
 __device__ __forceinline__ float dithered(float x, uint32_t random) {
-  constexpr uint32_t kDigits = std::is_same_v<T, __half> ? 10 : 7;
-  constexpr uint32_t kSmallest = std::is_same_v<T, __half> ? 113 : 8;  // exponents are biased by 127
+  constexpr uint32_t kDigits = Precision<T>::kDigits, kSmallest = Precision<T>::kSmallestExponent;
   uint32_t exponent = __float_as_uint(x) >> 23 & 255;
   exponent = exponent < kSmallest ? kSmallest : exponent;
-  const float q = __uint_as_float((exponent - kDigits) << 23), inverse = __uint_as_float((254 + kDigits - exponent) << 23);
+  const float q = __uint_as_float((exponent - kDigits) << 23),
+              inverse = __uint_as_float((254 + kDigits - exponent) << 23);
   return floorf(fmaf(x, inverse, random * 0x1p-13f)) * q;
 }
 
-// d1 = g+ - g-,  d2 = (g+ - g0) + (g- - g0)
+// Of element j of the gradients of all passes: g0 and the differences, d1 = g+ - g-,  d2 = (g+ - g0) + (g- - g0)
 template <typename C>
-struct Differences {
-  C d1, d2;
-  __device__ __forceinline__ Differences(C grad, C ascent, C descent)
-      : d1(ascent - descent), d2((ascent - grad) + (descent - grad)) {}
+struct Basis {
+  C vectors[kPasses];
+  template <int N>
+  __device__ __forceinline__ Basis(const C (&g)[kPasses][N], int j)
+      : vectors{g[0][j], g[1][j] - g[2][j], (g[1][j] - g[0][j]) + (g[2][j] - g[0][j])} {}
 };
 
-// The rows of the Gram matrix of (g0, d1, d2), then h with each of them.
-template <typename C>
-__device__ __forceinline__ void add_products(C (&sums)[9], C grad, C ascent, C descent) {
-  const Differences<C> d(grad, ascent, descent);
-  sums[0] = fused(grad, grad, sums[0]);
-  sums[1] = fused(grad, d.d1, sums[1]);
-  sums[2] = fused(grad, d.d2, sums[2]);
-  sums[3] = fused(d.d1, d.d1, sums[3]);
-  sums[4] = fused(d.d1, d.d2, sums[4]);
-  sums[5] = fused(d.d2, d.d2, sums[5]);
+// The upper triangle of the Gram matrix of the basis, row by row, then h with each vector.
+constexpr int kProducts = kPasses * (kPasses + 1) / 2, kGram = kProducts + kPasses;
+
+template <typename C, int N>
+__device__ __forceinline__ void add_products(C (&sums)[kGram], const C (&g)[kPasses][N], int j) {
+  const Basis<C> basis(g, j);
+  int k = 0;
+#pragma unroll
+  for (int x = 0; x < kPasses; ++x) {
+#pragma unroll
+    for (int y = x; y < kPasses; ++y, ++k) sums[k] = fused(basis.vectors[x], basis.vectors[y], sums[k]);
+  }
 }
 
-template <typename C>
-__device__ __forceinline__ void add_products_with(C (&sums)[9], C h, C grad, C ascent, C descent) {
-  const Differences<C> d(grad, ascent, descent);
-  sums[6] = fused(h, grad, sums[6]);
-  sums[7] = fused(h, d.d1, sums[7]);
-  sums[8] = fused(h, d.d2, sums[8]);
+template <typename C, int N>
+__device__ __forceinline__ void add_products_with(C (&sums)[kGram], C h, const C (&g)[kPasses][N], int j) {
+  const Basis<C> basis(g, j);
+#pragma unroll
+  for (int x = 0; x < kPasses; ++x) sums[kProducts + x] = fused(h, basis.vectors[x], sums[kProducts + x]);
 }
 
 // What `coefficients` has decided, for one group. The factor is negative where the group is maximized.
 template <typename C>
 struct Weights {
-  C a, b, factor;
+  C passes[kPasses - 1];  // of g_i - g0
+  C factor;
 };
 
-// ghat = c (g+ + a d2 + b d1)
-template <typename C>
-__device__ __forceinline__ C combined(const Weights<C>& weights, C grad, C ascent, C descent) {
-  const Differences<C> d(grad, ascent, descent);
-  return weights.factor * fused(weights.b, d.d1, fused(weights.a, d.d2, ascent));
+// ghat = c (g+ + sum of c_i (g_i - g0)), of element j of the gradients of all passes.
+template <typename C, int N>
+__device__ __forceinline__ C combined(const Weights<C>& weights, const C (&g)[kPasses][N], int j) {
+  C sum = g[1][j];
+#pragma unroll
+  for (int i = kPasses - 1; i > 0; --i) sum = fused(weights.passes[i - 1], g[i][j] - g[0][j], sum);
+  return weights.factor * sum;
 }
 
-// torch.optim.SGD
+// The update rules ---------------------------------------------------------------------------------------------------
+//
+// A rule has a name, a number of state buffers, the order of a group's options in the array of scalars, of which the
+// first is `maximize`, and is called for every element. It is made once a block, from the options of its group, how
+// many steps the row has taken, and whether the row has state; where it has none, `state` is 0 and what is left there
+// is lost.
+
+// torch.optim.SGD. Its state is momentum_buffer, which a group without momentum does not have.
 template <typename C>
 struct Sgd {
-  // The order of a group's options in the array of scalars.
-  enum Option { kLr, kMomentum, kDampening, kWeightDecay, kNesterov, kMaximize, kCount };
+  static constexpr const char* kName = "sgd";
+  static constexpr int kBuffers = 1;
+  enum Option { kMaximize, kLr, kMomentum, kDampening, kWeightDecay, kNesterov, kOptions };
 
   C lr, momentum, undamped, weight_decay;
   bool nesterov;
 
   Sgd() = default;  // for shared memory
-  __device__ __forceinline__ Sgd(const Scalar* options, C step)
+  __device__ __forceinline__ Sgd(const Scalar* options, C step, bool has_state)
       : lr(resolve<C>(options[kLr])),
-        momentum(resolve<C>(options[kMomentum])),
+        momentum(has_state ? resolve<C>(options[kMomentum]) : C(0)),
         // torch's first momentum is the gradient itself, undamped
-        undamped(step > 1 ? resolve_complement<C>(options[kDampening]) : C(1)),
+        undamped(has_state && step > 1 ? resolve_complement<C>(options[kDampening]) : C(1)),
         weight_decay(resolve<C>(options[kWeightDecay])),
         nesterov(options[kNesterov].value != 0) {}
 
-  // w -= lr (g + weight_decay w)
-  __device__ __forceinline__ void operator()(C& w, C g) const {
-    if (weight_decay != 0) g = fused(weight_decay, w, g);
-    w = fused(-lr, g, w);
-  }
-
   // g += weight_decay w,  m = momentum m + (1 - dampening) g,  w -= lr m, or nesterov: w -= lr (g + momentum m)
-  __device__ __forceinline__ void operator()(C& w, C& m, C g) const {
+  __device__ __forceinline__ void operator()(C& w, C (&state)[kBuffers], C g) const {
+    C& m = state[0];
     if (weight_decay != 0) g = fused(weight_decay, w, g);
     m = fused(undamped, g, momentum * m);
     w = fused(-lr, nesterov ? fused(momentum, m, g) : m, w);
   }
 };
 
-// torch.optim.Adam and AdamW
+// torch.optim.Adam and AdamW. The state is exp_avg and exp_avg_sq.
 template <typename C>
 struct Adam {
-  // The order of a group's options in the array of scalars.
-  enum Option { kLr, kBeta1, kBeta2, kEps, kWeightDecay, kDecoupledWeightDecay, kMaximize, kCount };
+  static constexpr const char* kName = "adam";
+  static constexpr int kBuffers = 2;
+  enum Option { kMaximize, kLr, kBeta1, kBeta2, kEps, kWeightDecay, kDecoupledWeightDecay, kOptions };
 
   C beta1, beta2, rest1, rest2, root_correction2, eps, step_size, weight_decay, shrink;
 
   Adam() = default;  // for shared memory
-  __device__ __forceinline__ Adam(const Scalar* options, C step)
+  __device__ __forceinline__ Adam(const Scalar* options, C step, bool)
       : beta1(resolve<C>(options[kBeta1])),
         beta2(resolve<C>(options[kBeta2])),
         rest1(resolve_complement<C>(options[kBeta1])),
@@ -158,12 +170,28 @@ struct Adam {
   // m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
   // w = (1 - lr weight_decay) w - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps), and for Adam, before all
   // that, g += weight_decay w instead of the factor on w
-  __device__ __forceinline__ void operator()(C& w, C& m, C& v, C g) const {
+  __device__ __forceinline__ void operator()(C& w, C (&state)[kBuffers], C g) const {
+    C &m = state[0], &v = state[1];
     if (weight_decay != 0) g = fused(weight_decay, w, g);
     m = fused(beta1, m, rest1 * g);
     v = fused(beta2, v, rest2 * g * g);
     w = fused(-step_size, m / (root(v) / root_correction2 + eps), shrink * w);
   }
 };
+
+template <template <typename> typename R>
+struct RuleType {
+  template <typename C>
+  using Rule = R<C>;
+};
+
+// Calls `body` with the rule that has a name, and says whether one has.
+template <typename Body>
+bool with_rule(std::string_view name, Body body) {
+  const auto among = [&](auto... rules) {
+    return ((name == decltype(rules)::template Rule<float>::kName && (body(rules), true)) || ...);
+  };
+  return among(RuleType<Sgd>{}, RuleType<Adam>{});
+}
 
 }  // namespace crsam

@@ -80,10 +80,10 @@ def library():
 def extension(*sources):
     """The path of the Python module of csrc/ with other sources in the place of kernels."""
     own = ["host.cpp", "operators.cpp", "bindings.cpp"]
-    if not hasattr(torch.ops.crsam, "grad_norm"):  # another extension, for a GPU, has the schemas
-        own.append("ops.cpp")
-    path = ROOT / "build" / "cuda_on_cpu" / _digest("extension", own, *(p.read_text() for p in sources)) / "_C.so"
-    flags = ("-O2", f"-I{SOURCES}/cuda", "-DTORCH_EXTENSION_NAME=_C", "-DCRSAM_DISPATCH_KEY=CPU")
+    flags = ["-O2", f"-I{SOURCES}/cuda", "-DTORCH_EXTENSION_NAME=_C", "-DCRSAM_DISPATCH_KEY=CPU"]
+    if hasattr(torch.ops.crsam, "grad_norm"):  # another extension, for a GPU, counts the versions for all devices
+        flags.append("-DCRSAM_NO_VERSIONS")
+    path = ROOT / "build" / "cuda_on_cpu" / _digest("extension", flags, *(p.read_text() for p in sources)) / "_C.so"
     with _alone():
         if not path.exists():
             _build(path, [*(SOURCES / name for name in own), *sources], *_torch_flags(*flags))

@@ -1,4 +1,5 @@
-// Every kernel once on small rows, each array an allocation of its own, for the sanitizers; and the sums against float64.
+// Every kernel once on small rows, each array an allocation of its own, for the sanitizers; and the sums against
+// float64.
 //
 //     program [order]
 #include <cstdio>
@@ -57,13 +58,10 @@ void run(crsam::Dtype dtype) {
   for (size_t i = 0; i < kLengths.size(); ++i) {
     const int64_t n = kLengths[i];
     Row row = {};
-    row.live = memory.make<T>(n, some);
-    row.saved = memory.make<float>(n, wide);
-    row.first = memory.make<float>(n, wide);
-    row.second = memory.make<float>(n, wide);
-    row.grad = memory.make<T>(n, some);
-    row.grad_ascent = memory.make<T>(n, some);
-    row.grad_descent = memory.make<T>(n, some);
+    row.pointers[kLive] = memory.make<T>(n, some);
+    row.pointers[kSaved] = memory.make<float>(n, wide);
+    for (int b = 0; b < kBuffers; ++b) row.pointers[kState + b] = memory.make<float>(n, wide);
+    for (int pass = 0; pass < kPasses; ++pass) row.pointers[kGrads + pass] = memory.make<T>(n, some);
     row.step = memory.make<float>(1, [](int64_t) { return 2.0f; });
     row.numel = n;
     row.group = i % 2;
@@ -71,7 +69,7 @@ void run(crsam::Dtype dtype) {
   }
   arrange(rows);
   Layout layout(rows, kNumGroups);
-  const Table table = {rows.data(),           layout.chunks.data(), layout.group_begin.data(),
+  const Table table = {rows.data(),           layout.chunks.data(),          layout.group_begin.data(),
                        layout.tickets.data(), int64_t(layout.chunks.size()), kNumGroups};
 
   double* partial = memory.make<double>(table.num_chunks * 9, zero);
@@ -84,9 +82,9 @@ void run(crsam::Dtype dtype) {
     launch_fd_gram(dtype, table, partial, gram, nullptr);
     double expected[kNumGroups][2] = {};
     for (const Row& row : rows) {
+      const auto grad = [&](int pass, int64_t i) { return widen(static_cast<T*>(row.pointers[kGrads + pass])[i]); };
       for (int64_t i = 0; i < row.numel; ++i) {
-        const double g0 = widen(static_cast<T*>(row.grad)[i]), d1 = widen(static_cast<T*>(row.grad_ascent)[i]) -
-                                                                   widen(static_cast<T*>(row.grad_descent)[i]);
+        const double g0 = grad(0, i), d1 = grad(1, i) - grad(2, i);
         expected[row.group][0] += g0 * g0;
         expected[row.group][1] += d1 * d1;
       }
@@ -112,28 +110,29 @@ void run(crsam::Dtype dtype) {
   p.steps[0] = {memory.make<float>(300, zero), memory.make<float>(300, [](int64_t) { return 1; }), 300};
   p.num_steps = 1;
   p.counters = memory.make<int64_t>(4, zero);
-  p.values = memory.make<double>(2 * kNumGroups + 4, zero);
-  p.flags = memory.make<bool>(2, zero);
+  p.pass_weights = memory.make<double>((kPasses - 1) * kNumGroups, zero);
+  for (double** number : {&p.factor, &p.kappa, &p.sigma, &p.regularizer_ratio}) *number = memory.make<double>(1, zero);
+  for (bool** flag : {&p.ok, &p.capped}) *flag = memory.make<bool>(1, zero);
   p.max_regularizer_ratio = 1;
   p.max_grad_norm = 1;
   p.num_groups = kNumGroups;
-  p.passes = 3;
-  p.log = true;
+  p.regularizer = Regularizer::log;
   launch_coefficients(p, nullptr);
-  expect_near(p.flags[0], 1, "ok");
+  expect_near(*p.ok, 1, "ok");
   expect_near(p.steps[0].taken[299], 1, "steps");
 
   const Scalar number = {nullptr, nullptr, 0.25, 0.75};
-  const std::vector<Scalar> options(kNumGroups * kAdamOptions, number);
-  const Decision decision = {p.values, p.values + kNumGroups, p.values + 2 * kNumGroups, p.flags};
+  const Decision decision = {p.pass_weights, p.factor, p.ok};
   const bool never = false;
-  const Decision skip = {p.values, p.values + kNumGroups, nullptr, &never};
+  const Decision skip = {p.pass_weights, nullptr, &never};
   const auto update = [&](const Table& t) {
-    for (const bool differences : {true, false}) {
-      launch_sgd_step(dtype, t, options.data(), decision, differences, nullptr);
-      launch_adamw_step(dtype, t, options.data(), decision, differences, nullptr);
-      launch_adamw_step(dtype, t, options.data(), skip, differences, nullptr);
-      launch_combine(dtype, t, decision, differences, nullptr);
+    for (const bool all_passes : {true, false}) {
+      for (const char* rule : {"sgd", "adam"}) {
+        const std::vector<Scalar> options(kNumGroups * shape_of_rule(rule)->options, number);
+        launch_step(rule, dtype, t, options.data(), decision, all_passes, nullptr);
+        launch_step(rule, dtype, t, options.data(), skip, all_passes, nullptr);
+      }
+      launch_combine(dtype, t, decision, all_passes, nullptr);
     }
   };
   update(table);
@@ -142,14 +141,12 @@ void run(crsam::Dtype dtype) {
   const int64_t before = int64_t(1) << 33, n = 1027;
   Row row = {};
   const auto shifted = [&](auto* array) { return array - before; };
-  row.live = shifted(memory.make<T>(n, some));
-  row.saved = shifted(memory.make<float>(n, wide));
-  row.first = shifted(memory.make<float>(n, wide));
-  row.second = shifted(memory.make<float>(n, wide));
+  row.pointers[kLive] = shifted(memory.make<T>(n, some));
+  row.pointers[kSaved] = shifted(memory.make<float>(n, wide));
+  for (int b = 0; b < kBuffers; ++b) row.pointers[kState + b] = shifted(memory.make<float>(n, wide));
   T* grad = memory.make<T>(n, some);
-  row.grad = shifted(grad);
-  row.grad_ascent = shifted(memory.make<T>(n, some));
-  row.grad_descent = shifted(memory.make<T>(n, some));
+  row.pointers[kGrads] = shifted(grad);
+  for (int pass = 1; pass < kPasses; ++pass) row.pointers[kGrads + pass] = shifted(memory.make<T>(n, some));
   row.step = rows[0].step;
   row.numel = before + n;
   std::vector<Row> one = {row};

@@ -1,8 +1,8 @@
 // Runs CUDA kernels on a CPU, compiled with g++ -std=c++20: one fiber per CUDA thread.
 //
 // Barriers and shuffles switch between the fibers of a block, in an order that can be chosen (emu::order), so that a
-// missing barrier shows. Normally blocks run one after another, and __shared__ means static. With EMU_PARALLEL a block is
-// an OS thread, several run at once, and __shared__ means thread_local: for ThreadSanitizer, to which atomics and
+// missing barrier shows. Normally blocks run one after another, and __shared__ means static. With EMU_PARALLEL a block
+// is an OS thread, several run at once, and __shared__ means thread_local: for ThreadSanitizer, to which atomics and
 // fences are modelled as CUDA has them (an atomic orders nothing, __threadfence does).
 #pragma once
 
@@ -91,8 +91,8 @@ struct Block;
 struct Barrier {
   unsigned generation = 0, arrived = 0;
   Site site;
-  char token[2] = {};          // of even and odd generations, for ThreadSanitizer
-  char slot[2][32][16] = {};   // what lanes exchange
+  char token[2] = {};         // of even and odd generations, for ThreadSanitizer
+  char slot[2][32][16] = {};  // what lanes exchange
 };
 
 struct Thread {
@@ -220,7 +220,8 @@ EMU_NOSAN inline void entry() {
   EMU_RELEASE(&t->block->launch->token);
   t->done = true;
   Block* b = t->block;
-  if (--b->alive && b->barrier.arrived == b->alive) die("a thread has left before a barrier where others wait", b->barrier.site);
+  if (--b->alive && b->barrier.arrived == b->alive)
+    die("a thread has left before a barrier where others wait", b->barrier.site);
   to_scheduler(t, true);
   __builtin_trap();
 }
