@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -81,12 +81,18 @@ class Regularizer(NamedTuple):
 
     alpha: float  #: default weight of the curvature term
     max_ratio: float  #: default cap of the norm of its gradient, over the norm of g+
-    measures: bool  #: whether its weights are taken from kappa and sigma of the step
+    #: a from alpha and kappa, and b from beta and sigma; None for a = alpha and b = beta.
+    weight: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def measures(self) -> bool:
+        """Whether kappa and sigma of a step are needed."""
+        return self.weight is not None
 
 
 REGULARIZERS = {
-    "linear": Regularizer(alpha=0.1, max_ratio=math.inf, measures=False),
-    "log": Regularizer(alpha=0.01, max_ratio=1.0, measures=True),
+    "linear": Regularizer(alpha=0.1, max_ratio=math.inf),
+    "log": Regularizer(alpha=0.01, max_ratio=1.0, weight=lambda weight, x: torch.where(x > 0, weight / x, 0.0)),
 }
 
 
@@ -301,7 +307,8 @@ class Operators(ABC):
             squared_norms = [norm / grad_scale**2 for norm in squared_norms]
             gram = None if gram is None else gram / grad_scale**2
             scale = scale * grad_scale
-        if passes == PASSES and regularizer == "log":
+        weight = REGULARIZERS[regularizer].weight
+        if passes == PASSES and weight is not None:
             if losses is not None:
                 loss, ascent, descent = losses
                 kappa, sigma = ascent + descent - 2 * loss, ascent - descent
@@ -309,8 +316,7 @@ class Operators(ABC):
                 assert gram is not None
                 kappa = (scale * gram[:, 7]).sum() / 2
                 sigma = (scale * (2 * gram[:, 6] + gram[:, 8] / 3)).sum()
-            a = torch.where(kappa > 0, alpha / kappa, 0.0)
-            b = torch.where(sigma > 0, beta / sigma, 0.0)
+            a, b = weight(alpha, kappa), weight(beta, sigma)
         if gram is not None:
             ratio = (quadratic_form(gram, 0.0, b, a) / quadratic_form(gram, 1.0, 0.5, 0.5)).sqrt()
             capped = ratio > max_regularizer_ratio

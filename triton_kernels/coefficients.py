@@ -143,7 +143,7 @@ def coefficients_kernel(
 
     # Atomic, as every thread would load what one of them stores.
     tl.atomic_add(counters, (sound == 0).to(tl.int64), sem="relaxed")
-    if REGULARIZER == "log":
+    if REGULARIZER != "linear":
         tl.atomic_add(counters + 1, (sound & (curvature <= 0)).to(tl.int64), sem="relaxed")
         tl.atomic_add(counters + 2, (sound & (difference <= 0)).to(tl.int64), sem="relaxed")
     tl.atomic_add(counters + 3, (sound & too_large).to(tl.int64), sem="relaxed")

@@ -24,6 +24,15 @@ __device__ inline double quadratic_form(const double* gram, double x, double y, 
 // What torch.nn.utils.clip_grad_norm_ adds to the norm.
 constexpr double kClipEpsilon = 1e-6;
 
+// a = alpha times this, of kappa, and b = beta times this, of sigma.
+__device__ inline double weight_of(Regularizer regularizer, double x) {
+  switch (regularizer) {
+    case Regularizer::linear: return 1;
+    case Regularizer::log: return x > 0 ? 1 / x : 0;
+  }
+  return 0;
+}
+
 // Rounding can leave a small negative number; a NaN stays one.
 __device__ inline double norm_of(double squared) { return sqrt(squared < 0 ? 0 : squared); }
 
@@ -31,7 +40,7 @@ __device__ inline double norm_of(double squared) { return sqrt(squared < 0 ? 0 :
 // One block: its inputs are a few numbers per group. See `Operators.coefficients` for the mathematics.
 __global__ void __launch_bounds__(kThreads) coefficients_kernel(CoefficientsArguments p) {
   const int groups = p.num_groups;
-  const bool log = p.regularizer == Regularizer::log;
+  const bool measures = p.regularizer != Regularizer::linear;
 
   // What is summed over groups: everything, to see a NaN or an infinity; the norm of the last pass; kappa and sigma.
   enum { everything, last_norm, kappa_sum, sigma_sum, num_sums };
@@ -59,9 +68,9 @@ __global__ void __launch_bounds__(kThreads) coefficients_kernel(CoefficientsArgu
   // The weights before the cap, and the norms of a d2 + b d1 and of g+ = g0 + d1 / 2 + d2 / 2.
   __shared__ double squared[2];
   double forms[2] = {0, 0};
-  const double over_kappa = !log ? 1 : kappa > 0 ? 1 / kappa : 0, over_sigma = !log ? 1 : sigma > 0 ? 1 / sigma : 0;
+  const double weight_a = weight_of(p.regularizer, kappa), weight_b = weight_of(p.regularizer, sigma);
   for (int g = threadIdx.x; p.gram && g < groups; g += kThreads) {
-    forms[0] += quadratic_form(p.gram + 9 * g, 0, p.beta[g] * over_sigma, p.alpha[g] * over_kappa);
+    forms[0] += quadratic_form(p.gram + 9 * g, 0, p.beta[g] * weight_b, p.alpha[g] * weight_a);
     forms[1] += quadratic_form(p.gram + 9 * g, 1, 0.5, 0.5);
   }
   block_sum(forms, squared);
@@ -73,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) coefficients_kernel(CoefficientsArgu
   __shared__ double squared_hat[1];
   double form[1] = {0};
   for (int g = threadIdx.x; g < groups; g += kThreads) {
-    const double a = p.alpha[g] * over_kappa * cap, b = p.beta[g] * over_sigma * cap;
+    const double a = p.alpha[g] * weight_a * cap, b = p.beta[g] * weight_b * cap;
     p.pass_weights[g] = a + b;  // a d2 + b d1 = (a + b) (g+ - g0) + (a - b) (g- - g0)
     p.pass_weights[groups + g] = a - b;
     if (p.gram) form[0] += quadratic_form(p.gram + 9 * g, 1, b + 0.5, a + 0.5);
@@ -95,8 +104,8 @@ __global__ void __launch_bounds__(kThreads) coefficients_kernel(CoefficientsArgu
   *p.ok = ok;
   *p.capped = capped;
   p.counters[0] += !ok;
-  p.counters[1] += ok && log && kappa <= 0;
-  p.counters[2] += ok && log && sigma <= 0;
+  p.counters[1] += ok && measures && kappa <= 0;
+  p.counters[2] += ok && measures && sigma <= 0;
   p.counters[3] += ok && capped;
 }
 
