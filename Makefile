@@ -12,16 +12,19 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.crsam_ext-installed
 HAS_TORCH := $(PYTHON) -c 'import torch, pytest, hypothesis, xdist' 2>/dev/null
 
-.PHONY: help train test quick lint bench experiments gpu clean
+.PHONY: help train test test-oldest quick lint bench experiments gpu clean
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(INSTALLED)  ## Train a network on the digits data with CR-SAM; results and the picture in runs/digits
 	$(BIN)/crsam-train --data digits --optimizer crsam --output runs/digits --overwrite
 
 test: $(INSTALLED)  ## Run all tests; a test that cannot run here is listed with its reason
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+test-oldest:  ## Run all tests with the oldest versions that are supported, in an environment of its own
+	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt
 
 quick: $(INSTALLED)  ## Run the tests that show most mistakes, in a minute: backend torch, without the slow ones
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m 'not slow' -k 'not cuda_on_cpu' -q

@@ -1,6 +1,6 @@
 """Interfaces that are private to others, in one place: what is relied on, and what happens without it.
 
-They were tried with torch 2.14, CPython 3.11 and NumPy 2; ``tests/test_compat.py`` has a test for each.
+They were tried with torch 2.11 and 2.14, CPython 3.11 and NumPy 2; ``tests/test_compat.py`` has a test for each.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -97,7 +97,7 @@ REGULARIZERS = {
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ABC):
     """One parameter group's options of an update rule, under torch's names; a subclass for every rule."""
 
     #: The name of the rule: backends have its formula under this name.
@@ -112,13 +112,9 @@ class Options:
         return cls(**{field.name: group[field.name] for field in fields(cls)})
 
     @property
-    def numbers(self) -> Iterator[float | Tensor]:
-        """The options in the order in which they are declared, and in which the kernels' rules read them."""
-        for value in vars(self).values():
-            if isinstance(value, tuple):
-                yield from value
-            else:
-                yield value
+    @abstractmethod
+    def numbers(self) -> tuple[float | Tensor, ...]:
+        """The options in the order in which the kernels' rules read them, ``maximize`` first."""
 
 
 class Coefficients(NamedTuple):

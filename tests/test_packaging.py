@@ -57,7 +57,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
 
 
 def test_wheel_needs_only_torch(distribution):
-    assert [need for need in distribution.requires if "extra ==" not in need] == ["torch>=2.9"]
+    assert [need for need in distribution.requires if "extra ==" not in need] == ["torch>=2.11"]
 
 
 def test_wheel_metadata(distribution):

@@ -73,7 +73,7 @@ def launch_one(kernel: Any, tuples: tuple[Any, ...], device: torch.device, *argu
 
 # Launchers are kept with the versions of Triton for which tests/test_triton_machine_code.py has found that they are
 # called as Triton itself calls them. With any other version, Triton makes every launch.
-KEPT_WITH = ("3.8",)
+KEPT_WITH = ("3.6", "3.8")
 _keeps = triton.__version__.rpartition(".")[0] in KEPT_WITH
 
 _MAX_LAUNCHERS = 1024  # some 10 are in use in a training loop

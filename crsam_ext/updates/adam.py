@@ -25,6 +25,10 @@ class AdamOptions(Options):
     weight_decay: float
     decoupled_weight_decay: bool
 
+    @property
+    def numbers(self) -> tuple[float | Tensor, ...]:
+        return self.maximize, self.lr, *self.betas, self.eps, self.weight_decay, self.decoupled_weight_decay
+
 
 class AdamUpdate(RuleUpdate):
     """``exp_avg``, ``exp_avg_sq`` and ``step`` are the state."""

@@ -27,6 +27,10 @@ class SGDOptions(Options):
     weight_decay: float
     nesterov: bool
 
+    @property
+    def numbers(self) -> tuple[float | Tensor, ...]:
+        return self.maximize, self.lr, self.momentum, self.dampening, self.weight_decay, self.nesterov
+
 
 class SGDUpdate(RuleUpdate):
     """``momentum_buffer`` is the state of a group with momentum."""
