@@ -63,6 +63,6 @@ def _direct(module: Any, name: str) -> Callable[..., Any]:
 
 def _flat(argument: Any) -> Any:
     """A list of lists as schemas have it: one after the other."""
-    if isinstance(argument, list) and argument and isinstance(argument[0], list):
+    if isinstance(argument, (list, tuple)) and argument and isinstance(argument[0], (list, tuple)):
         return [tensor for tensors in argument for tensor in tensors]
     return argument
