@@ -47,6 +47,7 @@ __all__ = [
     "CLIP_EPSILON",
     "COUNTERS",
     "EPSILON",
+    "GRAM",
     "PASSES",
     "REGULARIZERS",
     "Coefficients",
@@ -66,6 +67,9 @@ CLIP_EPSILON = 1e-6
 
 #: The gradients of a full step: g0, g+ and g-.
 PASSES = 3
+
+#: Entries of the Gram matrix of g0 and the differences: its upper triangle row by row, then h with each of them.
+GRAM = PASSES * (PASSES + 1) // 2 + PASSES
 
 #: What is counted over the steps, in the order of the counters that :meth:`Operators.coefficients` advances.
 COUNTERS = ("skipped", "curvature_dropped", "gradient_norm_dropped", "capped")
@@ -244,7 +248,7 @@ class Operators(ABC):
             groups, num_groups: as for :meth:`grad_norm`.
             weights: for each row None, or w in the compute dtype (ASAM).
         Returns:
-            float64 tensor [num_groups, 9]: :math:`g_0 g_0, g_0 d_1, g_0 d_2, d_1 d_1, d_1 d_2, d_2 d_2`, then
+            float64 tensor [num_groups, GRAM]: :math:`g_0 g_0, g_0 d_1, g_0 d_2, d_1 d_1, d_1 d_2, d_2 d_2`, then
             :math:`h g_0, h d_1, h d_2` with :math:`e = s h`; h is g0, or :math:`w^2 g_0` where weights are given.
         """
 

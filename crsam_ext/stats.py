@@ -51,7 +51,7 @@ class Stats:
         Args:
             losses: of its passes.
             squared_norm: [groups], of g0, if it is known otherwise than from ``gram``.
-            gram: [groups, 9], see :meth:`crsam_ext.ops.Operators.fd_gram`.
+            gram: [groups, GRAM], see :meth:`crsam_ext.ops.Operators.fd_gram`.
             scale: [groups], with e = scale g0; None where e is no multiple of g0.
             coefficients: what was decided.
             grad_scale: what all gradients were multiplied with.

@@ -13,13 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crsam_ext import ops
 from crsam_ext.precision import PRECISIONS
 
 # Elements of a chunk: short enough to keep all multiprocessors busy to the end and to sum in float32, long enough to
 # pay for reading the row and for the reduction at the end of a program.
 CHUNK = tl.constexpr(1 << 14)
 
-PASSES = tl.constexpr(3)  # gradients of a step at most: g0, g+, g-
+PASSES = tl.constexpr(ops.PASSES)  # gradients of a step at most
+GRAM = tl.constexpr(ops.GRAM)
 BUFFERS = tl.constexpr(2)  # of an update rule's state at most
 
 # The columns of the table. Operators leave 0 what they do not use.
@@ -42,7 +44,7 @@ class Table(NamedTuple):
     chunks: Tensor  #: int32 [chunks, 2]: row, and index of the chunk in its row; in the order of the rows
     group_begin: Tensor  #: int64 [groups + 1], the first chunk of each group
     tickets: Tensor  #: int32 [groups], 0 between launches
-    partial: Tensor  #: float64 [9 chunks], where programs leave their sums
+    partial: Tensor  #: float64 [GRAM chunks], where programs leave their sums
     num_chunks: int
     num_groups: int
 

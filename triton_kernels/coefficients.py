@@ -10,10 +10,12 @@ from torch import Tensor
 
 from crsam_ext import ops
 
+from .chunk_table import GRAM
 from .launch import jit, launch_one
 
 LANES = tl.constexpr(128)  # groups, or step counters, that are read at a time
 CLIP_EPSILON = tl.constexpr(ops.CLIP_EPSILON)
+PRODUCTS = tl.constexpr(ops.GRAM - ops.PASSES)  # of which h is no factor
 
 
 @jit
@@ -83,12 +85,12 @@ def coefficients_kernel(
             if i == len(norms) - 1:
                 last_norm += norm
         if gram is not None:
-            for k in tl.static_range(9):
-                everything += tl.load(gram + 9 * group + k, mask=known, other=0)
+            for k in tl.static_range(GRAM):
+                everything += tl.load(gram + GRAM * group + k, mask=known, other=0)
             s = tl.load(scale + group, mask=known, other=0)
-            eg0 = tl.load(gram + 9 * group + 6, mask=known, other=0)
-            ed1 = tl.load(gram + 9 * group + 7, mask=known, other=0)
-            ed2 = tl.load(gram + 9 * group + 8, mask=known, other=0)
+            eg0 = tl.load(gram + GRAM * group + PRODUCTS + 0, mask=known, other=0)
+            ed1 = tl.load(gram + GRAM * group + PRODUCTS + 1, mask=known, other=0)
+            ed2 = tl.load(gram + GRAM * group + PRODUCTS + 2, mask=known, other=0)
             kappas += s * ed1
             sigmas += s * (2 * eg0 + ed2 / 3)
     total = tl.sum(everything, 0)
@@ -110,8 +112,8 @@ def coefficients_kernel(
             known = group < num_groups
             a = weight_of(alpha + group, curvature, known, REGULARIZER)
             b = weight_of(beta + group, difference, known, REGULARIZER)
-            regularizers += quadratic_form(gram + 9 * group, known, 0.0, b, a)
-            ascents += quadratic_form(gram + 9 * group, known, 1.0, 0.5, 0.5)
+            regularizers += quadratic_form(gram + GRAM * group, known, 0.0, b, a)
+            ascents += quadratic_form(gram + GRAM * group, known, 1.0, 0.5, 0.5)
     ratio = tl.full([], 0.0, tl.float64)
     if gram is not None:
         ratio = norm_of(tl.sum(regularizers, 0)) / norm_of(tl.sum(ascents, 0))
@@ -128,7 +130,7 @@ def coefficients_kernel(
         tl.store(pass_weights + group, a + b, mask=known)  # a d2 + b d1 = (a + b) (g+ - g0) + (a - b) (g- - g0)
         tl.store(pass_weights + num_groups + group, a - b, mask=known)
         if gram is not None:
-            ghats += quadratic_form(gram + 9 * group, known, 1.0, b + 0.5, a + 0.5)
+            ghats += quadratic_form(gram + GRAM * group, known, 1.0, b + 0.5, a + 0.5)
     squared = tl.sum(last_norm, 0)
     if gram is not None:
         squared = tl.sum(ghats, 0)

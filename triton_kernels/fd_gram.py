@@ -10,6 +10,7 @@ from torch import Tensor
 from .chunk_table import (
     ADAPTIVE,
     GRADS,
+    GRAM,
     PASSES,
     SAVED,
     Table,
@@ -22,29 +23,23 @@ from .chunk_table import (
 )  # fmt: skip
 from .launch import jit, launch
 from .reduce import group_sum
-from .update_math import differences
+from .update_math import basis
 
 
 @triton.jit
 def add_products(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
-    """One tile of the nine sums. Only ASAM loads w; the arithmetic is the same, and costs less than a branch."""
+    """One tile of the sums. Only ASAM loads w; the arithmetic is the same, and costs less than a branch."""
     grads, saved, adaptive = arguments
-    loaded = load_all(grads, where, mask, dtype, width)
-    g = loaded[0]
-    d1, d2 = differences(loaded)
+    vectors = basis(load_all(grads, where, mask, dtype, width))
     w = load(saved, where, mask & adaptive, compute_dtype(dtype), width)
-    h = tl.where(adaptive, w * w * g, g)
-    return (
-        sums[0] + tl.sum(g * g, 1),
-        sums[1] + tl.sum(g * d1, 1),
-        sums[2] + tl.sum(g * d2, 1),
-        sums[3] + tl.sum(d1 * d1, 1),
-        sums[4] + tl.sum(d1 * d2, 1),
-        sums[5] + tl.sum(d2 * d2, 1),
-        sums[6] + tl.sum(h * g, 1),
-        sums[7] + tl.sum(h * d1, 1),
-        sums[8] + tl.sum(h * d2, 1),
-    )
+    h = tl.where(adaptive, w * w * vectors[0], vectors[0])
+    new = ()
+    for x in tl.static_range(PASSES):
+        for y in tl.static_range(x, PASSES):
+            new = new + (sums[len(new)] + tl.sum(vectors[x] * vectors[y], 1),)
+    for x in tl.static_range(PASSES):
+        new = new + (sums[len(new)] + tl.sum(h * vectors[x], 1),)
+    return new
 
 
 @jit
@@ -57,12 +52,13 @@ def fd_gram_kernel(
     """
     row, index = chunk_of(rows, chunks)
     arguments = (addresses(row + GRADS, PASSES), tl.load(row + SAVED), tl.load(row + ADAPTIVE) != 0)
-    zero = tl.zeros([VECTORS], compute_dtype(dtype))
-    sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    sums = ()
+    for _ in tl.static_range(GRAM):
+        sums = sums + (tl.zeros([VECTORS], compute_dtype(dtype)),)
     sums = for_each(add_products, arguments, sums, row, index, dtype, VECTORS)
-    group_sum(sums, row, group_begin, tickets, num_groups, partial, gram, 9)
+    group_sum(sums, row, group_begin, tickets, num_groups, partial, gram, GRAM)
 
 
 def launch_fd_gram(dtype: torch.dtype, table: Table, gram: Tensor) -> None:
-    """gram [groups, 9] <- inner products of (g0, d1, d2), and with h, which weighs with `saved` where `adaptive`."""
+    """gram [groups, GRAM] <- inner products of (g0, d1, d2), and with h, which weighs with `saved` where `adaptive`."""
     launch(fd_gram_kernel, table, dtype, *table[:4], gram.shape[0], table.partial, gram)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from crsam_ext.host import Column, Groups
-from crsam_ext.ops import REGULARIZERS
+from crsam_ext.ops import GRAM, PASSES, REGULARIZERS
 from crsam_ext.precision import compute_dtype
 
 from . import chunk_table
@@ -35,10 +35,10 @@ from .update_math import RULES
 _cache = TableCache()
 _PLAIN = (list, tuple)  # sequences that nobody has looked at
 # Columns of the table, and what else of it the kernels know as constants of Triton.
-LIVE, SAVED, STATE, GRADS, STEP, NUMEL, GROUP, ADAPTIVE, ALIGNED, COLUMNS, CHUNK, PASSES = (
+LIVE, SAVED, STATE, GRADS, STEP, NUMEL, GROUP, ADAPTIVE, ALIGNED, COLUMNS, CHUNK = (
     getattr(chunk_table, name).value
     for name in (
-        "LIVE", "SAVED", "STATE", "GRADS", "STEP", "NUMEL", "GROUP", "ADAPTIVE", "ALIGNED", "COLUMNS", "CHUNK", "PASSES"
+        "LIVE", "SAVED", "STATE", "GRADS", "STEP", "NUMEL", "GROUP", "ADAPTIVE", "ALIGNED", "COLUMNS", "CHUNK"
     )
 )  # fmt: skip
 _MASTERS = range(SAVED, GRADS)  # in the compute dtype
@@ -156,7 +156,7 @@ class Rows:
         begin = 8 * (self.num_groups + 1)
         end = len(layout) - 4 * self.num_groups
         chunks = layout[begin:end].view(torch.int32).view(-1, 2)
-        partial = torch.empty(9 * len(chunks), dtype=torch.float64, device=self.device)
+        partial = torch.empty(GRAM * len(chunks), dtype=torch.float64, device=self.device)
         return (
             chunks,
             layout[:begin].view(torch.int64),
@@ -286,10 +286,10 @@ def fd_gram(grads: Sequence[Any], groups: Sequence[int], num_groups: int, weight
     check_count(len(passes), f"{op}: grads", PASSES)
     rows = Rows(op, groups, num_groups, *_gradients(passes), optional=((SAVED, "weights", weights),), weighted=True)
     if rows.empty:
-        return torch.zeros(num_groups, 9, dtype=torch.float64, device=rows.device)
+        return torch.zeros(num_groups, GRAM, dtype=torch.float64, device=rows.device)
     with guard(rows.device):
         table = rows.table()
-        gram = table.partial.new_empty(num_groups, 9)
+        gram = table.partial.new_empty(num_groups, GRAM)
         launch_fd_gram(rows.dtype, table, gram)
     return gram
 
@@ -315,7 +315,7 @@ def coefficients(
     check_count(len(part), f"{op}: part", len(taken))
     check_tensor(counters, f"{op}: counters", device, torch.int64, 4)
     if gram is not None:
-        _numbers(gram, f"{op}: gram", device, 9 * groups)
+        _numbers(gram, f"{op}: gram", device, GRAM * groups)
     for i, norm in enumerate(squared_norms):
         _numbers(norm, f"{op}: squared_norms[{i}]", device, groups)
     for name, tensor in (("scale", scale), ("alpha", alpha), ("beta", beta)):

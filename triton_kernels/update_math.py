@@ -108,9 +108,9 @@ def dithered(x, random, dtype: tl.constexpr):
 
 
 @triton.jit
-def differences(grads):
-    """d1 = g+ - g-,  d2 = (g+ - g0) + (g- - g0)"""
-    return grads[1] - grads[2], (grads[1] - grads[0]) + (grads[2] - grads[0])
+def basis(grads):
+    """g0 and the differences, d1 = g+ - g-,  d2 = (g+ - g0) + (g- - g0)."""
+    return grads[0], grads[1] - grads[2], (grads[1] - grads[0]) + (grads[2] - grads[0])
 
 
 @triton.jit

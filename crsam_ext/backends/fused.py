@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import EPSILON, PASSES, REGULARIZERS, Coefficients, Operators, Options
+from ..ops import EPSILON, GRAM, PASSES, REGULARIZERS, Coefficients, Operators, Options
 from ..precision import compute_dtype, has_master
 
 __all__ = ["KERNELS", "FusedOperators", "Kernel", "no_device", "register"]
@@ -99,7 +99,7 @@ KERNELS = {
     "fd_gram": Kernel(
         "Tensor[] grads, int[] groups, int num_groups, Tensor?[] weights",
         "Tensor",
-        _fake_sums(9),
+        _fake_sums(GRAM),
         lambda: ("r" * PASSES, ""),
     ),
     "coefficients": Kernel(

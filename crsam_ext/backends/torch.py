@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import PASSES, Coefficients, Operators, Options, scalar
+from ..ops import GRAM, PASSES, Coefficients, Operators, Options, scalar
 from ..precision import PRECISIONS, compute_dtype
 
 __all__ = ["TorchOperators"]
@@ -442,7 +442,7 @@ class TorchOperators(Operators):
         no_scalars = torch.empty(0, dtype=torch.float64, device="cpu")
         for *gradients, w, group in zip(*grads, weights, groups, strict=True):
             products[group] += self._run(_gram, (*gradients, w), no_scalars, inner=inner, blind=blind)
-        zero = torch.zeros(9, dtype=torch.float64, device=first.device)
+        zero = torch.zeros(GRAM, dtype=torch.float64, device=first.device)
         return torch.stack([torch.stack(p).sum(0, dtype=torch.float64) if p else zero for p in products])
 
     def step_(

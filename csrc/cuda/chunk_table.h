@@ -17,7 +17,9 @@ constexpr int64_t kChunk = 1 << 14;
 // The dtypes that a row of parameters, and of gradients, may have.
 enum class Dtype { float64, float32, float16, bfloat16 };
 
-constexpr int kPasses = 3;   // gradients of a step at most: g0, g+, g-
+constexpr int kPasses = 3;  // gradients of a step at most: g0, g+, g-
+// Entries of the Gram matrix of g0 and the differences: its upper triangle row by row, then h with each of them.
+constexpr int kProducts = kPasses * (kPasses + 1) / 2, kGram = kProducts + kPasses;
 constexpr int kBuffers = 2;  // of an update rule's state at most
 
 // The pointers of a row. Operators leave null what they do not use.

@@ -50,10 +50,10 @@ __global__ void __launch_bounds__(kThreads) coefficients_kernel(CoefficientsArgu
     for (int i = 0; i < p.num_norms; ++i) sums[everything] += p.norms[i][g];
     if (p.num_norms > 0) sums[last_norm] += p.norms[p.num_norms - 1][g];
     if (p.gram) {
-      const double* gram = p.gram + 9 * g;
-      for (int k = 0; k < 9; ++k) sums[everything] += gram[k];
-      sums[kappa_sum] += p.scale[g] * gram[7];
-      sums[sigma_sum] += p.scale[g] * (2 * gram[6] + gram[8] / 3);
+      const double *gram = p.gram + kGram * g, *h = gram + kProducts;
+      for (int k = 0; k < kGram; ++k) sums[everything] += gram[k];
+      sums[kappa_sum] += p.scale[g] * h[1];
+      sums[sigma_sum] += p.scale[g] * (2 * h[0] + h[2] / 3);
     }
   }
   block_sum(sums, total);
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kThreads) coefficients_kernel(CoefficientsArgu
   double forms[2] = {0, 0};
   const double weight_a = weight_of(p.regularizer, kappa), weight_b = weight_of(p.regularizer, sigma);
   for (int g = threadIdx.x; p.gram && g < groups; g += kThreads) {
-    forms[0] += quadratic_form(p.gram + 9 * g, 0, p.beta[g] * weight_b, p.alpha[g] * weight_a);
-    forms[1] += quadratic_form(p.gram + 9 * g, 1, 0.5, 0.5);
+    forms[0] += quadratic_form(p.gram + kGram * g, 0, p.beta[g] * weight_b, p.alpha[g] * weight_a);
+    forms[1] += quadratic_form(p.gram + kGram * g, 1, 0.5, 0.5);
   }
   block_sum(forms, squared);
   const double ratio = p.gram ? norm_of(squared[0]) / norm_of(squared[1]) : 0;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) coefficients_kernel(CoefficientsArgu
     const double a = p.alpha[g] * weight_a * cap, b = p.beta[g] * weight_b * cap;
     p.pass_weights[g] = a + b;  // a d2 + b d1 = (a + b) (g+ - g0) + (a - b) (g- - g0)
     p.pass_weights[groups + g] = a - b;
-    if (p.gram) form[0] += quadratic_form(p.gram + 9 * g, 1, b + 0.5, a + 0.5);
+    if (p.gram) form[0] += quadratic_form(p.gram + kGram * g, 1, b + 0.5, a + 0.5);
   }
   block_sum(form, squared_hat);
 

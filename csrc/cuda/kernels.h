@@ -21,8 +21,8 @@ void launch_perturbation_scale(const double* squared_norm, const double* rho, do
 void launch_perturb(Dtype dtype, const Table& table, const double* scale, int sign, bool stochastic,
                     cudaStream_t stream);
 
-// gram [groups, 9] <- inner products of (g0, d1, d2), and with h, which weighs with `saved` where `adaptive`.
-// partial [chunks, 9] is scratch.
+// gram [groups, kGram] <- inner products of (g0, d1, d2), and with h, which weighs with `saved` where `adaptive`.
+// partial [chunks, kGram] is scratch.
 void launch_fd_gram(Dtype dtype, const Table& table, double* partial, double* gram, cudaStream_t stream);
 
 struct StepCounter {
@@ -40,7 +40,7 @@ std::optional<Regularizer> regularizer_named(std::string_view name);
 struct CoefficientsArguments {
   static constexpr int kCounters = 4;  // dtypes of a device
 
-  const double* gram;            // [groups, 9] or null
+  const double* gram;            // [groups, kGram] or null
   const double* norms[kPasses];  // [groups] each
   const double* scale;           // [groups]
   const double* alpha;           // [groups]

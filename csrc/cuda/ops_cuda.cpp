@@ -268,11 +268,11 @@ at::Tensor fd_gram(const Columns& grads, const Groups& groups, int64_t num_group
   const c10::DeviceGuard guard(rows.device);
   for (int pass = 0; pass < kPasses; ++pass) rows.enter(kGrads + pass, *passes[pass], {op, "grads", pass}, rows.type);
   rows.enter_weights(kSaved, weights, rows.compute_type());
-  if (rows.empty()) return at::zeros({num_groups, 9}, at::TensorOptions(at::kDouble).device(rows.device));
+  if (rows.empty()) return at::zeros({num_groups, kGram}, at::TensorOptions(at::kDouble).device(rows.device));
   const cudaStream_t stream = current_stream(rows.device);
   const Table table = rows.table(stream);
-  const at::Tensor partial = new_numbers({table.num_chunks, 9}, rows.device);
-  at::Tensor gram = new_numbers({num_groups, 9}, rows.device);
+  const at::Tensor partial = new_numbers({table.num_chunks, kGram}, rows.device);
+  at::Tensor gram = new_numbers({num_groups, kGram}, rows.device);
   launch_fd_gram(rows.dtype(), table, partial.mutable_data_ptr<double>(), gram.mutable_data_ptr<double>(), stream);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return gram;
@@ -300,7 +300,7 @@ Coefficients coefficients(const std::optional<at::Tensor>& gram, const Column& s
   if (!losses.empty()) check_count(losses.size(), {op, "losses"}, 3);
 
   Arguments p = {};
-  p.gram = gram ? numbers(*gram, {op, "gram"}, device, 9 * groups) : nullptr;
+  p.gram = gram ? numbers(*gram, {op, "gram"}, device, kGram * groups) : nullptr;
   for (const at::Tensor& norm : squared_norms) {
     p.norms[p.num_norms] = per_group(norm, {op, "squared_norms", p.num_norms});
     ++p.num_norms;

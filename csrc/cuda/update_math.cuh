@@ -69,9 +69,7 @@ struct Basis {
       : vectors{g[0][j], g[1][j] - g[2][j], (g[1][j] - g[0][j]) + (g[2][j] - g[0][j])} {}
 };
 
-// The upper triangle of the Gram matrix of the basis, row by row, then h with each vector.
-constexpr int kProducts = kPasses * (kPasses + 1) / 2, kGram = kProducts + kPasses;
-
+// The upper triangle of the Gram matrix of the basis.
 template <typename C, int N>
 __device__ __forceinline__ void add_products(C (&sums)[kGram], const C (&g)[kPasses][N], int j) {
   const Basis<C> basis(g, j);
