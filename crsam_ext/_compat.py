@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -16,7 +18,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.dlpack import from_dlpack
 
-__all__ = ["attributes_of", "mark_of_numpy", "mark_of_python", "mark_stepped", "segment", "storage_is_shared"]
+__all__ = [
+    "attributes_of",
+    "mark_of_numpy",
+    "mark_of_python",
+    "mark_stepped",
+    "relaxed_capture",
+    "segment",
+    "storage_is_shared",
+]
 
 # What torch keeps on an optimizer for itself: hooks, and the names of profiler ranges.
 _TORCHS_OWN = ("_optimizer_", "_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured")
@@ -87,3 +97,30 @@ def _python_generator() -> Any:
         return None
     probe.setstate(state)
     return getattr(random.getstate, "__self__", None) if _memory_of(probe) == before else None
+
+
+@contextmanager
+def relaxed_capture() -> Iterator[None]:
+    """Permit CUDA calls that allocate while any thread captures a graph, as torch's allocator of device memory does.
+
+    torch has a guard for it in C++ only, so this asks the driver itself: on Linux with CUDA. Elsewhere it permits
+    nothing, and a thread that pins memory while another one captures a graph makes that capture fail.
+    """
+    exchange = _exchange_capture_mode()
+    mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
+    if exchange is not None:
+        exchange(ctypes.byref(mode))  # leaves the former mode in its place
+    try:
+        yield
+    finally:
+        if exchange is not None:
+            exchange(ctypes.byref(mode))
+
+
+@cache
+def _exchange_capture_mode() -> Any:
+    """The driver's function, if there is such a driver."""
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    except (OSError, AttributeError):
+        return None

@@ -122,3 +122,31 @@ def test_mark_of_another_generator_of_numpy():
         assert _compat.mark_of_numpy(np.random) is None
     finally:
         np.random.set_bit_generator(before)
+
+
+def test_relaxed_capture(monkeypatch):
+    """The mode of the thread is relaxed within, and afterwards what it was, also after an exception."""
+    modes = [0]  # global, the mode of a thread to begin with
+
+    def exchange(mode):
+        modes.append(mode._obj.value)
+        mode._obj.value = modes[-2]
+
+    monkeypatch.setattr(_compat, "_exchange_capture_mode", lambda: exchange)
+    with pytest.raises(ZeroDivisionError), _compat.relaxed_capture():
+        assert modes == [0, 2]
+        raise ZeroDivisionError
+    assert modes == [0, 2, 0]
+
+
+def test_relaxed_capture_without_a_driver(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(_compat.ctypes, "CDLL", missing)
+    _compat._exchange_capture_mode.cache_clear()
+    try:
+        with _compat.relaxed_capture():
+            assert _compat._exchange_capture_mode() is None
+    finally:
+        _compat._exchange_capture_mode.cache_clear()

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import subprocess
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,6 +161,15 @@ def test_wide_accesses(compiled):
         expected_loads, expected_stores = one.accesses
         assert loads >= expected_loads, (key, loads)
         assert stores >= expected_stores, (key, stores)
+
+
+def test_loads_in_flight_of_the_norm(compiled):
+    """Vectors are read ahead of the sums, so that memory answers them together; of two loads one is masked out."""
+    for (name, dtype), one in compiled.items():
+        if name == "grad_norm" and dtype != torch.float64:
+            steps = re.findall(r"\bLDG\S*\.128|\bF(?:ADD|MUL|FMA)\b|\bHFMA2\S*|\bPRMT\b|\bIMAD\.U32\b", one.sass)
+            runs = [len(list(run)) for load, run in groupby(steps, lambda x: x.startswith("LDG")) if load]
+            assert max(runs) >= 5, (name, dtype, runs)
 
 
 def test_no_spills(compiled):

@@ -131,19 +131,28 @@ def load_all(addresses, where, mask, dtype: tl.constexpr, width: tl.constexpr):
 
 
 @triton.jit
-def for_each(body: tl.constexpr, arguments, sums, row, index, dtype: tl.constexpr, VECTORS: tl.constexpr):
+def for_each(
+    body: tl.constexpr,
+    arguments,
+    sums,
+    row,
+    index,
+    dtype: tl.constexpr,
+    VECTORS: tl.constexpr,
+    UNROLL: tl.constexpr = 1,
+):
     """sums = body(arguments, sums, where, mask, dtype, width) over all elements of a chunk; returns the last sums.
 
     They come in tiles [VECTORS, width], one vector a thread. Where the row is aligned, width is as many elements as fit
     into 128 bits; else, and for the last few, it is 1. The mask [VECTORS, 1] is constant over a vector: if part of one
-    could be masked, Triton would move it element by element.
+    could be masked, Triton would move it element by element. UNROLL tiles are worked on at a time.
     """
     WIDTH: tl.constexpr = 128 // dtype.primitive_bitwidth
     begin = index.to(tl.int64) * CHUNK
     count = tl.minimum(tl.load(row + NUMEL) - begin, CHUNK).to(tl.int32)
     vectors = count // WIDTH * tl.load(row + ALIGNED).to(tl.int32)
     lane = tl.arange(0, VECTORS)[:, None]
-    for first in range(0, vectors, VECTORS):
+    for first in tl.range(0, vectors, VECTORS, loop_unroll_factor=UNROLL):
         sums = body(arguments, sums, (begin, first + lane), first + lane < vectors, dtype, WIDTH)
     for first in range(vectors * WIDTH, count, VECTORS):
         sums = body(arguments, sums, (begin, first + lane), first + lane < count, dtype, 1)

@@ -33,7 +33,8 @@ def grad_norm_kernel(
     row, index = chunk_of(rows, chunks)
     arguments = (tl.load(row + GRADS), tl.load(row + LIVE), tl.load(row + ADAPTIVE) != 0)
     sums = (tl.zeros([VECTORS], compute_dtype(dtype)),)
-    sums = for_each(add_squares, arguments, sums, row, index, dtype, VECTORS)
+    # Four vectors on the way: left to itself, the compiler often makes it one.
+    sums = for_each(add_squares, arguments, sums, row, index, dtype, VECTORS, 4)
     group_sum(sums, row, group_begin, tickets, num_groups, partial, norms, 1)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from crsam_ext._compat import relaxed_capture
 
 
 class TableCache:
@@ -61,18 +61,6 @@ class TableCache:
 
 
 def _pinned(content: bytes) -> Tensor:
-    with _relaxed_capture():  # pinning memory is no work of a stream, and allowed while any thread captures a graph
+    with relaxed_capture():  # pinning memory is no work of a stream, and allowed while any thread captures a graph
         source = torch.empty(len(content), dtype=torch.uint8, device="cpu", pin_memory=True)
     return source.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-
-
-@contextmanager
-def _relaxed_capture() -> Iterator[None]:
-    """Permits calls that allocate, as torch's own allocator of device memory does during a capture."""
-    exchange = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
-    mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
-    exchange(ctypes.byref(mode))  # leaves the former mode in its place
-    try:
-        yield
-    finally:
-        exchange(ctypes.byref(mode))
