@@ -133,9 +133,13 @@ def test_relaxed_capture(monkeypatch):
         mode._obj.value = modes[-2]
 
     monkeypatch.setattr(_compat, "_exchange_capture_mode", lambda: exchange)
-    with pytest.raises(ZeroDivisionError), _compat.relaxed_capture():
-        assert modes == [0, 2]
-        raise ZeroDivisionError
+
+    def fail():
+        with _compat.relaxed_capture():
+            assert modes == [0, 2]
+            raise ZeroDivisionError
+
+    pytest.raises(ZeroDivisionError, fail)
     assert modes == [0, 2, 0]
 
 
