@@ -139,7 +139,8 @@ def test_relaxed_capture(monkeypatch):
             assert modes == [0, 2]
             raise ZeroDivisionError
 
-    pytest.raises(ZeroDivisionError, fail)
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert modes == [0, 2, 0]
 
 
