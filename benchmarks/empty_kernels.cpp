@@ -8,7 +8,7 @@ void launch_perturbation_scale(const double*, const double*, double, double*, in
 void launch_perturb(Dtype, const Table&, const double*, int, bool, cudaStream_t) {}
 void launch_fd_gram(Dtype, const Table&, double*, double*, cudaStream_t) {}
 // A step that is sound: parameters enter the optimizer's state as they do in training.
-void launch_coefficients(const CoefficientsArguments& arguments, cudaStream_t) { *arguments.ok = true; }
+void launch_coefficients(const CoefficientsArguments& arguments, cudaStream_t) { arguments.flags->ok = true; }
 std::optional<Regularizer> regularizer_named(std::string_view) { return Regularizer::linear; }
 std::optional<RuleShape> shape_of_rule(std::string_view rule) {
   return rule == "sgd" ? RuleShape{1, 6} : RuleShape{2, 7};

@@ -29,6 +29,7 @@ __all__ = [
     "set_gradients",
     "share_memory",
     "take_gradients",
+    "unbind",
 ]
 
 
@@ -45,6 +46,7 @@ class Host(Protocol):
     set_gradients: Any
     share_memory: Any
     take_gradients: Any
+    unbind: Any
 
     def __hash__(self) -> int: ...
 
@@ -187,3 +189,8 @@ def mark_written(*written: Any) -> None:
             mark_written(*x)
         else:
             increment_version(x if isinstance(x, Tensor) else [tensor for tensor in x if tensor is not None])
+
+
+def unbind(numbers: Tensor) -> tuple[Tensor, ...]:
+    """The numbers of a 1-D tensor as 0-dim views."""
+    return numbers.unbind()

@@ -145,6 +145,19 @@ py::object item(const Column& column, int64_t i) {
   return column[i].defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(column[i])) : py::none();
 }
 
+// The numbers of a 1-D tensor as 0-dim views, which autograd does not know.
+py::tuple unbind(const at::Tensor& numbers) {
+  py::tuple parts(numbers.numel());
+  for (int64_t i = 0; i < numbers.numel(); ++i) {
+    at::Tensor part = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(numbers.storage()),
+                                                               numbers.key_set(), numbers.dtype());
+    part.unsafeGetTensorImpl()->set_storage_offset(numbers.storage_offset() + i);
+    part.unsafeGetTensorImpl()->set_sizes_contiguous({});
+    parts[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(part));
+  }
+  return parts;
+}
+
 py::object attribute_of(const Column& column, const std::string& name) {
   if (name == "numels") return as_bytes(column.numels());
   if (name == "addresses") return as_bytes(column.addresses());
@@ -190,6 +203,7 @@ void define_host_functions(py::module_& m) {
   m.def("clear_gradients", torch::wrap_pybind_function(&clear_gradients));
   m.def("share_memory", torch::wrap_pybind_function(&share_memory));
   m.def("repeats_memory", torch::wrap_pybind_function(&repeats_memory));
+  m.def("unbind", torch::wrap_pybind_function(&unbind));
   m.def("places", torch::wrap_pybind_function(&places));
   m.def("fingerprint", torch::wrap_pybind_function(&fingerprint));
   m.def("mark_written", torch::wrap_pybind_function(&mark_written));

@@ -32,14 +32,12 @@ void perturb_(const Column& live, const Column& saved, const Column& grads, cons
 
 at::Tensor fd_gram(const Columns& grads, const Groups& groups, int64_t num_groups, Optional weights);
 
-// pass_weights, factor, ok, kappa, sigma, regularizer_ratio, capped
-using Coefficients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-Coefficients coefficients(const std::optional<at::Tensor>& gram, const Column& squared_norms, const at::Tensor& scale,
-                          const at::Tensor& alpha, const at::Tensor& beta, at::Tensor counters, const Column& taken,
-                          const Column& part, const std::string& regularizer, const Column& losses,
-                          const std::optional<at::Tensor>& grad_scale, double max_regularizer_ratio,
-                          double max_grad_norm);
+// pass_weights, numbers, flags
+std::tuple<at::Tensor, at::Tensor, at::Tensor> coefficients(
+    const std::optional<at::Tensor>& gram, const Column& squared_norms, const at::Tensor& scale,
+    const at::Tensor& alpha, const at::Tensor& beta, at::Tensor counters, const Column& taken, const Column& part,
+    const std::string& regularizer, const Column& losses, const std::optional<at::Tensor>& grad_scale,
+    double max_regularizer_ratio, double max_grad_norm);
 
 void step_(const Column& live, const Column& saved, const Columns& state, const Columns& grads, const Groups& groups,
            const Column& steps, const std::string& rule, const std::vector<double>& options, Optional option_tensors,

@@ -98,8 +98,7 @@ def constants_and_registers(kernel):
     constants = dict(kernel.constants)
     if "RULE" not in constants:
         return constants, launch.REGISTERS
-    rule = RULES[constants["RULE"]]
-    return constants | {"OPTIONS": rule.options, "BUFFERS": rule.buffers}, rule.registers
+    return constants, RULES[constants["RULE"]].registers
 
 
 @pytest.fixture(scope="module", params=COMPILED, ids=lambda architecture: f"sm_{architecture}")

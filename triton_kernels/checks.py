@@ -24,34 +24,36 @@ def name_of(dtype: torch.dtype) -> str:
     return _NAMES.get(dtype, str(dtype))
 
 
-def check(condition: bool, message: str) -> None:
-    """Raise RuntimeError unless the condition is met."""
-    if not condition:
-        raise RuntimeError(message)
+# An operator, its argument, and perhaps a row of that: ("step_", "grads[1]", 3). Put into words only where it is wrong.
+Argument = tuple[str, str] | tuple[str, str, int]
 
 
-def check_tensor(tensor: Tensor | None, argument: str, device: torch.device, dtype: torch.dtype, numel: int) -> None:
-    """A tensor that a kernel reads or writes through a pointer.
+def place(argument: Argument) -> str:
+    """An argument of an operator, as in "step_: grads[1][3]"."""
+    op, name, *row = argument
+    return f"{op}: {name}" + "".join(f"[{index}]" for index in row)
 
-    Args:
-        argument: the operator and its argument, as "step_: grads[1][3]".
-    """
+
+def check_tensor(
+    tensor: Tensor | None, argument: Argument, device: torch.device, dtype: torch.dtype, numel: int
+) -> None:
+    """A tensor that a kernel reads or writes through a pointer."""
     if tensor is None:
-        raise RuntimeError(f"{argument} is None")
+        raise RuntimeError(f"{place(argument)} is None")
     if tensor.device != device:
-        raise RuntimeError(f"{argument} is on {tensor.device}, not on {device}")
+        raise RuntimeError(f"{place(argument)} is on {tensor.device}, not on {device}")
     if tensor.dtype != dtype:
-        raise RuntimeError(f"{argument} is {name_of(tensor.dtype)}, not {name_of(dtype)}")
+        raise RuntimeError(f"{place(argument)} is {name_of(tensor.dtype)}, not {name_of(dtype)}")
     if tensor.numel() != numel:
-        raise RuntimeError(f"{argument} has {tensor.numel()} elements, not {numel}")
+        raise RuntimeError(f"{place(argument)} has {tensor.numel()} elements, not {numel}")
     if not tensor.is_contiguous():
-        raise RuntimeError(f"{argument} is not contiguous")
+        raise RuntimeError(f"{place(argument)} is not contiguous")
 
 
-def check_count(found: int, argument: str, expected: int) -> None:
+def check_count(found: int, argument: Argument, expected: int) -> None:
     """A list has as many entries as it should."""
     if found != expected:
-        raise RuntimeError(f"{argument} has {found} entries, not {expected}")
+        raise RuntimeError(f"{place(argument)} has {found} entries, not {expected}")
 
 
 def check_groups(numbers: bytes, limits: tuple[int, int], op: str, num_groups: int) -> None:

@@ -64,8 +64,8 @@ def weight_of(weight, curvature, known, REGULARIZER: tl.constexpr):
 @jit
 def coefficients_kernel(
     gram, norms, scale, alpha, beta, losses, grad_scale, counters, taken, part, counts,
-    pass_weights, factor, ok, kappa, sigma, regularizer_ratio, capped,
-    num_groups, max_regularizer_ratio: tl.float64, max_grad_norm: tl.float64, REGULARIZER: tl.constexpr,
+    pass_weights, numbers, flags, num_groups, max_regularizer_ratio: tl.float64, max_grad_norm: tl.float64,
+    REGULARIZER: tl.constexpr,
 ):  # fmt: skip
     """a, b, the clip factor and whether the step is sound, from sums over all elements; advances the counters.
 
@@ -136,12 +136,12 @@ def coefficients_kernel(
         squared = tl.sum(ghats, 0)
     clip = max_grad_norm / (norm_of(squared) * unscale + CLIP_EPSILON)
     unclipped = (clip > 1) | (max_grad_norm == float("inf"))
-    tl.store(factor, tl.where(unclipped, 1.0, clip) * unscale)
-    tl.store(ok, sound.to(tl.uint8))
-    tl.store(kappa, curvature)
-    tl.store(sigma, difference)
-    tl.store(regularizer_ratio, ratio)
-    tl.store(capped, too_large.to(tl.uint8))
+    tl.store(numbers, tl.where(unclipped, 1.0, clip) * unscale)  # in the order of `Coefficients`
+    tl.store(numbers + 1, curvature)
+    tl.store(numbers + 2, difference)
+    tl.store(numbers + 3, ratio)
+    tl.store(flags, sound.to(tl.uint8))
+    tl.store(flags + 1, too_large.to(tl.uint8))
 
     # Atomic, as every thread would load what one of them stores.
     tl.atomic_add(counters, (sound == 0).to(tl.int64), sem="relaxed")
@@ -176,9 +176,11 @@ def launch_coefficients(
     max_regularizer_ratio: float,
     max_grad_norm: float,
     regularizer: str,
-    results: Sequence[Tensor],
+    pass_weights: Tensor,
+    numbers: Tensor,
+    flags: Tensor,
 ) -> None:
-    """results <- those of the operator, flags as uint8; counters and taken advance.
+    """pass_weights, numbers and flags (uint8) <- the results of the operator; counters and taken advance.
 
     norms: one [groups] for each pass, maybe none. losses: three 0-dim tensors, or none: kappa and sigma come from the
     gradients. grad_scale: 0-dim, what all gradients were multiplied with. max_grad_norm: infinite for no clipping.
@@ -191,6 +193,6 @@ def launch_coefficients(
     norms, losses, taken, part = tuples
     launch_one(
         coefficients_kernel, (counts, *aligned), alpha.device,
-        gram, norms, scale, alpha, beta, losses, grad_scale, counters, taken, part, counts, *results,
-        alpha.numel(), max_regularizer_ratio, max_grad_norm, REGULARIZER=regularizer,
+        gram, norms, scale, alpha, beta, losses, grad_scale, counters, taken, part, counts,
+        pass_weights, numbers, flags, alpha.numel(), max_regularizer_ratio, max_grad_norm, REGULARIZER=regularizer,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from crsam_ext.ops import GRAM, PASSES, REGULARIZERS
 from crsam_ext.precision import compute_dtype
 
 from . import chunk_table
-from .checks import check, check_count, check_groups, check_tensor, name_of
+from .checks import Argument, check_count, check_groups, check_tensor, name_of, place
 from .chunk_table import DTYPES, Table
 from .coefficients import launch_coefficients, launch_perturbation_scale
 from .fd_gram import launch_fd_gram
@@ -43,6 +43,9 @@ LIVE, SAVED, STATE, GRADS, STEP, NUMEL, GROUP, ADAPTIVE, ALIGNED, COLUMNS, CHUNK
 )  # fmt: skip
 _MASTERS = range(SAVED, GRADS)  # in the compute dtype
 _ADDRESSES = range(LIVE, STEP)
+# Where the gradients of the passes and the buffers of the state are, and their names.
+_GRADS = [(GRADS + i, f"grads[{i}]") for i in range(PASSES)]
+_STATE = [(STATE + i, f"state[{i}]") for i in range(GRADS - STATE)]
 _List = tuple[int, str, Sequence[Tensor]]  # column of the table, name and tensors of an argument
 
 
@@ -83,7 +86,7 @@ class Rows:
             raise RuntimeError(f"{op}: rows are {name_of(self.dtype)}, not float64, float32, float16 or bfloat16")
         master = compute_dtype(self.dtype), self.device
         found: Any = Groups(groups) if type(groups) in _PLAIN else groups
-        check_count(len(groups), f"{op}: groups", len(like))
+        check_count(len(groups), (op, "groups"), len(like))
         check_groups(found.numbers, found.limits, op, num_groups)
         self.groups, self.num_groups, self.numels = found.numbers, num_groups, first.numels
         self._columns: list[tuple[int, bytes]] = []
@@ -102,11 +105,11 @@ class Rows:
                 self._columns.append((column, found.addresses))
                 self._weights = found.addresses if weighted else b""
         if steps is not None:
-            check_count(len(steps), f"{op}: steps", len(like))
+            check_count(len(steps), (op, "steps"), len(like))
             found = _column(steps)
             if found.kind != (torch.float32, self.device) or found.numels != struct.pack("q", 1) * len(steps):
                 for row, step in enumerate(steps):
-                    check_tensor(step, f"{op}: steps[{row}]", self.device, torch.float32, 1)
+                    check_tensor(step, (op, "steps", row), self.device, torch.float32, 1)
             self._columns.append((STEP, found.addresses))
 
     @property
@@ -125,10 +128,10 @@ class Rows:
         return _cache.get(key, self.device, self._content, table_of)
 
     def _check(self, column: Any, name: str, kind: tuple[torch.dtype, torch.device], optional: bool = False) -> None:
-        check_count(len(column), f"{self.op}: {name}", len(self.numels) // 8)
+        check_count(len(column), (self.op, name), len(self.numels) // 8)
         for row, (tensor, n) in enumerate(zip(column, array("q", self.numels), strict=True)):
             if not (optional and (tensor is None or not tensor.numel())):
-                check_tensor(tensor, f"{self.op}: {name}[{row}]", self.device, kind[0], n)
+                check_tensor(tensor, (self.op, name, row), self.device, kind[0], n)
 
     def _order(self) -> list[int]:
         """The rows by group."""
@@ -174,7 +177,8 @@ class Rows:
             count = -(-numels[i] // CHUNK)
             begin[groups[i] + 1] += count
             chunks.extend(chain.from_iterable((row, index) for index in range(count)))
-        check(len(chunks) // 2 <= 2**31 - 1, f"{self.op}: too many elements for one launch")
+        if len(chunks) // 2 >= 2**31:
+            raise RuntimeError(f"{self.op}: too many elements for one launch")
         for group in range(self.num_groups):
             begin[group + 1] += begin[group]
         return array("q", begin).tobytes() + chunks.tobytes() + bytes(4 * self.num_groups)
@@ -185,15 +189,16 @@ def _column(tensors: Sequence[Tensor | None]) -> Any:
     return Column(tensors) if type(tensors) in _PLAIN else tensors
 
 
-def _columns(lists: Sequence[Any], size: int, argument: str) -> Sequence[Sequence[Tensor]]:
+def _columns(lists: Sequence[Any], size: int, argument: Argument) -> Sequence[Sequence[Tensor]]:
     """Lists of so many tensors each, which schemas have one after the other."""
     if not lists or not isinstance(lists[0], Tensor):
         return lists
-    check(size > 0 and len(lists) % size == 0, f"{argument} has {len(lists)} tensors, which are not lists of {size}")
+    if size == 0 or len(lists) % size:
+        raise RuntimeError(f"{place(argument)} has {len(lists)} tensors, which are not lists of {size}")
     return [lists[first : first + size] for first in range(0, len(lists), size)]
 
 
-def _numbers(tensor: Tensor, argument: str, device: torch.device, count: int) -> Tensor:
+def _numbers(tensor: Tensor, argument: Argument, device: torch.device, count: int) -> Tensor:
     check_tensor(tensor, argument, device, torch.float64, count)
     return tensor
 
@@ -217,8 +222,8 @@ def perturbation_scale(squared_norm: Tensor, rho: Tensor, epsilon: float) -> Ten
     """rho / (norm + epsilon) per group."""
     op, device, groups = "perturbation_scale", squared_norm.device, squared_norm.numel()
     scale = torch.empty_like(squared_norm)
-    _numbers(squared_norm, f"{op}: squared_norm", device, groups)
-    _numbers(rho, f"{op}: rho", device, groups)
+    _numbers(squared_norm, (op, "squared_norm"), device, groups)
+    _numbers(rho, (op, "rho"), device, groups)
     with guard(device):
         launch_perturbation_scale(squared_norm, rho, epsilon, scale)
     return scale
@@ -267,13 +272,14 @@ def perturb_(
     if not live:
         return
     op, num_groups = "perturb_", scale.numel()
-    check(sign in (1, -1), f"{op}: sign is {sign}, not 1 or -1")
-    check_count(len(adaptive), f"{op}: adaptive", num_groups)
+    if sign not in (1, -1):
+        raise RuntimeError(f"{op}: sign is {sign}, not 1 or -1")
+    check_count(len(adaptive), (op, "adaptive"), num_groups)
     lists = (LIVE, "live", live), (SAVED, "saved", saved), (GRADS, "grads", grads)
     rows = Rows(op, groups, num_groups, *lists, adaptive=adaptive)
     if rows.empty:
         return
-    _numbers(scale, f"{op}: scale", rows.device, num_groups)
+    _numbers(scale, (op, "scale"), rows.device, num_groups)
     with guard(rows.device):
         table = rows.table()
         launch_perturb(rows.dtype, table, scale, sign, stochastic, *_launches.next(rows.device))
@@ -282,8 +288,8 @@ def perturb_(
 def fd_gram(grads: Sequence[Any], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]) -> Tensor:
     """Gram matrix of the gradient and its differences, per group."""
     op = "fd_gram"
-    passes = _columns(grads, len(groups), f"{op}: grads")
-    check_count(len(passes), f"{op}: grads", PASSES)
+    passes = _columns(grads, len(groups), (op, "grads"))
+    check_count(len(passes), (op, "grads"), PASSES)
     rows = Rows(op, groups, num_groups, *_gradients(passes), optional=((SAVED, "weights", weights),), weighted=True)
     if rows.empty:
         return torch.zeros(num_groups, GRAM, dtype=torch.float64, device=rows.device)
@@ -311,43 +317,43 @@ def coefficients(
 ) -> tuple[Tensor, ...]:
     """What a step does with its gradients."""
     op, device, groups = "coefficients", alpha.device, alpha.numel()
-    check(regularizer in REGULARIZERS, f"{op}: regularizer is {regularizer}, which is none")
-    check_count(len(part), f"{op}: part", len(taken))
-    check_tensor(counters, f"{op}: counters", device, torch.int64, 4)
+    if regularizer not in REGULARIZERS:
+        raise RuntimeError(f"{op}: regularizer is {regularizer}, which is none")
+    check_count(len(part), (op, "part"), len(taken))
+    check_tensor(counters, (op, "counters"), device, torch.int64, 4)
     if gram is not None:
-        _numbers(gram, f"{op}: gram", device, GRAM * groups)
+        _numbers(gram, (op, "gram"), device, GRAM * groups)
     for i, norm in enumerate(squared_norms):
-        _numbers(norm, f"{op}: squared_norms[{i}]", device, groups)
+        _numbers(norm, (op, "squared_norms", i), device, groups)
     for name, tensor in (("scale", scale), ("alpha", alpha), ("beta", beta)):
-        _numbers(tensor, f"{op}: {name}", device, groups)
+        _numbers(tensor, (op, name), device, groups)
     if losses:
-        check_count(len(losses), f"{op}: losses", 3)
+        check_count(len(losses), (op, "losses"), 3)
     for i, loss in enumerate(losses):
-        _numbers(loss, f"{op}: losses[{i}]", device, 1)
+        _numbers(loss, (op, "losses", i), device, 1)
     if grad_scale is not None:
-        _numbers(grad_scale, f"{op}: grad_scale", device, 1)
+        _numbers(grad_scale, (op, "grad_scale"), device, 1)
     for i, (steps, taking) in enumerate(zip(taken, part, strict=True)):
-        check_tensor(steps, f"{op}: taken[{i}]", device, torch.float32, steps.numel())
-        check_tensor(taking, f"{op}: part[{i}]", device, torch.float32, steps.numel())
-    factor, kappa, sigma, regularizer_ratio = (alpha.new_empty(()) for _ in range(4))
-    ok, capped = (alpha.new_empty((), dtype=torch.bool) for _ in range(2))
-    results = alpha.new_empty(PASSES - 1, groups), factor, ok, kappa, sigma, regularizer_ratio, capped
+        check_tensor(steps, (op, "taken", i), device, torch.float32, steps.numel())
+        check_tensor(taking, (op, "part", i), device, torch.float32, steps.numel())
+    pass_weights, numbers = alpha.new_empty(PASSES - 1, groups), alpha.new_empty(4)
+    flags = alpha.new_empty(2, dtype=torch.bool)
     with guard(device):
         launch_coefficients(
             gram, squared_norms, scale, alpha, beta, losses, grad_scale, counters, taken, part, max_regularizer_ratio,
-            max_grad_norm, regularizer, [x.view(torch.uint8) if x.dtype == torch.bool else x for x in results],
+            max_grad_norm, regularizer, pass_weights, numbers, flags.view(torch.uint8),
         )  # fmt: skip
-    return results
+    return pass_weights, numbers, flags
 
 
 def _decision(rows: Rows, pass_weights: Tensor, factor: Tensor | None) -> Decision:
-    _numbers(pass_weights, f"{rows.op}: pass_weights", rows.device, pass_weights.numel())
-    return Decision(pass_weights, None if factor is None else _numbers(factor, f"{rows.op}: factor", rows.device, 1))
+    _numbers(pass_weights, (rows.op, "pass_weights"), rows.device, pass_weights.numel())
+    return Decision(pass_weights, None if factor is None else _numbers(factor, (rows.op, "factor"), rows.device, 1))
 
 
 def _options(rows: Rows, options: Sequence[float], tensors: Sequence[Tensor | None]) -> Tensor:
     """The options of all groups on the device, WORDS for each."""
-    check_count(len(tensors), f"{rows.op}: option_tensors", len(options))
+    check_count(len(tensors), (rows.op, "option_tensors"), len(options))
     words: list[float] = []
     for i, (value, tensor) in enumerate(zip(options, tensors, strict=True)):
         if tensor is None:
@@ -355,7 +361,7 @@ def _options(rows: Rows, options: Sequence[float], tensors: Sequence[Tensor | No
             continue
         wide = tensor.dtype == torch.float64
         dtype = torch.float64 if wide else torch.float32
-        check_tensor(tensor, f"{rows.op}: option_tensors[{i}]", rows.device, dtype, 1)
+        check_tensor(tensor, (rows.op, "option_tensors", i), rows.device, dtype, 1)
         words += (0, tensor.data_ptr(), 0, 0) if wide else (tensor.data_ptr(), 0, 0, 0)
     content = struct.pack("qqdd" * len(options), *words)
     return _cache.get(("options", content), rows.device, lambda: content, lambda table: table.view(torch.int64))
@@ -363,11 +369,12 @@ def _options(rows: Rows, options: Sequence[float], tensors: Sequence[Tensor | No
 
 def _gradients(passes: Sequence[Sequence[Tensor]]) -> list[_List]:
     """The lists of gradients, by pass."""
-    return [(GRADS + i, f"grads[{i}]", grads) for i, grads in enumerate(passes)]
+    return [(*where, grads) for where, grads in zip(_GRADS, passes, strict=False)]
 
 
 def _check_passes(op: str, passes: Sequence[Any]) -> None:
-    check(len(passes) in (1, PASSES), f"{op}: grads has {len(passes)} entries, not 1 or {PASSES}")
+    if len(passes) not in (1, PASSES):
+        raise RuntimeError(f"{op}: grads has {len(passes)} entries, not 1 or {PASSES}")
 
 
 def step_(
@@ -388,16 +395,18 @@ def step_(
     if not live:
         return
     op = "step_"
-    check(rule in RULES, f"{op}: rule is {rule}, which is none")
-    buffers, passes = (_columns(x, len(live), f"{op}: {name}") for x, name in ((state, "state"), (grads, "grads")))
-    check_count(len(buffers), f"{op}: state", RULES[rule].buffers)
+    shape = RULES.get(rule)
+    if shape is None:
+        raise RuntimeError(f"{op}: rule is {rule}, which is none")
+    buffers, passes = _columns(state, len(live), (op, "state")), _columns(grads, len(live), (op, "grads"))
+    check_count(len(buffers), (op, "state"), shape.buffers)
     _check_passes(op, passes)
     num_groups = pass_weights.numel() // (PASSES - 1)
     lists = (LIVE, "live", live), (SAVED, "saved", saved), *_gradients(passes)
-    optional = [(STATE + i, f"state[{i}]", buffer) for i, buffer in enumerate(buffers)]
+    optional = [(*where, buffer) for where, buffer in zip(_STATE, buffers, strict=False)]
     rows = Rows(op, groups, num_groups, *lists, optional=optional, steps=steps)
-    check_tensor(ok, f"{op}: ok", rows.device, torch.bool, 1)
-    check_count(len(options), f"{op}: options", num_groups * RULES[rule].options)
+    check_tensor(ok, (op, "ok"), rows.device, torch.bool, 1)
+    check_count(len(options), (op, "options"), num_groups * shape.options)
     if rows.empty:
         return
     decision = _decision(rows, pass_weights, factor)
@@ -419,7 +428,7 @@ def combine_(
     if not live:
         return
     op = "combine_"
-    passes = [*_columns(earlier, len(live), f"{op}: earlier"), last]
+    passes = [*_columns(earlier, len(live), (op, "earlier")), last]
     _check_passes(op, passes)
     lists = (LIVE, "live", live), (SAVED, "saved", saved), *_gradients(passes)
     rows = Rows(op, groups, pass_weights.numel() // (PASSES - 1), *lists)

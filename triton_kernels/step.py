@@ -27,7 +27,7 @@ from .chunk_table import (
     store,
 )  # fmt: skip
 from .launch import jit, launch
-from .update_math import MAXIMIZE, RULES, WORDS, combined, prepared, resolve, updated
+from .update_math import MAXIMIZE, RULES, WORDS, buffers_of, combined, options_of, prepared, resolve, updated
 
 
 class Decision(NamedTuple):
@@ -97,8 +97,7 @@ def combine(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constex
 @jit
 def step_kernel(
     rows, chunks, option_table, pass_weights, factor, ok, num_groups,
-    RULE: tl.constexpr, OPTIONS: tl.constexpr, BUFFERS: tl.constexpr, GIVEN: tl.constexpr,
-    dtype: tl.constexpr, VECTORS: tl.constexpr,
+    RULE: tl.constexpr, GIVEN: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     """The step of a rule, from as many gradients as are GIVEN: all or one.
 
@@ -109,12 +108,12 @@ def step_kernel(
     live, saved = tl.load(row + LIVE), tl.load(row + SAVED)
     if tl.load(ok) != 0:
         group, taken = tl.load(row + GROUP), tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32)))
-        own = option_table + group * OPTIONS * WORDS
+        own = option_table + group * options_of(RULE) * WORDS
         master: tl.constexpr = compute_dtype(dtype)
         weights = weights_of(group, num_groups, pass_weights, factor, master)
         maximized = resolve(own + WORDS * MAXIMIZE, master) != 0
         weights = weights[: PASSES - 1] + (tl.where(maximized, -weights[PASSES - 1], weights[PASSES - 1]),)
-        state = addresses(row + STATE, BUFFERS)
+        state = addresses(row + STATE, buffers_of(RULE))
         rule = prepared(own, taken, state[0] != 0, master, RULE)
         grads = addresses(row + GRADS, GIVEN)
         for_each(step, (live, saved, state, grads, weights, rule, RULE), (), row, index, dtype, VECTORS)
@@ -143,10 +142,9 @@ def launch_step(
     rule: str, dtype: torch.dtype, table: Table, options: Tensor, decision: Decision, ok: Tensor, given: int
 ) -> None:
     """given: how many gradients, PASSES or 1. options: of all groups, WORDS for each, in the order of the rule."""
-    num_options, buffers, registers = RULES[rule]
     launch(
         step_kernel, table, dtype, table.rows, table.chunks, options, *decision, ok, table.num_groups,
-        registers=registers, RULE=rule, OPTIONS=num_options, BUFFERS=buffers, GIVEN=given,
+        registers=RULES[rule].registers, RULE=rule, GIVEN=given,
     )  # fmt: skip
 
 

@@ -235,3 +235,15 @@ class Rule(NamedTuple):
 
 #: By the names that options give them.
 RULES = {"sgd": Rule(options=6, buffers=1), "adam": Rule(options=7, buffers=2, registers=MORE_REGISTERS)}
+
+
+@triton.constexpr_function
+def options_of(rule):
+    """How many options a group has."""
+    return RULES[rule].options
+
+
+@triton.constexpr_function
+def buffers_of(rule):
+    """How many buffers the state has."""
+    return RULES[rule].buffers

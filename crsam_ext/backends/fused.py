@@ -31,9 +31,7 @@ def _fake_sums(*columns: int) -> Callable[..., Tensor]:
 
 
 def _fake_coefficients(gram: Tensor | None, squared_norms: Any, scale: Any, alpha: Tensor, *_: Any) -> tuple[Any, ...]:
-    flags = {"ok", "capped"}
-    numbers = {name: alpha.new_empty((), dtype=torch.bool if name in flags else None) for name in Coefficients._fields}
-    return tuple((numbers | {"pass_weights": alpha.new_empty(PASSES - 1, len(alpha))}).values())
+    return alpha.new_empty(PASSES - 1, len(alpha)), alpha.new_empty(4), alpha.new_empty(2, dtype=torch.bool)
 
 
 def _fake_nothing(*_: Any) -> None:
@@ -76,7 +74,7 @@ class Kernel:
 
 #: The operators. Groups are given by number. Lists of lists, ``state`` and the gradients of all passes, come one after
 #: the other. Options are those of all groups, as numbers, and as tensors where they lie on the device. An empty tensor
-#: stands for missing state.
+#: stands for missing state. ``numbers`` are factor, kappa, sigma and regularizer_ratio, ``flags`` ok and capped.
 KERNELS = {
     "grad_norm": Kernel(
         "Tensor[] grads, int[] groups, int num_groups, Tensor?[] weights",
@@ -106,7 +104,7 @@ KERNELS = {
         "Tensor? gram, Tensor[] squared_norms, Tensor scale, Tensor alpha, Tensor beta, Tensor(a!) counters, "
         "Tensor(b!)[] taken, Tensor[] part, str regularizer, Tensor[] losses, Tensor? grad_scale, "
         "float max_regularizer_ratio, float max_grad_norm",
-        "(" + ", ".join(f"Tensor {name}" for name in Coefficients._fields) + ")",
+        "(Tensor pass_weights, Tensor numbers, Tensor flags)",
         _fake_coefficients,
     ),
     "step_": Kernel(
@@ -228,32 +226,34 @@ class FusedOperators(Operators):
         assert gram is not None or not measures or losses is not None
         assert gram is not None or passes < PASSES or max_grad_norm is None
         here = [pair for pair in steps if pair[0].device == alpha.device]
-        c = Coefficients(
-            *self._ops.coefficients(
-                gram,
-                list(squared_norms),
-                scale,
-                alpha,
-                beta,
-                counters,
-                [taken for taken, _ in here],
-                [part for _, part in here],
-                regularizer if passes == PASSES else "linear",
-                [] if losses is None else list(losses),
-                grad_scale,
-                max_regularizer_ratio,
-                math.inf if max_grad_norm is None else max_grad_norm,
-            )
+        pass_weights, numbers, flags = self._ops.coefficients(
+            gram,
+            list(squared_norms),
+            scale,
+            alpha,
+            beta,
+            counters,
+            [taken for taken, _ in here],
+            [part for _, part in here],
+            regularizer if passes == PASSES else "linear",
+            [] if losses is None else list(losses),
+            grad_scale,
+            max_regularizer_ratio,
+            math.inf if max_grad_norm is None else max_grad_norm,
         )
+        factor, kappa, sigma, regularizer_ratio = self.host.unbind(numbers)
+        ok, capped = self.host.unbind(flags)
         for taken, part in steps:
             if taken.device != alpha.device:
-                taken.addcmul_(part, c.ok.to(part, non_blocking=True))
-        return c._replace(
-            factor=None if max_grad_norm is None and grad_scale is None else c.factor,
-            kappa=c.kappa if measures else None,
-            sigma=c.sigma if measures else None,
-            regularizer_ratio=None if gram is None else c.regularizer_ratio,
-            capped=None if gram is None else c.capped,
+                taken.addcmul_(part, ok.to(part, non_blocking=True))
+        return Coefficients(
+            pass_weights,
+            None if max_grad_norm is None and grad_scale is None else factor,
+            ok,
+            kappa if measures else None,
+            sigma if measures else None,
+            None if gram is None else regularizer_ratio,
+            None if gram is None else capped,
         )
 
     def step_(

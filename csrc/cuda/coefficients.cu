@@ -97,12 +97,9 @@ __global__ void __launch_bounds__(kThreads) coefficients_kernel(CoefficientsArgu
   if (threadIdx.x > 0) return;
   const double norm_hat = norm_of(p.gram ? squared_hat[0] : total[last_norm]) / grad_scale;
   const double factor = p.max_grad_norm / (norm_hat + kClipEpsilon);
-  *p.factor = (factor > 1 || isinf(p.max_grad_norm) ? 1 : factor) / grad_scale;
-  *p.kappa = kappa;
-  *p.sigma = sigma;
-  *p.regularizer_ratio = ratio;
-  *p.ok = ok;
-  *p.capped = capped;
+  const double clip = factor > 1 || isinf(p.max_grad_norm) ? 1 : factor;
+  *p.numbers = {clip / grad_scale, kappa, sigma, ratio};
+  *p.flags = {ok, capped};
   p.counters[0] += !ok;
   p.counters[1] += ok && measures && kappa <= 0;
   p.counters[2] += ok && measures && sigma <= 0;

@@ -37,6 +37,14 @@ enum class Regularizer : int32_t { linear, log };
 // Nothing for a name that no regularizer has.
 std::optional<Regularizer> regularizer_named(std::string_view name);
 
+// The results of `coefficients` that are no vectors, in the order of crsam_ext.ops.Coefficients.
+struct Numbers {
+  double factor, kappa, sigma, regularizer_ratio;
+};
+struct Flags {
+  bool ok, capped;
+};
+
 struct CoefficientsArguments {
   static constexpr int kCounters = 4;  // dtypes of a device
 
@@ -56,8 +64,8 @@ struct CoefficientsArguments {
 
   // The results.
   double* pass_weights;  // [kPasses - 1, groups]
-  double *factor, *kappa, *sigma, *regularizer_ratio;
-  bool *ok, *capped;
+  Numbers* numbers;
+  Flags* flags;
 };
 
 void launch_coefficients(const CoefficientsArguments& arguments, cudaStream_t stream);

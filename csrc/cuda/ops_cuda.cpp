@@ -209,8 +209,6 @@ at::Tensor new_numbers(at::IntArrayRef sizes, at::Device device) {
   return at::empty(sizes, at::TensorOptions(at::kDouble).device(device));
 }
 
-at::Tensor new_flag(at::Device device) { return at::empty({}, at::TensorOptions(at::kBool).device(device)); }
-
 }  // namespace
 
 at::Tensor grad_norm(const Column& grads, const Groups& groups, int64_t num_groups, Optional weights) {
@@ -278,11 +276,11 @@ at::Tensor fd_gram(const Columns& grads, const Groups& groups, int64_t num_group
   return gram;
 }
 
-Coefficients coefficients(const std::optional<at::Tensor>& gram, const Column& squared_norms, const at::Tensor& scale,
-                          const at::Tensor& alpha, const at::Tensor& beta, at::Tensor counters, const Column& taken,
-                          const Column& part, const std::string& regularizer, const Column& losses,
-                          const std::optional<at::Tensor>& grad_scale, double max_regularizer_ratio,
-                          double max_grad_norm) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> coefficients(
+    const std::optional<at::Tensor>& gram, const Column& squared_norms, const at::Tensor& scale,
+    const at::Tensor& alpha, const at::Tensor& beta, at::Tensor counters, const Column& taken, const Column& part,
+    const std::string& regularizer, const Column& losses, const std::optional<at::Tensor>& grad_scale,
+    double max_regularizer_ratio, double max_grad_norm) {
   const char* op = "coefficients";
   using Arguments = CoefficientsArguments;
   const at::Device device = alpha.device();
@@ -327,18 +325,14 @@ Coefficients coefficients(const std::optional<at::Tensor>& gram, const Column& s
   p.regularizer = *known;
 
   at::Tensor pass_weights = new_numbers({kPasses - 1, groups}, device);
-  at::Tensor factor = new_numbers({}, device), kappa = new_numbers({}, device), sigma = new_numbers({}, device);
-  at::Tensor regularizer_ratio = new_numbers({}, device), ok = new_flag(device), capped = new_flag(device);
+  at::Tensor decided = new_numbers({sizeof(Numbers) / sizeof(double)}, device);
+  at::Tensor flags = at::empty({sizeof(Flags) / sizeof(bool)}, at::TensorOptions(at::kBool).device(device));
   p.pass_weights = pass_weights.mutable_data_ptr<double>();
-  p.factor = factor.mutable_data_ptr<double>();
-  p.ok = ok.mutable_data_ptr<bool>();
-  p.kappa = kappa.mutable_data_ptr<double>();
-  p.sigma = sigma.mutable_data_ptr<double>();
-  p.regularizer_ratio = regularizer_ratio.mutable_data_ptr<double>();
-  p.capped = capped.mutable_data_ptr<bool>();
+  p.numbers = reinterpret_cast<Numbers*>(decided.mutable_data_ptr<double>());
+  p.flags = reinterpret_cast<Flags*>(flags.mutable_data_ptr<bool>());
   launch_coefficients(p, current_stream(device));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return {pass_weights, factor, ok, kappa, sigma, regularizer_ratio, capped};
+  return {pass_weights, decided, flags};
 }
 
 namespace {

@@ -111,18 +111,18 @@ void run(crsam::Dtype dtype) {
   p.num_steps = 1;
   p.counters = memory.make<int64_t>(4, zero);
   p.pass_weights = memory.make<double>((kPasses - 1) * kNumGroups, zero);
-  for (double** number : {&p.factor, &p.kappa, &p.sigma, &p.regularizer_ratio}) *number = memory.make<double>(1, zero);
-  for (bool** flag : {&p.ok, &p.capped}) *flag = memory.make<bool>(1, zero);
+  p.numbers = memory.make<Numbers>(1, [](int64_t) { return Numbers{}; });
+  p.flags = memory.make<Flags>(1, [](int64_t) { return Flags{}; });
   p.max_regularizer_ratio = 1;
   p.max_grad_norm = 1;
   p.num_groups = kNumGroups;
   p.regularizer = Regularizer::log;
   launch_coefficients(p, nullptr);
-  expect_near(*p.ok, 1, "ok");
+  expect_near(p.flags->ok, 1, "ok");
   expect_near(p.steps[0].taken[299], 1, "steps");
 
   const Scalar number = {nullptr, nullptr, 0.25, 0.75};
-  const Decision decision = {p.pass_weights, p.factor, p.ok};
+  const Decision decision = {p.pass_weights, &p.numbers->factor, &p.flags->ok};
   const bool never = false;
   const Decision skip = {p.pass_weights, nullptr, &never};
   const auto update = [&](const Table& t) {
