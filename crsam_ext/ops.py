@@ -33,6 +33,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -113,12 +114,17 @@ class Options(ABC):
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> Self:
-        return cls(**{field.name: group[field.name] for field in fields(cls)})
+        return cls(*map(group.__getitem__, _names_of(cls)))
 
     @property
     @abstractmethod
     def numbers(self) -> tuple[float | Tensor, ...]:
         """The options in the order in which the kernels' rules read them, ``maximize`` first."""
+
+
+@cache
+def _names_of(options: type[Options]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(options))
 
 
 class Coefficients(NamedTuple):

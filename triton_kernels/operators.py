@@ -77,7 +77,7 @@ class Rows:
         if not like:
             raise RuntimeError(f"{op}: {name} is empty")
         first = _column(like)
-        if like[0] is None:
+        if first.kind is None and like[0] is None:
             raise RuntimeError(f"{op}: {name}[0] is None")
         kind: tuple[torch.dtype, torch.device] = first.kind or (like[0].dtype, like[0].device)
         self.op = op
@@ -191,7 +191,7 @@ def _column(tensors: Sequence[Tensor | None]) -> Any:
 
 def _columns(lists: Sequence[Any], size: int, argument: Argument) -> Sequence[Sequence[Tensor]]:
     """Lists of so many tensors each, which schemas have one after the other."""
-    if not lists or not isinstance(lists[0], Tensor):
+    if not lists or type(lists[0]) is not Tensor:
         return lists
     if size == 0 or len(lists) % size:
         raise RuntimeError(f"{place(argument)} has {len(lists)} tensors, which are not lists of {size}")
