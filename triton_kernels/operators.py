@@ -191,7 +191,7 @@ def _column(tensors: Sequence[Tensor | None]) -> Any:
 
 def _columns(lists: Sequence[Any], size: int, argument: Argument) -> Sequence[Sequence[Tensor]]:
     """Lists of so many tensors each, which schemas have one after the other."""
-    if not lists or type(lists[0]) is not Tensor:
+    if not lists or not isinstance(lists[0], Tensor):
         return lists
     if size == 0 or len(lists) % size:
         raise RuntimeError(f"{place(argument)} has {len(lists)} tensors, which are not lists of {size}")
