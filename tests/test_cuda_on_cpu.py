@@ -432,6 +432,17 @@ def test_fingerprint_tells_what_changes(change, compiled, library):
     assert kept
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
+def test_unbind(compiled, library):
+    """Views of each number, at its place, of a tensor that is itself part of another."""
+    module = library if compiled else host
+    for numbers in (torch.arange(7, dtype=torch.float64)[2:6], torch.tensor([True, False])):
+        parts = module.unbind(numbers)
+        assert [part.item() for part in parts] == numbers.tolist()
+        assert [part.data_ptr() for part in parts] == [numbers[i].data_ptr() for i in range(len(numbers))]
+        assert {(part.shape, part.dtype) for part in parts} == {(torch.Size(), numbers.dtype)}
+
+
 def test_what_is_no_tensor_is_refused(library):
     with pytest.raises(TypeError, match="a list of tensors holds something else"):
         CudaOperators().grad_norm([1.0], [0], 1, [None])
