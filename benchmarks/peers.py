@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from crsam_ext import CRSAM, available_backends
-from crsam_ext.precision import compute_dtype
+from crsam_ext.precision import compute_dtype, has_master
 
 __all__ = ["PEERS", "Case", "available", "make"]
 
@@ -292,9 +292,9 @@ def available(name: str, case: Case, dtype: torch.dtype) -> bool:
     if name.startswith("crsam_ext"):
         return available_backends()[backend] == "available"
     if name == "pytorch_optimizer":
-        return case.method == "sam" and dtype.itemsize > 2
+        return case.method == "sam" and not has_master(dtype)
     # torch's fused CPU kernels do nothing for 16-bit parameters.
-    return name != "torch, base alone" or dtype.itemsize > 2
+    return name != "torch, base alone" or not has_master(dtype)
 
 
 def make(name: str, params: list[Parameter], case: Case) -> list[Phase]:

@@ -20,7 +20,7 @@ from .base_optimizer import SeparateGroups, completed, make_base
 from .flat import FlatParameters, check_parameter
 from .model_buffers import ModelBuffers
 from .noise import SharedNoise
-from .ops import REGULARIZERS, Operators, scalar
+from .ops import PASSES, REGULARIZERS, Operators, scalar
 from .parallel import gradients_at
 from .precision import has_master
 from .second_difference import SecondDifference
@@ -236,7 +236,7 @@ class CRSAM(Optimizer):
     @property
     def _calls(self) -> int:
         """How many of first_step, second_step, third_step make a step."""
-        return 3 if self._curved and self.stats.steps // self.interval % self.curvature_interval == 0 else 2
+        return PASSES if self._curved and self.stats.steps // self.interval % self.curvature_interval == 0 else 2
 
     @property
     def _curved(self) -> bool:
@@ -346,7 +346,7 @@ class CRSAM(Optimizer):
         closure = _accumulating(closure)
         with self._restoring():
             passes = self.passes
-            step = self._begin(passes, num_points=1 if parallel is None or passes < 3 else 2)
+            step = self._begin(passes, num_points=1 if parallel is None or passes < PASSES else 2)
             if passes == 1 or not self.replay_rng:
                 noise = None
             elif noise is None:
@@ -368,7 +368,7 @@ class CRSAM(Optimizer):
                     if noise is not None:
                         noise.repeat()
                     run()
-                if parallel is not None and passes == 3:
+                if parallel is not None and passes == PASSES:
                     if noise is not None and noise.drawn:
                         raise RuntimeError(
                             "the loss draws random numbers (dropout?), and vmap would draw others: "
