@@ -91,7 +91,7 @@ def test_loads_in_flight(kernels):
     """All streams of a main loop are read before the first of them is used, so that memory answers them together."""
     together = {
         "grad_norm_kernel": 1,
-        "perturb_kernel": 4,
+        "perturb_kernel": 2,
         "fd_gram_kernel": 3,
         "Sgd step_kernel": 5,
         "Adam step_kernel": 6,

@@ -78,33 +78,16 @@ __device__ __forceinline__ void store(T* to, const compute_t<T> (&x)[N]) {
   }
 }
 
-// Calls use(i, read(i, Width<N>)) for all elements i of a chunk, N at a time: as many as fit into 128 bits of T where
-// the row is aligned, else, and for the last few, one. kBatch vectors are read before the first of them is used, so
-// that memory answers them together: the compiler cannot read ahead of a store.
-template <typename T, int kBatch, typename Read, typename Use>
-__device__ __forceinline__ void for_each_batch(const Row& row, int32_t index, Read read, Use use) {
-  constexpr int kWidth = 16 / sizeof(T), kStride = kThreads * kWidth;
+// Calls body(i, Width<N>) for all elements i of a chunk, N at a time: as many as fit into 128 bits of T where the row
+// is aligned, else, and for the last few, one.
+template <typename T, typename Body>
+__device__ __forceinline__ void for_each(const Row& row, int32_t index, Body body) {
+  constexpr int kWidth = 16 / sizeof(T);
   const int64_t begin = index * kChunk;
   const int count = static_cast<int>(row.numel - begin < kChunk ? row.numel - begin : kChunk);
   const int vectorized = row.aligned ? count / kWidth * kWidth : 0;
-  int i = threadIdx.x * kWidth;
-  for (; i + (kBatch - 1) * kStride < vectorized; i += kBatch * kStride) {
-    decltype(read(begin, Width<kWidth>{})) batch[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) batch[b] = read(begin + i + b * kStride, Width<kWidth>{});
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) use(begin + i + b * kStride, batch[b]);
-  }
-  if constexpr (kBatch > 1) {
-    for (; i < vectorized; i += kStride) use(begin + i, read(begin + i, Width<kWidth>{}));
-  }
-  for (i = vectorized + threadIdx.x; i < count; i += kThreads) use(begin + i, read(begin + i, Width<1>{}));
-}
-
-// Calls body(i, Width<N>) likewise.
-template <typename T, typename Body>
-__device__ __forceinline__ void for_each(const Row& row, int32_t index, Body body) {
-  for_each_batch<T, 1>(row, index, [](int64_t, auto width) { return width; }, body);
+  for (int i = threadIdx.x * kWidth; i < vectorized; i += kThreads * kWidth) body(begin + i, Width<kWidth>{});
+  for (int i = vectorized + threadIdx.x; i < count; i += kThreads) body(begin + i, Width<1>{});
 }
 
 }  // namespace crsam

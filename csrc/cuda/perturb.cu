@@ -5,12 +5,6 @@
 
 namespace crsam {
 
-// N elements of what is read.
-template <typename C, int N>
-struct Elements {
-  C g[N], live[N], w[N];
-};
-
 // live = w + s g, or w + s w^2 g (ASAM), where w is `saved`.   In float32: reads w, g, writes live: 12 bytes.
 // kSave: first saves w.   In float32: reads live, g, writes saved, live: 16 bytes.
 //
@@ -31,41 +25,37 @@ __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks)
   const T* grad = pointer<T>(row, kGrads);
   const C s = sign * C(scale[row.group]);
 
-  const auto read = [&](int64_t i, auto width) {
-    Elements<C, width> x;
-    load(grad + i, x.g);
-    if constexpr (kSave) load(live + i, x.live);
-    if constexpr (!kSave || kHasMaster<T>) load(saved + i, x.w);
-    return x;
-  };
-  const auto use = [&](int64_t i, auto x) {
-    constexpr int kWidth = sizeof(x.w) / sizeof(C);
-    if constexpr (kSave) {
-      bool changed = !kHasMaster<T>;
+  for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
+    C w[width], g[width], moved[width];
+    load(grad + i, g);
+    if constexpr (!kSave) {
+      load(saved + i, w);
+    } else if constexpr (!kHasMaster<T>) {
+      load(live + i, w);
+      store(saved + i, w);
+    } else {
+      C now[width];
+      load(saved + i, w);
+      load(live + i, now);
+      bool changed = false;
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        if constexpr (kHasMaster<T>) {
-          if (widen(Precision<T>::narrow(x.w[j])) == x.live[j]) continue;
-          changed = true;
-        }
-        x.w[j] = x.live[j];
+      for (int j = 0; j < width; ++j) {
+        if (widen(Precision<T>::narrow(w[j])) == now[j]) continue;
+        w[j] = now[j];
+        changed = true;
       }
-      if (changed) store(saved + i, x.w);
+      if (changed) store(saved + i, w);
     }
-    C moved[kWidth];
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
+    for (int j = 0; j < width; ++j) {
       if constexpr (kStochastic) {
-        const C rounded = widen(Precision<T>::narrow(x.w[j]));
-        moved[j] = dithered<T>(perturbed(rounded, x.g[j], s, row.adaptive), hashed(x.w[j], x.g[j]));
+        moved[j] = dithered<T>(perturbed(widen(Precision<T>::narrow(w[j])), g[j], s, row.adaptive), hashed(w[j], g[j]));
       } else {
-        moved[j] = perturbed(x.w[j], x.g[j], s, row.adaptive);
+        moved[j] = perturbed(w[j], g[j], s, row.adaptive);
       }
     }
     store(live + i, moved);
-  };
-  // Of narrow dtypes, whose vectors have twice as many elements, a second vector would not fit into the registers.
-  for_each_batch<T, kHasMaster<T> ? 1 : 2>(row, chunk.index, read, use);
+  });
 }
 
 void launch_perturb(Dtype dtype, const Table& table, const double* scale, int sign, bool stochastic,
