@@ -70,8 +70,8 @@ class GraphedStep:
         passes, baked = optimizer.passes, self._baked()
         graph = self._graphs.get(passes)
         if graph is None or graph.baked != baked:
-            # Until a first step was sound, the host is asked whether its state is to be entered. And an ordinary step
-            # with the same options has put the numbers on the device that a captured one reads there.
+            # An ordinary step enters the state, and puts the numbers on the device that a captured one with the same
+            # options reads there.
             count, last = self._ordinary.get(passes, (0, None))
             if not optimizer.state_is_complete or count < self.warmup or last != baked:
                 self._ordinary[passes] = count + 1, baked
@@ -112,7 +112,7 @@ class GraphedStep:
             {
                 name: id(value) if isinstance(value, Tensor) else value
                 for name, value in group.items()
-                if name != "params" and not name.startswith("initial_")
+                if name not in ("params", "crsam_steps") and not name.startswith("initial_")
             }
             for group in optimizer.param_groups
         ]

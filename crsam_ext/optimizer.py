@@ -26,13 +26,16 @@ from .precision import has_master
 from .second_difference import SecondDifference
 from .stats import Stats
 from .step import Located, Step, StepSettings, is_loss
-from .updates import Update, update_of
+from .updates import ProvisionalState, Update, update_of
 
 __all__ = ["CRSAM"]
 
 # What a copy or a pickle of the optimizer leaves behind: it is made again when needed. (A scheduler puts a function
 # named ``step`` on the instance, which refers to that very instance.)
-_TRANSIENT = ("operators", "_flat", "_step", "_last_loss", "_combined", "step")
+_TRANSIENT = ("operators", "_flat", "_step", "_last_loss", "_combined", "_provisional", "step")
+
+# In the groups of an optimizer with intervals: how many steps it has taken or skipped.
+_STEPS = "crsam_steps"
 
 
 class CRSAM(Optimizer):
@@ -198,13 +201,23 @@ class CRSAM(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of the base optimizer, with our options; our own list where the two share names of options."""
+        """The groups of the base optimizer, with our options; our own list where the two share names of options.
+
+        With ``interval`` or ``curvature_interval``, "crsam_steps" in each is the number of steps taken or skipped.
+        """
         if self._separate is not None:
-            return self._separate.groups
+            return self._counting(self._separate.groups)
         groups = self.base_optimizer.param_groups
         for group in groups:
             if not group.keys() >= self._own.keys():  # it was handed to the base optimizer
                 group.update({**self._own, **group})
+        return self._counting(groups)
+
+    def _counting(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """``groups``; where intervals decide on the next step, with the count that they go by."""
+        if max(self.interval, self.curvature_interval) > 1:
+            for group in groups:
+                group[_STEPS] = self.stats.steps
         return groups
 
     @param_groups.setter
@@ -260,7 +273,7 @@ class CRSAM(Optimizer):
 
     @property
     def state_is_complete(self) -> bool:
-        """Whether the state holds all that the last step used: until then, steps ask the device if they were sound."""
+        """Whether the state holds all that the last step used."""
         return self._flat is not None and self._flat.published
 
     def __repr__(self) -> str:
@@ -455,6 +468,7 @@ class CRSAM(Optimizer):
     def _begin(self, passes: int, combined: bool = False, num_points: int = 1) -> Step:
         """Begin a step."""
         self._combined = False
+        self._provisional.drop(self.state)
         self._sync()
         params = (param for group in self.param_groups for param in group["params"])
         if not any(param.requires_grad or param.grad is not None for param in params):
@@ -477,10 +491,10 @@ class CRSAM(Optimizer):
             operators = self._load_operators()
             if operators.name != self.operators.name:  # the parameters have moved to another kind of device
                 self.operators = operators
-            moved = {} if flat is None else flat.moved()
+            moved, unstepped = ({}, set()) if flat is None else (flat.moved(), flat.unstepped(self.state))
             self._flat = flat = None  # whatever it holds of parameters in place must not count as another holder
             flat = FlatParameters(
-                self.param_groups, self.state, update, self.operators, num_points, self.flatten, moved
+                self.param_groups, self.state, update, self.operators, num_points, self.flatten, moved, unstepped
             )
             if not flat.buckets:
                 raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
@@ -515,11 +529,14 @@ class CRSAM(Optimizer):
     def _finish(self) -> None:
         """Take the last pass of a step of calls, and make the update."""
         if self._step is None:
-            if self.passes > 1 and not self._combined and not self._fills_state():
+            if self.passes > 1 and not self._combined:
+                if self._enters_state():
+                    self._enter_state()
+                    return
                 raise RuntimeError(
                     "step() without a closure finishes what first_step() began: call first_step(), or step(closure)"
                 )
-            self._begin(1, combined=self._combined or self.passes > 1)
+            self._begin(1, combined=self._combined)
         step = self._step
         assert step is not None
         if step.collected != step.passes - 1:
@@ -535,9 +552,26 @@ class CRSAM(Optimizer):
             step.collect(loss, keep=False)
             self._end(step, grad_scale, found_inf)
 
-    def _fills_state(self) -> bool:
-        """Whether a step is only to fill an empty state: torch.distributed.checkpoint takes one with a rate of 0."""
-        return not self.state and not any(float(group.get("lr", 1.0)) for group in self.param_groups)
+    def _enters_state(self) -> bool:
+        """Whether ``step()`` is only to enter the state: torch.distributed.checkpoint calls it with rates of 0."""
+        rates = [group.get("lr", 1.0) for group in self.param_groups]
+        on_host = not any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates)
+        params = (param for group in self.param_groups for param in group["params"])
+        return on_host and not any(map(float, rates)) and any(param.grad is not None for param in params)
+
+    def _enter_state(self) -> None:
+        """Enter the state of parameters that have a gradient, as it is before the first step; nothing else changes."""
+        self._sync()
+        flat, update, *_ = self._locate(1)
+        if update.native:
+            for bucket in flat.buckets:
+                mask = tuple(slot.param.grad is not None for slot in bucket.slots)
+                bucket.publish(bucket.plan(mask), self.state)
+        else:
+            self._provisional.make(self.state, self.param_groups, lambda: self._call_base("step"))
+        if self.curvature_interval > 1 and self._curved:
+            self._difference.enter(flat.buckets)
+            self._difference.publish(self.state)
 
     def _end(self, step: Step, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Make the update with the gradients that the step has collected; it is over."""
@@ -599,18 +633,12 @@ class CRSAM(Optimizer):
     # State -----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any torch optimizer, and where there is something to say, three more.
+        """As of any torch optimizer, and "base_optimizer" where that has a form of its own.
 
-        "steps" with intervals, which decide on the next step; "second_difference" with ``curvature_interval``, keyed as
-        the state is; "base_optimizer" where that has a form of its own.
+        With intervals, the groups hold "crsam_steps", the number of steps, which decides on the next one; with
+        ``curvature_interval``, the state of a parameter holds its "second_difference".
         """
         result = super().state_dict()
-        if max(self.interval, self.curvature_interval) > 1:
-            result["steps"] = self.stats.steps
-        if self._difference.values:
-            params = enumerate(param for group in self.param_groups for param in group["params"])
-            values = self._difference.values
-            result["second_difference"] = {index: values[param] for index, param in params if param in values}
         if type(self.base_optimizer).state_dict is not Optimizer.state_dict:
             result["base_optimizer"] = self.base_optimizer.state_dict()
         return result
@@ -623,19 +651,21 @@ class CRSAM(Optimizer):
         loaded: dict[str, Any] = {}
 
         def complete(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            nonlocal steps
             loaded.update(completed(given, self.param_groups))
+            counts = [group.pop(_STEPS) for group in loaded["param_groups"] if _STEPS in group]
+            steps = counts[0] if counts else steps
             return loaded
 
         self.restore()
+        steps = self.stats.steps
         hook = self.register_load_state_dict_pre_hook(complete)  # the last to run: after the user's own
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        self.stats.steps = loaded.get("steps", self.stats.steps)
-        params = [param for group in self.param_groups for param in group["params"]]
-        kept = loaded.get("second_difference", {}).items()
-        self._difference.values = {params[i]: d2.detach().to(params[i].device, copy=True) for i, d2 in kept}
+        self.stats.steps = steps
+        self._difference = SecondDifference()
         self._own_state(loaded)
         base = self.base_optimizer
         if type(base).load_state_dict is not Optimizer.load_state_dict:  # it knows best what its state is made of
@@ -688,7 +718,7 @@ class CRSAM(Optimizer):
     def _reset(self) -> None:
         self.operators = self._load_operators()
         self._flat = self._step = self._last_loss = None
-        self._combined = False
+        self._combined, self._provisional = False, ProvisionalState()
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {k: v for k, v in attributes_of(self).items() if k not in _TRANSIENT}

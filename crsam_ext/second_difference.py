@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,25 +11,38 @@ from torch import Tensor
 from .flat import Bucket, Gradients, Slot
 from .precision import compute_dtype
 
-__all__ = ["SecondDifference"]
+__all__ = ["SECOND_DIFFERENCE", "SecondDifference"]
+
+#: Its name in the state of a parameter.
+SECOND_DIFFERENCE = "second_difference"
+
+State = Mapping[Tensor, Mapping[str, Any]]
 
 
 class SecondDifference:
     """The second difference of the last step that had all three gradients, for steps that leave out the third.
 
-    There d2 = g+ + g- - 2 g0 is taken to be what it was, and so the gradient at w - e is g0 - (g+ - g0) + d2.
+    There d2 = g+ + g- - 2 g0 is taken to be what it was, and so the gradient at w - e is g0 - (g+ - g0) + d2. It is kept
+    in the state of the parameter, in the compute dtype, for losses that are not scaled: so it travels wherever the state
+    does.
     """
 
     def __init__(self) -> None:
-        #: For each parameter d2 in the compute dtype, for losses that are not scaled.
-        self.values: dict[Tensor, Tensor] = {}
+        # Of parameters without a state so far: many optimizers make theirs only where there is none at all.
+        self._unpublished: dict[Tensor, Tensor] = {}
 
     def keep(
-        self, buckets: Sequence[Bucket], grads: Sequence[Sequence[Gradients]], ok: Tensor, grad_scale: Tensor | None
+        self,
+        state: State,
+        buckets: Sequence[Bucket],
+        grads: Sequence[Sequence[Gradients]],
+        ok: Tensor,
+        grad_scale: Tensor | None,
     ) -> None:
-        """Take d2 of a step.
+        """Take d2 of a step; :meth:`publish` follows when the base optimizer has made its state.
 
         Args:
+            state: of the optimizer.
             buckets: of the parameters.
             grads: for each of the three passes and each bucket, its gradients.
             ok: 0-dim bool, False on the device if the step is skipped: then nothing is taken.
@@ -40,20 +54,35 @@ class SecondDifference:
                 torch._foreach_div_(new, grad_scale.to(new[0]))
             here = ok.to(new[0].device, non_blocking=True)
             for slot, d2 in zip(slots, new, strict=True):
-                old = self.values.get(slot.param)
+                old = self._of(state, slot.param)
                 if old is None:
-                    old = self.values[slot.param] = torch.zeros_like(d2)
+                    old = self._unpublished[slot.param] = torch.zeros_like(d2)
                 torch.where(here, d2, old, out=old)
 
+    def enter(self, buckets: Sequence[Bucket]) -> None:
+        """Take zeros for every parameter: what counts as d2 until there has been one."""
+        for bucket in buckets:
+            for slot in bucket.slots:
+                self._unpublished.setdefault(slot.param, torch.zeros_like(slot.view(bucket.saved)))
+
+    def publish(self, state: MutableMapping[Tensor, Any]) -> None:
+        """Enter what was kept into the state."""
+        for param, d2 in self._unpublished.items():
+            state[param].setdefault(SECOND_DIFFERENCE, d2)
+        self._unpublished.clear()
+
     def descent(
-        self, buckets: Sequence[Bucket], grads: Sequence[Sequence[Gradients]], grad_scale: Tensor | None
+        self,
+        state: State,
+        buckets: Sequence[Bucket],
+        grads: Sequence[Sequence[Gradients]],
+        grad_scale: Tensor | None,
     ) -> list[Gradients]:
         """The gradient at w - e, for each bucket, of a step that has the other two; arguments as for :meth:`keep`."""
         guess: dict[Slot, Tensor] = {}
         for slots, (g0, gp) in _complete(buckets, grads):
-            d2 = [
-                self.values.get(slot.param, torch.zeros_like(g)).to(g.device) for slot, g in zip(slots, g0, strict=True)
-            ]
+            kept = [self._of(state, slot.param) for slot in slots]
+            d2 = [torch.zeros_like(g) if x is None else x.to(g.device) for x, g in zip(kept, g0, strict=True)]
             if grad_scale is not None:
                 d2 = list(torch._foreach_mul(d2, grad_scale.to(d2[0])))
             down = torch._foreach_sub(g0, gp)
@@ -61,6 +90,9 @@ class SecondDifference:
             torch._foreach_add_(down, g0)
             guess.update({slot: g.to(slot.dtype) for slot, g in zip(slots, down, strict=True)})
         return [[guess.get(slot) for slot in bucket.slots] for bucket in buckets]
+
+    def _of(self, state: State, param: Tensor) -> Tensor | None:
+        return state.get(param, {}).get(SECOND_DIFFERENCE, self._unpublished.get(param))
 
 
 def _complete(

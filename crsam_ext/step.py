@@ -224,7 +224,8 @@ class Step:
         steps = self._counted(plans)
         c = self._coefficients(plans, rows, steps, grad_scale, found_inf, self.settings.max_grad_norm)
         self._keep_difference(c, grad_scale)
-        self._apply(plans, rows, c)
+        if self._apply(plans, rows, c) and self.difference is not None:
+            self.difference.publish(self.state)
         for bucket in self.flat.buckets:
             bucket.push_state()
         if found_inf is not None:
@@ -252,7 +253,7 @@ class Step:
     def _finish(self, grad_scale: Tensor | None) -> tuple[list[Plan], Rows]:
         """Plans and rows of a step of which all passes are there; all w are saved that will be written."""
         if self.passes == 2 and self.difference is not None:
-            self.add(None, self.difference.descent(self.flat.buckets, self.grads, grad_scale))
+            self.add(None, self.difference.descent(self.state, self.flat.buckets, self.grads, grad_scale))
         active = [_either(masks) for masks in zip(*self._given, strict=True)]
         plans = self._plans(active)
         by_pass = [self._rows(plans, index) for index in range(self.collected)]
@@ -262,7 +263,7 @@ class Step:
 
     def _keep_difference(self, c: Coefficients, grad_scale: Tensor | None) -> None:
         if self.passes == PASSES and self.difference is not None:
-            self.difference.keep(self.flat.buckets, self.grads, c.ok, grad_scale)
+            self.difference.keep(self.state, self.flat.buckets, self.grads, c.ok, grad_scale)
 
     def _return_gradients(self) -> None:
         """Put g0 into ``p.grad``."""
@@ -401,8 +402,8 @@ class Step:
         at_w, ascent, descent = (_on(self.home, self.losses) * (-1.0 if self._maximizes[0] else 1.0)).unbind()
         return at_w, ascent, descent
 
-    def _apply(self, plans: Sequence[Plan], rows: Rows, c: Coefficients) -> None:
-        """Make the update of every bucket."""
+    def _apply(self, plans: Sequence[Plan], rows: Rows, c: Coefficients) -> bool:
+        """Make the update of every bucket; whether the base optimizer has its state now."""
         update, moved = self._update, self._scale is not None
         for bucket, plan, grads in zip(self.flat.buckets, plans, rows, strict=True):
             if not plan.rows:
@@ -411,8 +412,7 @@ class Step:
                 plan.pull()
             update.apply(self.operators, plan, plan.saved if moved or bucket.has_master else plan.live, grads, c)
             self._wrote(plan)
-            # The flag is read in the first step of a plan only: what enters the state must have been used.
-            if update.native and not plan.published and bool(c.ok):
+            if update.native and not plan.published:
                 bucket.publish(plan, self.state)
         self.flat.published = all(plan.published for plan in plans if plan.rows)
 
@@ -420,8 +420,12 @@ class Step:
             for plan, grads in zip(plans, rows, strict=True):
                 plan.scatter(grads[-1])
 
-        if update.finish(c.ok, give_gradients):
+        if update.native:
+            return True
+        made = update.finish(c.ok, give_gradients)
+        if made:
             self._return_gradients()
+        return made
 
     def _wrote(self, plan: Plan) -> None:
         """Call when an operator has written the parameters of a plan."""

@@ -123,27 +123,6 @@ def test_ordinary_steps_after(event, stand_in):
     assert stand_in.captured == 2
 
 
-def test_no_capture_before_a_sound_step(stand_in):
-    """Until then the host reads whether the state is to be entered."""
-    params, optimizer, closure = problem()
-    sound = False
-
-    def failing():
-        loss = closure()
-        if not sound:
-            params[0].grad.fill_(torch.nan)
-        return loss
-
-    step = GraphedStep(optimizer, failing, warmup=1)
-    for _ in range(3):
-        step()
-    assert stand_in.captured == 0
-    sound = True
-    step()
-    step()
-    assert stand_in.captured == 1
-
-
 def test_what_cannot_be_captured():
     _, optimizer, closure = problem()
     with pytest.raises(ValueError, match=r"cannot be captured in a CUDA graph: .* not on one CUDA device"):

@@ -68,7 +68,7 @@ def test_the_guess_of_a_quadratic_function_is_its_gradient(dtype):
         optimizer.step(closure_of(lambda p: (p[0] ** 2).sum(), [param]))
         every.step(closure_of(lambda p: (p[0] ** 2).sum(), [twin]))
     assert_close(param, twin, 1e-6 if dtype == torch.float32 else 2**-7)
-    assert optimizer.state_dict()["second_difference"][0].dtype == torch.float32
+    assert optimizer.state_dict()["state"][0]["second_difference"].dtype == torch.float32
 
 
 def test_a_skipped_step_leaves_no_difference():

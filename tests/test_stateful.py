@@ -223,7 +223,8 @@ class Training(RuleBasedStateMachine):
         assert int(self.optimizer.stats.skipped) == self.skipped
         for i, param in enumerate(self.params):
             for name, value in self.optimizer.state.get(param, {}).items():
-                expected = torch.as_tensor(self.expected.state[i][name], dtype=torch.float64)
+                expected = self.expected.state[i][name]
+                expected = torch.as_tensor(0.0 if expected is None else expected, dtype=torch.float64)  # no step so far
                 assert torch.allclose(value.double(), expected, rtol=TOLERANCE, atol=TOLERANCE), (name, i)
 
 

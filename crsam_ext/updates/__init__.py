@@ -14,9 +14,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from .adam import AdamOptions, AdamUpdate
 from .sgd import SGDOptions, SGDUpdate
 from .update import RuleUpdate, Update
-from .wrapped import WrappedUpdate
+from .wrapped import ProvisionalState, WrappedUpdate
 
-__all__ = ["AdamOptions", "SGDOptions", "Update", "WrappedUpdate", "update_of"]
+__all__ = ["AdamOptions", "ProvisionalState", "SGDOptions", "Update", "WrappedUpdate", "update_of"]
 
 _NATIVE: dict[type[Optimizer], type[RuleUpdate]] = {
     SGD: SGDUpdate,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..flat import Plan
 from ..ops import Coefficients, Operators
 from .update import Update
 
-__all__ = ["WrappedUpdate", "combine"]
+__all__ = ["ProvisionalState", "WrappedUpdate", "combine"]
 
 
 def combine(
@@ -49,3 +51,48 @@ class WrappedUpdate(Update):
         give_gradients()
         self._step()
         return True
+
+
+class ProvisionalState:
+    """The state that an optimizer of any kind has made without a step of training, for whoever asks for its state.
+
+    Only the optimizer knows what its state is, and makes it in a step. So it takes one, with rates of 0; when training
+    begins, what that has left is removed, unless a checkpoint was loaded over it.
+    """
+
+    def __init__(self) -> None:
+        # For each key of the state that was made the value, and its tensors in the versions that were made.
+        self._made: dict[Any, tuple[Any, list[tuple[Tensor, int]]]] = {}
+
+    def make(self, state: MutableMapping[Any, Any], groups: Sequence[dict[str, Any]], step: Callable[[], None]) -> None:
+        """Have the state made; parameters and options stay as they are.
+
+        Args:
+            state: of the optimizer.
+            groups: its parameter groups.
+            step: has it make a step with the gradients in ``p.grad``.
+        """
+        before = set(state)
+        options = [dict(group) for group in groups]
+        values = [[param.detach().clone() for param in group["params"]] for group in groups]
+        try:
+            step()
+        finally:
+            for group, old, copies in zip(groups, options, values, strict=True):
+                group.clear()
+                group.update(old)
+                torch._foreach_copy_(group["params"], copies)
+        self._made = {key: (value, _versions(value)) for key, value in state.items() if key not in before}
+
+    def drop(self, state: MutableMapping[Any, Any]) -> None:
+        """Remove from the state what was made."""
+        for key, (value, versions) in self._made.items():
+            if state.get(key) is value and all(x._version == version for x, version in versions):
+                del state[key]
+        self._made = {}
+
+
+def _versions(value: Any) -> list[tuple[Tensor, int]]:
+    """The tensors of a value of the state, and what shows whether someone writes into them."""
+    values = value.values() if isinstance(value, dict) else (value,)
+    return [(x, x._version) for x in values if isinstance(x, Tensor)]
