@@ -213,19 +213,19 @@ class CRSAM(Optimizer):
                 group.update({**self._own, **group})
         return self._counting(groups)
 
-    def _counting(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """``groups``; where intervals decide on the next step, with the count that they go by."""
-        if max(self.interval, self.curvature_interval) > 1:
-            for group in groups:
-                group[_STEPS] = self.stats.steps
-        return groups
-
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         if self._separate is not None:
             self._separate.groups = groups
         else:
             self.base_optimizer.param_groups = groups
+
+    def _counting(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """``groups``; where intervals decide on the next step, with the count that they go by."""
+        if max(self.interval, self.curvature_interval) > 1:
+            for group in groups:
+                group[_STEPS] = self.stats.steps
+        return groups
 
     @property
     def backend(self) -> str:
@@ -649,22 +649,21 @@ class CRSAM(Optimizer):
         Options that the groups of ``state_dict`` lack (rho, say) stay as they are.
         """
         loaded: dict[str, Any] = {}
+        counts: list[int] = []
 
         def complete(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            nonlocal steps
             loaded.update(completed(given, self.param_groups))
-            counts = [group.pop(_STEPS) for group in loaded["param_groups"] if _STEPS in group]
-            steps = counts[0] if counts else steps
+            counts.extend(group.pop(_STEPS) for group in loaded["param_groups"] if _STEPS in group)
             return loaded
 
         self.restore()
-        steps = self.stats.steps
         hook = self.register_load_state_dict_pre_hook(complete)  # the last to run: after the user's own
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        self.stats.steps = steps
+        if counts:
+            self.stats.steps = counts[0]
         self._difference = SecondDifference()
         self._own_state(loaded)
         base = self.base_optimizer
