@@ -20,6 +20,8 @@ from torch.utils.dlpack import from_dlpack
 
 __all__ = [
     "attributes_of",
+    "hooks_of",
+    "is_joining",
     "mark_of_numpy",
     "mark_of_python",
     "mark_stepped",
@@ -97,6 +99,16 @@ def _python_generator() -> Any:
         return None
     probe.setstate(state)
     return getattr(random.getstate, "__self__", None) if _memory_of(probe) == before else None
+
+
+def hooks_of(ddp: Any) -> list[tuple[Any, Any]]:
+    """The communication hooks of a DistributedDataParallel, with their states. It takes one, and does not tell of it."""
+    return list(getattr(ddp, "_comm_hooks", ()))
+
+
+def is_joining(ddp: Any) -> bool:
+    """Whether a DistributedDataParallel is within ``join()``. False where torch does not tell."""
+    return bool(getattr(getattr(ddp, "_join_config", None), "enable", False))
 
 
 @contextmanager

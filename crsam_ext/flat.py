@@ -30,9 +30,9 @@ from ._compat import segment, storage_is_shared
 from .ops import Operators, scalar
 from .precision import PRECISIONS, compute_dtype, has_master
 
-__all__ = ["FlatParameters", "Gradients", "StateLayout", "check_parameter"]
+__all__ = ["ALIGNMENT", "FlatParameters", "Gradients", "StateLayout", "check_parameter", "flattened"]
 
-_ALIGNMENT = 16  # bytes: the widest load of a GPU
+ALIGNMENT = 16  #: bytes: the widest load of a GPU
 _MAX_CONSTANTS = 64  # tuples of numbers that are kept on the device
 _MAX_PLANS = 64  # sets of participants that are remembered: layers dropped at random make ever new ones
 
@@ -144,7 +144,7 @@ class Row:
         """The gradient of pass ``index`` over the row; a pass that gave a parameter none counts as zero there."""
         members = [grads[slot.index] for slot in self.slots]
         if len(members) == 1 and members[0] is not None:
-            return _flat(members[0])
+            return flattened(members[0])
         if index not in self.staging:
             like = self.slots[0].param
             row = torch.zeros(self.stop - self.start, dtype=like.dtype, device=like.device)
@@ -214,7 +214,7 @@ class Plan:
         if not self._gathers:
             members: list[Any] = [grads[row.slots[0].index] for row in self.rows]
             if all(g is not None for g in members):
-                return self._column(g if g.is_contiguous() else _flat(g) for g in members)
+                return self._column(g if g.is_contiguous() else flattened(g) for g in members)
         return self._column(row.gather(grads, index) for row in self.rows)
 
     def scatter(self, rows: Sequence[Tensor]) -> None:
@@ -249,7 +249,7 @@ class Bucket:
         first = members[0][0]
         self.device, self.dtype = first.device, first.dtype
         self.host, self.gather_below, self._selects = operators.host, operators.gather_below, operators.selects
-        align = _ALIGNMENT // first.element_size()
+        align = ALIGNMENT // first.element_size()
         self.slots: list[Slot] = []
         offset = live_offset = 0
         for param, group in sorted(members, key=lambda m: (m[1], m[0].numel() >= self.gather_below)):
@@ -485,6 +485,7 @@ class FlatParameters:
 
         self.buckets = [Bucket(bucket, layout, operators, num_points, stays) for bucket in members.values()]
         self._slots = {slot.param: slot for bucket in self.buckets for slot in bucket.slots}
+        self._bucket_of = {slot: index for index, bucket in enumerate(self.buckets) for slot in bucket.slots}
         self._moved_in_step: set[Slot] = set()  # those that followed a parameter since the step began
         self._copies: dict[tuple[Slot, int], Tensor] = {}
         self._constants: dict[tuple[float, ...], Tensor] = {}
@@ -551,6 +552,11 @@ class FlatParameters:
 
     def _now(self) -> list[Any]:
         return [self._host.places(bucket.params) for bucket in self.buckets]
+
+    def find(self, param: Tensor) -> tuple[int, Slot] | None:
+        """The index of a parameter's bucket, and its slot; None for one that is not here."""
+        slot = self._slots.get(param)
+        return None if slot is None else (self._bucket_of[slot], slot)
 
     def devices(self) -> set[torch.device]:
         """The devices of the parameters, also of a model that has moved to another one."""
@@ -658,7 +664,7 @@ def _place(param: Tensor) -> tuple[Any, ...]:
     return param.data_ptr(), param.shape, param.stride(), param.dtype
 
 
-def _flat(g: Tensor) -> Tensor:
+def flattened(g: Tensor) -> Tensor:
     """A dense tensor as its memory lies."""
     return g.as_strided((g.numel(),), (1,))
 

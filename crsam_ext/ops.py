@@ -55,6 +55,7 @@ __all__ = [
     "Operators",
     "Options",
     "Regularizer",
+    "pass_weights",
     "quadratic_form",
     "scalar",
 ]
@@ -147,6 +148,11 @@ class Coefficients(NamedTuple):
     def b(self) -> Tensor:
         """[groups], weight of the first difference."""
         return (self.pass_weights[0] - self.pass_weights[1]) / 2
+
+
+def pass_weights(a: Tensor, b: Tensor) -> Tensor:
+    """[PASSES - 1, groups], from a and b: a d2 + b d1 = (a + b) (g+ - g0) + (a - b) (g- - g0)."""
+    return torch.stack([a + b, a - b])
 
 
 def quadratic_form(gram: Tensor, x: float, y: Tensor | float, z: Tensor | float) -> Tensor:
@@ -258,6 +264,30 @@ class Operators(ABC):
             :math:`h g_0, h d_1, h d_2` with :math:`e = s h`; h is g0, or :math:`w^2 g_0` where weights are given.
         """
 
+    @abstractmethod
+    def fd_combine_(
+        self,
+        out: Sequence[Tensor],
+        grads: Sequence[Sequence[Tensor]],
+        groups: Sequence[int],
+        num_groups: int,
+        weights: Sequence[Tensor | None] | None,
+        pass_weights: Tensor,
+        factor: Tensor,
+    ) -> Tensor | None:
+        r"""Write :math:`c\,(g_+ + \sum_i c_i (g_i - g_0))` into ``out``: what a replica adds to a mean.
+
+        Args:
+            out: rows, written; they may be those of the last pass.
+            grads: for each pass, the rows of its gradient: g0, g+ and g-.
+            groups, num_groups: as for :meth:`grad_norm`.
+            weights: as for :meth:`fd_gram`; None where the Gram matrix is not wanted.
+            pass_weights: float64 [PASSES - 1, groups], see :class:`Coefficients`.
+            factor: 0-dim float64, c.
+        Returns:
+            What :meth:`fd_gram` returns, where :attr:`fuses_gram`, else None.
+        """
+
     def coefficients(
         self,
         gram: Tensor | None,
@@ -342,8 +372,7 @@ class Operators(ABC):
         dropped = [never, never] if kappa is None or sigma is None else [kappa <= 0, sigma <= 0]
         events = (*dropped, never if capped is None else capped)
         counters += torch.stack([~ok, *(ok & event for event in events)])
-        # a d2 + b d1 = (a + b) (g+ - g0) + (a - b) (g- - g0)
-        return Coefficients(torch.stack([a + b, a - b]), factor, ok, kappa, sigma, ratio, capped)
+        return Coefficients(pass_weights(a, b), factor, ok, kappa, sigma, ratio, capped)
 
     @abstractmethod
     def step_(

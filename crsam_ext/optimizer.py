@@ -7,11 +7,14 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
 from . import backends
@@ -23,10 +26,14 @@ from .noise import SharedNoise
 from .ops import PASSES, REGULARIZERS, Operators, scalar
 from .parallel import gradients_at
 from .precision import has_master
+from .replicas import Pass, Replicas, check_equal
 from .second_difference import SecondDifference
 from .stats import Stats
 from .step import Located, Step, StepSettings, is_loss
 from .updates import ProvisionalState, Update, update_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["CRSAM"]
 
@@ -81,7 +88,12 @@ class CRSAM(Optimizer):
             (Not with ``estimator="loss"``, which needs the loss at w - e.)
         model: if given, everything that a forward changes in its buffers (running statistics, observers, vectors of
             spectral norm) follows the first pass only. In ``step(closure)`` every pass starts from the buffers that the
-            first one found; in calls, the later passes start from those that it left.
+            first one found; in calls, the later passes start from those that it left. A DistributedDataParallel also
+            hands over when gradients are reduced: once a step, see :mod:`crsam_ext.replicas`. :attr:`model` can be set
+            until the first step.
+        sync_perturbation: with a DistributedDataParallel as ``model``: False, every rank perturbs with the e of its own
+            batch; True, all with the e of the whole one, for a second all-reduce a step; or a process group, in which
+            the ranks (of one node, say) share theirs.
         replay_rng: give every pass of ``step(closure)`` the same random numbers (dropout masks, for instance): those of
             the global generators of torch, Python's ``random`` and ``numpy.random``, see
             :class:`crsam_ext.noise.RandomState`.
@@ -141,6 +153,7 @@ class CRSAM(Optimizer):
         interval: int = 1,
         curvature_interval: int = 1,
         model: torch.nn.Module | None = None,
+        sync_perturbation: bool | ProcessGroup = False,
         replay_rng: bool = True,
         stochastic_rounding: bool = False,
         backend: str = "auto",
@@ -175,7 +188,8 @@ class CRSAM(Optimizer):
         self.stats = Stats()
         self._difference = SecondDifference()
         self._requested_backend = backend
-        self.model_buffers = None if model is None else ModelBuffers(model)
+        self.sync_perturbation = sync_perturbation
+        self.model = model
         backends.load(backend, compile=compile)  # what is asked for in vain is said first
 
         self._own = {"rho": rho, "alpha": alpha, "beta": 0.01 if beta is None else beta, "adaptive": adaptive}
@@ -233,6 +247,31 @@ class CRSAM(Optimizer):
         return self.operators.name
 
     @property
+    def model(self) -> torch.nn.Module | None:
+        """The model, for its buffers and its replicas. It can be set until the first step: trainers wrap models late.
+
+        Raises:
+            RuntimeError: when it is set after that.
+            ValueError, TypeError: for a model that cannot be stepped with, saying what to use instead.
+        """
+        return self._model
+
+    @model.setter
+    def model(self, model: torch.nn.Module | None) -> None:
+        if self.stats.steps or getattr(self, "_step", None) is not None:
+            raise RuntimeError("model can be set until the first step only")
+        refusal = _refusal(model)
+        if refusal is not None:
+            raise ValueError(refusal)
+        self._model = model
+        self.model_buffers = None if model is None else ModelBuffers(model)
+        self.replicas = None
+        if isinstance(model, DistributedDataParallel):
+            self.replicas = Replicas(model, self.sync_perturbation)
+        elif self.sync_perturbation is not False:
+            raise ValueError("sync_perturbation is about ranks: give a DistributedDataParallel as model=")
+
+    @property
     def passes(self) -> int:
         """How many passes the next step takes, or the one in progress: 3, 2 where alpha = beta = 0, 1 where rho = 0.
 
@@ -260,6 +299,8 @@ class CRSAM(Optimizer):
         devices = sorted(map(str, self._devices()))
         if len(devices) != 1 or not devices[0].startswith("cuda"):
             return f"the parameters are on {', '.join(devices)}, not on one CUDA device"
+        if self.replicas is not None:
+            return "its gradients are reduced over the replicas of a DistributedDataParallel"
         if self.backend not in ("cuda", "triton"):
             return f"backend {self.backend!r} reads numbers on the host; use cuda or triton"
         if not self._update().native:
@@ -355,8 +396,10 @@ class CRSAM(Optimizer):
             raise RuntimeError("torch's GradScaler takes no closure: use crsam_ext.GradScaler")
         loss_of: Any = closure
         if parallel is not None:
+            if self.replicas is not None:
+                raise TypeError("parallel= evaluates a model without its DistributedDataParallel: step without it")
             closure = _with_backward(closure, parallel)
-        closure = _accumulating(closure)
+        closures = _accumulating(closure, self._locally)
         with self._restoring():
             passes = self.passes
             step = self._begin(passes, num_points=1 if parallel is None or passes < PASSES else 2)
@@ -368,7 +411,8 @@ class CRSAM(Optimizer):
                 self.model_buffers.begin()
 
             def run() -> Any:  # what is returned here must not stay alive during the next pass: it may hold a graph
-                value = _with_gradients(closure)
+                with self.no_sync():
+                    value = _with_gradients(closures)
                 step.collect(value, keep=False)
                 return value
 
@@ -433,6 +477,54 @@ class CRSAM(Optimizer):
         self._require("third_step", 2)
         self._call(zero_grad, loss)
 
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """In which forward and backward of a pass are run, in the form of calls: reduced in the last pass only.
+
+        With a DistributedDataParallel as ``model`` it is that one's ``no_sync()`` in all other passes; it does nothing
+        in the last, and without such a model. (Without it, too, gradients stay local; DDP copies them in vain.)
+
+        Example::
+
+            for call in (optimizer.first_step, optimizer.second_step, optimizer.third_step):
+                with optimizer.no_sync():
+                    criterion(model(x), y).backward()
+                call(zero_grad=True)
+        """
+        if self.replicas is None:
+            return nullcontext()
+        if self._step is None:
+            self.replicas.prepare(self)
+        return self.replicas.context(self.next_pass()[0])
+
+    def next_pass(self) -> tuple[Pass, Step | None]:
+        """What happens to the gradients of the pass that is running or comes next, and the step in progress."""
+        if self._step is not None:
+            return self._step.kind, self._step
+        if self.replicas is None:
+            return Pass.LOCAL, None
+        passes = self.passes
+        return self.replicas.kind(0, passes, self._settings().weights_known(passes, self._kept_difference())), None
+
+    def _locally(self) -> AbstractContextManager[Any]:
+        """In which a micro-batch is run that is not the last of its pass."""
+        return nullcontext() if self.replicas is None else self.replicas.ddp.no_sync()
+
+    def check_replicas(self) -> None:
+        """See whether all ranks hold the same parameters, to the bit: one all-reduce of a checksum of each.
+
+        Of the ranks of the DistributedDataParallel that is ``model``, else of all; nothing where there is one process.
+
+        Raises:
+            RuntimeError: on all ranks, if they do not, naming the first that differs.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        params = [param for group in self.param_groups for param in group["params"]]
+        names = [name for group in self.param_groups for name in group.get("param_names", [])]
+        if len(names) != len(params):
+            names = [f"parameter {index} of shape {tuple(param.shape)}" for index, param in enumerate(params)]
+        check_equal(params, names, None if self.replicas is None else self.replicas.group)
+
     def give_loss(self, loss: Any) -> None:
         """Give the loss of the last pass where ``step()`` ends a step of calls: it takes no argument for it."""
         self._last_loss = loss
@@ -473,14 +565,49 @@ class CRSAM(Optimizer):
         params = (param for group in self.param_groups for param in group["params"])
         if not any(param.requires_grad or param.grad is not None for param in params):
             raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
-        settings = StepSettings(
-            self.regularizer, self.estimator, self.max_grad_norm, self.max_regularizer_ratio, self.stochastic_rounding
-        )
-        difference = self._difference if self.curvature_interval > 1 and self._curved else None
+        replicas = None if combined else self.replicas
+        if replicas is not None:
+            replicas.prepare(self)
+            replicas.agree(self._signature(passes))
         self._step = Step(
-            settings, self._locate, self.stats, self.model_buffers, passes, combined, difference, num_points
+            self._settings(),
+            self._locate,
+            self.stats,
+            self.model_buffers,
+            passes,
+            combined,
+            self._kept_difference(),
+            num_points,
+            replicas,
         )
         return self._step
+
+    def _settings(self) -> StepSettings:
+        return StepSettings(
+            self.regularizer, self.estimator, self.max_grad_norm, self.max_regularizer_ratio, self.stochastic_rounding
+        )
+
+    def _kept_difference(self) -> SecondDifference | None:
+        return self._difference if self.curvature_interval > 1 and self._curved else None
+
+    def _signature(self, passes: int) -> dict[str, Any]:
+        """What must be the same on all ranks of the model: how a step is made, and of what."""
+        groups = {
+            f"{name} of group {index}": value
+            for index, group in enumerate(self.param_groups)
+            for name, value in group.items()
+            if name != "params" and isinstance(value, (int, float, str, tuple))
+        }
+        return {
+            "passes": passes,
+            "steps": self.stats.steps,
+            "base optimizer": type(self.base_optimizer).__name__,
+            "backend": self.backend,
+            "sync_perturbation": self.sync_perturbation if isinstance(self.sync_perturbation, bool) else "a group",
+            **asdict(self._settings()),
+            "shapes": [tuple(param.shape) for group in self.param_groups for param in group["params"]],
+            **groups,
+        }
 
     def _locate(self, num_points: int) -> Located:
         """Parameters and state where they are now, and the update with the options that there are now."""
@@ -657,6 +784,8 @@ class CRSAM(Optimizer):
             return loaded
 
         self.restore()
+        if self.replicas is not None:
+            self.replicas.forget()
         hook = self.register_load_state_dict_pre_hook(complete)  # the last to run: after the user's own
         try:
             super().load_state_dict(state_dict)
@@ -752,6 +881,21 @@ class CRSAM(Optimizer):
         self._attach()
 
 
+def _refusal(model: Any) -> str | None:
+    """Why a step cannot be made with a model; None where it can."""
+    home = type(model).__module__.partition(".")[0]
+    if home == "deepspeed":
+        return (
+            "DeepSpeed's engine takes no closure and frees gradients in its step: use DistributedDataParallel or "
+            "torch.distributed.fsdp.fully_shard"
+        )
+    if home == "horovod":
+        return "Horovod counts the backwards of a step: use DistributedDataParallel"
+    if type(model).__name__ == "FullyShardedDataParallel":
+        return "FullyShardedDataParallel holds shards under the name of parameters: use DistributedDataParallel"
+    return None
+
+
 def _with_gradients(closure: Callable[[], Any]) -> Any:
     """What the closure returns; a tensor without its graph, so that it does not live on while the next one is made."""
     with torch.enable_grad():
@@ -759,8 +903,10 @@ def _with_gradients(closure: Callable[[], Any]) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _accumulating(closures: Callable[[], Any] | Sequence[Callable[[], Any]]) -> Callable[[], Any]:
-    """One closure that calls them all and returns the sum of what they return."""
+def _accumulating(
+    closures: Callable[[], Any] | Sequence[Callable[[], Any]], locally: Callable[[], AbstractContextManager[Any]]
+) -> Callable[[], Any]:
+    """One closure that calls them all, but the last within ``locally()``, and returns the sum of what they return."""
     if callable(closures):
         return closures
     if not closures or not all(map(callable, closures)):
@@ -769,7 +915,8 @@ def _accumulating(closures: Callable[[], Any] | Sequence[Callable[[], Any]]) -> 
     def closure() -> Any:
         total = None
         for index, part in enumerate(closures):
-            loss = part()
+            with nullcontext() if index == len(closures) - 1 else locally():
+                loss = part()
             if loss is not None and not is_loss(loss):
                 raise TypeError(
                     "a closure in a list must return its loss, a tensor of one element or a number, or None, but "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class SecondDifference:
         grads: Sequence[Sequence[Gradients]],
         ok: Tensor,
         grad_scale: Tensor | None,
+        mean_of: Callable[[list[Tensor]], None] | None = None,
     ) -> None:
         """Take d2 of a step; :meth:`publish` follows when the base optimizer has made its state.
 
@@ -46,11 +47,14 @@ class SecondDifference:
             grads: for each of the three passes and each bucket, its gradients.
             ok: 0-dim bool, False on the device if the step is skipped: then nothing is taken.
             grad_scale: 0-dim, what the gradients were multiplied with.
+            mean_of: makes tensors their means over the replicas: what is kept is the same on all.
         """
         for slots, (g0, gp, gm) in _complete(buckets, grads):
             new = torch._foreach_add(torch._foreach_sub(gp, g0), torch._foreach_sub(gm, g0))
             if grad_scale is not None:
                 torch._foreach_div_(new, grad_scale.to(new[0]))
+            if mean_of is not None:
+                mean_of(list(new))
             here = ok.to(new[0].device, non_blocking=True)
             for slot, d2 in zip(slots, new, strict=True):
                 old = self._of(state, slot.param)

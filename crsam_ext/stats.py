@@ -15,6 +15,9 @@ __all__ = ["Stats"]
 class Stats:
     """Measurements of the last step, and counters over all steps.
 
+    With replicas that perturb with an e of their own, losses, ``grad_norm`` and the two curvatures are of the rank's own
+    batch; all else is reduced, and the same on all ranks.
+
     Tensors are float64 and 0-dim unless noted, on the device of the first parameters; None is what the step did not
     compute. Nothing is launched and nothing synchronises until a property is read.
     """
@@ -30,6 +33,7 @@ class Stats:
         self._grad_scale: Tensor | None = None
         self._gram: Tensor | None = None
         self._scale: Tensor | None = None
+        self._reduced_norm: Tensor | None = None
 
     def counters(self, device: torch.device) -> Tensor:
         """The counters of all steps so far, int64, in the order of :data:`crsam_ext.ops.COUNTERS`."""
@@ -45,6 +49,7 @@ class Stats:
         scale: Tensor | None,
         coefficients: Coefficients,
         grad_scale: Tensor | None,
+        reduced_norm: Tensor | None = None,
     ) -> None:
         """Enter a step.
 
@@ -55,7 +60,9 @@ class Stats:
             scale: [groups], with e = scale g0; None where e is no multiple of g0.
             coefficients: what was decided.
             grad_scale: what all gradients were multiplied with.
+            reduced_norm: [groups], squared, of the regularized gradient, where that is a mean over replicas.
         """
+        self._reduced_norm = reduced_norm
         self.steps += 1
         self.loss, self.loss_ascent, self.loss_descent = [*losses, None, None][:3]
         self._squared_norm, self._coefficients, self._grad_scale = squared_norm, coefficients, grad_scale
@@ -114,7 +121,12 @@ class Stats:
 
     @property
     def regularized_norm(self) -> Tensor | None:
-        """Norm of the gradient that the update was made of, before it was clipped; None without the Gram matrix."""
+        """Norm of the gradient that the update was made of, before it was clipped.
+
+        None without the Gram matrix, unless the gradient was reduced over replicas.
+        """
+        if self._reduced_norm is not None:
+            return self._unscaled(self._reduced_norm.sum().sqrt())
         if self._gram is None or self._coefficients is None:
             return None
         a, b = self._coefficients.a, self._coefficients.b

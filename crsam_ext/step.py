@@ -6,18 +6,22 @@ import math
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .flat import FlatParameters, Gradients, Plan
+from .flat import FlatParameters, Gradients, Plan, flattened
 from .model_buffers import ModelBuffers
-from .ops import COUNTERS, PASSES, REGULARIZERS, Coefficients, Operators, scalar
+from .ops import COUNTERS, PASSES, REGULARIZERS, Coefficients, Operators, pass_weights, scalar
+from .replicas import Pass, Replicas, parts, room
 from .second_difference import SecondDifference
 from .stats import Stats
 from .updates import Update
 from .updates.wrapped import combine
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import GradBucket
 
 Rows = list[list[Sequence[Tensor]]]  # bucket, pass, row: of the gradients
 
@@ -37,7 +41,26 @@ class StepSettings:
     @property
     def needs_losses(self) -> bool:
         """Whether a step of three passes needs their losses."""
-        return REGULARIZERS[self.regularizer].measures and self.estimator == "loss"
+        return self.measures and self.estimator == "loss"
+
+    @property
+    def measures(self) -> bool:
+        """Whether the weights of the regularizer's terms depend on kappa and sigma."""
+        return REGULARIZERS[self.regularizer].measures
+
+    @property
+    def caps(self) -> bool:
+        """Whether the norm of the regularizer's gradient is capped."""
+        return self.max_regularizer_ratio < math.inf
+
+    def weights_known(self, passes: int, difference: SecondDifference | None) -> bool:
+        """Whether the weights of the regularized gradient are known before the last pass.
+
+        Not where they depend on all gradients, nor where each of these is needed afterwards.
+        """
+        if difference is not None:
+            return False
+        return passes < PASSES or not (self.measures or self.caps)
 
 
 class Located(NamedTuple):
@@ -69,6 +92,7 @@ class Step:
         combined: whether the one pass is what another step's :meth:`combine` has left, which has counted it.
         difference: of earlier steps, where the third of their passes is not always taken.
         num_points: how many points will be evaluated at once.
+        replicas: of the model, if what the step is made of is reduced over them.
 
     Attributes:
         flat: the parameters.
@@ -91,7 +115,13 @@ class Step:
         combined: bool = False,
         difference: SecondDifference | None = None,
         num_points: int = 1,
+        replicas: Replicas | None = None,
     ) -> None:
+        self.replicas = replicas
+        self._combined = False  # whether the hook has made the regularized gradient of that of the last pass
+        self._combined_gram: dict[int, Tensor] = {}  # by bucket of the hook, its part of the Gram matrix
+        self._reduced_norm: Tensor | None = None  # squared, [groups], of the regularized gradient that was reduced
+        self._decided: Coefficients | None = None  # what was decided from all gradients, before it was reduced
         self.settings, self._locate, self._stats, self._model_buffers = settings, locate, stats, model_buffers
         self.passes, self.combined, self.difference, self.num_points = passes, combined, difference, num_points
         self.losses: list[Any] = []
@@ -121,7 +151,28 @@ class Step:
             self.home = self.flat.buckets[0].device
             self._adaptive = [bool(group["adaptive"]) for group in self.groups]
             self._maximizes = [bool(group.get("maximize")) for group in self.groups]
-        self.add(loss, self.flat.take_gradients(self.collected, keep))
+        index, kind = self.collected, self.kind
+        self.add(loss, self.flat.take_gradients(index, keep))
+        if self.replicas is None:
+            return
+        if kind is Pass.MEAN and self.replicas.owns_hook and not self.replicas.was_called():
+            raise RuntimeError(
+                f"the gradients of pass {index + 1} were to be reduced, but its backward was in no_sync(): use "
+                "optimizer.no_sync(), which leaves out the passes that are reduced"
+            )
+        self._combined = kind is Pass.COMBINED and self.replicas.was_called()
+        self.replicas.begin_pass()
+        if index == 0 and kind is Pass.LOCAL and self.replicas.shares_e is not None:
+            given = [g for of_bucket in self.grads[0] for g in of_bucket if g is not None]
+            self.replicas.mean_of(given, self.replicas.shares_e)
+
+    @property
+    def kind(self) -> Pass:
+        """What happens to the gradients of the pass that is running, or comes next."""
+        if self.replicas is None:
+            return Pass.LOCAL
+        known = self.settings.weights_known(self.passes, self.difference)
+        return self.replicas.kind(self.collected, self.passes, known)
 
     def add(self, loss: Any, grads: list[Gradients]) -> None:
         """Enter the next pass: its loss and, for each bucket and slot, its gradient in the parameter's own layout."""
@@ -219,7 +270,7 @@ class Step:
             grad_scale = grad_scale.to(self.home, torch.float64, non_blocking=True)
         for bucket in self.flat.buckets:
             bucket.pull_state()
-        plans, rows = self._finish(grad_scale)
+        plans, rows = self._finish(grad_scale, found_inf)
         self._return_gradients()  # may be refused, and then nothing has been written
         steps = self._counted(plans)
         c = self._coefficients(plans, rows, steps, grad_scale, found_inf, self.settings.max_grad_norm)
@@ -250,20 +301,162 @@ class Step:
         self._leave()
         self._record(c, grad_scale)
 
-    def _finish(self, grad_scale: Tensor | None) -> tuple[list[Plan], Rows]:
-        """Plans and rows of a step of which all passes are there; all w are saved that will be written."""
+    def _finish(self, grad_scale: Tensor | None, found_inf: Tensor | None = None) -> tuple[list[Plan], Rows]:
+        """Plans and rows of a step of which all passes are there; all w are saved that will be written.
+
+        Over replicas, the rows are those of one gradient: the regularized one, reduced.
+        """
+        reduces = self._reduces
         if self.passes == 2 and self.difference is not None:
             self.add(None, self.difference.descent(self.state, self.flat.buckets, self.grads, grad_scale))
-        active = [_either(masks) for masks in zip(*self._given, strict=True)]
+        if self._combined:
+            active = self._given[-1]  # of all replicas
+        else:
+            active = [_either(masks) for masks in zip(*self._given, strict=True)]
+            if reduces:
+                active = self._active_anywhere(active)
         plans = self._plans(active)
-        by_pass = [self._rows(plans, index) for index in range(self.collected)]
+        passes = range(self.collected - 1, self.collected) if self._combined else range(self.collected)
+        by_pass = [self._rows(plans, index) for index in passes]
         rows = [list(of_bucket) for of_bucket in zip(*by_pass, strict=True)]
         self._save_late(active)
+        if reduces:
+            if not self._combined:
+                rows = self._reduce(plans, rows, grad_scale, found_inf)
+            self._reduced_norm = self._squared_norm(plans, [r[0] for r in rows], [plan.unweighted for plan in plans])
         return plans, rows
+
+    @property
+    def _reduces(self) -> bool:
+        """Whether the regularized gradient is to be reduced, rather than those of all passes, or nothing."""
+        if self.replicas is None or self.passes == 1:
+            return False
+        known = self.settings.weights_known(self.passes, self.difference)
+        return self.replicas.kind(self.passes - 1, self.passes, known) is not Pass.MEAN
 
     def _keep_difference(self, c: Coefficients, grad_scale: Tensor | None) -> None:
         if self.passes == PASSES and self.difference is not None:
-            self.difference.keep(self.state, self.flat.buckets, self.grads, c.ok, grad_scale)
+            mean_of = None if self._reduced_norm is None or self.replicas is None else self.replicas.mean_of
+            self.difference.keep(self.state, self.flat.buckets, self.grads, c.ok, grad_scale, mean_of)
+
+    # Over replicas ---------------------------------------------------------------------------------------------------
+
+    def combine_bucket(self, bucket: GradBucket, factor: float) -> None:
+        """Make the regularized gradient of the last pass's, in a bucket of DistributedDataParallel.
+
+        Args:
+            bucket: of which all gradients of the last pass are there.
+            factor: what the regularized gradient is multiplied with.
+        """
+        number = self._factor(factor)
+        if self.passes < PASSES:
+            buffer = bucket.buffer()
+            buffer.mul_(number.to(buffer))
+            return
+        out: list[Tensor] = []
+        grads: list[list[Tensor]] = [[] for _ in range(PASSES)]
+        groups, saved = [], []
+        laid_out: list[tuple[Tensor, Tensor]] = []
+        for param, last in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            found = self.flat.find(param)
+            if found is None:  # another optimizer's
+                last.mul_(number.to(last))
+                continue
+            index, slot = found
+            values = slot.lay_out(last)
+            if values is not last:
+                laid_out.append((last, values))
+            earlier = (of_pass[index][slot.index] for of_pass in self.grads)
+            for of_pass, g in zip(grads, [*earlier, values], strict=True):
+                of_pass.append(flattened(torch.zeros_like(values) if g is None else g))
+            out.append(flattened(values))
+            groups.append(slot.group)
+            saved.append(flattened(slot.view(self.flat.buckets[index].saved)))
+        if out:
+            weights = [w if self._adaptive[group] else None for w, group in zip(saved, groups, strict=True)]
+            weights_of_passes = pass_weights(*self._alpha_beta())
+            gram = self.operators.fd_combine_(out, grads, groups, len(self.groups), weights, weights_of_passes, number)
+            if gram is not None:
+                self._combined_gram[bucket.index()] = gram
+        for last, values in laid_out:
+            last.copy_(values)
+
+    def _factor(self, factor: float, found_inf: Tensor | None = None) -> Tensor:
+        """A factor, 0-dim, that is NaN where something has overflowed that the gradients do not show."""
+        number = self.flat.constants((factor,))[0]
+        for norm in self._squared_norms:
+            number = number + 0.0 * norm.sum()
+        if found_inf is not None:
+            number = number + torch.where(found_inf.to(self.home, non_blocking=True) > 0, math.nan, 0.0)
+        return number
+
+    def _active_anywhere(self, active: list[tuple[bool, ...]]) -> list[tuple[bool, ...]]:
+        """Which parameters take part on any replica."""
+        assert self.replicas is not None
+        if not self.replicas.ddp.find_unused_parameters:
+            return active
+        mask = torch.tensor([a for mask in active for a in mask], dtype=torch.int32, device=self.home)
+        anywhere = iter(self.replicas.max_(mask).tolist())
+        return [tuple(bool(next(anywhere)) for _ in mask) for mask in active]
+
+    def _reduce(self, plans: Sequence[Plan], rows: Rows, grad_scale: Tensor | None, found_inf: Tensor | None) -> Rows:
+        """Make the regularized gradient of each plan's rows, and its mean over the replicas."""
+        replicas = self.replicas
+        assert replicas is not None
+        factor, complete = self._factor(1 / replicas.size, found_inf), self.collected == PASSES
+        weights = pass_weights(*self._alpha_beta())
+        if complete and (self.settings.measures or self.settings.caps):
+            self._decided = self._decide(plans, rows, grad_scale)
+            weights = self._decided.pass_weights
+            factor = torch.where(self._decided.ok, factor, math.nan)
+        reduced: list[list[Tensor]] = [[] for _ in plans]
+
+        def pieces() -> Iterator[Tensor]:
+            for plan, grads, of_plan in zip(plans, rows, reduced, strict=True):
+                for part in parts(grads[-1]):
+                    flat, views = room(grads[-1][part])
+                    of_pass = [list(of_bucket[part]) for of_bucket in grads]
+                    if complete:
+                        groups = list(plan.groups[part])
+                        self.operators.fd_combine_(views, of_pass, groups, len(self.groups), None, weights, factor)
+                    else:
+                        torch._foreach_copy_(views, of_pass[-1])
+                        flat.mul_(factor.to(flat))
+                    of_plan.extend(views)
+                    yield flat
+
+        replicas.sum_pieces_(pieces())
+        return [[of_plan] for of_plan in reduced]
+
+    def _decide(self, plans: Sequence[Plan], rows: Rows, grad_scale: Tensor | None) -> Coefficients:
+        """The weights of the regularized gradient, alike on all replicas: from the means of what they depend on.
+
+        kappa and sigma are means over the replicas, and the norms in the cap are root mean squares.
+        """
+        replicas, scale = self.replicas, self._scale
+        assert replicas is not None
+        assert scale is not None
+        gram = self._gram = self._gram_of(plans, rows)
+        numbers = gram.clone()
+        numbers[:, 6:] *= scale[:, None]  # each has an e of its own
+        losses = self._losses() if self.settings.needs_losses else ()
+        numbers = replicas.mean_(torch.cat([numbers.flatten(), *(x.reshape(1) for x in losses)]))
+        means = numbers[gram.numel() :].unbind()
+        self._events = torch.zeros(len(COUNTERS), dtype=torch.int64, device=self.home)
+        return self.operators.coefficients(
+            numbers[: gram.numel()].view_as(gram),
+            [],
+            torch.ones_like(scale),
+            *self._alpha_beta(),
+            counters=self._events,
+            steps=[],
+            passes=PASSES,
+            regularizer=self.settings.regularizer,
+            losses=(means[0], means[1], means[2]) if losses else None,
+            grad_scale=grad_scale,
+            max_regularizer_ratio=self.settings.max_regularizer_ratio,
+            max_grad_norm=None,
+        )
 
     def _return_gradients(self) -> None:
         """Put g0 into ``p.grad``."""
@@ -278,7 +471,11 @@ class Step:
         # Only a plain e is a multiple of g0, and only then, or where nothing was perturbed, the norm is that of g0.
         weighted = self._scale is not None and any(self._adaptive)
         scale, norm = (None, None) if weighted else (self._scale, self._squared_norms[0])
-        self._stats.record(self.losses, norm, self._gram, scale, c, grad_scale)
+        if self._combined_gram:
+            self._gram = torch.stack([part for _, part in sorted(self._combined_gram.items())]).sum(0)
+        self._stats.record(self.losses, norm, self._gram, scale, c, grad_scale, self._reduced_norm)
+        if self.replicas is not None:
+            self.replicas.end_step()
 
     def restore(self) -> None:
         """Abandon the step: the parameters are bit for bit w again."""
@@ -300,6 +497,8 @@ class Step:
         torch.clear_autocast_cache()
         if self._model_buffers is not None:
             self._model_buffers.end()
+        if self.replicas is not None:
+            self.replicas.begin_pass()
 
     def _plans(self, active: list[tuple[bool, ...]]) -> list[Plan]:
         if active != self._active:  # mostly, all passes have the same
@@ -346,33 +545,28 @@ class Step:
         From the Gram matrix, where it costs little, or where log form, clip or cap need it. Otherwise the norms of the
         three gradients show whether the step is sound.
         """
-        settings, groups = self.settings, self.groups
-        complete = self.collected == PASSES
-        measures = complete and REGULARIZERS[settings.regularizer].measures
-        losses = self._losses() if measures and settings.needs_losses else None
-        clips, caps = max_grad_norm is not None, settings.max_regularizer_ratio < math.inf
+        settings, reduced = self.settings, self._reduced_norm is not None
+        complete = self.collected == PASSES and not reduced
+        losses = self._losses() if complete and settings.needs_losses else None
+        clips = max_grad_norm is not None
+        measures = settings.measures and losses is None
         gram = None
-        if complete and (self.operators.fuses_gram or clips or caps or (measures and losses is None)):
-            parts = []
-            for plan, grads in zip(plans, rows, strict=True):
-                if plan.rows:
-                    weights = self._weights(plan, plan.saved)
-                    parts.append(self.operators.fd_gram(grads, plan.groups, len(groups), weights))
-            gram = self._gram = self._total(parts)
-        else:
+        if complete and (self.operators.fuses_gram or clips or settings.caps or measures):
+            gram = self._gram = self._gram_of(plans, rows)
+        elif not reduced:
             for index in range(len(self._squared_norms), self.collected):
                 unweighted = [plan.unweighted for plan in plans]
                 norm = self._squared_norm(plans, [r[index] for r in rows], unweighted)
                 self._squared_norms.append(norm)
-        norms = self._squared_norms
+        norms = self._squared_norms if self._reduced_norm is None else [self._reduced_norm]
         if found_inf is not None:
             overflow = torch.where(found_inf.to(self.home, non_blocking=True) > 0, math.nan, 0.0)
             if gram is None:
                 norms = [*norms[:-1], norms[-1] + overflow]
             else:
                 gram = gram + overflow
-        alpha, beta = (self._vector([group[name] for group in groups]) for name in ("alpha", "beta"))
-        return self.operators.coefficients(
+        alpha, beta = self._alpha_beta()
+        c = self.operators.coefficients(
             gram,
             norms,
             torch.zeros_like(alpha) if self._scale is None else self._scale,
@@ -382,13 +576,30 @@ class Step:
             if self.combined
             else self._stats.counters(self.home),
             steps=list(steps),
-            passes=self.collected,
+            passes=1 if reduced else self.collected,
             regularizer=settings.regularizer,
             losses=losses,
             grad_scale=grad_scale,
             max_regularizer_ratio=settings.max_regularizer_ratio,
             max_grad_norm=max_grad_norm,
         )
+        decided = self._decided
+        if decided is not None:  # with the gradients of all replicas, before they were reduced
+            c = decided._replace(factor=c.factor, ok=c.ok)
+            self._stats.counters(self.home).add_(torch.where(c.ok, self._events, 0))
+        return c
+
+    def _gram_of(self, plans: Sequence[Plan], rows: Rows) -> Tensor:
+        parts = []
+        for plan, grads in zip(plans, rows, strict=True):
+            if plan.rows:
+                weights = self._weights(plan, plan.saved)
+                parts.append(self.operators.fd_gram(grads, plan.groups, len(self.groups), weights))
+        return self._total(parts)
+
+    def _alpha_beta(self) -> tuple[Tensor, Tensor]:
+        alpha, beta = (self._vector([group[name] for group in self.groups]) for name in ("alpha", "beta"))
+        return alpha, beta
 
     def _counted(self, plans: Sequence[Plan]) -> Iterator[tuple[Tensor, Tensor]]:
         """Step counters and participants of each bucket whose update is made here."""
@@ -410,7 +621,8 @@ class Step:
                 continue
             if not moved:
                 plan.pull()
-            update.apply(self.operators, plan, plan.saved if moved or bucket.has_master else plan.live, grads, c)
+            saved = plan.saved if moved or bucket.has_master else plan.live
+            update.apply(self.operators, plan, saved, grads, c, moved)
             self._wrote(plan)
             if update.native and not plan.published:
                 bucket.publish(plan, self.state)

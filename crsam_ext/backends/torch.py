@@ -302,6 +302,11 @@ def _combine(
         live.copy_(saved)
 
 
+def _combine_into(out: Tensor, *grads: Tensor, scalars: Sequence[Tensor], scratch: Scratch) -> None:
+    *weights, factor = scalars
+    out.copy_(_regularized(grads, weights, factor, scratch))
+
+
 class TorchOperators(Operators):
     """See :class:`crsam_ext.ops.Operators`.
 
@@ -444,6 +449,20 @@ class TorchOperators(Operators):
             products[group] += self._run(_gram, (*gradients, w), no_scalars, inner=inner, blind=blind)
         zero = torch.zeros(GRAM, dtype=torch.float64, device=first.device)
         return torch.stack([torch.stack(p).sum(0, dtype=torch.float64) if p else zero for p in products])
+
+    def fd_combine_(
+        self,
+        out: Sequence[Tensor],
+        grads: Sequence[Sequence[Tensor]],
+        groups: Sequence[int],
+        num_groups: int,
+        weights: Sequence[Tensor | None] | None,
+        pass_weights: Tensor,
+        factor: Tensor,
+    ) -> None:
+        table = self._table([*pass_weights.unbind(), factor], out[0])
+        for row, (o, group) in enumerate(zip(out, groups, strict=True)):
+            self._run(_combine_into, (o, *(g[row] for g in grads)), table[group])
 
     def step_(
         self,

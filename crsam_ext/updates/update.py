@@ -22,7 +22,13 @@ class Update(StateLayout, ABC):
 
     @abstractmethod
     def apply(
-        self, operators: Operators, plan: Plan, saved: Sequence[Tensor], grads: list[Sequence[Tensor]], c: Coefficients
+        self,
+        operators: Operators,
+        plan: Plan,
+        saved: Sequence[Tensor],
+        grads: list[Sequence[Tensor]],
+        c: Coefficients,
+        moved: bool,
     ) -> None:
         """Update the parameters of a plan.
 
@@ -32,6 +38,7 @@ class Update(StateLayout, ABC):
             saved: rows of w.
             grads: for each pass the rows of its gradient.
             c: the weights of the gradients.
+            moved: whether the parameters were perturbed, and are not w.
         """
 
     def finish(self, ok: Tensor, give_gradients: Callable[[], None]) -> bool:
@@ -61,7 +68,13 @@ class RuleUpdate(Update):
         self.buffers = [self.group_options.state] * len(groups)
 
     def apply(
-        self, operators: Operators, plan: Plan, saved: Sequence[Tensor], grads: list[Sequence[Tensor]], c: Coefficients
+        self,
+        operators: Operators,
+        plan: Plan,
+        saved: Sequence[Tensor],
+        grads: list[Sequence[Tensor]],
+        c: Coefficients,
+        moved: bool,
     ) -> None:
         state = [plan.buffers.get(name) or [None] * len(plan.rows) for name in self.group_options.state]
         operators.step_(plan.live, saved, state, grads, plan.groups, plan.steps, self.options, c)

@@ -37,11 +37,17 @@ class WrappedUpdate(Update):
         self.buffers, self._step = None, step
 
     def apply(
-        self, operators: Operators, plan: Plan, saved: Sequence[Tensor], grads: list[Sequence[Tensor]], c: Coefficients
+        self,
+        operators: Operators,
+        plan: Plan,
+        saved: Sequence[Tensor],
+        grads: list[Sequence[Tensor]],
+        c: Coefficients,
+        moved: bool,
     ) -> None:
-        if len(grads) == 1 and c.factor is None:
+        if not moved and c.factor is None:
             return  # the gradient is what it is, and w where it is
-        if len(grads) == 1:  # combine_ writes over the gradient of the last pass, which p.grad will hold
+        if not moved:  # combine_ writes over the gradient of the last pass, which p.grad will hold
             grads[0] = [g.clone() for g in grads[0]]
         combine(operators, plan, saved, grads, c)
 

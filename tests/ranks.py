@@ -1,0 +1,87 @@
+"""Processes of a gloo group on this machine, in which tests run functions."""
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch._dynamo  # DistributedDataParallel imports it: here once, rather than in every process
+import torch.distributed as dist
+
+LIMIT = 120  # seconds that a test may take
+
+
+class Ranks:
+    """Forked once, they wait for functions and call them as ``function(rank, size, *arguments)``, all at once.
+
+    Args:
+        size: how many.
+        seconds: after which a collective gives up that others have not joined.
+    """
+
+    def __init__(self, size, seconds=20):
+        self.size, self._folder = size, tempfile.TemporaryDirectory()
+        fork, store = multiprocessing.get_context("fork"), Path(self._folder.name, "store")
+        self._pipes, self._processes = [], []
+        for rank in range(size):
+            ours, theirs = fork.Pipe()
+            process = fork.Process(target=_serve, args=(rank, size, str(store), seconds, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def __call__(self, function, *arguments):
+        """What the function returned on each rank; what it raised there fails the test, with its traceback."""
+        results = self.attempt(function, *arguments)
+        failures = [f"rank {rank}:\n{r.told}" for rank, r in enumerate(results) if isinstance(r, Failure)]
+        assert not failures, "\n".join(failures)
+        return results
+
+    def attempt(self, function, *arguments):
+        """Likewise, with a :class:`Failure` where the function raised."""
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        results = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(LIMIT):
+                self.close()
+                raise AssertionError(f"rank {rank} has not answered for {LIMIT} seconds")
+            results.append(pickle.loads(pipe.recv_bytes()))
+        return results
+
+    def close(self):
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+class Failure:
+    """What a function raised on a rank."""
+
+    def __init__(self, error):
+        self.kind, self.message = type(error).__name__, str(error)
+        self.told = "".join(traceback.format_exception(error))
+
+
+def _serve(rank, size, store, seconds, pipe):
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    timeout = timedelta(seconds=seconds)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size, timeout=timeout)
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        torch.manual_seed(0)
+        try:
+            result = function(rank, size, *arguments)
+        except BaseException as error:
+            result = Failure(error)
+        pipe.send_bytes(pickle.dumps(result))
