@@ -21,7 +21,9 @@ from torch.utils.dlpack import from_dlpack
 __all__ = [
     "attributes_of",
     "hooks_of",
+    "is_fsdp_flat",
     "is_joining",
+    "is_part_of_zero",
     "mark_of_numpy",
     "mark_of_python",
     "mark_stepped",
@@ -102,13 +104,28 @@ def _python_generator() -> Any:
 
 
 def hooks_of(ddp: Any) -> list[tuple[Any, Any]]:
-    """The communication hooks of a DistributedDataParallel, with their states. It takes one, and does not tell of it."""
+    """The communication hook of a DistributedDataParallel and its state, if it has one, which it does not tell."""
     return list(getattr(ddp, "_comm_hooks", ()))
 
 
 def is_joining(ddp: Any) -> bool:
     """Whether a DistributedDataParallel is within ``join()``. False where torch does not tell."""
     return bool(getattr(getattr(ddp, "_join_config", None), "enable", False))
+
+
+def is_part_of_zero() -> bool:
+    """Whether an optimizer is being made by a ZeroRedundancyOptimizer, for the parameters of one rank only."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if type(frame.f_locals.get("self")).__name__ == "ZeroRedundancyOptimizer":
+            return True
+    return False
+
+
+def is_fsdp_flat(param: Tensor) -> bool:
+    """Whether a parameter is a flat one of FullyShardedDataParallel, or one that lies in such."""
+    return bool(getattr(param, "_fsdp_flattened", False))
 
 
 @contextmanager

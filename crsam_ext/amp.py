@@ -34,7 +34,7 @@ class GradScaler(torch.amp.GradScaler):
     """
 
     def step(self, optimizer: Optimizer, closure: Any = None) -> Any:
-        """Take a step; without a closure, or for another optimizer, as torch's GradScaler does.
+        """Take a step, or with no closure the last part of one in calls; for another optimizer as torch's does.
 
         Args:
             optimizer: whose gradients are scaled.
@@ -44,11 +44,11 @@ class GradScaler(torch.amp.GradScaler):
         Raises:
             RuntimeError: if ``unscale_`` or ``step`` has been called for this optimizer since the last ``update``.
         """
-        if closure is None:
-            return super().step(optimizer)
-        if not self._enabled or not isinstance(optimizer, CRSAM):
-            return super().step(optimizer, closure)
         state = self._per_optimizer_states[id(optimizer)]
+        if not self._enabled or not isinstance(optimizer, CRSAM):
+            return super().step(optimizer) if closure is None else super().step(optimizer, closure)
+        if closure is None and state["stage"] is not OptState.READY:  # after combine() and unscale_()
+            return super().step(optimizer)
         if state["stage"] is not OptState.READY:
             raise RuntimeError("step(optimizer, closure) called after unscale_() or step(): update() is due")
         if self._scale is None:  # nothing has been scaled yet

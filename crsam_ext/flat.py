@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ._compat import segment, storage_is_shared
+from ._compat import is_fsdp_flat, segment, storage_is_shared
 from .ops import Operators, scalar
 from .precision import PRECISIONS, compute_dtype, has_master
 
@@ -714,6 +714,10 @@ def check_parameter(param: Tensor) -> None:
     if param.layout != torch.strided or type(param.data) is not Tensor:
         raise ValueError(
             f"{what} is a {type(param.data).__name__} of layout {param.layout}; CRSAM takes plain strided tensors"
+        )
+    if is_fsdp_flat(param):
+        raise ValueError(
+            f"{what} belongs to FullyShardedDataParallel, which moves it in every pass: use DistributedDataParallel"
         )
     if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
         raise ValueError(f"{what} is expanded: several of its elements share memory; make it contiguous first")

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
 from . import backends
-from ._compat import attributes_of, mark_stepped
+from ._compat import attributes_of, is_part_of_zero, mark_stepped
 from .base_optimizer import SeparateGroups, completed, make_base
 from .flat import FlatParameters, check_parameter
 from .model_buffers import ModelBuffers
@@ -161,6 +161,13 @@ class CRSAM(Optimizer):
         flatten: bool = True,
         **base_kwargs: Any,
     ) -> None:
+        if is_part_of_zero():
+            raise TypeError(
+                "ZeroRedundancyOptimizer(params, CRSAM) would perturb the parameters of each rank by themselves: "
+                "make it CRSAM(params, ZeroRedundancyOptimizer(params, SGD))"
+            )
+        if type(self).__module__.startswith("horovod"):
+            raise TypeError("Horovod counts the backwards of a step: use DistributedDataParallel")
         _check_choice("regularizer", regularizer, tuple(REGULARIZERS))
         _check_choice("estimator", estimator, ("gradient", "loss"))
         if gamma is not None and alpha is not None:
@@ -389,7 +396,7 @@ class CRSAM(Optimizer):
         Whatever the closure raises passes through, after the parameters are bit for bit w again.
         """
         if closure is None:
-            return self._finish()
+            return self._finish(grad_scaling)
         if self._step is not None:
             raise RuntimeError(f"step(closure) called in the middle of a step: {self._due()}")
         if hasattr(self, "found_inf"):
@@ -653,7 +660,7 @@ class CRSAM(Optimizer):
             if zero_grad:
                 self._clear_gradients()
 
-    def _finish(self) -> None:
+    def _finish(self, grad_scaling: tuple[Tensor, Tensor] | None) -> None:
         """Take the last pass of a step of calls, and make the update."""
         if self._step is None:
             if self.passes > 1 and not self._combined:
@@ -670,7 +677,14 @@ class CRSAM(Optimizer):
             raise RuntimeError(f"step() called too early: {self._due()}")
         loss, self._last_loss = self._last_loss, None
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if grad_scaling is not None:
+            grad_scale, found_inf = grad_scaling
         with self._restoring():
+            if found_inf is not None and grad_scaling is None and step.reduces_late:
+                raise RuntimeError(
+                    "torch's GradScaler decides on each rank by itself, before gradients are reduced: "
+                    "use crsam_ext.GradScaler"
+                )
             if found_inf is not None and grad_scale is None and step.passes > 1:
                 raise RuntimeError(
                     "unscale_() was called in the middle of a step, whose earlier gradients are scaled: "
@@ -889,8 +903,6 @@ def _refusal(model: Any) -> str | None:
             "DeepSpeed's engine takes no closure and frees gradients in its step: use DistributedDataParallel or "
             "torch.distributed.fsdp.fully_shard"
         )
-    if home == "horovod":
-        return "Horovod counts the backwards of a step: use DistributedDataParallel"
     if type(model).__name__ == "FullyShardedDataParallel":
         return "FullyShardedDataParallel holds shards under the name of parameters: use DistributedDataParallel"
     return None

@@ -1,9 +1,9 @@
 """The replicas of a model in a DistributedDataParallel: what of a step is reduced over them, and when.
 
-Every replica perturbs with its own e, from the gradient of its own batch (m-sharpness, Foret et al., ICLR 2021, section
-4.1), and only ghat is reduced: one all-reduce a step, as for the base optimizer. The passes before the last are local. In
-the last one a communication hook makes ghat of every bucket as soon as its gradients are there, and starts its
-all-reduce while backward goes on. Where the weights of ghat are known only after all passes, the last pass is local
+Every replica perturbs with its own e, from the gradient of its own batch (m-sharpness, Foret et al., ICLR 2021,
+section 4.1), and only ghat is reduced: one all-reduce a step, as for the base optimizer. The passes before the last are
+local. In the last one a communication hook makes ghat of every bucket as soon as its gradients are there, and starts
+its all-reduce while backward goes on. Where the weights of ghat are known only after all passes, the last pass is local
 too, and ghat is reduced in pieces.
 
 Whatever decides about the step, all replicas decide alike: from the reduced gradient, or from sums that were reduced.

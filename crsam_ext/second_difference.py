@@ -23,7 +23,7 @@ class SecondDifference:
     """The second difference of the last step that had all three gradients, for steps that leave out the third.
 
     There d2 = g+ + g- - 2 g0 is taken to be what it was, and so the gradient at w - e is g0 - (g+ - g0) + d2. It is
-    kept in the state of the parameter, in the compute dtype, for losses that are not scaled, and travels with the state.
+    kept in the state of the parameter, in the compute dtype, and belongs to losses that are not scaled.
     """
 
     def __init__(self) -> None:

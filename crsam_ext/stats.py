@@ -15,8 +15,8 @@ __all__ = ["Stats"]
 class Stats:
     """Measurements of the last step, and counters over all steps.
 
-    With replicas that perturb with an e of their own, losses, ``grad_norm`` and the two curvatures are of the rank's own
-    batch; all else is reduced, and the same on all ranks.
+    With replicas that perturb with an e of their own, losses, ``grad_norm`` and the two curvatures are those of the
+    rank's own batch; all else is reduced, and the same on all ranks.
 
     Tensors are float64 and 0-dim unless noted, on the device of the first parameters; None is what the step did not
     compute. Nothing is launched and nothing synchronises until a property is read.

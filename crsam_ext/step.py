@@ -334,6 +334,11 @@ class Step:
         known = self.settings.weights_known(self.passes, self.difference)
         return self.replicas.kind(self.passes - 1, self.passes, known) is not Pass.MEAN
 
+    @property
+    def reduces_late(self) -> bool:
+        """Whether the gradient is reduced when all passes have been collected, rather than in the last."""
+        return self._reduces and self.kind is not Pass.COMBINED
+
     def _keep_difference(self, c: Coefficients, grad_scale: Tensor | None) -> None:
         if self.passes == PASSES and self.difference is not None:
             mean_of = None if self._reduced_norm is None or self.replicas is None else self.replicas.mean_of

@@ -7,7 +7,7 @@ import torch
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from crsam_ext import CRSAM
+from crsam_ext import CRSAM, GradScaler, combine_wrapper
 
 from .ranks import Ranks
 
@@ -88,7 +88,7 @@ def trained(rank, size, base, options, ddp=(), form="closure", dtype=torch.float
             else:
                 calls = (optimizer.first_step, optimizer.second_step, optimizer.third_step)[: optimizer.passes]
                 for call in calls:
-                    with optimizer.no_sync() if form == "calls" else nullcontext():
+                    with optimizer.no_sync() if form == "calls" or step == 0 else nullcontext():
                         closure()
                     call(zero_grad=True)
         counts.append(sum(n for op, n in counted.get_comm_counts().items() if "allreduce" in str(op)))
@@ -128,6 +128,12 @@ def assert_equal(results, wanted=None):
         assert all(torch.equal(p, q) for p, q in zip(params, first, strict=True))
 
 
+def assert_close(params, others, tolerance=1e-9):
+    """The trajectories are of 5 steps in float64, and rounding grows by a factor of 1e4 at most in them."""
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q.detach(), rtol=tolerance, atol=tolerance)
+
+
 LINEAR = {"rho": 0.1, "alpha": 0.3, "beta": 0.2}
 WRAPPED = {
     "plain": {},
@@ -150,3 +156,632 @@ def test_local_perturbation(two, base, passes, wrapped, form):
     assert_equal(results, expected(2, base, options))
     if wrapped in ("plain", "bucket views", "static graph") and form != "calls without no_sync":
         assert all(counts[1:] == [1] * (STEPS - 1) for _, counts, _ in results)
+
+
+@bases
+@pytest.mark.parametrize("wrapped", ["plain", "bucket views", "static graph"])
+def test_a_hook_of_the_users(two, base, wrapped):
+    """A hook that the optimizer does not know: all passes are local, and ghat is reduced in pieces."""
+    if wrapped == "static graph":
+        failures = two.attempt(with_own_hook, base, {}, tuple(WRAPPED[wrapped].items()))
+        assert all("combine_wrapper" in failure.message for failure in failures)
+        return
+    for options in (LINEAR, {"rho": 0.1, "alpha": 0.0, "beta": 0.0}):
+        results = two(with_own_hook, base, options, tuple(WRAPPED[wrapped].items()))
+        assert_equal(results, expected(2, base, options))
+        assert all(counts == [1] * STEPS for _, counts in results)
+
+
+def with_own_hook(rank, size, base, options, ddp, wrapper=None):
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    model, optimizer = made(rank, base, ddp, **options)
+    if wrapper is None:
+        model.register_comm_hook(None, allreduce_hook)
+    else:
+        model.register_comm_hook(optimizer, combine_wrapper(wrapper))
+    counts = []
+    for step in range(STEPS):
+        with CommDebugMode() as counted:
+            optimizer.step(closure_of(model, *batch_of(step, rank)))
+        counts.append(sum(n for op, n in counted.get_comm_counts().items() if "allreduce" in str(op)))
+    optimizer.check_replicas()
+    return [p.detach().clone() for p in model.parameters()], counts
+
+
+def halving(state, bucket):
+    """A hook that reduces in two steps, as a compression does."""
+    future = torch.distributed.all_reduce(bucket.buffer().div_(2 * 2), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0].mul_(2))
+
+
+def test_combine_wrapper(two):
+    results = two(with_own_hook, "sgd", LINEAR, (), halving)
+    assert_equal(results, expected(2, "sgd", LINEAR))
+
+
+@pytest.mark.parametrize("form", ["closure", "calls"])
+@pytest.mark.parametrize("base", ["sgd", "nadam"])
+def test_four_ranks(four, base, form):
+    results = four(trained, base, LINEAR, (), form)
+    assert_equal(results)
+    assert_close(results[0][0], expected(4, base, LINEAR))  # gloo adds in another order
+
+
+@pytest.mark.parametrize("passes", ["crsam", "sam", "clipped", "adaptive"])
+def test_sync_perturbation(two, passes):
+    """The step of the whole batch, with two all-reduces."""
+    options = {
+        "crsam": LINEAR,
+        "sam": {"rho": 0.1, "alpha": 0.0, "beta": 0.0},
+        "clipped": {**LINEAR, "max_grad_norm": 0.1},
+        "adaptive": {**LINEAR, "adaptive": True},
+    }[passes]
+    results = two(trained, "sgd", {**options, "sync_perturbation": True})
+    assert_equal(results)
+    assert all(counts == [2] * STEPS for _, counts, _ in results)
+    assert_close_to_whole(results, 2, options)
+
+
+def assert_close_to_whole(results, size, options, base="sgd"):
+    """To one process with the batches of all."""
+    model = Network().double()
+    kind, settings = BASES[base]
+    optimizer = CRSAM(model.parameters(), kind, **settings, **options)
+    for step in range(STEPS):
+        batches = [batch_of(step, rank) for rank in range(size)]
+        optimizer.step(closure_of(model, *(torch.cat(parts) for parts in zip(*batches, strict=True))))
+    assert_close(results[0][0], model.parameters())
+
+
+@pytest.mark.parametrize(
+    "options", [{"regularizer": "log"}, {"max_regularizer_ratio": 0.01}, {"curvature_interval": 2}]
+)
+def test_sync_perturbation_with_weights_of_all_gradients(two, options):
+    """Where every gradient is needed, all are reduced."""
+    results = two(trained, "sgd", {**LINEAR, **options, "sync_perturbation": True})
+    assert_equal(results)
+    assert_close_to_whole(results, 2, {**LINEAR, **options})
+
+
+def test_sync_perturbation_in_groups(four):
+    """One e in each of two groups of two: as two ranks with twice the batch."""
+    results = four(in_groups)
+    assert_equal(results)
+    model = Network().double()
+    plain = CRSAM(model.parameters(), torch.optim.SGD, rho=0.0, **BASES["sgd"][1])
+    for step in range(STEPS):
+        gradients = []
+        for pair in ((0, 1), (2, 3)):
+            twin = Network().double()
+            twin.load_state_dict(model.state_dict())
+            optimizer = CRSAM(twin.parameters(), torch.optim.SGD, lr=0.0, **LINEAR)
+            batches = [batch_of(step, rank) for rank in pair]
+            closure = closure_of(twin, *(torch.cat(parts) for parts in zip(*batches, strict=True)))
+            closure(), optimizer.first_step(zero_grad=True)
+            closure(), optimizer.second_step(zero_grad=True)
+            closure(), optimizer.combine()
+            gradients.append([p.grad for p in twin.parameters()])
+        for param, x, y in zip(model.parameters(), *gradients, strict=True):
+            param.grad = (x + y) / 2
+        plain.step()
+    assert_close(results[0][0], model.parameters())
+
+
+def in_groups(rank, size):
+    groups = [torch.distributed.new_group([0, 1]), torch.distributed.new_group([2, 3])]
+    return trained(rank, size, "sgd", {**LINEAR, "sync_perturbation": groups[rank // 2]})
+
+
+LOG = {"rho": 0.1, "alpha": 0.02, "beta": 0.02, "regularizer": "log"}
+
+
+@pytest.mark.parametrize("options", [{}, {"estimator": "loss"}, {"max_regularizer_ratio": 1e9}, {"max_grad_norm": 0.1}])
+@pytest.mark.parametrize("form", ["closure", "calls"])
+def test_log(two, options, form):
+    """kappa and sigma are means over the ranks; one all-reduce of ghat and a small one."""
+    if form == "calls" and "estimator" in options:
+        pytest.skip("trained() gives no losses in calls")
+    options = {**LOG, **options}
+    results = two(trained, "sgd", options, (), form)
+    assert_equal(results)
+    assert all(counts == [2] * STEPS for _, counts, _ in results)
+    first, second = (stats for *_, stats in results)
+    for name in (
+        "kappa",
+        "sigma",
+        "a",
+        "b",
+        "clip_factor",
+        "regularizer_ratio",
+        "regularized_norm",
+        "skipped",
+        "capped",
+    ):
+        assert first[name] == second[name], name
+    assert form == "calls" or first["loss"] != second["loss"]
+    assert_close(results[0][0], by_means(2, options))
+
+
+def by_means(size, options):
+    """The steps of the log regularizer, from the formulas."""
+    model = Network().double()
+    params = list(model.parameters())
+    plain = CRSAM(params, torch.optim.SGD, rho=0.0, max_grad_norm=options.get("max_grad_norm"), **BASES["sgd"][1])
+    for step in range(STEPS):
+        of_ranks = [three_gradients(model, batch_of(step, rank), options["rho"]) for rank in range(size)]
+        if options.get("estimator") == "loss":
+            kappa = sum(up + down - 2 * at for _, _, (at, up, down) in of_ranks) / size
+            sigma = sum(up - down for _, _, (at, up, down) in of_ranks) / size
+        else:
+            kappa = sum(dot(e, d1(g)) / 2 for g, e, _ in of_ranks) / size
+            sigma = sum(2 * dot(e, g[0]) + dot(e, d2(g)) / 3 for g, e, _ in of_ranks) / size
+        a = options["alpha"] / kappa if kappa > 0 else 0.0
+        b = options["beta"] / sigma if sigma > 0 else 0.0
+        top = sum(dot(x, x) for x in ([a * s + b * f for s, f in zip(d2(g), d1(g), strict=True)] for g, *_ in of_ranks))
+        ratio = (top / sum(dot(g[1], g[1]) for g, *_ in of_ranks)).sqrt()
+        cap = min(1.0, options.get("max_regularizer_ratio", 1.0) / ratio)
+        for index, param in enumerate(params):
+            combined = [g[1][index] + cap * (a * d2(g)[index] + b * d1(g)[index]) for g, *_ in of_ranks]
+            param.grad = sum(combined) / size
+        plain.step()
+    return [p.detach() for p in params]
+
+
+def three_gradients(model, batch, rho):
+    """(g0, g+, g-), e and the losses of a batch."""
+    w = [p.detach().clone() for p in model.parameters()]
+    gradients, losses, e = [], [], None
+    for sign in (0, 1, -1):
+        for p, x, shift in zip(model.parameters(), w, e or w, strict=True):
+            p.data.copy_(x + sign * shift if sign else x)
+            p.grad = None
+        losses.append(closure_of(model, *batch)().detach())
+        gradients.append([p.grad for p in model.parameters()])
+        if e is None:
+            e = [rho * g / dot(gradients[0], gradients[0]).sqrt() for g in gradients[0]]
+    for p, x in zip(model.parameters(), w, strict=True):
+        p.data.copy_(x)
+    return gradients, e, losses
+
+
+def dot(xs, ys):
+    return sum((x * y).sum() for x, y in zip(xs, ys, strict=True))
+
+
+def d1(g):
+    return [up - down for _, up, down in zip(*g, strict=True)]
+
+
+def d2(g):
+    return [up + down - 2 * at for at, up, down in zip(*g, strict=True)]
+
+
+# What differs between ranks --------------------------------------------------------------------------------------------
+
+
+def with_a_bad_gradient(rank, size, bad, options, form="closure"):
+    """Three steps; in the second, one rank's gradient of one pass gets a value. The skipped steps and the parameters."""
+    where, index, value = bad
+    model, optimizer = made(rank, **options)
+    seen = []
+    for step in range(3):
+        calls = []
+
+        def closure(step=step, calls=calls):
+            loss = closure_of(model, *batch_of(step, rank))()
+            if (step, rank, len(calls)) == (1, where, index):
+                next(model.parameters()).grad.view(-1)[0] = value
+            calls.append(0)
+            return loss
+
+        def hooked(grad, step=step, calls=calls):
+            return torch.full_like(grad, value) if (step, rank, len(calls)) == (1, where, index) else grad
+
+        handle = next(model.parameters()).register_hook(hooked)
+        optimizer.step(closure)
+        handle.remove()
+        seen.append(int(optimizer.stats.skipped))
+    optimizer.check_replicas()
+    return [p.detach().clone() for p in model.parameters()], seen
+
+
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "options",
+    [LINEAR, LOG, {**LINEAR, "sync_perturbation": True}, {**LOG, "sync_perturbation": True}, {**LINEAR, "alpha": 0.2}],
+)
+def test_a_gradient_that_is_not_finite(two, where, index, value, options):
+    """On any rank in any pass: all skip that step, and only that one."""
+    results = two(with_a_bad_gradient, (where, index, value), options)
+    assert_equal(results)
+    assert all(seen == [0, 1, 1] for _, seen in results)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_sam_with_a_gradient_that_is_not_finite(two, index):
+    results = two(with_a_bad_gradient, (1, index, torch.nan), {"rho": 0.1, "alpha": 0.0, "beta": 0.0})
+    assert_equal(results)
+    assert all(seen == [0, 1, 1] for _, seen in results)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("options", [LINEAR, LOG])
+def test_a_squared_norm_that_overflows(two, index, options):
+    """Of finite elements: e would be 0, or the gradient look harmless."""
+    results = two(with_a_bad_gradient, (1, index, 1e200), options)
+    assert_equal(results)
+    assert all(seen == [0, 1, 1] for _, seen in results)
+
+
+@pytest.mark.parametrize("scaler", ["ours", "ours in calls", "torch's"])
+@pytest.mark.parametrize("options", [LINEAR, LOG])
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_grad_scaler(two, scaler, options, index):
+    """An overflow in one pass of one rank lowers the scale on all."""
+    if scaler == "torch's" and options is LOG:  # it looks at each rank's own gradient of the last pass
+        failures = two.attempt(scaled, scaler, options, index)
+        assert all("use crsam_ext.GradScaler" in failure.message for failure in failures)
+        return
+    results = two(scaled, scaler, options, index)
+    assert_equal(results)
+    assert all(scales == [1024.0, 512.0, 512.0] and skipped == 1 for _, scales, skipped in results)
+
+
+def scaled(rank, size, scaler, options, index):
+    model, optimizer = made(rank, **options)
+    form, scaler = scaler, (torch.amp.GradScaler if scaler == "torch's" else GradScaler)("cpu", init_scale=1024.0)
+    scales, calls = [], []
+    next(model.parameters()).register_hook(lambda g: g * torch.inf if (len(calls), rank) == (3 + index, 1) else g)
+    for step in range(3):
+
+        def closure(step=step):
+            loss = torch.nn.functional.cross_entropy(model(batch_of(step, rank)[0]), batch_of(step, rank)[1])
+            scaler.scale(loss).backward()
+            calls.append(0)
+            return loss
+
+        if form == "ours":
+            scaler.step(optimizer, closure)
+        else:
+            for call in (optimizer.first_step, optimizer.second_step):
+                with optimizer.no_sync():
+                    closure()
+                call(zero_grad=True)
+            with optimizer.no_sync():
+                closure()
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+        scaler.update()
+        scales.append(scaler.get_scale())
+    optimizer.check_replicas()
+    return [p.detach().clone() for p in model.parameters()], scales, int(optimizer.stats.skipped)
+
+
+@pytest.mark.parametrize("options", [LINEAR, LOG, {**LINEAR, "curvature_interval": 2}])
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_a_branch_that_one_rank_takes(two, options, base):
+    results = two(branching, options, base)
+    assert_equal(results)
+    assert all(torch.equal(x, y) for (_, x), (_, y) in zip(results, results[1:], strict=False))
+    assert not torch.equal(results[0][1], Network(branches=True).double().branch.weight)
+
+
+def branching(rank, size, options, base):
+    model, optimizer = made(rank, base, {"find_unused_parameters": True}, network={"branches": True}, **options)
+    for step in range(STEPS):
+        branch = rank == 0 and step % 2 == 1
+        optimizer.step(closure_of(model, *batch_of(step, rank), branch=branch))
+    optimizer.check_replicas()
+    return [p.detach().clone() for p in model.parameters()], model.module.branch.weight.detach().clone()
+
+
+@pytest.mark.parametrize("options", [{}, {"curvature_interval": 2}, {"interval": 2}])
+@pytest.mark.parametrize("base", ["sgd", "nadam"])
+def test_intervals(two, options, base):
+    """What is kept is reduced: each rank's checkpoint is that of all."""
+    results = two(trained_with_state, base, {**LINEAR, **options})
+    assert_equal(results)
+    (_, state), (_, other) = results
+    for x, y in zip(state["state"].values(), other["state"].values(), strict=True):
+        assert x.keys() == y.keys()
+        assert ("second_difference" in x) == ("curvature_interval" in options)
+        assert all(torch.equal(torch.as_tensor(x[name]), torch.as_tensor(y[name])) for name in x)
+    if "curvature_interval" in options:
+        assert_close(results[0][0], with_kept_difference(2, base))
+
+
+def trained_with_state(rank, size, base, options):
+    model, optimizer = made(rank, base, **options)
+    for step in range(STEPS):
+        optimizer.step(closure_of(model, *batch_of(step, rank)))
+    optimizer.check_replicas()
+    return [p.detach().clone() for p in model.parameters()], optimizer.state_dict()
+
+
+def with_kept_difference(size, base):
+    model = Network().double()
+    params, kept = list(model.parameters()), None
+    plain = CRSAM(params, BASES[base][0], rho=0.0, **BASES[base][1])
+    a, b = LINEAR["alpha"], LINEAR["beta"]
+    for step in range(STEPS):
+        of_ranks = [three_gradients(model, batch_of(step, rank), LINEAR["rho"])[0] for rank in range(size)]
+        if step % 2 == 0:
+            kept = [sum(parts) / size for parts in zip(*map(d2, of_ranks), strict=True)]
+        else:
+            for g in of_ranks:
+                g[2] = [2 * at - up + d for at, up, d in zip(g[0], g[1], kept, strict=True)]
+        for index, param in enumerate(params):
+            param.grad = sum(g[1][index] + a * d2(g)[index] + b * d1(g)[index] for g in of_ranks) / size
+        plain.step()
+    return [p.detach() for p in params]
+
+
+def test_a_list_of_closures(two):
+    """Micro-batches: one all-reduce a step, and the gradient is that of both."""
+    results = two(trained, "sgd", LINEAR, (), "list")
+    assert_equal(results)
+    assert all(counts[1:] == [1] * (STEPS - 1) for _, counts, _ in results)
+
+
+def test_two_groups_and_a_frozen_parameter(two):
+    assert_equal(two(grouped))
+
+
+def grouped(rank, size):
+    network = Network().double()
+    network.first.bias.requires_grad_(False)
+    model = DistributedDataParallel(network)
+    groups = [
+        {"params": [network.first.weight, *network.second.parameters()], "rho": 0.05},
+        {"params": [*network.norm.parameters(), *network.last.parameters()], "alpha": 0.0, "lr": 0.3},
+    ]
+    optimizer = CRSAM(groups, torch.optim.SGD, lr=0.1, momentum=0.9, model=model, **LINEAR)
+    for step in range(STEPS):
+        optimizer.step(closure_of(model, *batch_of(step, rank)))
+    optimizer.check_replicas()
+    return ([p.detach().clone() for p in network.parameters()],)
+
+
+def test_bfloat16(two):
+    """With masters, which stay equal too."""
+    results = two(in_bfloat16)
+    assert_equal(results)
+    assert all(torch.equal(x, y) for x, y in zip(results[0][1], results[1][1], strict=True))
+
+
+def in_bfloat16(rank, size):
+    model, optimizer = made(rank, "adamw", dtype=torch.bfloat16, stochastic_rounding=True, **LINEAR)
+    for step in range(STEPS):
+        optimizer.step(closure_of(model, *batch_of(step, rank, torch.bfloat16)))
+    optimizer.check_replicas()
+    masters = [optimizer.state[p]["master_param"].clone() for p in model.parameters()]
+    return [p.detach().clone() for p in model.parameters()], masters
+
+
+def test_overlap(two):
+    """The first all-reduce of the last pass begins before its last gradient is there."""
+    for events in two(order_of_events):
+        last_pass = events[events.index("second_step") :]
+        assert last_pass.index("all-reduce") < last_pass.index("gradient of the first layer")
+        assert "all-reduce" not in events[: events.index("second_step")]
+
+
+def order_of_events(rank, size):
+    model, optimizer = made(rank, ddp={"bucket_cap_mb": 1e-4}, **LINEAR)
+    optimizer.step(closure_of(model, *batch_of(0, rank)))
+    events, all_reduce = [], torch.distributed.all_reduce
+
+    def noted(*arguments, **options):
+        events.append("all-reduce")
+        return all_reduce(*arguments, **options)
+
+    torch.distributed.all_reduce = noted
+    model.module.first.weight.register_hook(lambda _: events.append("gradient of the first layer"))
+    closure = closure_of(model, *batch_of(1, rank))
+    for call in (optimizer.first_step, optimizer.second_step, optimizer.third_step):
+        with optimizer.no_sync():
+            closure()
+        events.append(call.__name__)
+        call(zero_grad=True)
+    torch.distributed.all_reduce = all_reduce
+    return events
+
+
+def test_running_statistics_and_dropout(two):
+    """Each rank's statistics count its batch once; its masks are the same in all passes, and others than the others'."""
+    (mean, masks), (other_mean, other_masks) = two(with_statistics)
+    for passes in (masks, other_masks):
+        assert all(torch.equal(passes[0], mask) for mask in passes)
+    assert not torch.equal(masks[0], other_masks[0])
+    for rank, seen in enumerate((mean, other_mean)):
+        torch.testing.assert_close(seen, 0.1 * batch_of(0, rank)[0].mean(0))
+
+
+def with_statistics(rank, size):
+    torch.manual_seed(rank)
+    masks = []
+    dropout = torch.nn.Dropout()
+    dropout.register_forward_hook(lambda module, inputs, output: masks.append(output == 0))
+    network = torch.nn.Sequential(torch.nn.BatchNorm1d(6), dropout, torch.nn.Linear(6, 4)).double()
+    model = DistributedDataParallel(network)
+    optimizer = CRSAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model, **LINEAR)
+    optimizer.step(closure_of(model, *batch_of(0, rank)))
+    return network[0].running_mean.clone(), masks
+
+
+# What fails --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [({"alpha": 0.0, "beta": 0.0}, "passes"), ({"lr": 0.3}, "lr"), ({"regularizer": "log"}, "regularizer")],
+)
+def test_options_that_differ(two, options, word):
+    """An error on all ranks that names them, and none waits."""
+    failures = two.attempt(differing, options)
+    assert all(f"differ in what decides about their steps" in failure.message for failure in failures)
+    assert all(word in failure.message for failure in failures)
+
+
+def differing(rank, size, options):
+    model, optimizer = made(rank, **{**LINEAR, **(options if rank else {})})
+    optimizer.step(closure_of(model, *batch_of(0, rank)))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_closure_that_raises_on_all_ranks(two, index):
+    """w is restored, and the next step is right."""
+    results = two(raising, index, (0, 1))
+    assert_equal(results, expected(2, "sgd", LINEAR, steps=1))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_closure_that_raises_on_one_rank(two, index):
+    """That rank skips its batch: its step is made with the next one, and the replicas stay equal."""
+    results = two(raising, index, (1,))
+    assert_equal(results)
+
+
+def raising(rank, size, index, where):
+    model, optimizer = made(rank, **LINEAR)
+    before, calls = [p.detach().clone() for p in model.parameters()], []
+
+    def failing():
+        if rank in where and len(calls) == index:
+            raise MemoryError("none left")
+        calls.append(0)
+        return closure_of(model, *batch_of(7, rank))()
+
+    if rank in where:
+        with pytest.raises(MemoryError):
+            optimizer.step(failing)
+        assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+    optimizer.step(closure_of(model, *batch_of(0, rank)))
+    optimizer.check_replicas()
+    return ([p.detach().clone() for p in model.parameters()],)
+
+
+def test_check_replicas(two):
+    """Passes that a no_sync() of one's own leaves out part the replicas; without model= nobody else can know."""
+    failures = two.attempt(parting)
+    assert all("the replicas have parted" in failure.message for failure in failures)
+    assert all("first.weight" in failure.message for failure in failures)
+
+
+def parting(rank, size):
+    model = DistributedDataParallel(Network().double())
+    optimizer = CRSAM(model.named_parameters(), torch.optim.SGD, lr=0.1, **LINEAR)
+    optimizer.check_replicas()
+    closure = closure_of(model, *batch_of(0, rank))
+    with model.no_sync():
+        closure()
+    optimizer.first_step(zero_grad=True)
+    closure(), optimizer.second_step(zero_grad=True)
+    closure(), optimizer.third_step()
+    optimizer.check_replicas()
+
+
+def test_synchronised_backwards_that_cannot_be_reduced(two):
+    for failure in two.attempt(twice_in_the_last_pass):
+        assert "put all but the last micro-batch into ddp.no_sync()" in failure.message
+    for failure in two.attempt(without_the_first_all_reduce):
+        assert "use optimizer.no_sync()" in failure.message
+
+
+def twice_in_the_last_pass(rank, size):
+    model, optimizer = made(rank, **LINEAR)
+    optimizer.step(closure_of(model, *batch_of(0, rank)))
+    closure = closure_of(model, *batch_of(1, rank))
+
+    def twice():
+        closure(), closure()
+
+    optimizer.step(twice)
+
+
+def without_the_first_all_reduce(rank, size):
+    model, optimizer = made(rank, sync_perturbation=True, **LINEAR)
+    optimizer.step(closure_of(model, *batch_of(0, rank)))
+    with model.no_sync():
+        closure_of(model, *batch_of(1, rank))()
+    optimizer.first_step()
+
+
+def test_what_is_refused(two):
+    two(refusals)
+
+
+def refusals(rank, size):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model, optimizer = made(rank, **LINEAR)
+    closure = closure_of(model, *batch_of(0, rank))
+    with pytest.raises(TypeError, match="parallel="):
+        optimizer.step(closure, parallel=model.module)
+    assert "replicas" in optimizer.capture_blocker() or "CUDA" in optimizer.capture_blocker()
+    optimizer.step(closure)
+    with pytest.raises(RuntimeError, match="until the first step"):
+        optimizer.model = model
+    with pytest.raises(ValueError, match="DistributedDataParallel as model="):
+        CRSAM(Network().parameters(), lr=0.1, sync_perturbation=True)
+    with pytest.raises(TypeError, match=r"CRSAM\(params, ZeroRedundancyOptimizer"):
+        ZeroRedundancyOptimizer(Network().parameters(), CRSAM, lr=0.1)
+    inner = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+    CRSAM(model.parameters(), inner, model=model).step(closure)
+    model, optimizer = made(rank, **LINEAR)
+    with pytest.raises(RuntimeError, match=r"join\(\)"), model.join():
+        optimizer.step(closure_of(model, *batch_of(0, rank)))
+
+
+def test_a_model_that_is_wrapped_later(two):
+    results = two(wrapped_later)
+    assert_equal(results, expected(2, "sgd", LINEAR))
+
+
+def wrapped_later(rank, size):
+    network = Network().double()
+    optimizer = CRSAM(network.parameters(), torch.optim.SGD, model=network, **BASES["sgd"][1], **LINEAR)
+    optimizer.model = model = DistributedDataParallel(network)
+    for step in range(STEPS):
+        optimizer.step(closure_of(model, *batch_of(step, rank)))
+    return ([p.detach().clone() for p in network.parameters()],)
+
+
+def test_fifty_steps(two):
+    """The replicas are equal to the bit, in float32."""
+    assert_equal(two(trained, "sgd", LINEAR, (), "closure", torch.float32, 50))
+    assert_equal(two(trained, "adamw", {**LINEAR, "max_grad_norm": 0.5}, (), "closure", torch.float32, 50))
+
+
+@pytest.mark.parametrize("form", ["full", "broadcast"])
+def test_checkpoints(two, form):
+    """Full state dictionaries, also those that rank 0 hands to the others."""
+    results = two(resumed, form)
+    assert_equal(results)
+
+
+def resumed(rank, size, form):
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    options = {**LINEAR, "curvature_interval": 2}
+    model, optimizer = made(rank, "adamw", **options)
+    for step in range(3):
+        optimizer.step(closure_of(model, *batch_of(step, rank)))
+    saving = dcp.StateDictOptions(full_state_dict=True, cpu_offload=form == "broadcast")
+    weights, state = dcp.get_state_dict(model, optimizer, options=saving)
+    if form == "broadcast" and rank:
+        weights, state = {}, {}
+    other, loaded = made(rank, "adamw", **options)
+    loading = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=form == "broadcast")
+    dcp.set_model_state_dict(other, weights, options=loading)
+    dcp.set_optimizer_state_dict(other, loaded, state, options=loading)
+    for step in range(3, 6):
+        assert optimizer.passes == loaded.passes
+        for m, o in ((model, optimizer), (other, loaded)):
+            o.step(closure_of(m, *batch_of(step, rank)))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    return ([p.detach().clone() for p in other.parameters()],)
