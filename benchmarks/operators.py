@@ -63,6 +63,10 @@ def contestants(
         "perturb_ +1": Contestant(of("perturb_", 1), lambda: perturb(1)),
         "perturb_ -1": Contestant(of("perturb_", -1), lambda: perturb(-1)),
         "fd_gram": Contestant(of("fd_gram"), lambda: operators.fd_gram(grads, groups, 1, none)),
+        "fd_combine_": Contestant(
+            of("fd_combine_"),
+            lambda: operators.fd_combine_(grads[2], grads, groups, 1, none, c.pass_weights, one[0]),
+        ),
         "step_ sgd": Contestant(
             of("step_", 3, 1), lambda: operators.step_(live, saved, [m], grads, groups, steps, [SGD], c)
         ),

@@ -33,20 +33,21 @@ class GradScaler(torch.amp.GradScaler):
         scaler.update()
     """
 
-    def step(self, optimizer: Optimizer, closure: Any = None) -> Any:
+    def step(self, optimizer: Optimizer, closure: Any = None, **options: Any) -> Any:
         """Take a step, or with no closure the last part of one in calls; for another optimizer as torch's does.
 
         Args:
             optimizer: whose gradients are scaled.
             closure: as for :meth:`crsam_ext.CRSAM.step`; it calls ``scaler.scale(loss).backward()``.
+            options: ``parallel`` and ``sync_perturbation``, likewise.
         Returns:
             What the closure returned at w.
         Raises:
             RuntimeError: if ``unscale_`` or ``step`` has been called for this optimizer since the last ``update``.
         """
-        state = self._per_optimizer_states[id(optimizer)]
         if not self._enabled or not isinstance(optimizer, CRSAM):
             return super().step(optimizer) if closure is None else super().step(optimizer, closure)
+        state = self._per_optimizer_states[id(optimizer)]
         if closure is None and state["stage"] is not OptState.READY:  # after combine() and unscale_()
             return super().step(optimizer)
         if state["stage"] is not OptState.READY:
@@ -56,7 +57,7 @@ class GradScaler(torch.amp.GradScaler):
         scale = self._get_scale_async()
         assert scale is not None
         found_inf = torch.zeros((), dtype=torch.float32, device=scale.device)
-        loss = optimizer.step(closure, grad_scaling=(scale, found_inf))
+        loss = optimizer.step(closure, grad_scaling=(scale, found_inf), **options)
         state["found_inf_per_device"] = {found_inf.device: found_inf}
         state["stage"] = OptState.STEPPED
         return loss

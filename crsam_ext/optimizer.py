@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -278,6 +279,11 @@ class CRSAM(Optimizer):
         elif self.sync_perturbation is not False:
             raise ValueError("sync_perturbation is about ranks: give a DistributedDataParallel as model=")
 
+    def follow_wrapper(self, wrapper: Any) -> None:
+        """Make a DistributedDataParallel the ``model``, if it is around the one that was given; trainers wrap late."""
+        if self._model is not None and getattr(wrapper, "module", None) is self._model:
+            self.model = wrapper
+
     @property
     def passes(self) -> int:
         """How many passes the next step takes, or the one in progress: 3, 2 where alpha = beta = 0, 1 where rho = 0.
@@ -365,6 +371,7 @@ class CRSAM(Optimizer):
         closure: Callable[[], Any] | Sequence[Callable[[], Any]] | None = None,
         *,
         parallel: torch.nn.Module | None = None,
+        sync_perturbation: bool = True,
         grad_scaling: tuple[Tensor, Tensor] | None = None,
         noise: SharedNoise | None = None,
     ) -> Any:
@@ -381,6 +388,9 @@ class CRSAM(Optimizer):
                 the memory for activations; a step of fewer passes is as without. The closure only returns the loss
                 and leaves ``backward()`` to the step. Hooks on gradients do not see the two; random numbers, which
                 ``vmap`` would draw anew, are refused unless ``replay_rng`` is off.
+            sync_perturbation: of a list of closures. True: all share the perturbation of the sum of their gradients;
+                False: each has its own (m-sharpness, Foret et al., ICLR 2021, section 4.1, m being the micro-batch),
+                and their regularized gradients are added.
             grad_scaling: what the closure multiplied its losses with, 0-dim, and a 0-dim tensor that becomes 1 if the
                 step is skipped, else 0: :class:`crsam_ext.GradScaler` gives them.
             noise: replays the random numbers, those of the global generators by default. A CUDA graph has its own.
@@ -407,48 +417,97 @@ class CRSAM(Optimizer):
                 raise TypeError("parallel= evaluates a model without its DistributedDataParallel: step without it")
             closure = _with_backward(closure, parallel)
         closures = _accumulating(closure, self._locally)
+        if not sync_perturbation and self.passes > 1:
+            return self._step_in_parts(closure, grad_scaling, noise)
         with self._restoring():
-            passes = self.passes
-            step = self._begin(passes, num_points=1 if parallel is None or passes < PASSES else 2)
-            if passes == 1 or not self.replay_rng:
-                noise = None
-            elif noise is None:
-                noise = SharedNoise(self._devices() if self._flat is None else self._flat.devices())
-            if passes > 1 and self.model_buffers is not None:
-                self.model_buffers.begin()
-
-            def run() -> Any:  # what is returned here must not stay alive during the next pass: it may hold a graph
-                with self.no_sync():
-                    value = _with_gradients(closures)
-                step.collect(value, keep=False)
-                return value
-
-            result = None
-            for index in range(passes):
-                if index == 0:
-                    self._clear_gradients()  # later, they were taken
-                    result = run()
-                else:
-                    if noise is not None:
-                        noise.repeat()
-                    run()
-                if parallel is not None and passes == PASSES:
-                    if noise is not None and noise.drawn:
-                        raise RuntimeError(
-                            "the loss draws random numbers (dropout?), and vmap would draw others: "
-                            "step without parallel=, or set replay_rng=False"
-                        )
-                    points = gradients_at(step.move_apart(), parallel, loss_of, step.flat)
-                    step.flat.follow()
-                    for point in points:
-                        step.add(*point)
-                    break
-                if index < passes - 1:
-                    step.move()
-            if noise is not None:
-                noise.end()
+            step = self._begin(self.passes, num_points=1 if parallel is None or self.passes < PASSES else 2)
+            result = self._take_passes(step, closures, noise, None if parallel is None else (parallel, loss_of))
             self._end(step, *(grad_scaling or (None, None)))
         return result
+
+    def _take_passes(
+        self, step: Step, closure: Callable[[], Any], noise: SharedNoise | None, parallel: tuple[Any, Any] | None
+    ) -> Any:
+        """Take all passes of a step that was begun; returns what the closure returned at w.
+
+        Args:
+            step: the step.
+            closure: computes gradients.
+            noise: replays the random numbers, those of the global generators by default.
+            parallel: the model and the function of the loss, where the points w + e and w - e are evaluated at once.
+        """
+        passes = step.passes
+        if passes == 1 or not self.replay_rng:
+            noise = None
+        elif noise is None:
+            noise = SharedNoise(self._devices() if self._flat is None else self._flat.devices())
+        if passes > 1 and self.model_buffers is not None:
+            self.model_buffers.begin()
+
+        def run() -> Any:  # what is returned here must not stay alive during the next pass: it may hold a graph
+            with self.no_sync():
+                value = _with_gradients(closure)
+            step.collect(value, keep=False)
+            return value
+
+        result = None
+        for index in range(passes):
+            if index == 0:
+                self._clear_gradients()  # later, they were taken
+                result = run()
+            else:
+                if noise is not None:
+                    noise.repeat()
+                run()
+            if parallel is not None and passes == PASSES:
+                if noise is not None and noise.drawn:
+                    raise RuntimeError(
+                        "the loss draws random numbers (dropout?), and vmap would draw others: "
+                        "step without parallel=, or set replay_rng=False"
+                    )
+                points = gradients_at(step.move_apart(), *parallel, step.flat)
+                step.flat.follow()
+                for point in points:
+                    step.add(*point)
+                break
+            if index < passes - 1:
+                step.move()
+        if noise is not None:
+            noise.end()
+        return result
+
+    def _step_in_parts(
+        self, closures: Any, grad_scaling: tuple[Tensor, Tensor] | None, noise: SharedNoise | None
+    ) -> Any:
+        """A step in which every closure has a perturbation of its own, and the regularized gradients are added."""
+        if callable(closures):
+            raise TypeError("sync_perturbation=False is about a list of closures: there is one")
+        if self.replicas is not None or self.curvature_interval > 1:
+            raise ValueError(
+                "sync_perturbation=False goes with neither a DistributedDataParallel nor curvature_interval"
+            )
+        params = [param for group in self.param_groups for param in group["params"]]
+        total: dict[Tensor, Tensor] = {}
+
+        def part(closure: Callable[[], Any]) -> Any:
+            with self._restoring():
+                step = self._begin(self.passes, counted=False)
+                loss = self._take_passes(step, closure, noise, None)
+                step.combine(None if grad_scaling is None else grad_scaling[0])
+                self._step = None
+            for param in params:
+                if param.grad is not None:
+                    total[param] = total[param].add_(param.grad) if param in total else param.grad.clone()
+            return loss
+
+        loss = _accumulating([partial(part, closure) for closure in closures], nullcontext)()
+        for param in params:
+            param.grad = total.get(param)
+        with self._restoring():
+            step = self._begin(1, is_sum=True)
+            step.collect(loss, keep=False)
+            self._end(step, *(grad_scaling or (None, None)))
+        return loss
 
     def first_step(self, zero_grad: bool = False, loss: Any = None) -> None:
         """After ``backward()`` at w: save w and move the parameters to w + e.
@@ -564,8 +623,10 @@ class CRSAM(Optimizer):
             self._step.restore()
             self._step = None
 
-    def _begin(self, passes: int, combined: bool = False, num_points: int = 1) -> Step:
-        """Begin a step."""
+    def _begin(
+        self, passes: int, combined: bool = False, num_points: int = 1, counted: bool = True, is_sum: bool = False
+    ) -> Step:
+        """Begin a step; arguments as for :class:`crsam_ext.step.Step`."""
         self._combined = False
         self._provisional.drop(self.state)
         self._sync()
@@ -582,10 +643,11 @@ class CRSAM(Optimizer):
             self.stats,
             self.model_buffers,
             passes,
-            combined,
-            self._kept_difference(),
-            num_points,
-            replicas,
+            counted=counted and not combined,
+            is_sum=is_sum,
+            difference=self._kept_difference(),
+            num_points=num_points,
+            replicas=replicas,
         )
         return self._step
 

@@ -89,7 +89,9 @@ class Step:
         stats: takes the measurements.
         model_buffers: of the model, if they follow the first pass.
         passes: how many there will be, 1 to 3.
-        combined: whether the one pass is what another step's :meth:`combine` has left, which has counted it.
+        counted: whether the step enters the measurements; not if it is a part of another one, or finishes one that
+            :meth:`combine` has counted.
+        is_sum: whether the gradient of its one pass is a sum of regularized ones.
         difference: of earlier steps, where the third of their passes is not always taken.
         num_points: how many points will be evaluated at once.
         replicas: of the model, if what the step is made of is reduced over them.
@@ -112,7 +114,9 @@ class Step:
         stats: Stats,
         model_buffers: ModelBuffers | None,
         passes: int,
-        combined: bool = False,
+        *,
+        counted: bool = True,
+        is_sum: bool = False,
         difference: SecondDifference | None = None,
         num_points: int = 1,
         replicas: Replicas | None = None,
@@ -123,7 +127,8 @@ class Step:
         self._reduced_norm: Tensor | None = None  # squared, [groups], of the regularized gradient that was reduced
         self._decided: Coefficients | None = None  # what was decided from all gradients, before it was reduced
         self.settings, self._locate, self._stats, self._model_buffers = settings, locate, stats, model_buffers
-        self.passes, self.combined, self.difference, self.num_points = passes, combined, difference, num_points
+        self.passes, self.difference, self.num_points = passes, difference, num_points
+        self.counted, self.is_sum = counted, is_sum
         self.losses: list[Any] = []
         self.grads: list[list[Gradients]] = []
         self._given: list[list[tuple[bool, ...]]] = []  # pass, bucket, slot: whether there is a gradient
@@ -282,8 +287,7 @@ class Step:
         if found_inf is not None:
             found_inf.copy_(~c.ok, non_blocking=True)
         self._leave()
-        if not self.combined:
-            self._record(c, grad_scale)
+        self._record(c, grad_scale)
 
     def combine(self, grad_scale: Tensor | None = None) -> None:
         """Go back to w, with the regularized gradient in ``p.grad``: ``grad_scale`` times it, as the gradients were."""
@@ -447,7 +451,7 @@ class Step:
         losses = self._losses() if self.settings.needs_losses else ()
         numbers = replicas.mean_(torch.cat([numbers.flatten(), *(x.reshape(1) for x in losses)]))
         means = numbers[gram.numel() :].unbind()
-        self._events = torch.zeros(len(COUNTERS), dtype=torch.int64, device=self.home)
+        self._events = self._no_counters()
         return self.operators.coefficients(
             numbers[: gram.numel()].view_as(gram),
             [],
@@ -473,9 +477,13 @@ class Step:
                 slot.param.grad = None if g is None else slot.as_gradient(g)
 
     def _record(self, c: Coefficients, grad_scale: Tensor | None) -> None:
+        if not self.counted:
+            return
         # Only a plain e is a multiple of g0, and only then, or where nothing was perturbed, the norm is that of g0.
         weighted = self._scale is not None and any(self._adaptive)
         scale, norm = (None, None) if weighted else (self._scale, self._squared_norms[0])
+        if self.is_sum:
+            norm, self._reduced_norm = None, norm
         if self._combined_gram:
             self._gram = torch.stack([part for _, part in sorted(self._combined_gram.items())]).sum(0)
         self._stats.record(self.losses, norm, self._gram, scale, c, grad_scale, self._reduced_norm)
@@ -577,9 +585,7 @@ class Step:
             torch.zeros_like(alpha) if self._scale is None else self._scale,
             alpha,
             beta,
-            counters=torch.zeros(len(COUNTERS), dtype=torch.int64, device=self.home)
-            if self.combined
-            else self._stats.counters(self.home),
+            counters=self._stats.counters(self.home) if self.counted else self._no_counters(),
             steps=list(steps),
             passes=1 if reduced else self.collected,
             regularizer=settings.regularizer,
@@ -601,6 +607,9 @@ class Step:
                 weights = self._weights(plan, plan.saved)
                 parts.append(self.operators.fd_gram(grads, plan.groups, len(self.groups), weights))
         return self._total(parts)
+
+    def _no_counters(self) -> Tensor:
+        return torch.zeros(len(COUNTERS), dtype=torch.int64, device=self.home)
 
     def _alpha_beta(self) -> tuple[Tensor, Tensor]:
         alpha, beta = (self._vector([group[name] for group in self.groups]) for name in ("alpha", "beta"))

@@ -17,6 +17,7 @@
   X(perturbation_scale)            \
   X(perturb_)                      \
   X(fd_gram)                       \
+  X(fd_combine_)                   \
   X(coefficients)                  \
   X(step_)                         \
   X(combine_)
@@ -31,6 +32,9 @@ void perturb_(const Column& live, const Column& saved, const Column& grads, cons
               const at::Tensor& scale, const std::vector<bool>& adaptive, int64_t sign, bool stochastic);
 
 at::Tensor fd_gram(const Columns& grads, const Groups& groups, int64_t num_groups, Optional weights);
+
+at::Tensor fd_combine_(const Column& out, const Columns& grads, const Groups& groups, int64_t num_groups,
+                       Optional weights, const at::Tensor& pass_weights, const at::Tensor& factor);
 
 // pass_weights, numbers, flags
 std::tuple<at::Tensor, at::Tensor, at::Tensor> coefficients(

@@ -60,6 +60,7 @@ class Case:
         wide = compute_dtype(dtype)
         self.live, self.grads = rows(dtype), [rows(dtype) for _ in range(3)]
         self.saved, self.first, self.second = rows(wide), rows(wide), rows(wide)
+        self.out = rows(dtype)
         for v in self.second:
             v.abs_()
         for w, p in zip(self.saved, self.live, strict=True):
@@ -77,7 +78,7 @@ class Case:
     def in_float64(self):
         """The same numbers in float64; updates are entered into ``saved`` where that was a master."""
         self.keeps_master = has_master(self.live[0].dtype)
-        for name in ("live", "saved", "first", "second"):
+        for name in ("live", "saved", "first", "second", "out"):
             setattr(self, name, [row.double() for row in getattr(self, name)])
         self.grads = [[row.double() for row in rows] for rows in self.grads]
         return self
@@ -94,6 +95,10 @@ class Case:
     def fd_gram(self, operators):
         return operators.fd_gram(self.grads, self.groups, 2, self.none)
 
+    def fd_combine(self, operators):
+        weights = self.coefficients.pass_weights, self.scale[0]
+        operators.fd_combine_(self.out, self.grads, self.groups, 2, self.none, *weights)
+
     def step(self, operators, state, options):
         operators.step_(
             self.live, self.saved, state, self.grads, self.groups, self.steps, [options] * 2, self.coefficients
@@ -108,10 +113,10 @@ class Case:
     def combine(self, operators):
         operators.combine_(self.live, self.saved, self.grads, self.groups, self.coefficients)
 
-    OPERATORS = (grad_norm, perturb_first, perturb_second, fd_gram, sgd_step, adam_step, combine)
+    OPERATORS = (grad_norm, perturb_first, perturb_second, fd_gram, sgd_step, adam_step, fd_combine, combine)
 
     def tensors(self):
-        lists = (self.live, self.saved, self.first, self.second, *self.grads)
+        lists = (self.live, self.saved, self.first, self.second, self.out, *self.grads)
         return [row for rows in lists for row in rows]
 
 
@@ -143,6 +148,7 @@ VARIANTS = [
     (Case.perturb_first, ("perturb_", 1)),
     (Case.perturb_second, ("perturb_", -1)),
     (Case.fd_gram, ("fd_gram",)),
+    (Case.fd_combine, ("fd_combine_",)),
     (Case.sgd_step, ("step_", 3, 1)),
     (Case.adam_step, ("step_", 3, 2)),
     (Case.combine, ("combine_", 3)),
@@ -216,6 +222,8 @@ def check_schemas_and_fakes(namespace):
     check(namespace.perturb_, (case.live, case.saved, case.grads[0], groups, case.scale, [False, True], 1))
     flat = [row for rows in case.grads for row in rows]
     check(namespace.fd_gram, (flat, groups, 2, case.none))
+    out = [torch.empty_like(g) for g in case.grads[0]]
+    check(namespace.fd_combine_, (out, flat, groups, 2, case.none, c.pass_weights, case.scale[0]))
     gram, norms, half = torch.ones(2, 9, dtype=torch.float64), [torch.ones(2, dtype=torch.float64)], case.scale[0]
     counters, taken, part = torch.zeros(4, dtype=torch.int64), [torch.ones(3)], [torch.ones(3)]
     first = (case.scale, case.scale.clone(), case.scale.clone(), counters)

@@ -133,6 +133,27 @@ def test_fd_gram(weighted, dtype, operators, device):
     check_gram(operators.fd_gram(grads, GROUPS, 3, weights), grads, w, weighted, dtype)
 
 
+@pytest.mark.parametrize("weighted", [(True, False), None], ids=["weighted", "no Gram matrix"])
+@pytest.mark.parametrize("over_the_last", [False, True])
+@dtypes
+def test_fd_combine(weighted, over_the_last, dtype, operators, device):
+    """ghat beside the Gram matrix, into rows of its own or over the last gradient's."""
+    grads, w = gradients(dtype, device), rows(compute_dtype(dtype), device)
+    expected = regularized(grads, factor=0.5)
+    weights = None if weighted is None else [x if weighted[k] else None for x, k in zip(w, GROUPS, strict=True)]
+    found = [[g.clone() for g in of_pass] for of_pass in grads]
+    out = found[-1] if over_the_last else [torch.full_like(g, torch.nan) for g in grads[0]]
+    weights_of_passes = pass_weights((*ALPHA, 0.0), (*BETA, 0.0), device)
+    gram = operators.fd_combine_(out, found, GROUPS, 3, weights, weights_of_passes, vector(0.5, device))
+    for x, y in zip(out, expected, strict=True):
+        assert_close(x, y, 8 * unit(dtype) + torch.finfo(dtype).eps / 2, "ghat")
+    assert (gram is not None) == operators.fuses_gram
+    if gram is not None and weighted is not None:
+        check_gram(gram, grads, w, weighted, dtype)
+    for earlier, of_pass in zip(found[:2], grads, strict=False):
+        assert all(torch.equal(x, y) for x, y in zip(earlier, of_pass, strict=True))
+
+
 def test_fd_gram_compiled(compiled):
     grads, w = gradients(torch.bfloat16), rows(torch.float32)
     weights = [w[0], None, None, w[3]]

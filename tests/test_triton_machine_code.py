@@ -52,7 +52,8 @@ KERNELS = {
     "perturb_second": Kernel("perturb_kernel", {"SAVE": False, "STOCHASTIC": False}, 1, 1, 1, 0),
     "perturb_first_stochastic": Kernel("perturb_kernel", {"SAVE": True, "STOCHASTIC": True}, 2, 0, 1, 1),
     "perturb_second_stochastic": Kernel("perturb_kernel", {"SAVE": False, "STOCHASTIC": True}, 1, 1, 1, 0),
-    "fd_gram": Kernel("fd_gram_kernel", {}, 3, 1, 0, 0),
+    "fd_gram": Kernel("fd_gram_kernel", {"COMBINES": False}, 3, 1, 0, 0),
+    "fd_combine": Kernel("fd_gram_kernel", {"COMBINES": True}, 3, 1, 1, 0),
     "sgd_step": Kernel("step_kernel", {"RULE": "sgd", "GIVEN": 3}, 3, 2, 1, 1, True),
     "sgd_step_plain": Kernel("step_kernel", {"RULE": "sgd", "GIVEN": 1}, 1, 2, 1, 1, True),
     "adam_step": Kernel("step_kernel", {"RULE": "adam", "GIVEN": 3}, 3, 3, 1, 2, True),
@@ -96,6 +97,8 @@ def constants_and_registers(kernel):
     from crsam_ext.triton_kernels.update_math import RULES
 
     constants = dict(kernel.constants)
+    if constants.get("COMBINES"):
+        return constants, launch.MORE_REGISTERS
     if "RULE" not in constants:
         return constants, launch.REGISTERS
     return constants, RULES[constants["RULE"]].registers
@@ -178,16 +181,16 @@ def test_no_spills(compiled):
 
 
 def test_registers(compiled):
-    """Four programs of 256 threads on a multiprocessor, which has 65536 registers; two of Adam."""
+    """Four programs of 256 threads on a multiprocessor, which has 65536 registers; two of Adam and fd_combine."""
     for (name, dtype), one in compiled.items():
-        programs = 2 if name.startswith("adam") else 4
+        programs = 2 if name.startswith(("adam", "fd_combine")) else 4
         assert one.resources["REG"] * 256 * programs <= 65536, (name, dtype, one.resources)
 
 
 def test_no_exchange_in_main_loops(compiled):
     """Nothing passes through shared memory: only reductions use it, at their end."""
     for (name, dtype), one in compiled.items():
-        assert (one.shared > 0) == (name in ("grad_norm", "fd_gram")), (name, dtype)
+        assert (one.shared > 0) == (name in ("grad_norm", "fd_gram", "fd_combine")), (name, dtype)
         for block in one.main_loops:
             assert not re.search(r"\.shared|bar\.sync|shfl", block), (name, dtype)
 
@@ -265,7 +268,7 @@ def test_nothing_is_compiled_twice(launched, monkeypatch):
         _run_all(sizes, offset)
     variants = {kernel.fn.__name__: len(kernel.device_caches[0][0]) for kernel in _kernels()}
     expected = {kernel.function for kernel in KERNELS.values()} | {"perturbation_scale_kernel", "coefficients_kernel"}
-    twice = {"perturb_kernel", "step_kernel"}  # two signs, two rules
+    twice = {"perturb_kernel", "fd_gram_kernel", "step_kernel"}  # two signs, with and without ghat, two rules
     assert variants == {name: 2 if name in twice else 1 for name in expected}
 
 
@@ -287,7 +290,7 @@ def test_with_another_triton_every_launch_is_its_own(launched, monkeypatch):
     for _ in range(2):
         launched.clear()
         _run_all(sizes, offset)
-        assert len(launched) == 9
+        assert len(launched) == 10
     assert launch._launchers == {}
 
 
@@ -347,5 +350,5 @@ def test_order_of_the_last_stage_of_sums(compiled):
     """Partial sums, barrier, ticket; barrier, and the partial sums of others, past this multiprocessor's cache."""
     order = r"st\.global\.b64.*bar\.sync.*atom\.global\.gpu\.acq_rel.*bar\.sync.*ld\.global\.cg\.b64"
     for (name, dtype), one in compiled.items():
-        if name in ("grad_norm", "fd_gram"):
+        if name in ("grad_norm", "fd_gram", "fd_combine"):
             assert re.search(order, one.ptx, re.DOTALL), (name, dtype)

@@ -1,4 +1,4 @@
-"""The Gram matrix of the gradient and its finite differences."""
+"""The Gram matrix of the gradient and its finite differences, and ghat."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from .chunk_table import (
     ADAPTIVE,
     GRADS,
     GRAM,
+    GROUP,
+    LIVE,
     PASSES,
     SAVED,
     Table,
@@ -20,17 +22,19 @@ from .chunk_table import (
     for_each,
     load,
     load_all,
+    store,
 )  # fmt: skip
-from .launch import jit, launch
+from .launch import MORE_REGISTERS, jit, launch
 from .reduce import group_sum
-from .update_math import basis
+from .update_math import Decision, basis, combined, weights_of
 
 
 @triton.jit
 def add_products(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
     """One tile of the sums. Only ASAM loads w; the arithmetic is the same, and costs less than a branch."""
-    grads, saved, adaptive = arguments
-    vectors = basis(load_all(grads, where, mask, dtype, width))
+    grads, saved, adaptive, out, weights = arguments
+    loaded = load_all(grads, where, mask, dtype, width)
+    vectors = basis(loaded)
     w = load(saved, where, mask & adaptive, compute_dtype(dtype), width)
     h = tl.where(adaptive, w * w * vectors[0], vectors[0])
     new = ()
@@ -39,19 +43,27 @@ def add_products(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.co
             new = new + (sums[len(new)] + tl.sum(vectors[x] * vectors[y], 1),)
     for x in tl.static_range(PASSES):
         new = new + (sums[len(new)] + tl.sum(h * vectors[x], 1),)
+    if len(weights) > 0:
+        store(out, where, mask, combined(weights, loaded), dtype, width)
     return new
 
 
 @jit
 def fd_gram_kernel(
-    rows, chunks, group_begin, tickets, num_groups, partial, gram, dtype: tl.constexpr, VECTORS: tl.constexpr
-):
+    rows, chunks, group_begin, tickets, num_groups, partial, gram, pass_weights, factor,
+    COMBINES: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr,
+):  # fmt: skip
     """Inner products of (g0, d1, d2) and of h = g0, or w^2 g0 (ASAM), with each of them, per group.
 
-    Reads g0, g+, g-, and w for ASAM: 12 bytes an element in float32.
+    Reads g0, g+, g-, and w for ASAM: 12 bytes an element in float32. COMBINES: also writes ghat, times the
+    factor, into the row's LIVE, which may be that of g-: 16 bytes.
     """
     row, index = chunk_of(rows, chunks)
-    arguments = (addresses(row + GRADS, PASSES), tl.load(row + SAVED), tl.load(row + ADAPTIVE) != 0)
+    weights = ()
+    if COMBINES:
+        weights = weights_of(tl.load(row + GROUP), num_groups, pass_weights, factor, compute_dtype(dtype))
+    adaptive = tl.load(row + ADAPTIVE) != 0
+    arguments = (addresses(row + GRADS, PASSES), tl.load(row + SAVED), adaptive, tl.load(row + LIVE), weights)
     sums = ()
     for _ in tl.static_range(GRAM):
         sums = sums + (tl.zeros([VECTORS], compute_dtype(dtype)),)
@@ -61,4 +73,10 @@ def fd_gram_kernel(
 
 def launch_fd_gram(dtype: torch.dtype, table: Table, gram: Tensor) -> None:
     """gram [groups, GRAM] <- inner products of (g0, d1, d2), and with h, which weighs with `saved` where `adaptive`."""
-    launch(fd_gram_kernel, table, dtype, *table[:4], gram.shape[0], table.partial, gram)
+    launch(fd_gram_kernel, table, dtype, *table[:4], gram.shape[0], table.partial, gram, None, None, COMBINES=False)
+
+
+def launch_fd_combine(dtype: torch.dtype, table: Table, decision: Decision, gram: Tensor) -> None:
+    """Likewise, and live <- ghat times the factor."""
+    arguments = (*table[:4], gram.shape[0], table.partial, gram, *decision)
+    launch(fd_gram_kernel, table, dtype, *arguments, registers=MORE_REGISTERS, COMBINES=True)

@@ -24,13 +24,13 @@ from . import chunk_table
 from .checks import Argument, check_count, check_groups, check_tensor, name_of, place
 from .chunk_table import DTYPES, Table
 from .coefficients import launch_coefficients, launch_perturbation_scale
-from .fd_gram import launch_fd_gram
+from .fd_gram import launch_fd_combine, launch_fd_gram
 from .grad_norm import launch_grad_norm
 from .launch import guard
 from .perturb import launch_perturb
-from .step import Decision, launch_combine, launch_step
+from .step import launch_combine, launch_step
 from .table_cache import TableCache
-from .update_math import RULES
+from .update_math import RULES, Decision
 
 _cache = TableCache()
 _PLAIN = (list, tuple)  # sequences that nobody has looked at
@@ -297,6 +297,32 @@ def fd_gram(grads: Sequence[Any], groups: Sequence[int], num_groups: int, weight
         table = rows.table()
         gram = table.partial.new_empty(num_groups, GRAM)
         launch_fd_gram(rows.dtype, table, gram)
+    return gram
+
+
+def fd_combine_(
+    out: Sequence[Tensor],
+    grads: Sequence[Any],
+    groups: Sequence[int],
+    num_groups: int,
+    weights: Sequence[Tensor | None],
+    pass_weights: Tensor,
+    factor: Tensor,
+) -> Tensor:
+    """Likewise, and the regularized gradient, times a factor, into `out`."""
+    op = "fd_combine_"
+    passes = _columns(grads, len(groups), (op, "grads"))
+    check_count(len(passes), (op, "grads"), PASSES)
+    lists = (LIVE, "out", out), *_gradients(passes)
+    rows = Rows(op, groups, num_groups, *lists, optional=((SAVED, "weights", weights),), weighted=True)
+    check_tensor(pass_weights, (op, "pass_weights"), rows.device, torch.float64, (PASSES - 1) * num_groups)
+    decision = _decision(rows, pass_weights, factor)
+    if rows.empty:
+        return torch.zeros(num_groups, GRAM, dtype=torch.float64, device=rows.device)
+    with guard(rows.device):
+        table = rows.table()
+        gram = table.partial.new_empty(num_groups, GRAM)
+        launch_fd_combine(rows.dtype, table, decision, gram)
     return gram
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -27,26 +25,19 @@ from .chunk_table import (
     store,
 )  # fmt: skip
 from .launch import jit, launch
-from .update_math import MAXIMIZE, RULES, WORDS, buffers_of, combined, options_of, prepared, resolve, updated
-
-
-class Decision(NamedTuple):
-    """What `coefficients` has decided."""
-
-    pass_weights: Tensor  #: [PASSES - 1, groups]
-    factor: Tensor | None  #: 0-dim
-
-
-@triton.jit
-def weights_of(group, num_groups, pass_weights, factor, dtype: tl.constexpr):
-    """The weights of the passes for one group, and the factor, in the compute dtype."""
-    weights = ()
-    for i in tl.static_range(PASSES - 1):
-        weights = weights + (tl.load(pass_weights + i * num_groups + group).to(dtype),)
-    one = tl.full([], 1.0, dtype)
-    if factor is not None:
-        one = tl.load(factor).to(dtype)
-    return weights + (one,)
+from .update_math import (
+    MAXIMIZE,
+    RULES,
+    WORDS,
+    Decision,
+    buffers_of,
+    combined,
+    options_of,
+    prepared,
+    resolve,
+    updated,
+    weights_of,
+)  # fmt: skip
 
 
 @triton.jit

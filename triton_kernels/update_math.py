@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .chunk_table import PASSES, digits, smallest_exponent
 from .launch import MORE_REGISTERS, REGISTERS
@@ -111,6 +112,25 @@ def dithered(x, random, dtype: tl.constexpr):
 def basis(grads):
     """g0 and the differences, d1 = g+ - g-,  d2 = (g+ - g0) + (g- - g0)."""
     return grads[0], grads[1] - grads[2], (grads[1] - grads[0]) + (grads[2] - grads[0])
+
+
+class Decision(NamedTuple):
+    """What `coefficients` has decided."""
+
+    pass_weights: Tensor  #: [PASSES - 1, groups]
+    factor: Tensor | None  #: 0-dim
+
+
+@triton.jit
+def weights_of(group, num_groups, pass_weights, factor, dtype: tl.constexpr):
+    """The weights of the passes for one group, and the factor, in the compute dtype."""
+    weights = ()
+    for i in tl.static_range(PASSES - 1):
+        weights = weights + (tl.load(pass_weights + i * num_groups + group).to(dtype),)
+    one = tl.full([], 1.0, dtype)
+    if factor is not None:
+        one = tl.load(factor).to(dtype)
+    return weights + (one,)
 
 
 @triton.jit

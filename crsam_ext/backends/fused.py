@@ -100,6 +100,13 @@ KERNELS = {
         _fake_sums(GRAM),
         lambda: ("r" * PASSES, ""),
     ),
+    "fd_combine_": Kernel(
+        "Tensor(a!)[] out, Tensor[] grads, int[] groups, int num_groups, Tensor?[] weights, Tensor pass_weights, "
+        "Tensor factor",
+        "Tensor",
+        lambda out, grads, groups, num_groups, *_: _fake_sums(GRAM)(grads, groups, num_groups),
+        lambda: ("r" * PASSES, "r"),
+    ),
     "coefficients": Kernel(
         "Tensor? gram, Tensor[] squared_norms, Tensor scale, Tensor alpha, Tensor beta, Tensor(a!) counters, "
         "Tensor(b!)[] taken, Tensor[] part, str regularizer, Tensor[] losses, Tensor? grad_scale, "
@@ -204,6 +211,20 @@ class FusedOperators(Operators):
         weights: Sequence[Tensor | None],
     ) -> Tensor:
         return self._ops.fd_gram(list(grads), groups, num_groups, weights)
+
+    def fd_combine_(
+        self,
+        out: Sequence[Tensor],
+        grads: Sequence[Sequence[Tensor]],
+        groups: Sequence[int],
+        num_groups: int,
+        weights: Sequence[Tensor | None] | None,
+        pass_weights: Tensor,
+        factor: Tensor,
+    ) -> Tensor:
+        weights = [None] * len(out) if weights is None else weights
+        decision = (_on(out[0].device, x) for x in (pass_weights, factor))
+        return self._ops.fd_combine_(out, list(grads), groups, num_groups, weights, *decision)
 
     def coefficients(
         self,

@@ -40,6 +40,9 @@ class CRSAMCallback(Callback):
     runs it once for each pass. ``global_step``, batches and schedulers count steps; what ``training_step`` itself logs
     or counts it sees three times: ask ``self.optimizers().pass_index == 0`` there, or log the loss with this callback.
 
+    With the strategy "ddp", an optimizer with ``model=self`` reduces gradients once a step: the DistributedDataParallel
+    around the module becomes that model. Whether the replicas are equal is seen when training begins and ends.
+
     Args:
         prefix: of the logged names; with several CRSAM optimizers, their number follows it.
         every_n_steps: how often to log, with one synchronisation each time; if None, as the Trainer does.
@@ -47,6 +50,18 @@ class CRSAMCallback(Callback):
 
     def __init__(self, prefix: str = "crsam/", every_n_steps: int | None = None) -> None:
         self.prefix, self.every_n_steps = prefix, every_n_steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hand the strategy's model to the optimizers, and see whether the replicas are equal."""
+        for optimizer in _optimizers(trainer):
+            if optimizer.stats.steps == 0:
+                optimizer.follow_wrapper(trainer.strategy.model)
+            optimizer.check_replicas()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See whether the replicas are equal."""
+        for optimizer in _optimizers(trainer):
+            optimizer.check_replicas()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Raise ValueError for settings under which the passes would not be gradients of one loss.

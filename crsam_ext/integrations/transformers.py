@@ -19,7 +19,9 @@ class CRSAMTrainer(Trainer):
 
     Give it ``optimizers=(optimizer, None)``, or ``optimizer_cls_and_kwargs=(CRSAM, {...})``, which divides parameters
     into those with and without weight decay, but takes the key ``model`` for itself. The reported loss is that at w.
-    The Trainer's ``max_grad_norm`` clips the regularized gradient, as CRSAM's own does with less work.
+    The Trainer's ``max_grad_norm`` clips the regularized gradient, as CRSAM's own does with less work. In several
+    processes an optimizer with ``model=`` reduces gradients once a step: the Trainer's DistributedDataParallel becomes
+    that model. Whether the replicas are equal is seen in the first step and at the end of the training.
 
     Raises:
         TypeError: in the first step, for another optimizer.
@@ -31,15 +33,20 @@ class CRSAMTrainer(Trainer):
     ) -> Tensor:
         """All passes of a batch but the update, which the Trainer's own ``optimizer.step()`` makes."""
         optimizer = self._crsam()
+        if optimizer.stats.steps == 0:
+            optimizer.follow_wrapper(model)
+            optimizer.check_replicas()
         calls = (optimizer.first_step, optimizer.second_step)[: optimizer.passes - 1]
         noise = SharedNoise({torch.device(self.args.device)}) if calls and optimizer.replay_rng else None
         try:
-            loss = last = super().training_step(model, inputs, num_items_in_batch)
+            with optimizer.no_sync():
+                loss = last = super().training_step(model, inputs, num_items_in_batch)
             for call in calls:
                 call(zero_grad=True, loss=last)
                 if noise is not None:
                     noise.repeat()
-                last = super().training_step(model, inputs, num_items_in_batch)
+                with optimizer.no_sync():
+                    last = super().training_step(model, inputs, num_items_in_batch)
         except BaseException:
             optimizer.restore()
             raise
@@ -51,6 +58,12 @@ class CRSAMTrainer(Trainer):
         else:
             optimizer.give_loss(last)
         return loss
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """As the Trainer does; then see whether the replicas are equal."""
+        result = super().train(*arguments, **options)
+        self._crsam().check_replicas()
+        return result
 
     def _crsam(self) -> CRSAM:
         wrapped = self.optimizer

@@ -1,4 +1,4 @@
-// The Gram matrix of the gradient and its finite differences.
+// The Gram matrix of the gradient and its finite differences, and ghat.
 #include "kernels.h"
 #include "reduce.cuh"
 #include "update_math.cuh"
@@ -7,16 +7,19 @@ namespace crsam {
 
 // Inner products of (g0, d1, d2) and of h = g0, or w^2 g0 (ASAM), with each of them, per group.
 // Reads g0, g+, g-, and w for ASAM: 12 bytes an element in float32.
+// kCombines: also writes ghat, times the factor, into the row's kLive, which may be that of g-: 16 bytes.
 //
 // Narrow dtypes have 8 elements of each gradient in flight beside the nine sums: 80 registers, hence a block less.
-template <typename T>
+template <typename T, bool kCombines>
 __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks - kHasMaster<T>)
-    fd_gram_kernel(Table table, double* partial, double* gram) {
+    fd_gram_kernel(Table table, Decision decision, double* partial, double* gram) {
   using C = compute_t<T>;
   const Chunk chunk = table.chunks[blockIdx.x];
   const Row row = table.rows[chunk.row];
   const C* w = pointer<C>(row, kSaved);
   C sums[kGram] = {};
+  Weights<C> weights;
+  if constexpr (kCombines) weights = weights_of<C>(decision, row.group, table.num_groups);
 
   for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
     C g[kPasses][width];
@@ -30,6 +33,12 @@ __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks - kHasMaster<T
 #pragma unroll
       for (int j = 0; j < width; ++j) add_products_with(sums, v[j] * v[j] * g[0][j], g, j);
     }
+    if constexpr (kCombines) {
+      C ghat[width];
+#pragma unroll
+      for (int j = 0; j < width; ++j) ghat[j] = combined(weights, g, j);
+      store(pointer<T>(row, kLive) + i, ghat);
+    }
   });
   if (!row.adaptive) {
 #pragma unroll
@@ -40,7 +49,15 @@ __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks - kHasMaster<T
 
 void launch_fd_gram(Dtype dtype, const Table& table, double* partial, double* gram, cudaStream_t stream) {
   dispatch(dtype, [&](auto t) {
-    launch(fd_gram_kernel<typename decltype(t)::type>, table.num_chunks, stream, table, partial, gram);
+    launch(fd_gram_kernel<typename decltype(t)::type, false>, table.num_chunks, stream, table, Decision{}, partial,
+           gram);
+  });
+}
+
+void launch_fd_combine(Dtype dtype, const Table& table, Decision decision, double* partial, double* gram,
+                       cudaStream_t stream) {
+  dispatch(dtype, [&](auto t) {
+    launch(fd_gram_kernel<typename decltype(t)::type, true>, table.num_chunks, stream, table, decision, partial, gram);
   });
 }
 

@@ -25,6 +25,17 @@ void launch_perturb(Dtype dtype, const Table& table, const double* scale, int si
 // partial [chunks, kGram] is scratch.
 void launch_fd_gram(Dtype dtype, const Table& table, double* partial, double* gram, cudaStream_t stream);
 
+// What `coefficients` has decided.
+struct Decision {
+  const double* pass_weights;  // [kPasses - 1, groups]
+  const double* factor;        // 0-dim or null
+  const bool* ok;              // 0-dim
+};
+
+// Likewise, and live <- ghat times the factor.
+void launch_fd_combine(Dtype dtype, const Table& table, Decision decision, double* partial, double* gram,
+                       cudaStream_t stream);
+
 struct StepCounter {
   float* taken;       // [count]
   const float* part;  // [count], 1 for those that take part
@@ -69,13 +80,6 @@ struct CoefficientsArguments {
 };
 
 void launch_coefficients(const CoefficientsArguments& arguments, cudaStream_t stream);
-
-// What `coefficients` has decided.
-struct Decision {
-  const double* pass_weights;  // [kPasses - 1, groups]
-  const double* factor;        // 0-dim or null
-  const bool* ok;              // 0-dim
-};
 
 // What an update rule asks of its caller.
 struct RuleShape {

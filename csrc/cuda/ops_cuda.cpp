@@ -209,6 +209,12 @@ at::Tensor new_numbers(at::IntArrayRef sizes, at::Device device) {
   return at::empty(sizes, at::TensorOptions(at::kDouble).device(device));
 }
 
+Decision decision_of(const Rows& rows, const at::Tensor& pass_weights, const std::optional<at::Tensor>& factor,
+                     const bool* ok) {
+  return {numbers(pass_weights, {rows.op, "pass_weights"}, rows.device, pass_weights.numel()),
+          factor ? numbers(*factor, {rows.op, "factor"}, rows.device, 1) : nullptr, ok};
+}
+
 }  // namespace
 
 at::Tensor grad_norm(const Column& grads, const Groups& groups, int64_t num_groups, Optional weights) {
@@ -258,22 +264,48 @@ void perturb_(const Column& live, const Column& saved, const Column& grads, cons
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-at::Tensor fd_gram(const Columns& grads, const Groups& groups, int64_t num_groups, Optional weights) {
-  const char* op = "fd_gram";
-  const auto passes = grads.of(groups.numbers().size());
-  check_count(passes.size(), {op, "grads"}, kPasses);
-  Rows rows(op, *passes[0], {op, "grads", 0}, groups, num_groups);
-  const c10::DeviceGuard guard(rows.device);
-  for (int pass = 0; pass < kPasses; ++pass) rows.enter(kGrads + pass, *passes[pass], {op, "grads", pass}, rows.type);
+namespace {
+
+// The Gram matrix of rows, to which `launch` adds the rest of a launch.
+template <typename Launch>
+at::Tensor gram_of(Rows& rows, const Columns& grads, int64_t num_groups, Optional weights, Launch launch) {
+  const auto passes = grads.of(rows.size());
+  for (int pass = 0; pass < kPasses; ++pass)
+    rows.enter(kGrads + pass, *passes[pass], {rows.op, "grads", pass}, rows.type);
   rows.enter_weights(kSaved, weights, rows.compute_type());
   if (rows.empty()) return at::zeros({num_groups, kGram}, at::TensorOptions(at::kDouble).device(rows.device));
   const cudaStream_t stream = current_stream(rows.device);
   const Table table = rows.table(stream);
   const at::Tensor partial = new_numbers({table.num_chunks, kGram}, rows.device);
   at::Tensor gram = new_numbers({num_groups, kGram}, rows.device);
-  launch_fd_gram(rows.dtype(), table, partial.mutable_data_ptr<double>(), gram.mutable_data_ptr<double>(), stream);
+  launch(table, partial.mutable_data_ptr<double>(), gram.mutable_data_ptr<double>(), stream);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return gram;
+}
+
+}  // namespace
+
+at::Tensor fd_gram(const Columns& grads, const Groups& groups, int64_t num_groups, Optional weights) {
+  const char* op = "fd_gram";
+  const auto passes = grads.of(groups.numbers().size());
+  check_count(passes.size(), {op, "grads"}, kPasses);
+  Rows rows(op, *passes[0], {op, "grads", 0}, groups, num_groups);
+  const c10::DeviceGuard guard(rows.device);
+  return gram_of(rows, grads, num_groups, weights,
+                 [&](const Table& table, auto... rest) { launch_fd_gram(rows.dtype(), table, rest...); });
+}
+
+at::Tensor fd_combine_(const Column& out, const Columns& grads, const Groups& groups, int64_t num_groups,
+                       Optional weights, const at::Tensor& pass_weights, const at::Tensor& factor) {
+  const char* op = "fd_combine_";
+  check_count(grads.of(groups.numbers().size()).size(), {op, "grads"}, kPasses);
+  Rows rows(op, out, {op, "out"}, groups, num_groups);
+  const c10::DeviceGuard guard(rows.device);
+  rows.enter(kLive, out, {op, "out"}, rows.type);
+  check_tensor(pass_weights, {op, "pass_weights"}, rows.device, at::kDouble, (kPasses - 1) * num_groups);
+  const Decision decision = decision_of(rows, pass_weights, factor, nullptr);
+  return gram_of(rows, grads, num_groups, weights,
+                 [&](const Table& table, auto... rest) { launch_fd_combine(rows.dtype(), table, decision, rest...); });
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> coefficients(
@@ -345,12 +377,6 @@ bool enter_gradients(Rows& rows, const std::vector<std::shared_ptr<const Column>
     rows.enter(kGrads + pass, *passes[pass], {rows.op, "grads", static_cast<int64_t>(pass)}, rows.type);
   }
   return passes.size() == kPasses;
-}
-
-Decision decision_of(const Rows& rows, const at::Tensor& pass_weights, const std::optional<at::Tensor>& factor,
-                     const bool* ok) {
-  return {numbers(pass_weights, {rows.op, "pass_weights"}, rows.device, pass_weights.numel()),
-          factor ? numbers(*factor, {rows.op, "factor"}, rows.device, 1) : nullptr, ok};
 }
 
 // The options of all groups on the device.

@@ -5,15 +5,6 @@
 
 namespace crsam {
 
-template <typename C>
-__device__ __forceinline__ Weights<C> weights_of(const Decision& decision, int32_t group, int32_t num_groups) {
-  Weights<C> weights;
-#pragma unroll
-  for (int i = 0; i < kPasses - 1; ++i) weights.passes[i] = C(decision.pass_weights[i * num_groups + group]);
-  weights.factor = decision.factor ? C(*decision.factor) : C(1);
-  return weights;
-}
-
 // What all threads of a block need to know, worked out by the first one.
 template <typename C, typename Rule>
 struct Shared {

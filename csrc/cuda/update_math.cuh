@@ -95,6 +95,16 @@ struct Weights {
   C factor;
 };
 
+// Those of a group, the factor not negative.
+template <typename C>
+__device__ __forceinline__ Weights<C> weights_of(const Decision& decision, int32_t group, int32_t num_groups) {
+  Weights<C> weights;
+#pragma unroll
+  for (int i = 0; i < kPasses - 1; ++i) weights.passes[i] = C(decision.pass_weights[i * num_groups + group]);
+  weights.factor = decision.factor ? C(*decision.factor) : C(1);
+  return weights;
+}
+
 // ghat = c (g+ + sum of c_i (g_i - g0)), of element j of the gradients of all passes.
 template <typename C, int N>
 __device__ __forceinline__ C combined(const Weights<C>& weights, const C (&g)[kPasses][N], int j) {
