@@ -50,8 +50,9 @@ def _make_streams_robust() -> None:
 
 
 def _complain(message: str, code: int) -> int:
-    with suppress(OSError):
-        print(f"crsam-train: {' '.join(message.split())}", file=sys.stderr)
+    if int(os.environ.get("RANK", "0")) == 0:  # of the processes of a run, the first speaks for all
+        with suppress(OSError):
+            print(f"crsam-train: {' '.join(message.split())}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

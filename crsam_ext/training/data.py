@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .errors import TrainingError
 from .progress import warn
+from .ranks import Ranks, Share
 
 Batch = tuple[Tensor, Tensor]
 
@@ -29,36 +30,44 @@ class Data(NamedTuple):
     shape: tuple[int, ...]
     classes: int
     steps: int  #: batches in an epoch of training
-    train: Callable[[int], Iterable[Batch]]  #: the training batches of an epoch, counted from 0
-    test: Callable[[], Iterable[Batch]]  #: all test samples, in order
+    train: Callable[[int], Iterable[Batch]]  #: the training batches of an epoch, counted from 0; this process's part
+    test: Callable[[], Iterable[Batch]]  #: the test samples that are this process's, in order
     broken: Callable[[], list[Path]] = list  #: the training files that the last epoch could not read
 
 
-def load(options: Namespace, device: torch.device) -> Data:
-    """Load the data set of ``--data`` and lay its batches out on ``device``.
+def load(options: Namespace, device: torch.device, ranks: Ranks | None = None) -> Data:
+    """Load the data set of ``--data`` and lay its batches out on ``device``, of which ``ranks`` take parts.
 
     Raises:
         TrainingError: there is no such data at the path given, or it cannot be used.
     """
+    ranks = ranks or Ranks()
+    ranks.part(options.batch_size)
     kind, _, path = options.data.partition(":")
     if kind == "digits":
-        data = _tensor_data(_digits(), options, device)
+        data = _tensor_data(_digits(), options, device, ranks)
     elif kind == "mnist1d":
-        data = _tensor_data(_mnist1d(), options, device)
+        data = _tensor_data(_mnist1d(), options, device, ranks)
     elif kind == "folder":
-        data = _folder_data(Path(path), options, device)
+        data = _folder_data(Path(path), options, device, ranks)
     else:
-        data = _cifar_data(Path(path), kind, options, device)
+        data = _cifar_data(Path(path), kind, options, device, ranks)
     if not data.steps:
         raise TrainingError(f"--batch-size {options.batch_size} is more than there are training samples")
     return _with_mixup(data, options.mixup) if options.mixup else data
 
 
-def batches(x: Tensor, y: Tensor, batch_size: int, order: Tensor, drop_last: bool = False) -> Iterator[Batch]:
-    """Cut (x, y) into batches in ``order``, an int64 tensor of indices; the last may be smaller, or is dropped."""
+def batches(
+    x: Tensor, y: Tensor, batch_size: int, order: Tensor, ranks: Ranks, drop_last: bool = False
+) -> Iterator[Batch]:
+    """Cut (x, y) into batches in ``order``, an int64 tensor of indices; the last may be smaller, or is dropped.
+
+    Of each, this process gets its share.
+    """
     stop = len(order) - len(order) % batch_size if drop_last else len(order)
     for indices in order[:stop].to(x.device).split(batch_size):
-        yield x[indices], y[indices]
+        own = ranks.share(indices)
+        yield x[own], y[own]
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
@@ -69,18 +78,20 @@ def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed((seed + 1_000_003 * epoch) % 2**32))
 
 
-def _tensor_data(tensors: tuple[Tensor, Tensor, Tensor, Tensor], options: Namespace, device: torch.device) -> Data:
+def _tensor_data(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor], options: Namespace, device: torch.device, ranks: Ranks
+) -> Data:
     x, y, x_test, y_test = (tensor.to(device) for tensor in tensors)
     size, batch_size = len(x), options.batch_size
-    alone = size % batch_size == 1 < batch_size
+    alone = size % batch_size == 1 < batch_size and ranks.size == 1
     if alone:
         warn("the last batch of an epoch would be a single sample, which batch norm cannot take: it is left out")
-    drop_last = alone or options.mixup > 0
+    drop_last = alone or options.mixup > 0 or ranks.size > 1
 
     def train(epoch: int) -> Iterator[Batch]:
-        return batches(x, y, batch_size, epoch_order(size, options.seed, epoch), drop_last)
+        return batches(x, y, batch_size, epoch_order(size, options.seed, epoch), ranks, drop_last)
 
-    test = partial(batches, x_test, y_test, batch_size, torch.arange(len(x_test)))
+    test = partial(batches, x_test, y_test, batch_size, torch.arange(len(x_test)), ranks)
     steps = size // batch_size if drop_last else -(-size // batch_size)
     return Data(tuple(x.shape[1:]), 10, steps, train, test)
 
@@ -120,7 +131,7 @@ CIFAR = {
 }
 
 
-def _cifar_data(root: Path, kind: str, options: Namespace, device: torch.device) -> Data:
+def _cifar_data(root: Path, kind: str, options: Namespace, device: torch.device, ranks: Ranks) -> Data:
     from timm.data.dataset_factory import create_dataset
     from torchvision.transforms import RandomCrop
 
@@ -131,21 +142,22 @@ def _cifar_data(root: Path, kind: str, options: Namespace, device: torch.device)
         raise TrainingError(
             f"--data {options.data}: the folder {root / folder} is missing, incomplete or damaged"
         ) from error
-    data = _image_data(train_set, test_set, len(train_set.classes), options, device, mean=mean, std=std, crop_pct=1.0)
+    classes, preprocessing = len(train_set.classes), {"mean": mean, "std": std, "crop_pct": 1.0}
+    data = _image_data(train_set, test_set, classes, options, device, ranks, **preprocessing)
     # In place of timm's crop of random size, which comes first: CIFAR's images are padded and cropped, never scaled.
     train_set.transform.transforms[0] = RandomCrop(options.image_size, padding=4)
     return data
 
 
-def _folder_data(root: Path, options: Namespace, device: torch.device) -> Data:
+def _folder_data(root: Path, options: Namespace, device: torch.device, ranks: Ranks) -> Data:
     from .images import ImageFiles, find, named
 
     train_files, val_files, classes = find(root, f"--data {options.data}")
     train_set, test_set = ImageFiles(train_files, replaces=True), ImageFiles(val_files, replaces=False)
-    data = _image_data(train_set, test_set, classes, options, device)
+    data = _image_data(train_set, test_set, classes, options, device, ranks)
 
     def refuse_broken() -> None:
-        broken = test_set.broken()
+        broken = ranks.union(test_set.broken())
         if broken:
             raise TrainingError(
                 f"{len(broken)} of {len(test_set)} validation images cannot be read: {named(broken)}"
@@ -163,13 +175,13 @@ def _folder_data(root: Path, options: Namespace, device: torch.device) -> Data:
     # Before hours of training, and not after the first epoch.
     for _ in _from_workers(data.test()):
         pass
-    broken = test_set.broken()
+    broken = ranks.union(test_set.broken())
     if options.skip_bad_val and 0 < len(broken) < len(test_set):
         warn(f"{len(broken)} of {len(test_set)} validation images cannot be read and are left out: {named(broken)}")
         test_set.leave_out(broken)
-        data = _image_data(train_set, test_set, classes, options, device)
+        data = _image_data(train_set, test_set, classes, options, device, ranks)
     refuse_broken()
-    return data._replace(train=train, test=test, broken=train_set.broken)
+    return data._replace(train=train, test=test, broken=lambda: ranks.union(train_set.broken()))
 
 
 def _from_workers(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -186,6 +198,7 @@ def _image_data(
     classes: int,
     options: Namespace,
     device: torch.device,
+    ranks: Ranks,
     **preprocessing: Any,
 ) -> Data:
     from timm.data.loader import create_loader
@@ -194,7 +207,7 @@ def _image_data(
     make: Callable[..., DataLoader[Batch]] = partial(
         create_loader,
         input_size=shape,
-        batch_size=options.batch_size,
+        batch_size=ranks.part(options.batch_size),
         num_workers=options.workers,
         # Workers that outlive an epoch would carry random states that no checkpoint holds.
         persistent_workers=False,
@@ -203,11 +216,25 @@ def _image_data(
         **preprocessing,
     )
     try:
-        train_loader = make(train_set, is_training=True, color_jitter=None, auto_augment=options.auto_augment)
+        train_loader = make(
+            train_set,
+            is_training=True,
+            color_jitter=None,
+            auto_augment=options.auto_augment,
+            distributed=ranks.size > 1,
+        )
     except (AssertionError, KeyError, ValueError) as error:
         raise TrainingError(f"--auto-augment {options.auto_augment}: timm has no such policy") from error
-    test_loader = make(test_set)
-    return Data(shape, classes, len(train_loader), lambda epoch: train_loader, lambda: test_loader)
+    test_loader = make(test_set if ranks.size == 1 else Share(test_set, ranks))
+
+    def train(epoch: int) -> Iterable[Batch]:
+        if ranks.size > 1:  # the order is a function of seed and epoch, and each process takes its part
+            sampler: Any = train_loader.sampler
+            sampler.seed = options.seed
+            sampler.set_epoch(epoch)
+        return train_loader
+
+    return Data(shape, classes, len(train_loader), train, lambda: test_loader)
 
 
 def _with_mixup(data: Data, alpha: float) -> Data:

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import math
+import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -33,6 +34,7 @@ from .models import create_model
 from .options import SCHEDULED, build_parser, run_config
 from .plot import draw
 from .progress import progress, say, warn
+from .ranks import Ranks
 
 FILES = ("last.pt", "best.pt", "log.csv", "curves.png", "config.json")
 # A picture takes half a second: after an epoch of at least this many seconds it is drawn at once, else at the end.
@@ -44,7 +46,9 @@ class Run:
     """Everything that training changes."""
 
     device: torch.device
+    ranks: Ranks
     model: nn.Module
+    wrapped: nn.Module  #: what is trained: the model, or the DistributedDataParallel around it
     optimizer: CRSAM
     ema: ModelEmaV3 | None
     history: list[dict[str, Any]] = field(default_factory=list)  #: the rows of log.csv
@@ -81,21 +85,25 @@ def run(options: Namespace) -> None:
 
 def _run(options: Namespace) -> None:
     device = _prepare_device(options)
-    data = load(options, device)
-    state = _start(options, data, device)
+    ranks = Ranks.of_torchrun(device)
+    data = load(options, device, ranks)
+    state = _start(options, data, device, ranks)
     if options.resume:
         _restore(state, options)
     else:
-        _claim(options.output, options.overwrite)
+        ranks.first(lambda: _claim(options.output, options.overwrite))
         _save_last(state, options)
-    _save_config(options)
+    _save_config(state, options)
     _save_log(state, options)
+    state.optimizer.check_replicas()
     try:
         _train(state, options, data)
     finally:
         if state.history:
             _draw(state, options)
+    state.optimizer.check_replicas()
     _report(state, options)
+    ranks.leave()
 
 
 def _prepare_device(options: Namespace) -> torch.device:
@@ -104,6 +112,8 @@ def _prepare_device(options: Namespace) -> torch.device:
     name = options.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # torchrun counts the processes of a machine
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -114,18 +124,21 @@ def _prepare_device(options: Namespace) -> torch.device:
     return device
 
 
-def _start(options: Namespace, data: Data, device: torch.device) -> Run:
+def _start(options: Namespace, data: Data, device: torch.device, ranks: Ranks) -> Run:
     # After the data: making some of it seeds the global generators.
     checkpoint.seed_everything(options.seed)
     model = create_model(options.model, data.shape, data.classes).to(device)
     ema = None if options.ema is None else ModelEmaV3(model, decay=options.ema, use_warmup=True)
     if options.compile:
         model.compile()
-    return Run(device, model, create_optimizer(model, options), ema)
+    wrapped = ranks.wrapped(model, device)
+    if not ranks.is_first:  # dropout masks of its own
+        checkpoint.seed_everything(options.seed + 1_000_003 * ranks.rank)
+    return Run(device, ranks, model, wrapped, create_optimizer(wrapped, options), ema)
 
 
 def create_optimizer(model: nn.Module, options: Namespace) -> CRSAM:
-    """The optimizer of ``--optimizer`` over all parameters of ``model``.
+    """The optimizer of ``--optimizer`` over all parameters of ``model``, which may be a DistributedDataParallel.
 
     ``sgd`` and ``adamw`` are CRSAM with rho = 0, which runs one pass and is its base: so every optimizer shares one
     loop, the same clipping, the same skipping of bad steps and the same measurements, and only the method differs.
@@ -143,6 +156,8 @@ def create_optimizer(model: nn.Module, options: Namespace) -> CRSAM:
         arguments |= _pick(options, "rho", "adaptive", "interval") | {"alpha": 0.0, "beta": 0.0}
     else:
         arguments |= {"rho": 0.0, "alpha": 0.0, "beta": 0.0}
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        arguments |= _pick(options, "sync_perturbation")
     try:
         return CRSAM(model.parameters(), base, model=model, max_grad_norm=options.max_grad_norm, **arguments)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -188,7 +203,8 @@ def _train(state: Run, options: Namespace, data: Data) -> None:
             row = {"epoch": epoch + 1, "lr": state.optimizer.param_groups[0]["lr"]}
             row |= train_epoch(state, options, data.train(epoch), epoch * data.steps, advance)
             broken = data.broken()
-            row |= evaluate(state.evaluated, data.test(), state.device, options.amp)
+            state.ranks.unify(state.model, None if state.ema is None else state.ema.module)
+            row |= evaluate(state.evaluated, data.test(), state.device, options.amp, state.ranks)
             row["bad_files"] = len(broken)
             if not seen.issuperset(broken):
                 warn(f"{len(broken)} training images cannot be read, others took their place: {named(broken)}")
@@ -216,12 +232,12 @@ def train_epoch(
     Raises:
         TrainingError: every step was skipped.
     """
-    model, optimizer, stats = state.model.train(), state.optimizer, state.optimizer.stats
+    model, optimizer, stats = state.wrapped.train(), state.optimizer, state.optimizer.stats
     before = stats.as_dict()
     losses: list[Tensor] = []
     correct: list[Tensor] = []
     norms: list[Tensor] = []
-    samples = 0
+    samples = 0.0
     for x, y in batches:
         loss, logits = step(model, optimizer, x, y, options.label_smoothing, options.amp)
         updates += 1
@@ -240,10 +256,12 @@ def train_epoch(
             "the training diverged: every step of the epoch gave a NaN or an infinity; try a lower --lr"
         )
     finite = [norm for norm in _numbers(norms) if math.isfinite(norm)]
+    sums = [math.fsum(_numbers(losses)), math.fsum(_numbers(correct)), samples, math.fsum(finite), len(finite)]
+    loss_sum, correct_sum, samples, norm_sum, num_norms = map(math.fsum, zip(*state.ranks.gather(sums), strict=True))
     return {
-        "train_loss": math.fsum(_numbers(losses)) / samples,
-        "train_accuracy": math.fsum(_numbers(correct)) / samples,
-        "grad_norm": math.fsum(finite) / len(finite) if finite else math.nan,
+        "train_loss": loss_sum / samples,
+        "train_accuracy": correct_sum / samples,
+        "grad_norm": norm_sum / num_norms if num_norms else math.nan,
         **counts,
     }
 
@@ -267,8 +285,10 @@ def step(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], device: torch.device, amp: bool) -> dict[str, float]:
-    """The mean cross-entropy and the accuracy (0 to 1) over the batches, as test_loss and test_accuracy."""
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], device: torch.device, amp: bool, ranks: Ranks
+) -> dict[str, float]:
+    """The mean cross-entropy and the accuracy (0 to 1) over the batches of all ranks: test_loss and test_accuracy."""
     model.eval()
     losses, correct, samples = [], [], 0
     for x, y in batches:
@@ -277,10 +297,9 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], device: torch.device, a
             losses.append(F.cross_entropy(logits, y, reduction="sum"))
         correct.append(_correct(logits, y))
         samples += len(x)
-    return {
-        "test_loss": math.fsum(_numbers(losses)) / samples,
-        "test_accuracy": math.fsum(_numbers(correct)) / samples,
-    }
+    sums = [math.fsum(_numbers(losses)), math.fsum(_numbers(correct)), samples]
+    loss_sum, correct_sum, total = map(math.fsum, zip(*ranks.gather(sums), strict=True))
+    return {"test_loss": loss_sum / total, "test_accuracy": correct_sum / total}
 
 
 def _correct(logits: Tensor, y: Tensor) -> Tensor:
@@ -290,7 +309,7 @@ def _correct(logits: Tensor, y: Tensor) -> Tensor:
 
 def _numbers(values: list[Tensor]) -> list[float]:
     """0-dim tensors as numbers, with one transfer: inside an epoch nothing waits for the device."""
-    return torch.stack(values).tolist()
+    return torch.stack(values).tolist() if values else []
 
 
 def _claim(output: Path, overwrite: bool) -> None:
@@ -308,7 +327,7 @@ def _claim(output: Path, overwrite: bool) -> None:
 
 def _restore(state: Run, options: Namespace) -> None:
     path = options.output / "last.pt"
-    saved = checkpoint.load(path)
+    saved = state.ranks.first(lambda: checkpoint.load(path))
     config, defaults = run_config(options), build_parser()
     for name, value in config.items():
         before = saved["config"].get(name, defaults.get_default(name))  # of an option that came later
@@ -320,7 +339,9 @@ def _restore(state: Run, options: Namespace) -> None:
         state.optimizer.load_state_dict(saved["optimizer"])
         if state.ema is not None:
             state.ema.module.load_state_dict(saved["ema"])
-        checkpoint.set_random_state(saved["random"], state.device)
+        states = saved["random"] if isinstance(saved["random"], list) else [saved["random"]]
+        if state.ranks.rank < len(states):
+            checkpoint.set_random_state(states[state.ranks.rank], state.device)
         state.history = saved["history"]
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{path} does not fit this model and optimizer") from error
@@ -334,19 +355,23 @@ def _save(state: Run, options: Namespace, row: dict[str, Any]) -> None:
         best_state = {"config": run_config(options), "model": state.evaluated.state_dict()} | {
             name: row[name] for name in names
         }
-        checkpoint.save(options.output / "best.pt", best_state)
+        if state.ranks.is_first:
+            checkpoint.save(options.output / "best.pt", best_state)
     _save_last(state, options)
     _save_log(state, options)
 
 
 def _save_last(state: Run, options: Namespace) -> None:
+    random_states = state.ranks.gather(checkpoint.random_state(state.device))
+    if not state.ranks.is_first:
+        return
     saved = {
         "config": run_config(options),
         "history": state.history,
         "model": state.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "ema": None if state.ema is None else state.ema.module.state_dict(),
-        "random": checkpoint.random_state(state.device),
+        "random": random_states,
     }
     checkpoint.save(options.output / "last.pt", saved)
 
@@ -357,12 +382,16 @@ LOG_COLUMNS = (
 )  # fmt: skip
 
 
-def _save_config(options: Namespace) -> None:
+def _save_config(state: Run, options: Namespace) -> None:
+    if not state.ranks.is_first:
+        return
     text = json.dumps(run_config(options), indent=2) + "\n"
     checkpoint.write(options.output / "config.json", lambda file: file.write(text.encode()))
 
 
 def _save_log(state: Run, options: Namespace) -> None:
+    if not state.ranks.is_first:
+        return
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, LOG_COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -371,6 +400,8 @@ def _save_log(state: Run, options: Namespace) -> None:
 
 
 def _draw(state: Run, options: Namespace) -> None:
+    if not state.ranks.is_first:
+        return
     kind = options.data.partition(":")[0]
     title = f"{options.model} on {kind}, {options.optimizer}, seed {options.seed}"
 

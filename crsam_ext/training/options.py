@@ -46,6 +46,7 @@ ADAMW_DEFAULTS = {"lr": 1e-3, "weight_decay": 0.05}
 OPTION_NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "rho": ("optimizer", ("sam", "crsam")),
     "adaptive": ("optimizer", ("sam", "crsam")),
+    "sync_perturbation": ("optimizer", ("sam", "crsam")),
     "base": ("optimizer", ("sam", "crsam")),
     "alpha": ("optimizer", ("crsam",)),
     "beta": ("optimizer", ("crsam",)),
@@ -135,6 +136,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--regularizer", choices=tuple(REGULARIZERS), help="default: linear")
     add("--estimator", choices=("gradient", "loss"), help="where log takes its curvature from (default: gradient)")
     add("--adaptive", action="store_true", help="scale the perturbation with the weights (ASAM)")
+    add(
+        "--sync-perturbation",
+        action="store_true",
+        help="with several processes: perturb all with that of the whole batch, and not each with its own",
+    )
     add("--interval", type=integer(1), metavar="K", help="perturb in every K-th step only (default: 1)")
     add("--curvature-interval", type=integer(1), metavar="K", help="take the third pass every K-th time (default: 1)")
     add("--max-grad-norm", type=number(1e-12), help="clip the norm of the combined gradient")
@@ -145,7 +151,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=integer(1))
-    add("--batch-size", type=integer(1), help="of the last batch, a single sample is left out")
+    add(
+        "--batch-size",
+        type=integer(1),
+        help="of all processes together; of the last batch, a single sample is left out, with several processes all",
+    )
     add(
         "--schedule",
         choices=SCHEDULES,

@@ -1,0 +1,121 @@
+"""The processes of a run that torchrun has started: which samples each takes, what is added up, and who writes.
+
+``--batch-size`` is that of all processes together, so a run can be resumed with another number of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset, Subset
+
+from .errors import TrainingError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """This process among those of the run.
+
+    Args:
+        rank: its number.
+        size: how many there are.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @classmethod
+    def of_torchrun(cls, device: torch.device) -> Ranks:
+        """Meet the other processes, where torchrun has started this one."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def leave(self) -> None:
+        """Call when the run is over."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    def first(self, function: Callable[[], T]) -> T:
+        """What a function returns in the first process, in all; so is the TrainingError that it raises."""
+        if self.size == 1:
+            return function()
+        told: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                told[0] = function()
+            except TrainingError as error:
+                told[1] = str(error)
+        dist.broadcast_object_list(told)
+        if told[1] is not None:
+            raise TrainingError(told[1])
+        result: T = told[0]
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def union(self, values: Iterable[T]) -> list[T]:
+        """The values of all processes, each once."""
+        return list(dict.fromkeys(value for of_rank in self.gather(list(values)) for value in of_rank))
+
+    def part(self, batch_size: int) -> int:
+        """How many samples of a batch are this process's.
+
+        Raises:
+            TrainingError: if the processes cannot have equal parts.
+        """
+        if batch_size % self.size:
+            raise TrainingError(f"--batch-size {batch_size} cannot be divided among {self.size} processes")
+        return batch_size // self.size
+
+    def share(self, samples: Tensor) -> Tensor:
+        """Those of some samples that are this process's."""
+        return samples[self.rank :: self.size]
+
+    def wrapped(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model, with others in a DistributedDataParallel."""
+        if self.size == 1:
+            return model
+        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+    def unify(self, *models: nn.Module | None) -> None:
+        """Give all processes the same running statistics: the means over them."""
+        if self.size > 1:
+            from timm.utils import distribute_bn
+
+            for model in models:
+                if model is not None:
+                    distribute_bn(model, self.size, reduce=True)
+
+
+class Share(Subset[Any]):
+    """The samples of a data set that are this process's, every one in the share of just one process."""
+
+    def __init__(self, dataset: Dataset[Any], ranks: Ranks) -> None:
+        super().__init__(dataset, range(ranks.rank, len(dataset), ranks.size))  # type: ignore[arg-type]
+
+    @property
+    def transform(self) -> Any:
+        return self.dataset.transform  # type: ignore[attr-defined]
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:  # timm's loaders set it
+        self.dataset.transform = transform  # type: ignore[attr-defined]
