@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .errors import TrainingError
 from .progress import warn
-from .ranks import Ranks, Share
+from .ranks import ALONE, Ranks, Share
 
 Batch = tuple[Tensor, Tensor]
 
@@ -35,13 +35,12 @@ class Data(NamedTuple):
     broken: Callable[[], list[Path]] = list  #: the training files that the last epoch could not read
 
 
-def load(options: Namespace, device: torch.device, ranks: Ranks | None = None) -> Data:
+def load(options: Namespace, device: torch.device, ranks: Ranks = ALONE) -> Data:
     """Load the data set of ``--data`` and lay its batches out on ``device``, of which ``ranks`` take parts.
 
     Raises:
         TrainingError: there is no such data at the path given, or it cannot be used.
     """
-    ranks = ranks or Ranks()
     ranks.part(options.batch_size)
     kind, _, path = options.data.partition(":")
     if kind == "digits":
@@ -58,7 +57,7 @@ def load(options: Namespace, device: torch.device, ranks: Ranks | None = None) -
 
 
 def batches(
-    x: Tensor, y: Tensor, batch_size: int, order: Tensor, ranks: Ranks, drop_last: bool = False
+    x: Tensor, y: Tensor, batch_size: int, order: Tensor, drop_last: bool = False, ranks: Ranks = ALONE
 ) -> Iterator[Batch]:
     """Cut (x, y) into batches in ``order``, an int64 tensor of indices; the last may be smaller, or is dropped.
 
@@ -89,9 +88,9 @@ def _tensor_data(
     drop_last = alone or options.mixup > 0 or ranks.size > 1
 
     def train(epoch: int) -> Iterator[Batch]:
-        return batches(x, y, batch_size, epoch_order(size, options.seed, epoch), ranks, drop_last)
+        return batches(x, y, batch_size, epoch_order(size, options.seed, epoch), drop_last, ranks)
 
-    test = partial(batches, x_test, y_test, batch_size, torch.arange(len(x_test)), ranks)
+    test = partial(batches, x_test, y_test, batch_size, torch.arange(len(x_test)), ranks=ranks)
     steps = size // batch_size if drop_last else -(-size // batch_size)
     return Data(tuple(x.shape[1:]), 10, steps, train, test)
 

@@ -34,7 +34,7 @@ from .models import create_model
 from .options import SCHEDULED, build_parser, run_config
 from .plot import draw
 from .progress import progress, say, warn
-from .ranks import Ranks
+from .ranks import ALONE, Ranks
 
 FILES = ("last.pt", "best.pt", "log.csv", "curves.png", "config.json")
 # A picture takes half a second: after an epoch of at least this many seconds it is drawn at once, else at the end.
@@ -286,7 +286,7 @@ def step(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], device: torch.device, amp: bool, ranks: Ranks
+    model: nn.Module, batches: Iterable[Batch], device: torch.device, amp: bool, ranks: Ranks = ALONE
 ) -> dict[str, float]:
     """The mean cross-entropy and the accuracy (0 to 1) over the batches of all ranks: test_loss and test_accuracy."""
     model.eval()

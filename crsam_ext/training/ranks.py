@@ -35,7 +35,7 @@ class Ranks:
     def of_torchrun(cls, device: torch.device) -> Ranks:
         """Meet the other processes, where torchrun has started this one."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls()
+            return ALONE
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(dist.get_rank(), dist.get_world_size())
 
@@ -104,6 +104,9 @@ class Ranks:
             for model in models:
                 if model is not None:
                     distribute_bn(model, self.size, reduce=True)
+
+
+ALONE = Ranks()  # a run of one process
 
 
 class Share(Subset[Any]):
