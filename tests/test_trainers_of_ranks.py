@@ -99,8 +99,8 @@ def with_lightning(rank, size):
     trainer = pl.Trainer(
         max_epochs=1, accelerator="cpu", devices=size, callbacks=[CRSAMCallback()], logger=False,
         strategy=DDPStrategy(process_group_backend="gloo", cluster_environment=TorchElasticEnvironment()),
-        use_distributed_sampler=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=tempfile.mkdtemp(),
+        use_distributed_sampler=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tempfile.mkdtemp(),
     )  # fmt: skip
     trainer.fit(module, loader)
     assert isinstance(trainer.optimizers[0].model, DistributedDataParallel)
