@@ -1,8 +1,8 @@
 """Time of a training step over several GPUs: CR-SAM with one, two and three all-reduces of the gradient, and SGD.
 
 Run ``torchrun --nproc-per-node 8 -m benchmarks.replicas`` on each node: one process for each GPU, with NCCL. ResNet-50
-in bfloat16 autocast on random images. ``--trace FOLDER`` leaves a profile of a step of each form, in which the all-reduce
-of the last pass is to run beside its backward.
+in bfloat16 autocast on random images. ``--trace FOLDER`` leaves a profile of a step of each form, in which the
+all-reduce of the last pass is to run beside its backward.
 """
 
 from __future__ import annotations

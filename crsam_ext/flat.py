@@ -612,27 +612,27 @@ class FlatParameters:
         self._constants[values] = constant
         return constant
 
-    def take_gradients(self, index: int, keep: bool) -> list[Gradients]:
+    def take_gradients(self, index: int, keep: bool, views: bool = False) -> list[Gradients]:
         """The gradients of pass ``index``, for each bucket and slot, shaped and laid out as the parameter.
 
         A gradient is autograd's own tensor, taken out of ``p.grad``, wherever that is ours to hold; it is copied when
         ``keep`` leaves it in ``p.grad``, when it is a view whose memory the next backward may write again, and when its
-        dtype or memory order differ from the parameter's.
+        dtype or memory order differ from the parameter's. With ``views``, there will be no such backward.
 
         Raises:
             RuntimeError: for a sparse gradient.
         """
         taken = []
         for bucket in self.buckets:
-            grads: Gradients | None = None if keep else self._host.take_gradients(bucket.params)
+            grads: Gradients | None = None if keep else self._host.take_gradients(bucket.params, views)
             if grads is None:
-                grads = [self._take(slot, index, keep) for slot in bucket.slots]
+                grads = [self._take(slot, index, keep, views) for slot in bucket.slots]
                 if not keep:
                     self._host.clear_gradients(list(bucket.params))
             taken.append(grads)
         return taken
 
-    def _take(self, slot: Slot, index: int, keep: bool) -> Tensor | None:
+    def _take(self, slot: Slot, index: int, keep: bool, views: bool) -> Tensor | None:
         g = slot.param.grad
         if g is None:
             return None
@@ -642,7 +642,8 @@ class FlatParameters:
             )
         if g.requires_grad:  # after backward(create_graph=True)
             g = g.detach()
-        ours = g.untyped_storage().nbytes() == slot.nbytes and g.dtype == slot.dtype and slot.matches_layout(g)
+        ours = views or (g.untyped_storage().nbytes() == slot.nbytes and not g._is_view())
+        ours = ours and g.dtype == slot.dtype and slot.matches_layout(g)
         ours = ours and g.data_ptr() != slot.param.data_ptr()  # the parameter is about to move
         if keep or not ours:
             key = (slot, index)

@@ -101,14 +101,16 @@ class Groups(list[int]):
         return min(self, default=0), max(self, default=0)
 
 
-def take_gradients(params: Column) -> Column | None:
+def take_gradients(params: Column, views: bool) -> Column | None:
     """Take the gradients of all parameters out of ``p.grad``, if each is ours to hold as it is.
 
     That is a dense tensor of the parameter's dtype and memory order, with a storage of its own: the memory of a view
-    may be written again by the next backward. Nor may it be the parameter's own memory, which is about to move.
+    may be written again by the next backward, as DistributedDataParallel does with its buckets. Nor may it be the
+    parameter's own memory, which is about to move.
 
     Args:
         params: of one dtype and device, without gaps in their memory.
+        views: whether views may be held: there will be no backward before they are used.
     Returns:
         The gradients; None, and they stay, if one is missing or not ours to hold.
     """
@@ -118,7 +120,7 @@ def take_gradients(params: Column) -> Column | None:
     nbytes, strides = params._layout
     try:
         ours = (
-            [storage.nbytes() for storage in map(Tensor.untyped_storage, grads)] == nbytes
+            (views or _own_storages(grads, nbytes))
             and list(map(Tensor.stride, grads)) == strides
             and not any(map(_requires_grad_of, grads))
             and params._pointers.isdisjoint(grads._pointers)
@@ -132,6 +134,12 @@ def take_gradients(params: Column) -> Column | None:
     clear_gradients(params)
     grads.kind = params[0].dtype, params[0].device  # without gaps too, though perhaps in another order
     return grads
+
+
+def _own_storages(tensors: list[Tensor], nbytes: list[int]) -> bool:
+    """Whether each tensor has a storage of its own, of so many bytes. A view is one even where it is all of another."""
+    storages = map(Tensor.untyped_storage, tensors)
+    return [storage.nbytes() for storage in storages] == nbytes and not any(map(Tensor._is_view, tensors))
 
 
 def set_gradients(params: Column, grads: Sequence[Tensor | None]) -> None:

@@ -157,7 +157,8 @@ class Step:
             self._adaptive = [bool(group["adaptive"]) for group in self.groups]
             self._maximizes = [bool(group.get("maximize")) for group in self.groups]
         index, kind = self.collected, self.kind
-        self.add(loss, self.flat.take_gradients(index, keep))
+        self._combined = kind is Pass.COMBINED and self.replicas is not None and self.replicas.was_called()
+        self.add(loss, self.flat.take_gradients(index, keep, views=self._combined))
         if self.replicas is None:
             return
         if kind is Pass.MEAN and self.replicas.owns_hook and not self.replicas.was_called():
@@ -165,7 +166,6 @@ class Step:
                 f"the gradients of pass {index + 1} were to be reduced, but its backward was in no_sync(): use "
                 "optimizer.no_sync(), which leaves out the passes that are reduced"
             )
-        self._combined = kind is Pass.COMBINED and self.replicas.was_called()
         self.replicas.begin_pass()
         if index == 0 and kind is Pass.LOCAL and self.replicas.shares_e is not None:
             given = [g for of_bucket in self.grads[0] for g in of_bucket if g is not None]

@@ -26,14 +26,14 @@ namespace {
 // The gradient of a parameter, undefined where there is none: p.grad, without the look at whether p is a leaf.
 at::Tensor& grad_of(const at::Tensor& param) { return param.unsafeGetTensorImpl()->mutable_grad(); }
 
-// Whether a gradient is ours to hold as it is: laid out as its parameter, and of a storage of its own, which is not
-// that of the parameter either.
-bool is_ours(const at::Tensor& grad, const at::Tensor& param) {
+// Whether a gradient is ours to hold as it is: laid out as its parameter, and, unless `views` may be held, of a storage
+// of its own, which is not that of the parameter either.
+bool is_ours(const at::Tensor& grad, const at::Tensor& param, bool views) {
   if (!grad.defined() || !grad.has_storage() || grad.dtype() != param.dtype() || grad.sizes() != param.sizes() ||
-      grad.storage().nbytes() != grad.numel() * grad.itemsize() || grad.requires_grad() ||
-      grad.const_data_ptr() == param.const_data_ptr()) {
+      grad.requires_grad() || grad.const_data_ptr() == param.const_data_ptr()) {
     return false;
   }
+  if (!views && (grad.storage().nbytes() != grad.numel() * grad.itemsize() || grad.is_view())) return false;
   const at::IntArrayRef sizes = grad.sizes(), strides = grad.strides(), expected = param.strides();
   for (size_t i = 0; i < sizes.size(); ++i) {
     if (sizes[i] > 1 && strides[i] != expected[i]) return false;
@@ -41,12 +41,12 @@ bool is_ours(const at::Tensor& grad, const at::Tensor& param) {
   return true;
 }
 
-std::optional<Column> take_gradients(const Column& params) {
+std::optional<Column> take_gradients(const Column& params, bool views) {
   std::vector<at::Tensor*> grads;
   grads.reserve(params.size());
   for (const at::Tensor& param : params) {
     grads.push_back(&grad_of(param));
-    if (!is_ours(*grads.back(), param)) return std::nullopt;
+    if (!is_ours(*grads.back(), param, views)) return std::nullopt;
   }
   std::vector<at::Tensor> taken;
   taken.reserve(params.size());

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # DistributedDataParallel imports it: here once, rather than in every process
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LIMIT = 120  # seconds that a test may take
 
@@ -59,6 +60,18 @@ class Ranks:
             process.kill()
             process.join()
         self._folder.cleanup()
+
+
+class AllReduces(TorchDispatchMode):
+    """Counts the all-reduces within: those of DistributedDataParallel's C++, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += "allreduce" in str(function)
+        return function(*arguments, **(options or {}))
 
 
 class Failure:

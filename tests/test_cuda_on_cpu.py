@@ -315,7 +315,7 @@ def test_gradients_are_taken_by_both(library, kinds, transposed):
         for p, kind in zip(params, kinds, strict=True):
             p.grad = GRADIENTS[kind](p)
         before = [p.grad for p in params]
-        taken = module.take_gradients(params)
+        taken = module.take_gradients(params, False)
         results.append(taken is not None)
         after = [p.grad for p in params]
         assert all(x is y for x, y in zip(before, after if taken is None else taken, strict=True))
@@ -395,10 +395,10 @@ def test_gradients_that_are_not_taken(compiled, library):
     for last in (None, torch.ones(4)[:3], params[2].detach()):
         for p, g in zip(params, (torch.ones(3), torch.ones(3), last), strict=True):
             p.grad = g
-        assert module.take_gradients(params) is None
+        assert module.take_gradients(params, False) is None
         assert [p.grad is None for p in params] == [False, False, last is None]
     params[2].grad = torch.ones(3)
-    assert len(module.take_gradients(params)) == 3
+    assert len(module.take_gradients(params, False)) == 3
     assert [p.grad for p in params] == [None] * 3
 
 

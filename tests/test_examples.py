@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ pytestmark = [
 
 NEEDS = {
     "digits": ["sklearn"],
+    "ddp_digits": ["sklearn"],
     "lightning_digits": ["lightning", "sklearn"],
     "accelerate_digits": ["accelerate", "sklearn"],
     "transformers_digits": ["accelerate", "sklearn", "transformers"],
@@ -50,6 +53,18 @@ def accuracy(capsys):
 
 def test_all_are_tested():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == NEEDS.keys()
+
+
+def test_ddp():
+    """As its first lines say, in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, EXAMPLES / "ddp_digits.py"], capture_output=True, text=True, timeout=240, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (line,) = done.stdout.splitlines()
+    assert float(line.removeprefix("test accuracy ").rstrip("%")) > 95
 
 
 def test_digits(capsys):

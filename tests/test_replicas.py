@@ -4,12 +4,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from crsam_ext import CRSAM, GradScaler, combine_wrapper
 
-from .ranks import Ranks
+from .ranks import AllReduces, Ranks
 
 STEPS = 5
 BASES = {
@@ -78,7 +77,7 @@ def trained(rank, size, base, options, ddp=(), form="closure", dtype=torch.float
     counts = []
     for step in range(steps):
         closure = closure_of(model, *batch_of(step, rank, dtype))
-        with CommDebugMode() as counted:
+        with AllReduces() as counted:
             if form == "closure":
                 optimizer.step(closure)
             elif form == "list":
@@ -91,7 +90,7 @@ def trained(rank, size, base, options, ddp=(), form="closure", dtype=torch.float
                     with optimizer.no_sync() if form == "calls" or step == 0 else nullcontext():
                         closure()
                     call(zero_grad=True)
-        counts.append(sum(n for op, n in counted.get_comm_counts().items() if "allreduce" in str(op)))
+        counts.append(counted.count)
     optimizer.check_replicas()
     return [p.detach().clone() for p in model.parameters()], counts, optimizer.stats.as_dict()
 
@@ -182,9 +181,9 @@ def with_own_hook(rank, size, base, options, ddp, wrapper=None):
         model.register_comm_hook(optimizer, combine_wrapper(wrapper))
     counts = []
     for step in range(STEPS):
-        with CommDebugMode() as counted:
+        with AllReduces() as counted:
             optimizer.step(closure_of(model, *batch_of(step, rank)))
-        counts.append(sum(n for op, n in counted.get_comm_counts().items() if "allreduce" in str(op)))
+        counts.append(counted.count)
     optimizer.check_replicas()
     return [p.detach().clone() for p in model.parameters()], counts
 

@@ -1,0 +1,86 @@
+"""CR-SAM in several processes, on scikit-learn's digits: one all-reduce a step, and checkpoints for any number of them.
+
+torchrun --nproc-per-node 2 examples/ddp_digits.py
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, random_split
+
+from crsam_ext import CRSAM
+
+BATCH = 64  # of all processes together
+
+
+def make(device):
+    """A model on this process's device, and its optimizer."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10)).to(device)
+    ddp = DistributedDataParallel(network)
+    return ddp, CRSAM(ddp.parameters(), torch.optim.SGD, rho=0.1, lr=0.05, momentum=0.9, model=ddp)
+
+
+def train(model, optimizer, data, device, epochs):
+    """Train for some epochs; every process takes its part of each batch, and perturbs with its gradient."""
+    sampler = DistributedSampler(data)
+    loader = DataLoader(data, BATCH // dist.get_world_size(), sampler=sampler, drop_last=True)
+    for epoch in epochs:
+        sampler.set_epoch(epoch)
+        for x, y in loader:
+            x, y = x.to(device), y.to(device)
+
+            def closure(x=x, y=y):
+                loss = nn.functional.cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+    optimizer.check_replicas()
+
+
+def main(folder):
+    """Train for half of the epochs, save, load into a new model and optimizer, and train on; returns the accuracy."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    images, labels = load_digits(return_X_y=True)
+    data = TensorDataset(torch.tensor(images / 16).float(), torch.tensor(labels))
+    data, test = random_split(data, [0.8, 0.2], torch.Generator().manual_seed(0))
+
+    model, optimizer = make(device)
+    train(model, optimizer, data, device, range(5))
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+
+    model, optimizer = make(device)
+    weights, state = get_state_dict(model, optimizer)
+    read = {"model": weights, "optimizer": state}
+    dcp.load(read, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=read["model"], optim_state_dict=read["optimizer"])
+    train(model, optimizer, data, device, range(5, 10))
+
+    model.eval()
+    x, y = (column.to(device) for column in next(iter(DataLoader(test, len(test)))))
+    with torch.no_grad():
+        accuracy = (model.module(x).argmax(1) == y).float().mean().item()
+    if dist.get_rank() == 0:
+        print(f"test accuracy {accuracy:.2%}")
+    return accuracy
+
+
+if __name__ == "__main__":
+    dist.init_process_group()
+    shared = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(shared)
+    main(Path(shared[0]) / "checkpoint")
+    dist.destroy_process_group()
