@@ -422,11 +422,12 @@ class Step:
 
         def pieces() -> Iterator[Tensor]:
             for plan, grads, of_plan in zip(plans, rows, reduced, strict=True):
-                for part in parts(grads[-1]):
-                    flat, views = room(grads[-1][part])
-                    of_pass = [list(of_bucket[part]) for of_bucket in grads]
+                groups_of_rows, by_pass = list(plan.groups), [list(of_pass) for of_pass in grads]
+                for part in parts(by_pass[-1]):
+                    flat, views = room(by_pass[-1][part])
+                    of_pass = [of_rows[part] for of_rows in by_pass]
                     if complete:
-                        groups = list(plan.groups[part])
+                        groups = groups_of_rows[part]
                         self.operators.fd_combine_(views, of_pass, groups, len(self.groups), None, weights, factor)
                     else:
                         torch._foreach_copy_(views, of_pass[-1])
