@@ -356,6 +356,22 @@ def d2(g):
     return [up + down - 2 * at for at, up, down in zip(*g, strict=True)]
 
 
+def test_kernels(cuda_on_cpu):
+    """Those of CUDA C++, compiled for a CPU, with the compiled functions for lists: the same steps to rounding."""
+    ranks = Ranks(2)
+    try:
+        for options in (LINEAR, LOG, {**LINEAR, "curvature_interval": 2}, {**LINEAR, "adaptive": True}):
+            for ddp in ({}, {"gradient_as_bucket_view": True}):
+                found = ranks(trained, "adamw", {**options, "backend": "cuda"}, tuple(ddp.items()))
+                assert_equal(found)
+                wanted = ranks(trained, "adamw", options, tuple(ddp.items()))
+                assert_close(found[0][0], wanted[0][0], 1e-8)
+        own = ranks(with_own_hook, "sgd", {**LINEAR, "backend": "cuda"}, ())
+        assert_close(own[0][0], expected(2, "sgd", LINEAR))
+    finally:
+        ranks.close()
+
+
 # What differs between ranks -------------------------------------------------------------------------------------------
 
 
