@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
@@ -27,7 +26,7 @@ from .noise import SharedNoise
 from .ops import PASSES, REGULARIZERS, Operators, scalar
 from .parallel import gradients_at
 from .precision import has_master
-from .replicas import Pass, Replicas, check_equal
+from .replicas import Pass, Replicas, check_equal, in_several_processes
 from .second_difference import SecondDifference
 from .stats import Stats
 from .step import Located, Step, StepSettings, is_loss
@@ -583,7 +582,7 @@ class CRSAM(Optimizer):
         Raises:
             RuntimeError: on all ranks, if they do not, naming the first that differs.
         """
-        if not (dist.is_available() and dist.is_initialized()):
+        if not in_several_processes():
             return
         params = [param for group in self.param_groups for param in group["params"]]
         names = [name for group in self.param_groups for name in group.get("param_names", [])]
@@ -634,6 +633,11 @@ class CRSAM(Optimizer):
         if not any(param.requires_grad or param.grad is not None for param in params):
             raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
         replicas = None if combined else self.replicas
+        if replicas is None and passes == PASSES and self._settings().needs_losses and in_several_processes():
+            raise ValueError(
+                'estimator="loss" knows the losses of this rank only: give the DistributedDataParallel as model=, for '
+                'means over the ranks, or use estimator="gradient"'
+            )
         if replicas is not None:
             replicas.prepare(self)
             replicas.agree(self._signature(passes))

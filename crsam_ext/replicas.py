@@ -28,7 +28,7 @@ from .flat import ALIGNMENT, flattened
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
 
-__all__ = ["Pass", "Replicas", "check_equal", "combine_wrapper", "parts", "room"]
+__all__ = ["Pass", "Replicas", "check_equal", "combine_wrapper", "in_several_processes", "parts", "room"]
 
 # Of a piece that is reduced at once: DDP's own default, in bytes.
 PIECE = 25 * 2**20
@@ -62,7 +62,8 @@ class Replicas:
         self._shares_e = sync_perturbation if sync_perturbation not in (True, False) else None
         self._agreed = False
         self._complete = False  # whether a step has been taken
-        self._reduced: set[int] = set()  # buckets that the hook was called for in this pass
+        self._called: set[int] = set()  # buckets that the hook was called for in this pass
+        self._has_reduced = False  # whether anything was reduced in this step
 
     # What the passes of a step are -----------------------------------------------------------------------------------
 
@@ -128,28 +129,40 @@ class Replicas:
         return cast("AbstractContextManager[Any]", self.ddp.no_sync())
 
     def begin_pass(self) -> None:
-        """Call when the gradients of a pass are taken, or a step is abandoned: the next pass begins."""
-        self._reduced.clear()
+        """Call when the gradients of a pass are taken: the next one begins."""
+        self._called.clear()
 
     def was_called(self) -> bool:
         """Whether the hook was called in this pass."""
-        return bool(self._reduced)
+        return bool(self._called)
 
     def end_step(self) -> None:
-        self._complete = True
+        """Call when a step is complete."""
+        self._complete, self._has_reduced = True, False
 
-    def called(self, bucket: GradBucket) -> None:
+    def abandon_step(self) -> None:
+        """Call when a step is abandoned.
+
+        Where something was reduced in it, others may be waiting for the rest: this rank must not answer them with the
+        gradients of its next step. Instead it compares what the next step is, as it did in the first one.
+        """
+        self._called.clear()
+        if self._has_reduced:
+            self._agreed = self._has_reduced = False
+
+    def called(self, bucket: GradBucket, kind: Pass) -> None:
         """Call for each call of the hook.
 
         Raises:
             RuntimeError: if the bucket was reduced in this pass already.
         """
-        if bucket.index() in self._reduced:
+        if bucket.index() in self._called:
             raise RuntimeError(
                 "two backwards of the last pass were synchronised, of which only one can be reduced: put all but the "
                 "last micro-batch into ddp.no_sync()"
             )
-        self._reduced.add(bucket.index())
+        self._called.add(bucket.index())
+        self._has_reduced |= kind is not Pass.LOCAL
 
     # What is reduced -------------------------------------------------------------------------------------------------
 
@@ -255,7 +268,7 @@ def combine_wrapper(
         # Annotations are left out: register_comm_hook compares them with the classes.
         replicas: Replicas = optimizer.replicas
         kind, step = optimizer.next_pass()
-        replicas.called(bucket)
+        replicas.called(bucket, kind)
         buffer = bucket.buffer()
         if kind is Pass.LOCAL:
             future: torch.futures.Future[Tensor] = torch.futures.Future()
@@ -275,6 +288,11 @@ def combine_wrapper(
 
     combine_hook.combines = True  # type: ignore[attr-defined]
     return combine_hook
+
+
+def in_several_processes() -> bool:
+    """Whether this process is one of several that communicate."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def check_equal(params: Sequence[Tensor], names: Sequence[str], group: dist.ProcessGroup | None) -> None:

@@ -493,6 +493,8 @@ class Step:
 
     def restore(self) -> None:
         """Abandon the step: the parameters are bit for bit w again."""
+        if self.replicas is not None:
+            self.replicas.abandon_step()
         if self._scale is None:
             self._leave()
             return
@@ -511,8 +513,6 @@ class Step:
         torch.clear_autocast_cache()
         if self._model_buffers is not None:
             self._model_buffers.end()
-        if self.replicas is not None:
-            self.replicas.begin_pass()
 
     def _plans(self, active: list[tuple[bool, ...]]) -> list[Plan]:
         if active != self._active:  # mostly, all passes have the same

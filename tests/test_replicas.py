@@ -679,6 +679,75 @@ def raising(rank, size, index, where):
     return ([p.detach().clone() for p in model.parameters()],)
 
 
+@pytest.mark.parametrize("index", [1, 2])
+def test_a_rank_that_fails_after_something_was_reduced(index):
+    """Its next step does not answer the others, which wait for the rest of this one: an error on both, w everywhere."""
+    ranks = Ranks(2, seconds=3)
+    try:
+        assert all(ranks(failing_late, index))
+    finally:
+        ranks.close()
+
+
+def failing_late(rank, size, index):
+    model, optimizer = made(rank, **{**LINEAR, "sync_perturbation": True})
+    optimizer.step(closure_of(model, *batch_of(0, rank)))
+    before, calls = [p.detach().clone() for p in model.parameters()], []
+
+    def failing():
+        if rank == 1 and len(calls) == index:
+            raise MemoryError("none left")
+        calls.append(0)
+        return closure_of(model, *batch_of(1, rank))()
+
+    with pytest.raises((MemoryError, RuntimeError)):
+        optimizer.step(failing)
+    if rank == 1:
+        with pytest.raises(RuntimeError):
+            optimizer.step(closure_of(model, *batch_of(2, rank)))
+    return all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+
+
+def test_losses_of_one_rank_decide_nothing(two):
+    for failure in two.attempt(with_local_losses):
+        assert "give the DistributedDataParallel as model=" in failure.message
+
+
+def with_local_losses(rank, size):
+    model, optimizer = made(rank, **{**LOG, "estimator": "loss", "model": None})
+    optimizer.step(closure_of(model, *batch_of(0, rank)))
+
+
+def test_fully_sharded_data_parallel_is_refused(two):
+    for failure in two.attempt(with_fsdp):
+        assert "use DistributedDataParallel" in failure.message
+
+
+def with_fsdp(rank, size):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(Network(), device_id=torch.device("cpu"), use_orig_params=True)
+    CRSAM(model.parameters(), lr=0.1)
+
+
+def test_parameters_that_join_late(two):
+    assert_equal(two(with_late_parameters))
+
+
+def with_late_parameters(rank, size):
+    network = Network().double()
+    model = DistributedDataParallel(network)
+    first = [*network.first.parameters(), *network.second.parameters()]
+    optimizer = CRSAM(first, torch.optim.SGD, lr=0.1, model=model, **LINEAR)
+    for step in range(STEPS):
+        if step == 2:
+            optimizer.add_param_group({"params": [*network.norm.parameters(), *network.last.parameters()], "rho": 0.05})
+        optimizer.step(closure_of(model, *batch_of(step, rank)))
+    optimizer.check_replicas()
+    assert not torch.equal(network.last.weight, Network().double().last.weight)
+    return ([p.detach().clone() for p in network.parameters()],)
+
+
 def test_check_replicas(two):
     """Passes that a no_sync() of one's own leaves out part the replicas; without model= nobody else can know."""
     failures = two.attempt(parting)
