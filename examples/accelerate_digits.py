@@ -1,10 +1,14 @@
-"""CR-SAM with Hugging Face Accelerate, on scikit-learn's digits: micro-batches, bfloat16, save and restore."""
+"""CR-SAM with Hugging Face Accelerate, on scikit-learn's digits: micro-batches, bfloat16, save and restore.
+
+torchrun --nproc-per-node 2 examples/accelerate_digits.py    in several processes
+"""
 
 import argparse
 import tempfile
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
@@ -22,31 +26,38 @@ def main(mixed_precision="no", micro_batches=2, epochs=10):
     train, test = random_split(data, [0.8, 0.2])
 
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, 10))
-    optimizer = CRSAM(model.parameters(), torch.optim.AdamW, rho=0.1, lr=2e-3, weight_decay=0.05, max_grad_norm=1.0)
+    options = {"rho": 0.1, "lr": 2e-3, "weight_decay": 0.05, "max_grad_norm": 1.0}
+    optimizer = CRSAM(model.parameters(), torch.optim.AdamW, model=model, **options)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
     loader = DataLoader(train, 64, shuffle=True)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    optimizer.optimizer.follow_wrapper(model)  # in several processes, a DistributedDataParallel
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as own:
+        (folder,) = broadcast_object_list([own])
         for epoch in range(epochs):
             model.train()
             for x, y in loader:
 
-                def closure(x=x, y=y):
-                    """All micro-batches: every pass needs them all, so they are accumulated here and not outside."""
-                    total = 0.0
-                    for part, target in zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True):
+                def closure_of(part, target, size):
+                    def closure():
                         with accelerator.autocast():
-                            loss = F.cross_entropy(model(part), target, reduction="sum") / len(x)
+                            loss = F.cross_entropy(model(part), target, reduction="sum") / size
                         accelerator.backward(loss)
-                        total += loss.detach()
-                    return total
+                        return loss
 
-                optimizer.step(closure)
+                    return closure
+
+                # Every pass needs all micro-batches, so they are accumulated here and not outside.
+                parts = zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True)
+                optimizer.step([closure_of(part, target, len(x)) for part, target in parts])
             schedule.step()
             if epoch == epochs // 2:
                 accelerator.save_state(folder)
+                accelerator.wait_for_everyone()
                 accelerator.load_state(folder)
+        accelerator.wait_for_everyone()
+    optimizer.optimizer.check_replicas()
 
     model.eval()
     with torch.no_grad():

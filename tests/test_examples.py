@@ -55,16 +55,18 @@ def test_all_are_tested():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == NEEDS.keys()
 
 
-def test_ddp():
-    """As its first lines say, in two processes."""
+@pytest.mark.parametrize(("name", "percent"), [("ddp_digits", 95), ("accelerate_digits", 80)])
+def test_in_two_processes(name, percent):
+    """As their first lines say."""
+    load(name)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*command, EXAMPLES / "ddp_digits.py"], capture_output=True, text=True, timeout=240, env=environment
+        [*command, EXAMPLES / f"{name}.py"], capture_output=True, text=True, timeout=240, env=environment
     )
     assert done.returncode == 0, done.stderr[-4000:]
     (line,) = done.stdout.splitlines()
-    assert float(line.removeprefix("test accuracy ").rstrip("%")) > 95
+    assert float(line.removeprefix("test accuracy ").rstrip("%")) > percent
 
 
 def test_digits(capsys):

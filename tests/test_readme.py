@@ -32,8 +32,16 @@ def test_python_is_in_fences_that_say_so():
             compile(textwrap.dedent(block), str(README), "exec")
 
 
+@pytest.fixture
+def process_group(tmp_path):
+    """That of one process, for the snippet of several."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("needs_gpu", [False, True])
-def test_snippets_run(needs_gpu, stand_in, monkeypatch):  # noqa: F811
+def test_snippets_run(needs_gpu, stand_in, process_group, monkeypatch):  # noqa: F811
     """One after the other; those for a GPU with the CPU and a stand-in for the graph in its place."""
     names: dict[str, object] = {}
     torch.manual_seed(0)
