@@ -83,4 +83,5 @@ if __name__ == "__main__":
     shared = [tempfile.mkdtemp()]
     dist.broadcast_object_list(shared)
     main(Path(shared[0]) / "checkpoint")
+    dist.barrier()
     dist.destroy_process_group()

@@ -39,8 +39,8 @@ OPTIMIZER = (
 )
 PARTS = {
     # Files, expression that chooses among the tests there, and how many are chosen.
-    "operators": (["test_ops.py"], "triton_interpreted", 209),
-    "triton_operators": (["test_triton_operators.py"], "", 84),
+    "operators": (["test_ops.py"], "triton_interpreted", 225),
+    "triton_operators": (["test_triton_operators.py"], "", 86),
     "trajectories": (
         ["test_golden.py"],
         "given_gradients and triton_interpreted and float32 and (adamw or momentum)",

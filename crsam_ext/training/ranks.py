@@ -46,6 +46,7 @@ class Ranks:
     def leave(self) -> None:
         """Call when the run is over."""
         if self.size > 1:
+            dist.barrier()  # the threads of gloo in torch 2.11 end badly where others still talk to them
             dist.destroy_process_group()
 
     def first(self, function: Callable[[], T]) -> T:
