@@ -20,6 +20,7 @@ from torch.utils.dlpack import from_dlpack
 
 __all__ = [
     "attributes_of",
+    "compiled_from",
     "hooks_of",
     "is_fsdp_flat",
     "is_joining",
@@ -101,6 +102,11 @@ def _python_generator() -> Any:
         return None
     probe.setstate(state)
     return getattr(random.getstate, "__self__", None) if _memory_of(probe) == before else None
+
+
+def compiled_from(model: Any) -> Any:
+    """The model that ``torch.compile`` was given; any other one as it is."""
+    return getattr(model, "_orig_mod", model)
 
 
 def hooks_of(ddp: Any) -> list[tuple[Any, Any]]:

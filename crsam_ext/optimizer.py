@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
 from . import backends
-from ._compat import attributes_of, is_part_of_zero, mark_stepped
+from ._compat import attributes_of, compiled_from, is_part_of_zero, mark_stepped
 from .base_optimizer import SeparateGroups, completed, make_base
 from .flat import FlatParameters, check_parameter
 from .model_buffers import ModelBuffers
@@ -39,7 +39,12 @@ __all__ = ["CRSAM"]
 
 # What a copy or a pickle of the optimizer leaves behind: it is made again when needed. (A scheduler puts a function
 # named ``step`` on the instance, which refers to that very instance.)
-_TRANSIENT = ("operators", "_flat", "_step", "_last_loss", "_combined", "_provisional", "step")
+_TRANSIENT = ("operators", "replicas", "_flat", "_step", "_last_loss", "_combined", "_provisional", "step")
+
+# Options that pickles of earlier versions lack.
+_ADDED_OPTIONS = (
+    "interval", "curvature_interval", "sync_perturbation", "replay_rng", "stochastic_rounding", "compile", "flatten",
+)  # fmt: skip
 
 # In the groups of an optimizer with intervals: how many steps it has taken or skipped.
 _STEPS = "crsam_steps"
@@ -272,11 +277,13 @@ class CRSAM(Optimizer):
             raise ValueError(refusal)
         self._model = model
         self.model_buffers = None if model is None else ModelBuffers(model)
-        self.replicas = None
-        if isinstance(model, DistributedDataParallel):
-            self.replicas = Replicas(model, self.sync_perturbation)
-        elif self.sync_perturbation is not False:
+        self.replicas = self._replicas_of(model)
+        if self.replicas is None and self.sync_perturbation is not False:
             raise ValueError("sync_perturbation is about ranks: give a DistributedDataParallel as model=")
+
+    def _replicas_of(self, model: torch.nn.Module | None) -> Replicas | None:
+        inner = compiled_from(model)
+        return Replicas(inner, self.sync_perturbation) if isinstance(inner, DistributedDataParallel) else None
 
     def follow_wrapper(self, wrapper: Any) -> None:
         """Make a DistributedDataParallel the ``model``, if it is around the one that was given; trainers wrap late."""
@@ -951,11 +958,13 @@ class CRSAM(Optimizer):
             "_separate": SeparateGroups(groups, base, state["_own"]) if shares_names else None,
             "_difference": SecondDifference(),
             "model_buffers": None,
+            "_model": None,
         }
         options = inspect.signature(CRSAM).parameters
-        for name in ("interval", "curvature_interval", "replay_rng", "stochastic_rounding", "compile", "flatten"):
+        for name in _ADDED_OPTIONS:
             later[name] = options[name].default
         super().__setstate__({**later, **state})
+        self.replicas = self._replicas_of(self._model)
         base.__dict__.update(attributes)
         base.__setstate__({"state": base.state, "param_groups": base.param_groups})
         self._attach()

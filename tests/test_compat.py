@@ -155,3 +155,54 @@ def test_relaxed_capture_without_a_driver(monkeypatch):
             assert _compat._exchange_capture_mode() is None
     finally:
         _compat._exchange_capture_mode.cache_clear()
+
+
+def test_compiled_from():
+    model = torch.nn.Linear(2, 2)
+    assert _compat.compiled_from(torch.compile(model, backend="eager")) is model
+    assert _compat.compiled_from(model) is model
+
+
+@pytest.fixture
+def ddp(tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    torch.distributed.destroy_process_group()
+
+
+def test_hooks_of(ddp):
+    def hook(state, bucket):
+        raise NotImplementedError
+
+    assert _compat.hooks_of(ddp) == []
+    ddp.register_comm_hook("state", hook)
+    assert _compat.hooks_of(ddp) == [(hook, "state")]
+
+
+def test_is_joining(ddp):
+    assert not _compat.is_joining(ddp)
+    with ddp.join():
+        assert _compat.is_joining(ddp)
+    assert not _compat.is_joining(torch.nn.Linear(2, 2))
+
+
+def test_is_part_of_zero(ddp):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    seen = []
+
+    class Asking(torch.optim.SGD):
+        def __init__(self, *arguments, **options):
+            seen.append(_compat.is_part_of_zero())
+            super().__init__(*arguments, **options)
+
+    ZeroRedundancyOptimizer(ddp.parameters(), Asking, lr=0.1)
+    Asking(ddp.parameters(), lr=0.1)
+    assert seen == [True, False]
+
+
+def test_is_fsdp_flat():
+    param = torch.nn.Parameter(torch.ones(2))
+    assert not _compat.is_fsdp_flat(param)
+    param._fsdp_flattened = True  # as FullyShardedDataParallel does; tests/test_replicas.py has the real one
+    assert _compat.is_fsdp_flat(param)

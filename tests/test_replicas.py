@@ -1,5 +1,6 @@
 """DistributedDataParallel: one all-reduce a step, replicas that stay equal to the bit, and what is refused."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -140,6 +141,7 @@ WRAPPED = {
     "tiny buckets": {"bucket_cap_mb": 1e-4},
     "tiny bucket views": {"bucket_cap_mb": 1e-4, "gradient_as_bucket_view": True},
     "static graph": {"static_graph": True},
+    "static graph, bucket views": {"static_graph": True, "gradient_as_bucket_view": True},
     "unused": {"find_unused_parameters": True},
 }
 
@@ -745,6 +747,31 @@ def with_late_parameters(rank, size):
         optimizer.step(closure_of(model, *batch_of(step, rank)))
     optimizer.check_replicas()
     assert not torch.equal(network.last.weight, Network().double().last.weight)
+    return ([p.detach().clone() for p in network.parameters()],)
+
+
+@pytest.mark.parametrize("wrapped", ["static graph", "unused"])
+def test_log_in_other_wrappers(two, wrapped):
+    results = two(trained, "sgd", LOG, tuple(WRAPPED[wrapped].items()))
+    assert_equal(results)
+    assert_close(results[0][0], by_means(2, LOG))
+
+
+def test_a_compiled_model_and_a_copy(two):
+    results = two(compiled_and_copied)
+    assert_equal(results, expected(2, "sgd", LINEAR))
+
+
+def compiled_and_copied(rank, size):
+    network = Network().double()
+    ddp = DistributedDataParallel(network)
+    model = torch.compile(ddp, backend="eager")
+    optimizer = CRSAM(network.parameters(), torch.optim.SGD, model=model, **BASES["sgd"][1], **LINEAR)
+    for step in range(STEPS):
+        optimizer.step(closure_of(model, *batch_of(step, rank)))
+    twin = copy.deepcopy(optimizer)
+    assert twin.replicas.ddp is not optimizer.replicas.ddp
+    assert twin.replicas.size == size
     return ([p.detach().clone() for p in network.parameters()],)
 
 
