@@ -1,6 +1,7 @@
 """DistributedDataParallel: one all-reduce a step, replicas that stay equal to the bit, and what is refused."""
 
 import copy
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -757,6 +758,28 @@ def test_log_in_other_wrappers(two, wrapped):
     assert_close(results[0][0], by_means(2, LOG))
 
 
+def test_channels_last(two):
+    """Gradients, buckets and flat buffers agree on the memory order: DistributedDataParallel has nothing to warn of."""
+    assert_equal(two(in_channels_last))
+
+
+def in_channels_last(rank, size):
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3), torch.nn.Flatten()
+    network = torch.nn.Sequential(*layers, torch.nn.Linear(64, 4)).to(memory_format=torch.channels_last)
+    model = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    optimizer = CRSAM(network.parameters(), torch.optim.SGD, lr=0.1, model=model, **LINEAR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(STEPS):
+            generator = torch.Generator().manual_seed(100 * step + rank)
+            x = torch.randn(8, 3, 8, 8, generator=generator).to(memory_format=torch.channels_last)
+            optimizer.step(closure_of(model, x, torch.randint(4, (8,), generator=generator)))
+    assert network[0].weight.is_contiguous(memory_format=torch.channels_last)
+    optimizer.check_replicas()
+    return ([p.detach().clone() for p in network.parameters()],)
+
+
 def test_a_compiled_model_and_a_copy(two):
     results = two(compiled_and_copied)
     assert_equal(results, expected(2, "sgd", LINEAR))
@@ -865,6 +888,45 @@ def test_fifty_steps(two):
     """The replicas are equal to the bit, in float32."""
     assert_equal(two(trained, "sgd", LINEAR, (), "closure", torch.float32, 50))
     assert_equal(two(trained, "adamw", {**LINEAR, "max_grad_norm": 0.5}, (), "closure", torch.float32, 50))
+
+
+def test_checkpoints_for_other_numbers_of_ranks(two, four, tmp_path):
+    """Saved by four, loaded by two, saved by them, and loaded by one process into torch's own AdamW."""
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    (saved, *_) = four(saved_and_loaded, None, tmp_path / "four")
+    loaded, other = two(saved_and_loaded, tmp_path / "four", tmp_path / "two")
+    assert_equal([loaded], other[0])
+    assert all(torch.equal(p, q) for p, q in zip(saved[1], loaded[0], strict=True))
+    network = Network().double()
+    plain = torch.optim.AdamW(network.parameters(), lr=0.01)
+    weights, state = get_state_dict(network, plain)
+    read = {"model": weights, "optimizer": state}
+    dcp.load(read, checkpoint_id=tmp_path / "two", no_dist=True)
+    set_state_dict(network, plain, model_state_dict=read["model"], optim_state_dict=read["optimizer"])
+    assert_equal([(list(network.parameters()),)], loaded[1])
+    assert plain.state[network.first.weight]["step"] == 6
+
+
+def saved_and_loaded(rank, size, source, target):
+    """The parameters as they were loaded, and after three more steps, which are saved."""
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model, optimizer = made(rank, "adamw", **LINEAR, curvature_interval=2)
+    weights, state = get_state_dict(model, optimizer)
+    read = {"model": weights, "optimizer": state}
+    if source is not None:
+        dcp.load(read, checkpoint_id=source)
+        set_state_dict(model, optimizer, model_state_dict=read["model"], optim_state_dict=read["optimizer"])
+        assert optimizer.stats.steps == 3
+    before = [p.detach().clone() for p in model.parameters()]
+    for step in range(3):
+        optimizer.step(closure_of(model, *batch_of(step, rank)))
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=target)
+    return before, [p.detach().clone() for p in model.parameters()]
 
 
 @pytest.mark.parametrize("form", ["full", "broadcast"])
