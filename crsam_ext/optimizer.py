@@ -39,7 +39,17 @@ __all__ = ["CRSAM"]
 
 # What a copy or a pickle of the optimizer leaves behind: it is made again when needed. (A scheduler puts a function
 # named ``step`` on the instance, which refers to that very instance.)
-_TRANSIENT = ("operators", "replicas", "_flat", "_step", "_last_loss", "_combined", "_provisional", "step")
+_TRANSIENT = (
+    "operators",
+    "replicas",
+    "_flat",
+    "_step",
+    "_last_loss",
+    "_combined",
+    "_provisional",
+    "_unstepped",
+    "step",
+)
 
 # Options that pickles of earlier versions lack.
 _ADDED_OPTIONS = (
@@ -139,6 +149,7 @@ class CRSAM(Optimizer):
     _step: Step | None
     _combined: bool
     _last_loss: Any  # of the pass that step() will end, which takes no such argument
+    _unstepped: set[Tensor]  # see _without_steps(), where there is no _flat
     _step_supports_amp_scaling = True  # torch's GradScaler leaves scale and found_inf to the step
 
     def __init__(
@@ -698,7 +709,7 @@ class CRSAM(Optimizer):
             operators = self._load_operators()
             if operators.name != self.operators.name:  # the parameters have moved to another kind of device
                 self.operators = operators
-            moved, unstepped = ({}, set()) if flat is None else (flat.moved(), flat.unstepped(self.state))
+            moved, unstepped = {} if flat is None else flat.moved(), self._without_steps()
             self._flat = flat = None  # whatever it holds of parameters in place must not count as another holder
             flat = FlatParameters(
                 self.param_groups, self.state, update, self.operators, num_points, self.flatten, moved, unstepped
@@ -921,6 +932,10 @@ class CRSAM(Optimizer):
         self._sync()
         self._reset()
 
+    def _without_steps(self) -> set[Tensor]:
+        """Parameters that have taken no step, though their state may look like it."""
+        return self._unstepped if self._flat is None else self._flat.unstepped(self.state)
+
     def _devices(self) -> set[torch.device]:
         return {param.device for group in self.param_groups for param in group["params"]}
 
@@ -933,12 +948,16 @@ class CRSAM(Optimizer):
     def _reset(self) -> None:
         self.operators = self._load_operators()
         self._flat = self._step = self._last_loss = None
-        self._combined, self._provisional = False, ProvisionalState()
+        self._combined, self._provisional, self._unstepped = False, ProvisionalState(), set()
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {k: v for k, v in attributes_of(self).items() if k not in _TRANSIENT}
         # torch's __getstate__ of the base optimizer leaves attributes behind that its class has added.
-        return {**kept, "_base_attributes": attributes_of(self.base_optimizer)}
+        return {
+            **kept,
+            "_base_attributes": attributes_of(self.base_optimizer),
+            "_unstepped": self._without_steps(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base_optimizer" not in state:  # called by torch's load_state_dict
@@ -949,7 +968,7 @@ class CRSAM(Optimizer):
                 self.base_optimizer.__setstate__({**state, "param_groups": self.base_optimizer.param_groups})
             self._reset()
             return
-        attributes = state.pop("_base_attributes", {})
+        attributes, unstepped = state.pop("_base_attributes", {}), state.pop("_unstepped", set())
         # Pickles of earlier versions hold what are properties now, and lack what has been added since.
         groups, _ = state.pop("param_groups", None), state.pop("state", None)
         base = state["base_optimizer"]
@@ -968,6 +987,7 @@ class CRSAM(Optimizer):
         base.__dict__.update(attributes)
         base.__setstate__({"state": base.state, "param_groups": base.param_groups})
         self._attach()
+        self._unstepped = unstepped
 
 
 def _refusal(model: Any) -> str | None:

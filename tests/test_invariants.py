@@ -226,7 +226,7 @@ def check_bad_gradient(base, form, position, bad, options, device, dtype):
 
 
 @pytest.mark.parametrize("base", ["momentum", "adamw"])
-def test_bad_first_step_leaves_no_state(base, backend_options, device):
+def test_bad_first_step_changes_no_later_one(base, backend_options, device):
     """A skipped first step is no first step: momentum begins undamped in the next one, and counters with 1."""
     results = []
     for spoil in (True, False):
@@ -244,7 +244,7 @@ def test_bad_first_step_leaves_no_state(base, backend_options, device):
 
         if spoil:
             optimizer.step(spoiled)
-            assert not any(optimizer.state.values())
+            assert not any(value.any() for state in optimizer.state.values() for value in state.values())
         for _ in range(2):
             optimizer.step(closure)
         results.append(snapshot(optimizer))

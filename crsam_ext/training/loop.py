@@ -46,11 +46,11 @@ class Run:
     """Everything that training changes."""
 
     device: torch.device
-    ranks: Ranks
     model: nn.Module
-    wrapped: nn.Module  #: what is trained: the model, or the DistributedDataParallel around it
     optimizer: CRSAM
     ema: ModelEmaV3 | None
+    ranks: Ranks = ALONE
+    ddp: nn.Module | None = None  #: the DistributedDataParallel around the model, in several processes
     history: list[dict[str, Any]] = field(default_factory=list)  #: the rows of log.csv
 
     @property
@@ -131,10 +131,11 @@ def _start(options: Namespace, data: Data, device: torch.device, ranks: Ranks) -
     ema = None if options.ema is None else ModelEmaV3(model, decay=options.ema, use_warmup=True)
     if options.compile:
         model.compile()
-    wrapped = ranks.wrapped(model, device)
+    ddp = ranks.ddp(model, device)
     if not ranks.is_first:  # dropout masks of its own
         checkpoint.seed_everything(options.seed + 1_000_003 * ranks.rank)
-    return Run(device, ranks, model, wrapped, create_optimizer(wrapped, options), ema)
+    optimizer = create_optimizer(ddp or model, options)
+    return Run(device, model, optimizer, ema, ranks, ddp)
 
 
 def create_optimizer(model: nn.Module, options: Namespace) -> CRSAM:
@@ -232,7 +233,7 @@ def train_epoch(
     Raises:
         TrainingError: every step was skipped.
     """
-    model, optimizer, stats = state.wrapped.train(), state.optimizer, state.optimizer.stats
+    model, optimizer, stats = (state.ddp or state.model).train(), state.optimizer, state.optimizer.stats
     before = stats.as_dict()
     losses: list[Tensor] = []
     correct: list[Tensor] = []

@@ -91,10 +91,10 @@ class Ranks:
         """Those of some samples that are this process's."""
         return samples[self.rank :: self.size]
 
-    def wrapped(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model, with others in a DistributedDataParallel."""
+    def ddp(self, model: nn.Module, device: torch.device) -> nn.Module | None:
+        """A DistributedDataParallel around the model; None in a run of one process."""
         if self.size == 1:
-            return model
+            return None
         return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
     def unify(self, *models: nn.Module | None) -> None:
