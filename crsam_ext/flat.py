@@ -18,7 +18,7 @@ other share one, into which their gradients are gathered. Which parameters take 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -44,6 +44,8 @@ class StateLayout:
 
     #: Whether the state holds the counter of a parameter's steps, as "step".
     counts_steps: ClassVar[bool] = False
+    #: Whether it matters to later steps that the state is there: it shows that there has been one.
+    shows_steps: bool = False
     #: For each group the names of the model-size buffers of its parameters; None where nothing is flat.
     buffers: Sequence[tuple[str, ...]] | None
 
@@ -303,13 +305,7 @@ class Bucket:
             points[0] = slot.param.detach()
         return points
 
-    def adopt(
-        self,
-        state: Mapping[Tensor, dict[str, Any]],
-        layout: StateLayout,
-        moved: Mapping[Tensor, int],
-        unstepped: Set[Tensor],
-    ) -> None:
+    def adopt(self, state: Mapping[Tensor, dict[str, Any]], layout: StateLayout, moved: Mapping[Tensor, int]) -> None:
         """Move parameters and state into the flat buffers, and point them there."""
         for slot in self.slots:
             saved = slot.view(self.saved)
@@ -331,7 +327,7 @@ class Bucket:
                 if kept.get(name) is not None:
                     slot.views[name] = kept[name] = self._take_over(name, kept[name], view, moved)
             if not layout.counts_steps:
-                self.steps[slot.index] = 0.0 if slot.param in unstepped else layout.steps_taken(kept)
+                self.steps[slot.index] = layout.steps_taken(kept)
             if kept:
                 kept.pop("master_param", None)
                 kept.update(slot.views)
@@ -451,7 +447,6 @@ class FlatParameters:
         num_points: how many points are evaluated at once, 1 or 2.
         flatten: move the parameters that own their memory alone; otherwise, all stay in place.
         moved: parameters and state that lie in flat buffers already, with their addresses.
-        unstepped: parameters that have taken no step, whatever their state looks like.
     Raises:
         ValueError: for parameters that no row can be made of; the message says why.
     """
@@ -465,7 +460,6 @@ class FlatParameters:
         num_points: int = 1,
         flatten: bool = True,
         moved: Mapping[Tensor, int] | None = None,
-        unstepped: Set[Tensor] = frozenset(),
     ) -> None:
         moved = moved or {}
         self.num_points = num_points
@@ -490,7 +484,7 @@ class FlatParameters:
         self._copies: dict[tuple[Slot, int], Tensor] = {}
         self._constants: dict[tuple[float, ...], Tensor] = {}
         for bucket in self.buckets:
-            bucket.adopt(state, layout, moved, unstepped)
+            bucket.adopt(state, layout, moved)
         self._places = self._now()
         self._matched: Any = None  # fingerprint of what was found in place
         self._outside: list[Tensor] = []  # parameters that were left where they are
@@ -534,17 +528,6 @@ class FlatParameters:
         tensors = [slot.param for slot in self._slots.values() if slot.home is None]
         tensors += [view for slot in self._slots.values() for view in slot.views.values() if id(view) not in elsewhere]
         return {tensor: tensor.data_ptr() for tensor in tensors}
-
-    def unstepped(self, state: Mapping[Tensor, dict[str, Any]]) -> set[Tensor]:
-        """Parameters that have taken no step, though their state, which is still this one's, may look like it."""
-        found = set()
-        for bucket in self.buckets:
-            if bucket.steps is not None:
-                for slot, taken in zip(bucket.slots, bucket.steps.tolist(), strict=True):
-                    kept = state.get(slot.param, {})
-                    if taken == 0 and all(kept.get(name) is view for name, view in slot.views.items()):
-                        found.add(slot.param)
-        return found
 
     @staticmethod
     def _in_place(slot: Slot) -> bool:

@@ -47,7 +47,6 @@ _TRANSIENT = (
     "_last_loss",
     "_combined",
     "_provisional",
-    "_unstepped",
     "step",
 )
 
@@ -149,7 +148,6 @@ class CRSAM(Optimizer):
     _step: Step | None
     _combined: bool
     _last_loss: Any  # of the pass that step() will end, which takes no such argument
-    _unstepped: set[Tensor]  # see _without_steps(), where there is no _flat
     _step_supports_amp_scaling = True  # torch's GradScaler leaves scale and found_inf to the step
 
     def __init__(
@@ -709,10 +707,10 @@ class CRSAM(Optimizer):
             operators = self._load_operators()
             if operators.name != self.operators.name:  # the parameters have moved to another kind of device
                 self.operators = operators
-            moved, unstepped = {} if flat is None else flat.moved(), self._without_steps()
+            moved = {} if flat is None else flat.moved()
             self._flat = flat = None  # whatever it holds of parameters in place must not count as another holder
             flat = FlatParameters(
-                self.param_groups, self.state, update, self.operators, num_points, self.flatten, moved, unstepped
+                self.param_groups, self.state, update, self.operators, num_points, self.flatten, moved
             )
             if not flat.buckets:
                 raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
@@ -788,12 +786,18 @@ class CRSAM(Optimizer):
         """Enter the state of parameters that have a gradient, as it is before the first step; nothing else changes."""
         self._sync()
         flat, update, *_ = self._locate(1)
-        if update.native:
+
+        def publish() -> None:
             for bucket in flat.buckets:
                 mask = tuple(slot.param.grad is not None for slot in bucket.slots)
                 bucket.publish(bucket.plan(mask), self.state)
-        else:
+
+        if not update.native:
             self._provisional.make(self.state, self.param_groups, lambda: self._call_base("step"))
+        elif update.shows_steps:
+            self._provisional.make(self.state, self.param_groups, publish)
+        else:
+            publish()
         if self.curvature_interval > 1 and self._curved:
             self._difference.enter(flat.buckets)
             self._difference.publish(self.state)
@@ -932,10 +936,6 @@ class CRSAM(Optimizer):
         self._sync()
         self._reset()
 
-    def _without_steps(self) -> set[Tensor]:
-        """Parameters that have taken no step, though their state may look like it."""
-        return self._unstepped if self._flat is None else self._flat.unstepped(self.state)
-
     def _devices(self) -> set[torch.device]:
         return {param.device for group in self.param_groups for param in group["params"]}
 
@@ -948,16 +948,12 @@ class CRSAM(Optimizer):
     def _reset(self) -> None:
         self.operators = self._load_operators()
         self._flat = self._step = self._last_loss = None
-        self._combined, self._provisional, self._unstepped = False, ProvisionalState(), set()
+        self._combined, self._provisional = False, ProvisionalState()
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {k: v for k, v in attributes_of(self).items() if k not in _TRANSIENT}
         # torch's __getstate__ of the base optimizer leaves attributes behind that its class has added.
-        return {
-            **kept,
-            "_base_attributes": attributes_of(self.base_optimizer),
-            "_unstepped": self._without_steps(),
-        }
+        return {**kept, "_base_attributes": attributes_of(self.base_optimizer)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base_optimizer" not in state:  # called by torch's load_state_dict
@@ -968,7 +964,7 @@ class CRSAM(Optimizer):
                 self.base_optimizer.__setstate__({**state, "param_groups": self.base_optimizer.param_groups})
             self._reset()
             return
-        attributes, unstepped = state.pop("_base_attributes", {}), state.pop("_unstepped", set())
+        attributes = state.pop("_base_attributes", {})
         # Pickles of earlier versions hold what are properties now, and lack what has been added since.
         groups, _ = state.pop("param_groups", None), state.pop("state", None)
         base = state["base_optimizer"]
@@ -987,7 +983,6 @@ class CRSAM(Optimizer):
         base.__dict__.update(attributes)
         base.__setstate__({"state": base.state, "param_groups": base.param_groups})
         self._attach()
-        self._unstepped = unstepped
 
 
 def _refusal(model: Any) -> str | None:

@@ -639,7 +639,8 @@ class Step:
             saved = plan.saved if moved or bucket.has_master else plan.live
             update.apply(self.operators, plan, saved, grads, c, moved)
             self._wrote(plan)
-            if update.native and not plan.published:
+            # The flag is read in the first step of a plan only, and where it matters.
+            if update.native and not plan.published and (not update.shows_steps or bool(c.ok)):
                 bucket.publish(plan, self.state)
         self.flat.published = all(plan.published for plan in plans if plan.rows)
 

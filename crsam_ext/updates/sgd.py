@@ -40,7 +40,8 @@ class SGDUpdate(RuleUpdate):
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
         super().__init__(groups)
         self.buffers = [SGDOptions.state if group["momentum"] else () for group in groups]
+        # torch's first momentum is the gradient itself, undamped: it matters whether there has been one.
+        self.shows_steps = any(group["momentum"] and group["dampening"] for group in groups)
 
     def steps_taken(self, state: Mapping[str, Any]) -> float:
-        # torch's first momentum is the gradient itself, undamped: it matters whether there has been one.
         return 0.0 if state.get("momentum_buffer") is None else 1.0

@@ -62,8 +62,9 @@ class WrappedUpdate(Update):
 class ProvisionalState:
     """The state that an optimizer of any kind has made without a step of training, for whoever asks for its state.
 
-    Only the optimizer knows what its state is, and makes it in a step. So it takes one, with rates of 0; when training
-    begins, what that has left is removed, unless a checkpoint was loaded over it.
+    Only a wrapped optimizer knows what its state is, and makes it in a step. So it takes one, with rates of 0; when
+    training begins, what that has left is removed, unless a checkpoint was loaded over it. So is a state that shows by
+    its presence that there has been a step.
     """
 
     def __init__(self) -> None:
@@ -76,7 +77,7 @@ class ProvisionalState:
         Args:
             state: of the optimizer.
             groups: its parameter groups.
-            step: has it make a step with the gradients in ``p.grad``.
+            step: makes the state.
         """
         before = set(state)
         options = [dict(group) for group in groups]
