@@ -758,6 +758,52 @@ def test_log_in_other_wrappers(two, wrapped):
     assert_close(results[0][0], by_means(2, LOG))
 
 
+@pytest.mark.parametrize("options", [LINEAR, LOG])
+def test_a_last_pass_that_was_not_synchronised(two, options):
+    """The gradient is reduced all the same, when the step is made."""
+    results = two(all_in_no_sync, options)
+    assert_equal(results)
+    if options is LINEAR:
+        assert_equal(results, expected(2, "sgd", LINEAR))
+    else:
+        assert_close(results[0][0], by_means(2, LOG))
+
+
+def all_in_no_sync(rank, size, options):
+    model, optimizer = made(rank, **options)
+    for step in range(STEPS):
+        closure = closure_of(model, *batch_of(step, rank))
+        for call in (optimizer.first_step, optimizer.second_step, optimizer.third_step):
+            with model.no_sync():
+                closure()
+            call(zero_grad=True)
+    optimizer.check_replicas()
+    return ([p.detach().clone() for p in model.parameters()],)
+
+
+def test_a_base_optimizer_that_communicates(two):
+    """Whether it makes its step is decided alike: state that is sharded, and a NaN on one rank."""
+    results = two(with_sharded_state)
+    assert_equal(results)
+    assert results[0][1] == results[1][1] == 1
+
+
+def with_sharded_state(rank, size):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = DistributedDataParallel(Network().double())
+    base = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.01)
+    optimizer = CRSAM(model.parameters(), base, model=model, **LINEAR)
+    for step in range(STEPS):
+        handle = next(model.parameters()).register_hook(
+            lambda g, bad=(step, rank) == (2, 1): g * torch.nan if bad else g
+        )
+        optimizer.step(closure_of(model, *batch_of(step, rank)))
+        handle.remove()
+    optimizer.check_replicas()
+    return [p.detach().clone() for p in model.parameters()], int(optimizer.stats.skipped)
+
+
 def test_channels_last(two):
     """Gradients, buckets and flat buffers agree on the memory order: DistributedDataParallel has nothing to warn of."""
     assert_equal(two(in_channels_last))
