@@ -236,6 +236,14 @@ def assert_close_to_whole(results, size, options, base="sgd"):
     assert_close(results[0][0], model.parameters())
 
 
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_without_the_model(two, wrapped):
+    """Every pass is reduced by DistributedDataParallel, whose gradients may be views of buckets, even of whole ones."""
+    results = two(trained, "sgd", {**LINEAR, "model": None}, tuple(WRAPPED[wrapped].items()))
+    assert_equal(results)
+    assert_close_to_whole(results, 2, LINEAR)
+
+
 @pytest.mark.parametrize(
     "options", [{"regularizer": "log"}, {"max_regularizer_ratio": 0.01}, {"curvature_interval": 2}]
 )
