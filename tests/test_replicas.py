@@ -12,6 +12,8 @@ from crsam_ext import CRSAM, GradScaler, combine_wrapper
 
 from .ranks import AllReduces, Ranks
 
+pytestmark = pytest.mark.slow
+
 STEPS = 5
 BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
@@ -147,10 +149,12 @@ WRAPPED = {
 }
 
 
-@bases
+@pytest.mark.parametrize(
+    ("base", "form"),
+    [*((base, "closure") for base in BASES), ("sgd", "calls"), ("sgd", "calls without no_sync"), ("nadam", "calls")],
+)
 @pytest.mark.parametrize("passes", ["crsam", "sam"])
 @pytest.mark.parametrize("wrapped", WRAPPED)
-@pytest.mark.parametrize("form", ["closure", "calls", "calls without no_sync"])
 def test_local_perturbation(two, base, passes, wrapped, form):
     """To the bit what each rank would do alone, averaged; one all-reduce a step for each bucket."""
     options = LINEAR if passes == "crsam" else {"rho": 0.1, "alpha": 0.0, "beta": 0.0}
