@@ -327,8 +327,8 @@ class CRSAM(Optimizer):
         devices = sorted(map(str, self._devices()))
         if len(devices) != 1 or not devices[0].startswith("cuda"):
             return f"the parameters are on {', '.join(devices)}, not on one CUDA device"
-        if self.replicas is not None:
-            return "its gradients are reduced over the replicas of a DistributedDataParallel"
+        if in_several_processes():
+            return "its gradients are reduced over several processes"
         if self.backend not in ("cuda", "triton"):
             return f"backend {self.backend!r} reads numbers on the host; use cuda or triton"
         if not self._update().native:
@@ -428,7 +428,7 @@ class CRSAM(Optimizer):
             raise RuntimeError("torch's GradScaler takes no closure: use crsam_ext.GradScaler")
         loss_of: Any = closure
         if parallel is not None:
-            if self.replicas is not None:
+            if in_several_processes():
                 raise TypeError("parallel= evaluates a model without its DistributedDataParallel: step without it")
             closure = _with_backward(closure, parallel)
         closures = _accumulating(closure, self._locally)

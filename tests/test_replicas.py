@@ -911,9 +911,11 @@ def refusals(rank, size):
 
     model, optimizer = made(rank, **LINEAR)
     closure = closure_of(model, *batch_of(0, rank))
-    with pytest.raises(TypeError, match="parallel="):
-        optimizer.step(closure, parallel=model.module)
-    assert "replicas" in optimizer.capture_blocker() or "CUDA" in optimizer.capture_blocker()
+    for given in (model, None):
+        alone = CRSAM(model.parameters(), lr=0.1, model=given)
+        with pytest.raises(TypeError, match="parallel="):
+            alone.step(closure, parallel=model.module)
+    assert "CUDA" in optimizer.capture_blocker()  # what comes first on a CPU
     optimizer.step(closure)
     with pytest.raises(RuntimeError, match="until the first step"):
         optimizer.model = model
