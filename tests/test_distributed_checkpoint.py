@@ -15,6 +15,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from crsam_ext import CRSAM
 
+pytestmark = pytest.mark.slow
+
 BASES = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5}),
     "plain": (torch.optim.SGD, {}),

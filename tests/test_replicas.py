@@ -3,6 +3,7 @@
 import copy
 import warnings
 from contextlib import nullcontext
+from itertools import product
 
 import pytest
 import torch
@@ -317,6 +318,48 @@ def test_log(two, options, form):
     assert_close(results[0][0], by_means(2, options))
 
 
+def test_log_is_capped_and_counted(two):
+    results = two(trained, "sgd", {**LOG, "max_regularizer_ratio": 1e-3})
+    assert_equal(results)
+    assert all(stats["capped"] == STEPS for *_, stats in results)
+
+
+def test_log_with_two_groups(two):
+    """kappa and sigma are means over the ranks, each with an e of its own in both groups."""
+    (kappa, sigma, *alone), (_, _, *other) = two(grouped_log)
+    for found, own, others in zip((kappa, sigma), alone, other, strict=True):
+        assert found == pytest.approx((own + others) / 2, rel=1e-9)
+
+
+def grouped_log(rank, size):
+    results = []
+    for wrapped in (True, False):
+        network = Network().double()
+        model = DistributedDataParallel(network) if wrapped else network
+        params = list(network.parameters())
+        groups = [{"params": params[:2], "rho": 0.3}, {"params": params[2:], "rho": 0.05}]
+        optimizer = CRSAM(groups, torch.optim.SGD, lr=0.1, model=model, **LOG)
+        optimizer.step(closure_of(model, *batch_of(0, rank)))
+        results += [float(optimizer.stats.kappa), float(optimizer.stats.sigma)]
+    return results
+
+
+def test_single_passes_are_not_compressed(two):
+    """Where every pass is reduced, a hook in combine_wrapper sees none of them."""
+    options = {**LOG, "sync_perturbation": True}
+    found, wanted = two(with_own_hook, "sgd", options, (), rounding), two(trained, "sgd", options)
+    assert_equal(found, wanted[0][0])
+    compressed = two(with_own_hook, "sgd", LINEAR, (), rounding)
+    assert_equal(compressed)
+    assert not torch.equal(compressed[0][0][0], two(trained, "sgd", LINEAR)[0][0][0])
+
+
+def rounding(state, bucket):
+    """A hook that loses digits."""
+    rounded = bucket.buffer().to(torch.bfloat16).double().div_(2)
+    return torch.distributed.all_reduce(rounded, async_op=True).get_future().then(lambda done: done.value()[0])
+
+
 def by_means(size, options):
     """The steps of the log regularizer, from the formulas."""
     model = Network().double()
@@ -437,8 +480,10 @@ def test_sam_with_a_gradient_that_is_not_finite(two, index):
     assert all(seen == [0, 1, 1] for _, seen in results)
 
 
-@pytest.mark.parametrize("index", [0, 1, 2])
-@pytest.mark.parametrize("options", [LINEAR, LOG])
+@pytest.mark.parametrize(
+    ("options", "index"),
+    [*product((LINEAR, LOG), range(3)), *product(({"rho": 0.1, "alpha": 0.0, "beta": 0.0},), range(2))],
+)
 def test_a_squared_norm_that_overflows(two, index, options):
     """Of finite elements: e would be 0, or the gradient look harmless."""
     results = two(with_a_bad_gradient, (1, index, 1e200), options)
