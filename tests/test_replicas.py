@@ -452,7 +452,10 @@ def with_a_bad_gradient(rank, size, bad, options, form="closure"):
             return torch.full_like(grad, value) if (step, rank, len(calls)) == (1, where, index) else grad
 
         handle = next(model.parameters()).register_hook(hooked)
+        before = [p.detach().clone() for p in model.parameters()]
         optimizer.step(closure)
+        stayed = all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+        assert stayed == (step == 1)
         handle.remove()
         seen.append(int(optimizer.stats.skipped))
     optimizer.check_replicas()
