@@ -142,8 +142,8 @@ LINEAR = {"rho": 0.1, "alpha": 0.3, "beta": 0.2}
 WRAPPED = {
     "plain": {},
     "bucket views": {"gradient_as_bucket_view": True},
-    "tiny buckets": {"bucket_cap_mb": 1e-4},
-    "tiny bucket views": {"bucket_cap_mb": 1e-4, "gradient_as_bucket_view": True},
+    "tiny buckets": {"bucket_cap_mb": 1e-6},
+    "tiny bucket views": {"bucket_cap_mb": 1e-6, "gradient_as_bucket_view": True},
     "static graph": {"static_graph": True},
     "static graph, bucket views": {"static_graph": True, "gradient_as_bucket_view": True},
     "unused": {"find_unused_parameters": True},
@@ -418,8 +418,9 @@ def test_kernels(cuda_on_cpu):
     """Those of CUDA C++, compiled for a CPU, with the compiled functions for lists: the same steps to rounding."""
     ranks = Ranks(2)
     try:
-        for options in (LINEAR, LOG, {**LINEAR, "curvature_interval": 2}, {**LINEAR, "adaptive": True}):
-            for ddp in ({}, {"gradient_as_bucket_view": True}):
+        kept, adaptive, alone = {"curvature_interval": 2}, {"adaptive": True}, {"model": None}
+        for options in (LINEAR, LOG, {**LINEAR, **kept}, {**LINEAR, **adaptive}, {**LINEAR, **alone}):
+            for ddp in ({}, WRAPPED["tiny bucket views"]):
                 found = ranks(trained, "adamw", {**options, "backend": "cuda"}, tuple(ddp.items()))
                 assert_equal(found)
                 wanted = ranks(trained, "adamw", options, tuple(ddp.items()))
@@ -648,7 +649,7 @@ def test_overlap(two):
 
 
 def order_of_events(rank, size):
-    model, optimizer = made(rank, ddp={"bucket_cap_mb": 1e-4}, **LINEAR)
+    model, optimizer = made(rank, ddp={"bucket_cap_mb": 1e-6}, **LINEAR)
     optimizer.step(closure_of(model, *batch_of(0, rank)))
     events, all_reduce = [], torch.distributed.all_reduce
 
