@@ -16,8 +16,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the name of the program; those of the process by default.
 
     Returns:
-        The exit code: 0, 1 when nobody reads the output, 2 after an error that the user can mend, 130 after Ctrl-C.
+        The exit code: 0, 1 when nobody reads the output, 2 after an error that the user can mend, 130 after Ctrl-C. A
+        process that torchrun has started ends with it here: threads of gloo may abort an interpreter that shuts down.
     """
+    code = _main(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
     _make_streams_robust()
     try:
         options = parse(argv)

@@ -44,10 +44,9 @@ class Ranks:
         return self.rank == 0
 
     def leave(self) -> None:
-        """Call when the run is over."""
+        """Call when the run is over: nobody ends while others still talk to it."""
         if self.size > 1:
-            dist.barrier()  # the threads of gloo in torch 2.11 end badly where others still talk to them
-            dist.destroy_process_group()
+            dist.barrier()
 
     def first(self, function: Callable[[], T]) -> T:
         """What a function returns in the first process, in all; so is the TrainingError that it raises."""
