@@ -63,6 +63,7 @@ def main(mixed_precision="no", micro_batches=2, epochs=10):
     with torch.no_grad():
         x, y = (column.to(accelerator.device) for column in next(iter(DataLoader(test, len(test)))))
         accelerator.print(f"test accuracy {(model(x).argmax(1) == y).float().mean():.2%}")
+    accelerator.wait_for_everyone()
     return model, optimizer.optimizer
 
 
