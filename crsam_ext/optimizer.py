@@ -656,7 +656,7 @@ class CRSAM(Optimizer):
             )
         if replicas is not None:
             replicas.prepare(self)
-            replicas.agree(self._signature(passes))
+            replicas.agree(lambda: self._signature(passes))
         self._step = Step(
             self._settings(),
             self._locate,
@@ -989,10 +989,7 @@ def _refusal(model: Any) -> str | None:
     """Why a step cannot be made with a model; None where it can."""
     home = type(model).__module__.partition(".")[0]
     if home == "deepspeed":
-        return (
-            "DeepSpeed's engine takes no closure and frees gradients in its step: use DistributedDataParallel or "
-            "torch.distributed.fsdp.fully_shard"
-        )
+        return "DeepSpeed's engine takes no closure and frees gradients in its step: use DistributedDataParallel"
     if type(model).__name__ == "FullyShardedDataParallel":
         return "FullyShardedDataParallel holds shards under the name of parameters: use DistributedDataParallel"
     return None

@@ -166,14 +166,17 @@ class Replicas:
 
     # What is reduced -------------------------------------------------------------------------------------------------
 
-    def agree(self, settings: dict[str, Any]) -> None:
+    def agree(self, settings_of_step: Callable[[], dict[str, Any]]) -> None:
         """See, in the first step, whether all replicas take the same steps.
 
+        Args:
+            settings_of_step: tells by name what decides about a step; asked in that one only.
         Raises:
             RuntimeError: on all of them, if they do not, saying what differs.
         """
         if self._agreed:
             return
+        settings = settings_of_step()
         everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, settings, group=self.group)
         differ = [name for name in settings if any(other.get(name) != everyone[0].get(name) for other in everyone)]

@@ -174,10 +174,13 @@ class Step:
     @property
     def kind(self) -> Pass:
         """What happens to the gradients of the pass that is running, or comes next."""
+        return self._kind_of(self.collected)
+
+    def _kind_of(self, index: int) -> Pass:
         if self.replicas is None:
             return Pass.LOCAL
         known = self.settings.weights_known(self.passes, self.difference)
-        return self.replicas.kind(self.collected, self.passes, known)
+        return self.replicas.kind(index, self.passes, known)
 
     def add(self, loss: Any, grads: list[Gradients]) -> None:
         """Enter the next pass: its loss and, for each bucket and slot, its gradient in the parameter's own layout."""
@@ -333,10 +336,7 @@ class Step:
     @property
     def _reduces(self) -> bool:
         """Whether the regularized gradient is to be reduced, rather than those of all passes, or nothing."""
-        if self.replicas is None or self.passes == 1:
-            return False
-        known = self.settings.weights_known(self.passes, self.difference)
-        return self.replicas.kind(self.passes - 1, self.passes, known) is not Pass.MEAN
+        return self.replicas is not None and self._kind_of(self.passes - 1) is not Pass.MEAN
 
     @property
     def reduces_late(self) -> bool:

@@ -794,6 +794,16 @@ def with_fsdp(rank, size):
     CRSAM(model.parameters(), lr=0.1)
 
 
+def test_engines_that_are_refused():
+    """By where their classes come from: neither library is installed here."""
+    engine = type("DeepSpeedEngine", (torch.nn.Module,), {"__module__": "deepspeed.runtime.engine"})()
+    with pytest.raises(ValueError, match=r"DeepSpeed's engine .*: use DistributedDataParallel"):
+        CRSAM(Network().parameters(), lr=0.1, model=engine)
+    wrapped = type("CRSAM", (CRSAM,), {"__module__": "horovod.torch.optimizer"})
+    with pytest.raises(TypeError, match=r"Horovod .*: use DistributedDataParallel"):
+        wrapped(Network().parameters(), lr=0.1)
+
+
 def test_parameters_that_join_late(two):
     assert_equal(two(with_late_parameters))
 
