@@ -39,16 +39,7 @@ __all__ = ["CRSAM"]
 
 # What a copy or a pickle of the optimizer leaves behind: it is made again when needed. (A scheduler puts a function
 # named ``step`` on the instance, which refers to that very instance.)
-_TRANSIENT = (
-    "operators",
-    "replicas",
-    "_flat",
-    "_step",
-    "_last_loss",
-    "_combined",
-    "_provisional",
-    "step",
-)
+_TRANSIENT = ("operators", "replicas", "_flat", "_step", "_last_loss", "_combined", "_provisional", "step")
 
 # Options that pickles of earlier versions lack.
 _ADDED_OPTIONS = (

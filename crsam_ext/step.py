@@ -123,6 +123,7 @@ class Step:
     ) -> None:
         self.replicas = replicas
         self._combined = False  # whether the hook has made the regularized gradient of that of the last pass
+        self._numbers: tuple[Tensor, Tensor] | None = None  # see _hook_numbers()
         self._combined_gram: dict[int, Tensor] = {}  # by bucket of the hook, its part of the Gram matrix
         self._reduced_norm: Tensor | None = None  # squared, [groups], of the regularized gradient that was reduced
         self._decided: Coefficients | None = None  # what was decided from all gradients, before it was reduced
@@ -357,7 +358,7 @@ class Step:
             bucket: of which all gradients of the last pass are there.
             factor: what the regularized gradient is multiplied with.
         """
-        number = self._factor(factor)
+        number, weights_of_passes = self._hook_numbers(factor)
         if self.passes < PASSES:
             buffer = bucket.buffer()
             buffer.mul_(number.to(buffer))
@@ -383,12 +384,17 @@ class Step:
             saved.append(flattened(slot.view(self.flat.buckets[index].saved)))
         if out:
             weights = [w if self._adaptive[group] else None for w, group in zip(saved, groups, strict=True)]
-            weights_of_passes = pass_weights(*self._alpha_beta())
             gram = self.operators.fd_combine_(out, grads, groups, len(self.groups), weights, weights_of_passes, number)
             if gram is not None:
                 self._combined_gram[bucket.index()] = gram
         for last, values in laid_out:
             last.copy_(values)
+
+    def _hook_numbers(self, factor: float) -> tuple[Tensor, Tensor]:
+        """The factor and the weights of the passes, the same for all buckets of a pass."""
+        if self._numbers is None:
+            self._numbers = self._factor(factor), pass_weights(*self._alpha_beta())
+        return self._numbers
 
     def _factor(self, factor: float, found_inf: Tensor | None = None) -> Tensor:
         """A factor, 0-dim, that is NaN where something has overflowed that the gradients do not show."""

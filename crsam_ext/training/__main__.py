@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from .errors import TrainingError
 from .options import parse
+from .ranks import started
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         process that torchrun has started ends with it here: threads of gloo may abort an interpreter that shuts down.
     """
     code = _main(argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if started()[1] > 1:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()
@@ -61,7 +62,7 @@ def _make_streams_robust() -> None:
 
 
 def _complain(message: str, code: int) -> int:
-    if int(os.environ.get("RANK", "0")) == 0:  # of the processes of a run, the first speaks for all
+    if started()[0] == 0:  # of the processes of a run, the first speaks for all
         with suppress(OSError):
             print(f"crsam-train: {' '.join(message.split())}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):

@@ -1,6 +1,5 @@
 """What a run shows while it works: a bar on a terminal, plain lines elsewhere."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,10 +7,12 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .ranks import started
+
 
 def is_quiet() -> bool:
     """Whether another process speaks for this one: of those that torchrun starts, the first does."""
-    return int(os.environ.get("RANK", "0")) > 0
+    return started()[0] > 0
 
 
 def warn(line: str) -> None:

@@ -20,6 +20,11 @@ from .errors import TrainingError
 T = TypeVar("T")
 
 
+def started() -> tuple[int, int]:
+    """The number of this process and how many there are, as torchrun has told: 0 and 1 without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 class Ranks:
     """This process among those of the run.
 
@@ -34,7 +39,7 @@ class Ranks:
     @classmethod
     def of_torchrun(cls, device: torch.device) -> Ranks:
         """Meet the other processes, where torchrun has started this one."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if started()[1] == 1:
             return ALONE
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(dist.get_rank(), dist.get_world_size())

@@ -50,22 +50,25 @@ def test_one_process_speaks_and_writes(trained):
     assert "processes" not in json.loads((folder / "config.json").read_text())
 
 
-def test_the_evaluation_is_that_of_one_process(trained):
-    """Every sample is in it once."""
+def check_evaluation(folder, arguments):
+    """The last one is that of one process: every sample is in it once."""
     from crsam_ext.training.data import load
     from crsam_ext.training.loop import evaluate
     from crsam_ext.training.models import create_model
     from crsam_ext.training.options import parse
-    from crsam_ext.training.ranks import Ranks
 
-    folder, _ = trained
-    cpu, options = torch.device("cpu"), parse(SHORT)
+    cpu, options = torch.device("cpu"), parse(arguments)
     data = load(options, cpu)
-    model = create_model("mlp", data.shape, data.classes)
+    model = create_model(options.model, data.shape, data.classes)
     model.load_state_dict(torch.load(folder / "last.pt", weights_only=True)["model"])
-    alone, row = evaluate(model, data.test(), cpu, False, Ranks()), log_of(folder)[-1]
+    alone, row = evaluate(model, data.test(), cpu, False), log_of(folder)[-1]
     assert alone["test_accuracy"] == float(row["test_accuracy"])
     assert alone["test_loss"] == pytest.approx(float(row["test_loss"]), rel=1e-5)
+
+
+def test_the_evaluation_is_that_of_one_process(trained):
+    folder, _ = trained
+    check_evaluation(folder, SHORT)
 
 
 def test_stopped_and_resumed_it_is_the_same_run(trained, tmp_path):
@@ -121,3 +124,14 @@ def test_one_line_for_a_mistake(trained, tmp_path):
         lines = [line for line in done.stderr.splitlines() if line.startswith("crsam-train: ")]
         assert len(lines) == 1
         assert message in lines[0]
+
+
+def test_images_in_a_folder(image_folder, tmp_path):
+    """Every rank takes its part of each batch from timm's loader, and evaluates its share of five validation images."""
+    options = ["--data", f"folder:{image_folder}", "--model", "resnet18", "--image-size", "32", "--batch-size", "4"]
+    options += ["--epochs", "1", "--workers", "0"]
+    folder = tmp_path / "run"
+    done = start(2, *options, "--output", folder)
+    assert done.returncode == 0, done.stderr
+    assert [row["bad_files"] for row in log_of(folder)] == ["0"]
+    check_evaluation(folder, options)
