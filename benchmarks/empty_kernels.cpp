@@ -3,11 +3,12 @@
 
 namespace crsam {
 
-void launch_grad_norm(Dtype, const Table&, double*, double*, cudaStream_t) {}
+void launch_grad_norm(Dtype, const Table&, const double*, double*, double*, cudaStream_t) {}
 void launch_perturbation_scale(const double*, const double*, double, double*, int32_t, cudaStream_t) {}
 void launch_perturb(Dtype, const Table&, const double*, int, bool, cudaStream_t) {}
 void launch_fd_gram(Dtype, const Table&, double*, double*, cudaStream_t) {}
 void launch_fd_combine(Dtype, const Table&, Decision, double*, double*, cudaStream_t) {}
+void launch_fd_direction(Dtype, const Table&, Decision, cudaStream_t) {}
 // A step that is sound: parameters enter the optimizer's state as they do in training.
 void launch_coefficients(const CoefficientsArguments& arguments, cudaStream_t) { arguments.flags->ok = true; }
 std::optional<Regularizer> regularizer_named(std::string_view) { return Regularizer::linear; }

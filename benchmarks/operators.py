@@ -11,7 +11,7 @@ import torch
 
 from crsam_ext import backends
 from crsam_ext.backends.fused import KERNELS
-from crsam_ext.ops import Coefficients
+from crsam_ext.ops import Coefficients, Direction
 from crsam_ext.precision import compute_dtype
 from crsam_ext.updates import AdamOptions, SGDOptions
 
@@ -40,7 +40,7 @@ def contestants(
     def rows(row_dtype: torch.dtype) -> list[torch.Tensor]:
         return [torch.rand(n, device=device, dtype=row_dtype) for n in lengths]
 
-    live, saved, m, v = rows(dtype), rows(wide), rows(wide), rows(wide)
+    live, saved, m, v, h = rows(dtype), rows(wide), rows(wide), rows(wide), rows(wide)
     grads = [rows(dtype) for _ in range(3)]
     for w, p in zip(saved, live, strict=True):
         w.copy_(p)
@@ -67,11 +67,22 @@ def contestants(
             of("fd_combine_"),
             lambda: operators.fd_combine_(grads[2], grads, groups, 1, none, c.pass_weights, one[0]),
         ),
+        "fd_direction_": Contestant(
+            of("fd_direction_"), lambda: operators.fd_direction_(h, grads, groups, c.pass_weights, one[0], c.ok)
+        ),
         "step_ sgd": Contestant(
             of("step_", 3, 1), lambda: operators.step_(live, saved, [m], grads, groups, steps, [SGD], c)
         ),
         "step_ adam": Contestant(
             of("step_", 3, 2), lambda: operators.step_(live, saved, [m, v], grads, groups, steps, [ADAMW], c)
+        ),
+        "step_ sgd, reuse": Contestant(
+            of("step_", 1, 1, 1),
+            lambda: operators.step_(live, saved, [m], grads[:1], groups, steps, [SGD], c, Direction(h, one[0])),
+        ),
+        "step_ adam, reuse": Contestant(
+            of("step_", 1, 2, 1),
+            lambda: operators.step_(live, saved, [m, v], grads[:1], groups, steps, [ADAMW], c, Direction(h, one[0])),
         ),
         "combine_": Contestant(of("combine_", 3), lambda: operators.combine_(live, saved, grads, groups, c)),
     }

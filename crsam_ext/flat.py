@@ -247,6 +247,7 @@ class Bucket:
         operators: Operators,
         num_points: int,
         stays: Callable[[Tensor], bool],
+        kept: Sequence[str] = (),
     ) -> None:
         first = members[0][0]
         self.device, self.dtype = first.device, first.dtype
@@ -275,7 +276,8 @@ class Bucket:
         wide = compute_dtype(self.dtype)
         self.points = torch.zeros(num_points, live_offset, dtype=self.dtype, device=self.device)
         self.live, self.saved = self.points[0], flat(offset, wide)
-        names = {name for slot in self.slots for name in (layout.buffers or {slot.group: ()})[slot.group]}
+        self._kept = tuple(kept)
+        names = {name for slot in self.slots for name in self._names(slot, layout)}
         self.buffers = {name: flat(offset, wide) for name in sorted(names)}
         self.steps = None if layout.buffers is None else flat(len(self.slots), torch.float32)
         self.history: list[float] = []
@@ -287,6 +289,10 @@ class Bucket:
         #: Whether every ``p.grad`` takes the parameter's own dtype.
         self.takes_own_dtype = all(getattr(p, "grad_dtype", None) in (None, self.dtype) for p in self.params)
         self._plans: dict[tuple[bool, ...], Plan] = {}
+
+    def _names(self, slot: Slot, layout: StateLayout) -> tuple[str, ...]:
+        """The names of a parameter's flat buffers."""
+        return (*(() if layout.buffers is None else layout.buffers[slot.group]), *self._kept)
 
     @property
     def has_master(self) -> bool:
@@ -314,21 +320,18 @@ class Bucket:
                 live.copy_(slot.param.detach())
                 slot.param.data = live
             slot.locate()
-            if layout.buffers is None:
-                continue
-            assert self.steps is not None
-            slot.views = {name: slot.view(self.buffers[name]) for name in layout.buffers[slot.group]}
-            if self.has_master:
+            slot.views = {name: slot.view(self.buffers[name]) for name in self._names(slot, layout)}
+            if self.steps is not None and self.has_master:
                 slot.views["master_param"] = saved.copy_(slot.param.detach())
-            if layout.counts_steps:
+            if self.steps is not None and layout.counts_steps:
                 slot.views["step"] = segment(self.steps, slot.index, 1).reshape(())
             kept = state.get(slot.param, {})
             for name, view in slot.views.items():
                 if kept.get(name) is not None:
                     slot.views[name] = kept[name] = self._take_over(name, kept[name], view, moved)
-            if not layout.counts_steps:
+            if self.steps is not None and not layout.counts_steps:
                 self.steps[slot.index] = layout.steps_taken(kept)
-            if kept:
+            if kept and slot.views:
                 kept.pop("master_param", None)
                 kept.update(slot.views)
                 slot.published = True
@@ -447,6 +450,7 @@ class FlatParameters:
         num_points: how many points are evaluated at once, 1 or 2.
         flatten: move the parameters that own their memory alone; otherwise, all stay in place.
         moved: parameters and state that lie in flat buffers already, with their addresses.
+        kept: names of model-size buffers in the state that are not the base optimizer's.
     Raises:
         ValueError: for parameters that no row can be made of; the message says why.
     """
@@ -460,6 +464,7 @@ class FlatParameters:
         num_points: int = 1,
         flatten: bool = True,
         moved: Mapping[Tensor, int] | None = None,
+        kept: Sequence[str] = (),
     ) -> None:
         moved = moved or {}
         self.num_points = num_points
@@ -477,7 +482,7 @@ class FlatParameters:
         def stays(tensor: Tensor) -> bool:
             return not flatten or _is_held_by_others(tensor, moved)
 
-        self.buckets = [Bucket(bucket, layout, operators, num_points, stays) for bucket in members.values()]
+        self.buckets = [Bucket(bucket, layout, operators, num_points, stays, kept) for bucket in members.values()]
         self._slots = {slot.param: slot for bucket in self.buckets for slot in bucket.slots}
         self._bucket_of = {slot: index for index, bucket in enumerate(self.buckets) for slot in bucket.slots}
         self._moved_in_step: set[Slot] = set()  # those that followed a parameter since the step began

@@ -52,6 +52,7 @@ __all__ = [
     "PASSES",
     "REGULARIZERS",
     "Coefficients",
+    "Direction",
     "Operators",
     "Options",
     "Regularizer",
@@ -150,6 +151,13 @@ class Coefficients(NamedTuple):
         return (self.pass_weights[0] - self.pass_weights[1]) / 2
 
 
+class Direction(NamedTuple):
+    """What a step without a perturbation adds to its gradient: rows of h, of the last step that had one."""
+
+    rows: Sequence[Tensor]  #: in the compute dtype
+    weight: Tensor  #: 0-dim float64, what h is multiplied with
+
+
 def pass_weights(a: Tensor, b: Tensor) -> Tensor:
     """[PASSES - 1, groups], from a and b: a d2 + b d1 = (a + b) (g+ - g0) + (a - b) (g- - g0)."""
     return torch.stack([a + b, a - b])
@@ -181,7 +189,12 @@ class Operators(ABC):
 
     @abstractmethod
     def grad_norm(
-        self, grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
+        self,
+        grads: Sequence[Tensor],
+        groups: Sequence[int],
+        num_groups: int,
+        weights: Sequence[Tensor | None],
+        direction: Direction | None = None,
     ) -> Tensor:
         r"""Squared norm of the gradient per group: :math:`\|g\|^2`, or :math:`\||w|\,g\|^2` where weights are given.
 
@@ -191,6 +204,7 @@ class Operators(ABC):
             num_groups: how many groups there are.
             weights: for each row None, or the row of parameters that it is weighted with (ASAM), in its own dtype: w as
                 the model reads it, that is, rounded where there is a master.
+            direction: added to the gradient before it is squared; not together with weights.
         Returns:
             float64 tensor [num_groups]. Squared, so that groups, devices and processes add up. The first sums may be
             made in the compute dtype, where an element beyond 1.8e19 counts as infinite.
@@ -286,6 +300,27 @@ class Operators(ABC):
             factor: 0-dim float64, c.
         Returns:
             What :meth:`fd_gram` returns, where :attr:`fuses_gram`, else None.
+        """
+
+    @abstractmethod
+    def fd_direction_(
+        self,
+        out: Sequence[Tensor],
+        grads: Sequence[Sequence[Tensor]],
+        groups: Sequence[int],
+        pass_weights: Tensor,
+        factor: Tensor,
+        ok: Tensor,
+    ) -> None:
+        r"""Write :math:`h = c\,((g_+ - g_0) + \sum_i c_i (g_i - g_0))` into ``out``, what a perturbation adds to g0.
+
+        Args:
+            out: rows in the compute dtype, written; 0 where not ``ok``.
+            grads: for each pass, the rows of its gradient: g0, g+ and g-. (Where :math:`c_i = 0` the last may be any.)
+            groups: the group of each row.
+            pass_weights: float64 [PASSES - 1, groups], see :class:`Coefficients`.
+            factor: 0-dim float64, c.
+            ok: 0-dim bool.
         """
 
     def coefficients(
@@ -385,6 +420,7 @@ class Operators(ABC):
         steps: Sequence[Tensor],
         options: Sequence[Options],
         coefficients: Coefficients,
+        direction: Direction | None = None,
     ) -> None:
         r"""The step of an update rule from w with :math:`\hat g`; where not ``ok``, ``live`` becomes w.
 
@@ -412,6 +448,8 @@ class Operators(ABC):
             steps: for each row a 0-dim tensor on its device, how many steps it has taken, this one included.
             options: for each group, all of one rule.
             coefficients: of this step.
+            direction: added to g0 where that is the one gradient: :math:`\hat g = c\,(g_0 + \omega h)`, :math:`\omega`
+                being its weight.
         """
 
     @abstractmethod
@@ -422,5 +460,9 @@ class Operators(ABC):
         grads: Sequence[Sequence[Tensor]],
         groups: Sequence[int],
         coefficients: Coefficients,
+        direction: Direction | None = None,
     ) -> None:
-        r"""For any other base optimizer: write :math:`\hat g` over the rows of the last pass, and w into ``live``."""
+        r"""For any other base optimizer: write :math:`\hat g` over the rows of the last pass, and w into ``live``.
+
+        Arguments as for :meth:`step_`.
+        """

@@ -27,6 +27,7 @@ from .ops import PASSES, REGULARIZERS, Operators, scalar
 from .parallel import gradients_at
 from .precision import has_master
 from .replicas import Pass, Replicas, check_equal, in_several_processes
+from .reuse import DIRECTION, SharpnessDirection
 from .second_difference import SecondDifference
 from .stats import Stats
 from .step import Located, Step, StepSettings, is_loss
@@ -39,11 +40,14 @@ __all__ = ["CRSAM"]
 
 # What a copy or a pickle of the optimizer leaves behind: it is made again when needed. (A scheduler puts a function
 # named ``step`` on the instance, which refers to that very instance.)
-_TRANSIENT = ("operators", "replicas", "_flat", "_step", "_last_loss", "_combined", "_provisional", "step")
+_TRANSIENT = (
+    "operators", "replicas", "_flat", "_step", "_last_loss", "_combined", "_provisional", "_direction", "step",
+)  # fmt: skip
 
 # Options that pickles of earlier versions lack.
 _ADDED_OPTIONS = (
-    "interval", "curvature_interval", "sync_perturbation", "replay_rng", "stochastic_rounding", "compile", "flatten",
+    "interval", "reuse", "curvature_interval", "sync_perturbation", "replay_rng", "stochastic_rounding",
+    "compile", "flatten",
 )  # fmt: skip
 
 # In the groups of an optimizer with intervals: how many steps it has taken or skipped.
@@ -86,8 +90,11 @@ class CRSAM(Optimizer):
         max_grad_norm: clip :math:`\hat g` to this norm.
         max_regularizer_ratio: cap the norm of :math:`a d_2 + b d_1` at this multiple of :math:`\|g_+\|`; default 1 for
             the log regularizer, whose weights are unbounded near kappa = 0, and no cap for the linear one.
-        interval: perturb in every ``interval``-th step only, beginning with the first; the others are the base
-            optimizer's, of one pass.
+        interval: perturb in every ``interval``-th step only, beginning with the first; the others take one pass, and
+            are the base optimizer's.
+        reuse: in the steps between, add to the gradient what the last perturbation has added to its own,
+            :math:`\hat g = g_0 + 0.9^j h` with :math:`h = \hat g - g_0` of the step that was j steps ago, see
+            :mod:`crsam_ext.reuse`. h is kept in the state of the parameter.
         curvature_interval: of the steps that perturb, take the pass at w - e in every ``curvature_interval``-th only;
             the others take two passes, and :math:`d_2` from the last step that had three, which is kept for them.
             (Not with ``estimator="loss"``, which needs the loss at w - e.)
@@ -156,6 +163,7 @@ class CRSAM(Optimizer):
         max_grad_norm: float | None = None,
         max_regularizer_ratio: float | None = None,
         interval: int = 1,
+        reuse: bool = False,
         curvature_interval: int = 1,
         model: torch.nn.Module | None = None,
         sync_perturbation: bool | ProcessGroup = False,
@@ -192,7 +200,9 @@ class CRSAM(Optimizer):
         )
         if curvature_interval > 1 and estimator == "loss":
             raise ValueError('curvature_interval leaves out losses that estimator="loss" needs: use "gradient"')
-        self.interval, self.curvature_interval = interval, curvature_interval
+        if reuse and interval == 1:
+            raise ValueError("reuse=True is about the steps between two that perturb: there are none with interval=1")
+        self.interval, self.curvature_interval, self.reuse = interval, curvature_interval, reuse
         self.regularizer, self.estimator = regularizer, estimator
         self.max_grad_norm, self.max_regularizer_ratio = max_grad_norm, max_regularizer_ratio
         self.replay_rng, self.compile, self.flatten = replay_rng, compile, flatten
@@ -296,8 +306,7 @@ class CRSAM(Optimizer):
 
         With ``interval`` and ``curvature_interval`` it differs from step to step.
         """
-        perturbs = any(_nonzero(group["rho"]) for group in self.param_groups)
-        return self._calls if perturbs and self.stats.steps % self.interval == 0 else 1
+        return self._calls if self._perturbs and self.stats.steps % self.interval == 0 else 1
 
     @property
     def pass_index(self) -> int:
@@ -308,6 +317,10 @@ class CRSAM(Optimizer):
     def _calls(self) -> int:
         """How many of first_step, second_step, third_step make a step."""
         return PASSES if self._curved and self.stats.steps // self.interval % self.curvature_interval == 0 else 2
+
+    @property
+    def _perturbs(self) -> bool:
+        return any(_nonzero(group["rho"]) for group in self.param_groups)
 
     @property
     def _curved(self) -> bool:
@@ -488,9 +501,9 @@ class CRSAM(Optimizer):
         """A step in which every closure has a perturbation of its own, and the regularized gradients are added."""
         if callable(closures):
             raise TypeError("sync_perturbation=False is about a list of closures: there is one")
-        if self.replicas is not None or self.curvature_interval > 1:
+        if self.replicas is not None or self.curvature_interval > 1 or self.reuse:
             raise ValueError(
-                "sync_perturbation=False goes with neither a DistributedDataParallel nor curvature_interval"
+                "sync_perturbation=False goes with none of DistributedDataParallel, curvature_interval and reuse"
             )
         params = [param for group in self.param_groups for param in group["params"]]
         total: dict[Tensor, Tensor] = {}
@@ -575,7 +588,8 @@ class CRSAM(Optimizer):
         if self.replicas is None:
             return Pass.LOCAL, None
         passes = self.passes
-        return self.replicas.kind(0, passes, self._settings().weights_known(passes, self._kept_difference())), None
+        keeps = self._kept_difference() is not None or self._kept_direction(passes) is not None
+        return self.replicas.kind(0, passes, self._settings().weights_known(passes, keeps)), None
 
     def _locally(self) -> AbstractContextManager[Any]:
         """In which a micro-batch is run that is not the last of its pass."""
@@ -657,6 +671,7 @@ class CRSAM(Optimizer):
             counted=counted and not combined,
             is_sum=is_sum,
             difference=self._kept_difference(),
+            direction=None if combined or is_sum else self._begin_direction(passes),
             num_points=num_points,
             replicas=replicas,
         )
@@ -669,6 +684,30 @@ class CRSAM(Optimizer):
 
     def _kept_difference(self) -> SecondDifference | None:
         return self._difference if self.curvature_interval > 1 and self._curved else None
+
+    def _kept_direction(self, passes: int) -> SharpnessDirection | None:
+        """What a step of so many passes makes for later ones, or goes on with; None where nothing is perturbed."""
+        between = self.stats.steps % self.interval > 0
+        return self._direction if self.reuse and (passes > 1) != between and self._perturbs else None
+
+    def _begin_direction(self, passes: int) -> SharpnessDirection | None:
+        direction, age = self._kept_direction(passes), self.stats.steps % self.interval
+        if direction is not None:
+            direction.begin_step(age, self._home())
+        elif self.reuse and age == 0:  # a perturbation was due, and rho is 0: the next steps would take h for a new one
+            for state in self.state.values():
+                if DIRECTION in state:
+                    state[DIRECTION].zero_()
+        return direction
+
+    def prepare_replay(self) -> None:
+        """Call before a CUDA graph repeats the next step: what the host knows and kernels read is put on the device."""
+        self._begin_direction(self.passes)
+
+    def _home(self) -> torch.device:
+        """The device of the first parameter that is trained, where numbers are kept that belong to all."""
+        params = (param for group in self.param_groups for param in group["params"])
+        return next(param.device for param in params if param.requires_grad or param.grad is not None)
 
     def _signature(self, passes: int) -> dict[str, Any]:
         """What must be the same on all ranks of the model: how a step is made, and of what."""
@@ -683,6 +722,7 @@ class CRSAM(Optimizer):
             "steps": self.stats.steps,
             "base optimizer": type(self.base_optimizer).__name__,
             "backend": self.backend,
+            "reuse": self.reuse,
             "sync_perturbation": self.sync_perturbation if isinstance(self.sync_perturbation, bool) else "a group",
             **asdict(self._settings()),
             "shapes": [tuple(param.shape) for group in self.param_groups for param in group["params"]],
@@ -701,7 +741,14 @@ class CRSAM(Optimizer):
             moved = {} if flat is None else flat.moved()
             self._flat = flat = None  # whatever it holds of parameters in place must not count as another holder
             flat = FlatParameters(
-                self.param_groups, self.state, update, self.operators, num_points, self.flatten, moved
+                self.param_groups,
+                self.state,
+                update,
+                self.operators,
+                num_points,
+                self.flatten,
+                moved,
+                [DIRECTION] if self.reuse else [],
             )
             if not flat.buckets:
                 raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
@@ -785,6 +832,7 @@ class CRSAM(Optimizer):
 
         if not update.native:
             self._provisional.make(self.state, self.param_groups, lambda: self._call_base("step"))
+            publish()
         elif update.shows_steps:
             self._provisional.make(self.state, self.param_groups, publish)
         else:
@@ -855,8 +903,8 @@ class CRSAM(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As of any torch optimizer, and "base_optimizer" where that has a form of its own.
 
-        With intervals, the groups hold "crsam_steps", the number of steps, which decides on the next one; with
-        ``curvature_interval``, the state of a parameter holds its "second_difference".
+        With intervals, the groups hold "crsam_steps", the number of steps, which decides on the next one; the state of
+        a parameter holds its "second_difference" with ``curvature_interval``, its "sharpness_direction" with ``reuse``.
         """
         result = super().state_dict()
         if type(self.base_optimizer).state_dict is not Optimizer.state_dict:
@@ -939,7 +987,7 @@ class CRSAM(Optimizer):
     def _reset(self) -> None:
         self.operators = self._load_operators()
         self._flat = self._step = self._last_loss = None
-        self._combined, self._provisional = False, ProvisionalState()
+        self._combined, self._provisional, self._direction = False, ProvisionalState(), SharpnessDirection()
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {k: v for k, v in attributes_of(self).items() if k not in _TRANSIENT}

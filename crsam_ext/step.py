@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .flat import FlatParameters, Gradients, Plan, flattened
 from .model_buffers import ModelBuffers
-from .ops import COUNTERS, PASSES, REGULARIZERS, Coefficients, Operators, pass_weights, scalar
+from .ops import COUNTERS, PASSES, REGULARIZERS, Coefficients, Direction, Operators, pass_weights, scalar
 from .replicas import Pass, Replicas, parts, room
+from .reuse import SharpnessDirection
 from .second_difference import SecondDifference
 from .stats import Stats
 from .updates import Update
@@ -53,12 +54,12 @@ class StepSettings:
         """Whether the norm of the regularizer's gradient is capped."""
         return self.max_regularizer_ratio < math.inf
 
-    def weights_known(self, passes: int, difference: SecondDifference | None) -> bool:
+    def weights_known(self, passes: int, keeps: bool) -> bool:
         """Whether the weights of the regularized gradient are known before the last pass.
 
-        Not where they depend on all gradients, nor where each of these is needed afterwards.
+        Not where they depend on all gradients, nor where the step ``keeps`` something that is made of each of these.
         """
-        if difference is not None:
+        if keeps:
             return False
         return passes < PASSES or not (self.measures or self.caps)
 
@@ -93,6 +94,7 @@ class Step:
             :meth:`combine` has counted.
         is_sum: whether the gradient of its one pass is a sum of regularized ones.
         difference: of earlier steps, where the third of their passes is not always taken.
+        direction: of the last step that has perturbed, where steps of one pass go on with it.
         num_points: how many points will be evaluated at once.
         replicas: of the model, if what the step is made of is reduced over them.
 
@@ -118,6 +120,7 @@ class Step:
         counted: bool = True,
         is_sum: bool = False,
         difference: SecondDifference | None = None,
+        direction: SharpnessDirection | None = None,
         num_points: int = 1,
         replicas: Replicas | None = None,
     ) -> None:
@@ -126,9 +129,12 @@ class Step:
         self._numbers: tuple[Tensor, Tensor] | None = None  # see _hook_numbers()
         self._combined_gram: dict[int, Tensor] = {}  # by bucket of the hook, its part of the Gram matrix
         self._reduced_norm: Tensor | None = None  # squared, [groups], of the regularized gradient that was reduced
+        self._norm_is_regularized = (
+            False  # whether the squared norm of the one pass is that of the regularized gradient
+        )
         self._decided: Coefficients | None = None  # what was decided from all gradients, before it was reduced
         self.settings, self._locate, self._stats, self._model_buffers = settings, locate, stats, model_buffers
-        self.passes, self.difference, self.num_points = passes, difference, num_points
+        self.passes, self.difference, self.direction, self.num_points = passes, difference, direction, num_points
         self.counted, self.is_sum = counted, is_sum
         self.losses: list[Any] = []
         self.grads: list[list[Gradients]] = []
@@ -180,7 +186,7 @@ class Step:
     def _kind_of(self, index: int) -> Pass:
         if self.replicas is None:
             return Pass.LOCAL
-        known = self.settings.weights_known(self.passes, self.difference)
+        known = self.settings.weights_known(self.passes, self.difference is not None or self.direction is not None)
         return self.replicas.kind(index, self.passes, known)
 
     def add(self, loss: Any, grads: list[Gradients]) -> None:
@@ -283,8 +289,8 @@ class Step:
         self._return_gradients()  # may be refused, and then nothing has been written
         steps = self._counted(plans)
         c = self._coefficients(plans, rows, steps, grad_scale, found_inf, self.settings.max_grad_norm)
-        self._keep_difference(c, grad_scale)
-        if self._apply(plans, rows, c) and self.difference is not None:
+        self._keep(plans, c, grad_scale)
+        if self._apply(plans, rows, c, grad_scale) and self.difference is not None:
             self.difference.publish(self.state)
         for bucket in self.flat.buckets:
             bucket.push_state()
@@ -299,7 +305,11 @@ class Step:
             grad_scale = grad_scale.to(self.home, torch.float64, non_blocking=True)
         plans, rows = self._finish(grad_scale)
         c = self._coefficients(plans, rows, (), grad_scale)._replace(factor=None)
-        self._keep_difference(c, grad_scale)
+        for bucket in self.flat.buckets:
+            bucket.pull_state()
+        self._keep(plans, c, grad_scale)
+        for bucket in self.flat.buckets:
+            bucket.push_state()
         self._return_gradients()
         for plan, grads in zip(plans, rows, strict=True):
             if plan.rows:
@@ -344,10 +354,24 @@ class Step:
         """Whether the gradient is reduced when all passes have been collected, rather than in the last."""
         return self._reduces and self.kind is not Pass.COMBINED
 
-    def _keep_difference(self, c: Coefficients, grad_scale: Tensor | None) -> None:
+    def _keep(self, plans: Sequence[Plan], c: Coefficients, grad_scale: Tensor | None) -> None:
+        """Keep what later steps need of this one."""
+        mean_of = None if self._reduced_norm is None or self.replicas is None else self.replicas.mean_of
         if self.passes == PASSES and self.difference is not None:
-            mean_of = None if self._reduced_norm is None or self.replicas is None else self.replicas.mean_of
             self.difference.keep(self.state, self.flat.buckets, self.grads, c.ok, grad_scale, mean_of)
+        if self.passes > 1 and self.direction is not None:
+            by_pass = [self._rows(plans, index) for index in range(self.collected)]
+            of_plans = list(zip(*by_pass, strict=True))
+            factor = self.flat.constants((1.0,))[0] if grad_scale is None else 1 / grad_scale
+            kept = self.direction.keep(self.operators, self.flat.buckets, plans, of_plans, c.pass_weights, factor, c.ok)
+            if mean_of is not None:
+                mean_of(kept)
+
+    def _direction_of(self, plan: Plan, grad_scale: Tensor | None) -> Direction | None:
+        """What is added to the gradient of a step of one pass."""
+        if self.passes > 1 or self.direction is None or not plan.rows:
+            return None
+        return self.direction.of(plan, grad_scale)
 
     # Over replicas ---------------------------------------------------------------------------------------------------
 
@@ -489,7 +513,7 @@ class Step:
         # Only a plain e is a multiple of g0, and only then, or where nothing was perturbed, the norm is that of g0.
         weighted = self._scale is not None and any(self._adaptive)
         scale, norm = (None, None) if weighted else (self._scale, self._squared_norms[0])
-        if self.is_sum:
+        if self.is_sum or self._norm_is_regularized:
             norm, self._reduced_norm = None, norm
         if self._combined_gram:
             self._gram = torch.stack([part for _, part in sorted(self._combined_gram.items())]).sum(0)
@@ -566,6 +590,7 @@ class Step:
         three gradients show whether the step is sound.
         """
         settings, reduced = self.settings, self._reduced_norm is not None
+        adds = self.passes == 1 and self.direction is not None
         complete = self.collected == PASSES and not reduced
         losses = self._losses() if complete and settings.needs_losses else None
         clips = max_grad_norm is not None
@@ -574,10 +599,13 @@ class Step:
         if complete and (self.operators.fuses_gram or clips or settings.caps or measures):
             gram = self._gram = self._gram_of(plans, rows)
         elif not reduced:
+            # The norm of g0 shows whether it is sound; a clip needs that of what is made of it.
+            added = [self._direction_of(plan, grad_scale) if adds and clips else None for plan in plans]
             for index in range(len(self._squared_norms), self.collected):
                 unweighted = [plan.unweighted for plan in plans]
-                norm = self._squared_norm(plans, [r[index] for r in rows], unweighted)
+                norm = self._squared_norm(plans, [r[index] for r in rows], unweighted, added)
                 self._squared_norms.append(norm)
+            self._norm_is_regularized = adds and clips
         norms = self._squared_norms if self._reduced_norm is None else [self._reduced_norm]
         if found_inf is not None:
             overflow = torch.where(found_inf.to(self.home, non_blocking=True) > 0, math.nan, 0.0)
@@ -634,7 +662,7 @@ class Step:
         at_w, ascent, descent = (_on(self.home, self.losses) * (-1.0 if self._maximizes[0] else 1.0)).unbind()
         return at_w, ascent, descent
 
-    def _apply(self, plans: Sequence[Plan], rows: Rows, c: Coefficients) -> bool:
+    def _apply(self, plans: Sequence[Plan], rows: Rows, c: Coefficients, grad_scale: Tensor | None) -> bool:
         """Make the update of every bucket; whether the base optimizer has its state now."""
         update, moved = self._update, self._scale is not None
         for bucket, plan, grads in zip(self.flat.buckets, plans, rows, strict=True):
@@ -643,22 +671,23 @@ class Step:
             if not moved:
                 plan.pull()
             saved = plan.saved if moved or bucket.has_master else plan.live
-            update.apply(self.operators, plan, saved, grads, c, moved)
+            update.apply(self.operators, plan, saved, grads, c, self._direction_of(plan, grad_scale), moved)
             self._wrote(plan)
             # The flag is read in the first step of a plan only, and where it matters.
             if update.native and not plan.published and (not update.shows_steps or bool(c.ok)):
                 bucket.publish(plan, self.state)
-        self.flat.published = all(plan.published for plan in plans if plan.rows)
 
         def give_gradients() -> None:
             for plan, grads in zip(plans, rows, strict=True):
                 plan.scatter(grads[-1])
 
-        if update.native:
-            return True
-        made = update.finish(c.ok, give_gradients)
-        if made:
+        made = update.native or update.finish(c.ok, give_gradients)
+        if made and not update.native:
             self._return_gradients()
+            for bucket, plan in zip(self.flat.buckets, plans, strict=True):
+                if not plan.published:
+                    bucket.publish(plan, self.state)
+        self.flat.published = all(plan.published for plan in plans if plan.rows)
         return made
 
     def _wrote(self, plan: Plan) -> None:
@@ -673,11 +702,15 @@ class Step:
         return [w if self._adaptive[g] else None for w, g in zip(rows, plan.groups, strict=True)]
 
     def _squared_norm(
-        self, plans: Sequence[Plan], rows: list[Sequence[Tensor]], weights: Sequence[Sequence[Tensor | None]]
+        self,
+        plans: Sequence[Plan],
+        rows: list[Sequence[Tensor]],
+        weights: Sequence[Sequence[Tensor | None]],
+        directions: Sequence[Direction | None] = (),
     ) -> Tensor:
         parts = [
-            self.operators.grad_norm(r, plan.groups, len(self.groups), w)
-            for plan, r, w in zip(plans, rows, weights, strict=True)
+            self.operators.grad_norm(r, plan.groups, len(self.groups), w, d)
+            for plan, r, w, d in zip(plans, rows, weights, directions or [None] * len(plans), strict=True)
             if r
         ]
         return self._total(parts)

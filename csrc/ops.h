@@ -18,13 +18,15 @@
   X(perturb_)                      \
   X(fd_gram)                       \
   X(fd_combine_)                   \
+  X(fd_direction_)                 \
   X(coefficients)                  \
   X(step_)                         \
   X(combine_)
 
 namespace crsam {
 
-at::Tensor grad_norm(const Column& grads, const Groups& groups, int64_t num_groups, Optional weights);
+at::Tensor grad_norm(const Column& grads, const Groups& groups, int64_t num_groups, Optional weights,
+                     const Column& direction, const std::optional<at::Tensor>& direction_weight);
 
 at::Tensor perturbation_scale(const at::Tensor& squared_norm, const at::Tensor& rho, double epsilon);
 
@@ -36,6 +38,9 @@ at::Tensor fd_gram(const Columns& grads, const Groups& groups, int64_t num_group
 at::Tensor fd_combine_(const Column& out, const Columns& grads, const Groups& groups, int64_t num_groups,
                        Optional weights, const at::Tensor& pass_weights, const at::Tensor& factor);
 
+void fd_direction_(const Column& out, const Columns& grads, const Groups& groups, const at::Tensor& pass_weights,
+                   const at::Tensor& factor, const at::Tensor& ok);
+
 // pass_weights, numbers, flags
 std::tuple<at::Tensor, at::Tensor, at::Tensor> coefficients(
     const std::optional<at::Tensor>& gram, const Column& squared_norms, const at::Tensor& scale,
@@ -45,9 +50,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coefficients(
 
 void step_(const Column& live, const Column& saved, const Columns& state, const Columns& grads, const Groups& groups,
            const Column& steps, const std::string& rule, const std::vector<double>& options, Optional option_tensors,
-           const at::Tensor& pass_weights, const std::optional<at::Tensor>& factor, const at::Tensor& ok);
+           const at::Tensor& pass_weights, const std::optional<at::Tensor>& factor, const at::Tensor& ok,
+           const Column& direction, const std::optional<at::Tensor>& direction_weight);
 
 void combine_(const Column& live, const Column& saved, const Columns& earlier, const Column& last, const Groups& groups,
-              const at::Tensor& pass_weights, const std::optional<at::Tensor>& factor);
+              const at::Tensor& pass_weights, const std::optional<at::Tensor>& factor, const Column& direction,
+              const std::optional<at::Tensor>& direction_weight);
 
 }  // namespace crsam

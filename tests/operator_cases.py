@@ -9,7 +9,7 @@ from torch.nn import Parameter
 from crsam_ext import CRSAM
 from crsam_ext.backends.fused import KERNELS
 from crsam_ext.backends.torch import TorchOperators
-from crsam_ext.ops import Coefficients
+from crsam_ext.ops import Coefficients, Direction
 from crsam_ext.precision import compute_dtype, has_master
 from crsam_ext.updates import AdamOptions, SGDOptions
 
@@ -60,7 +60,7 @@ class Case:
         wide = compute_dtype(dtype)
         self.live, self.grads = rows(dtype), [rows(dtype) for _ in range(3)]
         self.saved, self.first, self.second = rows(wide), rows(wide), rows(wide)
-        self.out = rows(dtype)
+        self.out, self.kept = rows(dtype), rows(wide)
         for v in self.second:
             v.abs_()
         for w, p in zip(self.saved, self.live, strict=True):
@@ -74,12 +74,14 @@ class Case:
             torch.tensor(True),
         )
         self.none = [None] * len(sizes)
+        self.direction = Direction(rows(wide), torch.tensor(0.6, dtype=torch.float64))
 
     def in_float64(self):
         """The same numbers in float64; updates are entered into ``saved`` where that was a master."""
         self.keeps_master = has_master(self.live[0].dtype)
-        for name in ("live", "saved", "first", "second", "out"):
+        for name in ("live", "saved", "first", "second", "out", "kept"):
             setattr(self, name, [row.double() for row in getattr(self, name)])
+        self.direction = self.direction._replace(rows=[row.double() for row in self.direction.rows])
         self.grads = [[row.double() for row in rows] for rows in self.grads]
         return self
 
@@ -113,10 +115,33 @@ class Case:
     def combine(self, operators):
         operators.combine_(self.live, self.saved, self.grads, self.groups, self.coefficients)
 
-    OPERATORS = (grad_norm, perturb_first, perturb_second, fd_gram, sgd_step, adam_step, fd_combine, combine)
+    def norm_with_direction(self, operators):
+        return operators.grad_norm(self.grads[0], self.groups, 2, self.none, self.direction)
+
+    def fd_direction(self, operators):
+        c = self.coefficients
+        operators.fd_direction_(self.kept, self.grads, self.groups, c.pass_weights, c.factor, c.ok)
+
+    def step_between(self, operators, state, options):
+        arguments = [self.groups, self.steps, [options] * 2, self.coefficients, self.direction]
+        operators.step_(self.live, self.saved, state, self.grads[:1], *arguments)
+
+    def sgd_step_between(self, operators):
+        self.step_between(operators, [self.first], SGD)
+
+    def adam_step_between(self, operators):
+        self.step_between(operators, [self.first, self.second], ADAMW)
+
+    def combine_between(self, operators):
+        operators.combine_(self.live, self.saved, self.grads[:1], self.groups, self.coefficients, self.direction)
+
+    OPERATORS = (
+        grad_norm, perturb_first, perturb_second, fd_gram, fd_direction, sgd_step, adam_step, fd_combine, combine,
+        norm_with_direction, sgd_step_between, adam_step_between, combine_between,
+    )  # fmt: skip
 
     def tensors(self):
-        lists = (self.live, self.saved, self.first, self.second, self.out, *self.grads)
+        lists = (self.live, self.saved, self.first, self.second, self.out, self.kept, *self.grads)
         return [row for rows in lists for row in rows]
 
 
@@ -125,7 +150,7 @@ def run_all(operators, case):
     returned = []
     for operator in Case.OPERATORS:
         returned.append(operator(case, operators))
-        if case.keeps_master and operator in (Case.sgd_step, Case.adam_step):
+        if case.keeps_master and "step" in operator.__name__:
             torch._foreach_copy_(case.saved, case.live)
     return [x.double().clone() for x in (*case.tensors(), *(r for r in returned if r is not None))]
 
@@ -152,6 +177,11 @@ VARIANTS = [
     (Case.sgd_step, ("step_", 3, 1)),
     (Case.adam_step, ("step_", 3, 2)),
     (Case.combine, ("combine_", 3)),
+    (Case.fd_direction, ("fd_direction_",)),
+    (Case.norm_with_direction, ("grad_norm", 1)),
+    (Case.sgd_step_between, ("step_", 1, 1, 1)),
+    (Case.adam_step_between, ("step_", 1, 2, 1)),
+    (Case.combine_between, ("combine_", 1, 1)),
 ]
 each_operator = pytest.mark.parametrize(("operator", "variant"), VARIANTS, ids=lambda x: getattr(x, "__name__", None))
 
@@ -184,9 +214,13 @@ def check_versions(operators):
         Case.sgd_step: {"live", "saved", "first"},
         Case.adam_step: {"live", "saved", "first", "second"},
         Case.combine: {"live"},
+        Case.fd_direction: {"kept"},
+        Case.sgd_step_between: {"live", "saved", "first"},
+        Case.adam_step_between: {"live", "saved", "first", "second"},
+        Case.combine_between: {"live"},
     }
     for operator in Case.OPERATORS:
-        lists = {name: getattr(case, name) for name in ("live", "saved", "first", "second")}
+        lists = {name: getattr(case, name) for name in ("live", "saved", "first", "second", "kept")}
         before = {name: [t._version for t in tensors] for name, tensors in lists.items()}
         operator(case, operators)
         for name, tensors in lists.items():
@@ -217,10 +251,14 @@ def check_schemas_and_fakes(namespace):
     """What torch.library asks of every operator."""
     case, check = Case(torch.float32), torch.library.opcheck
     c, groups = case.coefficients, case.groups
-    check(namespace.grad_norm, (case.grads[0], groups, 2, case.none))
+    flat = [row for rows in case.grads for row in rows]
+    added = case.direction.rows, case.direction.weight
+    for direction in (([], None), added):
+        check(namespace.grad_norm, (case.grads[0], groups, 2, case.none, *direction))
+    direction_arguments = ([torch.empty_like(h) for h in case.kept], flat, groups, c.pass_weights, c.factor, c.ok)
+    check(namespace.fd_direction_, direction_arguments)
     check(namespace.perturbation_scale, (case.scale, case.scale.clone(), 1e-12))
     check(namespace.perturb_, (case.live, case.saved, case.grads[0], groups, case.scale, [False, True], 1))
-    flat = [row for rows in case.grads for row in rows]
     check(namespace.fd_gram, (flat, groups, 2, case.none))
     out = [torch.empty_like(g) for g in case.grads[0]]
     check(namespace.fd_combine_, (out, flat, groups, 2, case.none, c.pass_weights, case.scale[0]))
@@ -234,10 +272,13 @@ def check_schemas_and_fakes(namespace):
     for state, options in (([*case.first], SGD), ([*case.first, *case.second], ADAMW)):
         numbers = [float(x) for x in options.numbers] * 2
         arguments = (case.live, case.saved, state, flat, groups, case.steps, options.rule, numbers)
-        check(namespace.step_, (*arguments, [None] * len(numbers), *rest))
+        check(namespace.step_, (*arguments, [None] * len(numbers), *rest, [], None))
+        between = (case.live, case.saved, state, case.grads[0], groups, case.steps, options.rule, numbers)
+        check(namespace.step_, (*between, [None] * len(numbers), *rest, *added))
     *earlier, last = case.grads
     earlier = [row for rows in earlier for row in rows]
-    check(namespace.combine_, (case.live, case.saved, earlier, last, groups, c.pass_weights, c.factor))
+    check(namespace.combine_, (case.live, case.saved, earlier, last, groups, c.pass_weights, c.factor, [], None))
+    check(namespace.combine_, (case.live, case.saved, [], last, groups, c.pass_weights, None, *added))
 
 
 def check_other_groups(operators):
@@ -281,6 +322,8 @@ wrong_arguments_of_a_step = pytest.mark.parametrize(
         (lambda case: case.second.__setitem__(2, torch.zeros(3)), "step_: state[1][2] has 3 elements, not 4097"),
         (lambda case: setattr(case, "first", case.first[:3]), "step_: state[0] has 3 entries, not 4"),
         (lambda case: case.steps.__setitem__(1, torch.zeros(2)), "step_: steps[1] has 2 elements, not 1"),
+        (lambda case: case.direction.rows.pop(), "step_: direction has 3 entries, not 4"),
+        (lambda case: case.direction.rows.__setitem__(0, torch.zeros(1).half()), "step_: direction[0] is Half, not F"),
     ],
 )
 
@@ -292,7 +335,8 @@ def check_arguments_of_a_step(operators, change, message):
     with pytest.raises(RuntimeError, match=re.escape(message)):
         operators._ops.step_(
             case.live, case.saved, [case.first, case.second], case.grads, case.groups, case.steps, "adam",
-            [0.1] * 14, [None] * 14, case.coefficients.pass_weights, None, case.coefficients.ok,
+            [0.1] * 14, [None] * 14, case.coefficients.pass_weights, None, case.coefficients.ok, case.direction.rows,
+            case.direction.weight,
         )  # fmt: skip
 
 
@@ -302,7 +346,7 @@ def check_unknown_names(operators):
     with pytest.raises(RuntimeError, match="step_: rule is lion, which is none"):
         operators._ops.step_(
             case.live, case.saved, [], case.grads, case.groups, case.steps, "lion", [], [],
-            case.coefficients.pass_weights, None, case.coefficients.ok,
+            case.coefficients.pass_weights, None, case.coefficients.ok, [], None,
         )  # fmt: skip
     counters = torch.zeros(4, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="coefficients: regularizer is cubic, which is none"):

@@ -460,7 +460,7 @@ build.library()
 with FakeTensorMode():
     x = torch.ones(3, dtype=torch.float64)
     assert torch.ops.crsam.perturbation_scale(x, x, 0.0).shape == (3,)
-    assert torch.ops.crsam.grad_norm([x], [0], 2, [None]).shape == (2,)
+    assert torch.ops.crsam.grad_norm([x], [0], 2, [None], [], None).shape == (2,)
     assert torch.ops.crsam.fd_gram([x] * 3, [0], 2, [None]).shape == (2, 9)
     torch.ops.crsam.perturb_([x], [x], [x], [0], x[:1], [False], 1)
 """

@@ -30,7 +30,7 @@ COMPILED = {
 POINTERS = {
     "rows": "*i64", "chunks": "*i32", "group_begin": "*i64", "tickets": "*i32", "num_groups": "i32", "partial": "*fp64",
     "norms": "*fp64", "gram": "*fp64", "scale": "*fp64", "marker": "*i64", "number": "i64", "option_table": "*i64",
-    "pass_weights": "*fp64", "factor": "*fp64", "ok": "*u8",
+    "pass_weights": "*fp64", "factor": "*fp64", "ok": "*u8", "direction_weight": "*fp64",
 }  # fmt: skip
 
 
@@ -59,6 +59,11 @@ KERNELS = {
     "adam_step": Kernel("step_kernel", {"RULE": "adam", "GIVEN": 3}, 3, 3, 1, 2, True),
     "adam_step_plain": Kernel("step_kernel", {"RULE": "adam", "GIVEN": 1}, 1, 3, 1, 2, True),
     "combine": Kernel("combine_kernel", {"GIVEN": 3}, 3, 0, 1, 0),
+    "fd_direction": Kernel("fd_direction_kernel", {}, 3, 0, 0, 1),
+    "grad_norm_with_direction": Kernel("grad_norm_kernel", {}, 2, 1, 0, 0),
+    "sgd_step_with_direction": Kernel("step_kernel", {"RULE": "sgd", "GIVEN": 1}, 1, 3, 1, 1, True),
+    "adam_step_with_direction": Kernel("step_kernel", {"RULE": "adam", "GIVEN": 1}, 1, 4, 1, 2, True),
+    "combine_with_direction": Kernel("combine_kernel", {"GIVEN": 1}, 1, 1, 1, 0),
 }
 
 
@@ -133,6 +138,8 @@ def compiled(request, tmp_path_factory):
                     continue
                 function = functions[kernel.function]
                 constants, registers = constants_and_registers(kernel)
+                if "direction_weight" in function.arg_names and not name.endswith("with_direction"):
+                    constants["direction_weight"] = None
                 constants |= {"dtype": launch.DTYPES[dtype], "VECTORS": block.vectors}
                 signature = {p: "constexpr" if p in constants else POINTERS[p] for p in function.arg_names}
                 done = compile(

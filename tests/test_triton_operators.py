@@ -308,7 +308,7 @@ def test_nothing_to_do():
     assert torch.equal(backend.grad_norm(none, [1], 2, [None]), torch.zeros(2, dtype=torch.float64))
     assert torch.equal(backend.fd_gram([none] * 3, [1], 2, [None]), torch.zeros(2, 9, dtype=torch.float64))
     torch.ops.crsam_triton.perturb_([], [], [], [], scale, [False, False], 1)
-    torch.ops.crsam_triton.combine_([], [], [], [], [], scale, None)
+    torch.ops.crsam_triton.combine_([], [], [], [], [], scale, None, [], None)
 
 
 @wrong_arguments_of_a_step

@@ -27,7 +27,8 @@ BUFFERS = tl.constexpr(2)  # of an update rule's state at most
 # The columns of the table. Operators leave 0 what they do not use.
 LIVE = tl.constexpr(0)  # address of what the model reads
 SAVED = tl.constexpr(1)  # of w in the compute dtype; may be that of `live`
-STATE = tl.constexpr(2)  # of each buffer of the update rule, in the compute dtype
+DIRECTION = tl.constexpr(2)  # of what is added to a gradient, in the compute dtype
+STATE = tl.constexpr(3)  # of each buffer of the update rule, in the compute dtype
 GRADS = tl.constexpr(STATE.value + BUFFERS.value)  # of each pass
 STEP = tl.constexpr(GRADS.value + PASSES.value)  # of a float32: how many steps the row has taken, this one included
 NUMEL = tl.constexpr(STEP.value + 1)

@@ -28,17 +28,18 @@ from .fd_gram import launch_fd_combine, launch_fd_gram
 from .grad_norm import launch_grad_norm
 from .launch import guard
 from .perturb import launch_perturb
-from .step import launch_combine, launch_step
+from .step import launch_combine, launch_fd_direction, launch_step
 from .table_cache import TableCache
 from .update_math import RULES, Decision
 
 _cache = TableCache()
 _PLAIN = (list, tuple)  # sequences that nobody has looked at
 # Columns of the table, and what else of it the kernels know as constants of Triton.
-LIVE, SAVED, STATE, GRADS, STEP, NUMEL, GROUP, ADAPTIVE, ALIGNED, COLUMNS, CHUNK = (
+LIVE, SAVED, DIRECTION, STATE, GRADS, STEP, NUMEL, GROUP, ADAPTIVE, ALIGNED, COLUMNS, CHUNK = (
     getattr(chunk_table, name).value
     for name in (
-        "LIVE", "SAVED", "STATE", "GRADS", "STEP", "NUMEL", "GROUP", "ADAPTIVE", "ALIGNED", "COLUMNS", "CHUNK"
+        "LIVE", "SAVED", "DIRECTION", "STATE", "GRADS", "STEP",
+        "NUMEL", "GROUP", "ADAPTIVE", "ALIGNED", "COLUMNS", "CHUNK",
     )
 )  # fmt: skip
 _MASTERS = range(SAVED, GRADS)  # in the compute dtype
@@ -203,18 +204,34 @@ def _numbers(tensor: Tensor, argument: Argument, device: torch.device, count: in
     return tensor
 
 
+def _directions(direction: Sequence[Tensor], weight: Tensor | None) -> list[_List]:
+    """The list of what is added to a gradient, where there is a weight."""
+    return [] if weight is None else [(DIRECTION, "direction", direction)]
+
+
+def _number(tensor: Tensor | None, argument: Argument, device: torch.device) -> Tensor | None:
+    return None if tensor is None else _numbers(tensor, argument, device, 1)
+
+
 def grad_norm(
-    grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
+    grads: Sequence[Tensor],
+    groups: Sequence[int],
+    num_groups: int,
+    weights: Sequence[Tensor | None],
+    direction: Sequence[Tensor] = (),
+    direction_weight: Tensor | None = None,
 ) -> Tensor:
     """Squared norm of the gradient per group."""
-    optional = ((LIVE, "weights", weights),)
-    rows = Rows("grad_norm", groups, num_groups, (GRADS, "grads", grads), optional=optional, weighted=True)
+    op, optional = "grad_norm", ((LIVE, "weights", weights),)
+    lists = (GRADS, "grads", grads), *_directions(direction, direction_weight)
+    rows = Rows(op, groups, num_groups, *lists, optional=optional, weighted=True)
+    _number(direction_weight, (op, "direction_weight"), rows.device)
     if rows.empty:
         return torch.zeros(num_groups, dtype=torch.float64, device=rows.device)
     with guard(rows.device):
         table = rows.table()
         norms = table.partial.new_empty(num_groups)
-        launch_grad_norm(rows.dtype, table, norms)
+        launch_grad_norm(rows.dtype, table, direction_weight, norms)
     return norms
 
 
@@ -326,6 +343,30 @@ def fd_combine_(
     return gram
 
 
+def fd_direction_(
+    out: Sequence[Tensor],
+    grads: Sequence[Any],
+    groups: Sequence[int],
+    pass_weights: Tensor,
+    factor: Tensor,
+    ok: Tensor,
+) -> None:
+    """What the regularized gradient adds to that at w, times a factor, into `out`."""
+    if not out:
+        return
+    op = "fd_direction_"
+    passes = _columns(grads, len(groups), (op, "grads"))
+    check_count(len(passes), (op, "grads"), PASSES)
+    lists = *_gradients(passes), (DIRECTION, "out", out)
+    rows = Rows(op, groups, pass_weights.numel() // (PASSES - 1), *lists)
+    check_tensor(ok, (op, "ok"), rows.device, torch.bool, 1)
+    if rows.empty:
+        return
+    decision = _decision(rows, pass_weights, factor)
+    with guard(rows.device):
+        launch_fd_direction(rows.dtype, rows.table(), decision, ok.view(torch.uint8))
+
+
 def coefficients(
     gram: Tensor | None,
     squared_norms: Sequence[Tensor],
@@ -374,7 +415,7 @@ def coefficients(
 
 def _decision(rows: Rows, pass_weights: Tensor, factor: Tensor | None) -> Decision:
     _numbers(pass_weights, (rows.op, "pass_weights"), rows.device, pass_weights.numel())
-    return Decision(pass_weights, None if factor is None else _numbers(factor, (rows.op, "factor"), rows.device, 1))
+    return Decision(pass_weights, _number(factor, (rows.op, "factor"), rows.device))
 
 
 def _options(rows: Rows, options: Sequence[float], tensors: Sequence[Tensor | None]) -> Tensor:
@@ -416,6 +457,8 @@ def step_(
     pass_weights: Tensor,
     factor: Tensor | None,
     ok: Tensor,
+    direction: Sequence[Tensor] = (),
+    direction_weight: Tensor | None = None,
 ) -> None:
     """The step of an update rule."""
     if not live:
@@ -428,9 +471,11 @@ def step_(
     check_count(len(buffers), (op, "state"), shape.buffers)
     _check_passes(op, passes)
     num_groups = pass_weights.numel() // (PASSES - 1)
-    lists = (LIVE, "live", live), (SAVED, "saved", saved), *_gradients(passes)
+    added = _directions(direction, direction_weight)
+    lists = (LIVE, "live", live), (SAVED, "saved", saved), *_gradients(passes), *added
     optional = [(*where, buffer) for where, buffer in zip(_STATE, buffers, strict=False)]
     rows = Rows(op, groups, num_groups, *lists, optional=optional, steps=steps)
+    _number(direction_weight, (op, "direction_weight"), rows.device)
     check_tensor(ok, (op, "ok"), rows.device, torch.bool, 1)
     check_count(len(options), (op, "options"), num_groups * shape.options)
     if rows.empty:
@@ -438,7 +483,8 @@ def step_(
     decision = _decision(rows, pass_weights, factor)
     with guard(rows.device):
         own = _options(rows, options, option_tensors)
-        launch_step(rule, rows.dtype, rows.table(), own, decision, ok.view(torch.uint8), len(passes))
+        sound = ok.view(torch.uint8)
+        launch_step(rule, rows.dtype, rows.table(), own, decision, sound, direction_weight, len(passes))
 
 
 def combine_(
@@ -449,6 +495,8 @@ def combine_(
     groups: Sequence[int],
     pass_weights: Tensor,
     factor: Tensor | None,
+    direction: Sequence[Tensor] = (),
+    direction_weight: Tensor | None = None,
 ) -> None:
     """The regularized gradient over the last one, and w into `live`."""
     if not live:
@@ -456,10 +504,12 @@ def combine_(
     op = "combine_"
     passes = [*_columns(earlier, len(live), (op, "earlier")), last]
     _check_passes(op, passes)
-    lists = (LIVE, "live", live), (SAVED, "saved", saved), *_gradients(passes)
+    added = _directions(direction, direction_weight)
+    lists = (LIVE, "live", live), (SAVED, "saved", saved), *_gradients(passes), *added
     rows = Rows(op, groups, pass_weights.numel() // (PASSES - 1), *lists)
+    _number(direction_weight, (op, "direction_weight"), rows.device)
     if rows.empty:
         return
     decision = _decision(rows, pass_weights, factor)
     with guard(rows.device):
-        launch_combine(rows.dtype, rows.table(), decision, len(passes))
+        launch_combine(rows.dtype, rows.table(), decision, direction_weight, len(passes))

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .chunk_table import (
+    DIRECTION,
     GRADS,
     GROUP,
     LIVE,
@@ -30,8 +31,10 @@ from .update_math import (
     RULES,
     WORDS,
     Decision,
+    added_to_gradient,
     buffers_of,
     combined,
+    direction,
     options_of,
     prepared,
     resolve,
@@ -41,11 +44,17 @@ from .update_math import (
 
 
 @triton.jit
-def load_combined(grads, weights, where, mask, dtype: tl.constexpr, width: tl.constexpr):
-    """ghat times the factor, from the gradients of all passes or from one."""
+def load_combined(grads, weights, added, where, mask, dtype: tl.constexpr, width: tl.constexpr):
+    """ghat times the factor, from the gradients of all passes, or from one and what is added to it.
+
+    added: a direction's address and weight, or nothing.
+    """
     loaded = load_all(grads, where, mask, dtype, width)
     if len(grads) == PASSES:
         return combined(weights, loaded)
+    elif len(added) > 0:
+        h = load(added[0], where, mask, compute_dtype(dtype), width)
+        return weights[PASSES - 1] * tl.fma(added[1], h, loaded[0])
     else:
         return weights[PASSES - 1] * loaded[0]
 
@@ -61,13 +70,13 @@ def restore(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constex
 @triton.jit
 def step(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
     """One tile of the step of a rule."""
-    live, saved, state, grads, weights, rule = arguments[:6]
+    live, saved, state, grads, weights, added, rule = arguments[:7]
     master: tl.constexpr = compute_dtype(dtype)
     kept = mask & (state[0] != 0)
     w = load(saved, where, mask, master, width)
     old = load_all(state, where, kept, master, width)
-    g = load_combined(grads, weights, where, mask, dtype, width)
-    w, new = updated(rule, w, old, g, arguments[6])  # the name of the rule: a variable cannot hold text
+    g = load_combined(grads, weights, added, where, mask, dtype, width)
+    w, new = updated(rule, w, old, g, arguments[7])  # the name of the rule: a variable cannot hold text
     for i in tl.static_range(len(state)):
         store(state[i], where, kept, new[i], master, width)
     store(live, where, mask, w, dtype, width)
@@ -79,21 +88,32 @@ def step(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr)
 @triton.jit
 def combine(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
     """One tile of ghat over the last gradient."""
-    grads, weights = arguments
+    grads, weights, added = arguments
     last = grads[len(grads) - 1]
-    store(last, where, mask, load_combined(grads, weights, where, mask, dtype, width), dtype, width)
+    store(last, where, mask, load_combined(grads, weights, added, where, mask, dtype, width), dtype, width)
+    return sums
+
+
+@triton.jit
+def keep_direction(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
+    """One tile of what ghat adds to g0; 0 where the step is skipped."""
+    grads, weights, ok, out = arguments
+    loaded = load_all(grads, where, mask & ok, dtype, width)
+    h = tl.where(ok, direction(weights, loaded), 0.0)
+    store(out, where, mask, h, compute_dtype(dtype), width)
     return sums
 
 
 @jit
 def step_kernel(
-    rows, chunks, option_table, pass_weights, factor, ok, num_groups,
+    rows, chunks, option_table, pass_weights, factor, ok, direction_weight, num_groups,
     RULE: tl.constexpr, GIVEN: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     """The step of a rule, from as many gradients as are GIVEN: all or one.
 
     In float32, with three gradients and n state buffers: reads w, the state and the gradients, writes the state and
-    live: 20 + 8 n bytes an element. A step that is not ok is skipped: live = w, and nothing else changes.
+    live: 20 + 8 n bytes an element; with one gradient and a direction, 16 + 8 n. A step that is not ok is skipped:
+    live = w, and nothing else changes.
     """
     row, index = chunk_of(rows, chunks)
     live, saved = tl.load(row + LIVE), tl.load(row + SAVED)
@@ -107,38 +127,68 @@ def step_kernel(
         state = addresses(row + STATE, buffers_of(RULE))
         rule = prepared(own, taken, state[0] != 0, master, RULE)
         grads = addresses(row + GRADS, GIVEN)
-        for_each(step, (live, saved, state, grads, weights, rule, RULE), (), row, index, dtype, VECTORS)
+        added = added_to_gradient(row, direction_weight, dtype)
+        for_each(step, (live, saved, state, grads, weights, added, rule, RULE), (), row, index, dtype, VECTORS)
     elif live != saved:
         for_each(restore, (live, saved), (), row, index, dtype, VECTORS)
 
 
 @jit
 def combine_kernel(
-    rows, chunks, pass_weights, factor, num_groups, GIVEN: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr
-):
+    rows, chunks, pass_weights, factor, direction_weight, num_groups,
+    GIVEN: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr,
+):  # fmt: skip
     """ghat over the last gradient, and live = w.
 
     In float32: reads g0, g+, g-, w, writes g-, live: 24 bytes an element.
     """
     row, index = chunk_of(rows, chunks)
-    if GIVEN == PASSES or factor is not None:
+    if GIVEN == PASSES or factor is not None or direction_weight is not None:
         weights = weights_of(tl.load(row + GROUP), num_groups, pass_weights, factor, compute_dtype(dtype))
-        for_each(combine, (addresses(row + GRADS, GIVEN), weights), (), row, index, dtype, VECTORS)
+        added = added_to_gradient(row, direction_weight, dtype)
+        for_each(combine, (addresses(row + GRADS, GIVEN), weights, added), (), row, index, dtype, VECTORS)
     live, saved = tl.load(row + LIVE), tl.load(row + SAVED)
     if live != saved:
         for_each(restore, (live, saved), (), row, index, dtype, VECTORS)
 
 
+@jit
+def fd_direction_kernel(rows, chunks, pass_weights, factor, ok, num_groups, dtype: tl.constexpr, VECTORS: tl.constexpr):
+    """What ghat adds to g0, times the factor; 0 in a step that is skipped.
+
+    In float32: reads g0, g+, g-, writes the direction: 16 bytes an element.
+    """
+    row, index = chunk_of(rows, chunks)
+    weights = weights_of(tl.load(row + GROUP), num_groups, pass_weights, factor, compute_dtype(dtype))
+    arguments = (addresses(row + GRADS, PASSES), weights, tl.load(ok) != 0, tl.load(row + DIRECTION))
+    for_each(keep_direction, arguments, (), row, index, dtype, VECTORS)
+
+
 def launch_step(
-    rule: str, dtype: torch.dtype, table: Table, options: Tensor, decision: Decision, ok: Tensor, given: int
+    rule: str,
+    dtype: torch.dtype,
+    table: Table,
+    options: Tensor,
+    decision: Decision,
+    ok: Tensor,
+    direction_weight: Tensor | None,
+    given: int,
 ) -> None:
     """given: how many gradients, PASSES or 1. options: of all groups, WORDS for each, in the order of the rule."""
     launch(
-        step_kernel, table, dtype, table.rows, table.chunks, options, *decision, ok, table.num_groups,
+        step_kernel, table, dtype, table.rows, table.chunks, options, *decision, ok, direction_weight, table.num_groups,
         registers=RULES[rule].registers, RULE=rule, GIVEN=given,
     )  # fmt: skip
 
 
-def launch_combine(dtype: torch.dtype, table: Table, decision: Decision, given: int) -> None:
+def launch_combine(
+    dtype: torch.dtype, table: Table, decision: Decision, direction_weight: Tensor | None, given: int
+) -> None:
     """ghat over the last gradient, w into live."""
-    launch(combine_kernel, table, dtype, table.rows, table.chunks, *decision, table.num_groups, GIVEN=given)
+    arguments = (table.rows, table.chunks, *decision, direction_weight, table.num_groups)
+    launch(combine_kernel, table, dtype, *arguments, GIVEN=given)
+
+
+def launch_fd_direction(dtype: torch.dtype, table: Table, decision: Decision, ok: Tensor) -> None:
+    """direction <- what ghat adds to g0, times the factor; 0 in a step that is skipped."""
+    launch(fd_direction_kernel, table, dtype, table.rows, table.chunks, *decision, ok, table.num_groups)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunk_table import PASSES, digits, smallest_exponent
+from .chunk_table import DIRECTION, PASSES, compute_dtype, digits, smallest_exponent
 from .launch import MORE_REGISTERS, REGISTERS
 
 # An option takes four words of the table of options: the address of a float32, that of a float64, a value and 1 - value
@@ -134,12 +134,32 @@ def weights_of(group, num_groups, pass_weights, factor, dtype: tl.constexpr):
 
 
 @triton.jit
-def combined(weights, grads):
-    """ghat = c (g+ + sum of c_i (g_i - g0)); weights: of each pass after the first, then c."""
-    ghat = grads[1]
+def with_differences(weights, start, grads):
+    """start + sum of c_i (g_i - g0); weights: of each pass after the first, then c."""
     for i in tl.static_range(PASSES - 1, 0, -1):
-        ghat = tl.fma(weights[i - 1], grads[i] - grads[0], ghat)
-    return weights[PASSES - 1] * ghat
+        start = tl.fma(weights[i - 1], grads[i] - grads[0], start)
+    return start
+
+
+@triton.jit
+def combined(weights, grads):
+    """ghat = c (g+ + sum of c_i (g_i - g0))"""
+    return weights[PASSES - 1] * with_differences(weights, grads[1], grads)
+
+
+@triton.jit
+def direction(weights, grads):
+    """h = c ((g+ - g0) + sum of c_i (g_i - g0)), which ghat adds to g0"""
+    return weights[PASSES - 1] * with_differences(weights, grads[1] - grads[0], grads)
+
+
+@triton.jit
+def added_to_gradient(row, direction_weight, dtype: tl.constexpr):
+    """The address and the weight of a row's direction, where there is a weight."""
+    if direction_weight is None:
+        return ()
+    else:
+        return tl.load(row + DIRECTION), tl.load(direction_weight).to(compute_dtype(dtype))
 
 
 # The update rules. Each has two functions: one works out what the other needs, from the options of a group, how many

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import EPSILON, GRAM, PASSES, REGULARIZERS, Coefficients, Operators, Options
+from ..ops import EPSILON, GRAM, PASSES, REGULARIZERS, Coefficients, Direction, Operators, Options
 from ..precision import compute_dtype, has_master
 
 __all__ = ["KERNELS", "FusedOperators", "Kernel", "no_device", "register"]
@@ -77,10 +77,10 @@ class Kernel:
 #: stands for missing state. ``numbers`` are factor, kappa, sigma and regularizer_ratio, ``flags`` ok and capped.
 KERNELS = {
     "grad_norm": Kernel(
-        "Tensor[] grads, int[] groups, int num_groups, Tensor?[] weights",
+        "Tensor[] grads, int[] groups, int num_groups, Tensor?[] weights, Tensor[] direction, Tensor? direction_weight",
         "Tensor",
         _fake_sums(),
-        lambda: ("r", ""),
+        lambda directions=0: ("r" + "w" * directions, ""),
     ),
     "perturbation_scale": Kernel(
         "Tensor squared_norm, Tensor rho, float epsilon",
@@ -107,6 +107,12 @@ KERNELS = {
         lambda out, grads, groups, num_groups, *_: _fake_sums(GRAM)(grads, groups, num_groups),
         lambda: ("r" * PASSES, "r"),
     ),
+    "fd_direction_": Kernel(
+        "Tensor(a!)[] out, Tensor[] grads, int[] groups, Tensor pass_weights, Tensor factor, Tensor ok",
+        "()",
+        _fake_nothing,
+        lambda: ("r" * PASSES, "w"),
+    ),
     "coefficients": Kernel(
         "Tensor? gram, Tensor[] squared_norms, Tensor scale, Tensor alpha, Tensor beta, Tensor(a!) counters, "
         "Tensor(b!)[] taken, Tensor[] part, str regularizer, Tensor[] losses, Tensor? grad_scale, "
@@ -116,17 +122,18 @@ KERNELS = {
     ),
     "step_": Kernel(
         "Tensor(a!)[] live, Tensor(b!)[] saved, Tensor(c!)[] state, Tensor[] grads, int[] groups, Tensor[] steps, "
-        "str rule, float[] options, Tensor?[] option_tensors, Tensor pass_weights, Tensor? factor, Tensor ok",
+        "str rule, float[] options, Tensor?[] option_tensors, Tensor pass_weights, Tensor? factor, Tensor ok, "
+        "Tensor[] direction, Tensor? direction_weight",
         "()",
         _fake_nothing,
-        lambda passes, buffers: ("r" * passes + "w" * (1 + buffers), "rm" + "w" * buffers),
+        lambda passes, buffers, directions=0: ("r" * passes + "w" * (1 + buffers + directions), "rm" + "w" * buffers),
     ),
     "combine_": Kernel(
         "Tensor(a!)[] live, Tensor[] saved, Tensor[] earlier, Tensor(b!)[] last, int[] groups, Tensor pass_weights, "
-        "Tensor? factor",
+        "Tensor? factor, Tensor[] direction, Tensor? direction_weight",
         "()",
         _fake_nothing,
-        lambda passes: ("r" * passes + "w", "rr"),
+        lambda passes, directions=0: ("r" * passes + "w" * (1 + directions), "rr"),
     ),
 }
 
@@ -171,9 +178,14 @@ class FusedOperators(Operators):
         """Whether ``perturb_`` was launched on ``live`` since ``before``; asked after an exception, so it may wait."""
 
     def grad_norm(
-        self, grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
+        self,
+        grads: Sequence[Tensor],
+        groups: Sequence[int],
+        num_groups: int,
+        weights: Sequence[Tensor | None],
+        direction: Direction | None = None,
     ) -> Tensor:
-        return self._ops.grad_norm(grads, groups, num_groups, weights)
+        return self._ops.grad_norm(grads, groups, num_groups, weights, *_direction(direction, grads))
 
     def perturbation_scale(self, squared_norm: Tensor, rho: Tensor) -> Tensor:
         return self._ops.perturbation_scale(squared_norm, rho, EPSILON)
@@ -225,6 +237,18 @@ class FusedOperators(Operators):
         weights = [None] * len(out) if weights is None else weights
         decision = (_on(out[0].device, x) for x in (pass_weights, factor))
         return self._ops.fd_combine_(out, list(grads), groups, num_groups, weights, *decision)
+
+    def fd_direction_(
+        self,
+        out: Sequence[Tensor],
+        grads: Sequence[Sequence[Tensor]],
+        groups: Sequence[int],
+        pass_weights: Tensor,
+        factor: Tensor,
+        ok: Tensor,
+    ) -> None:
+        decision = (_on(out[0].device, x) for x in (pass_weights, factor, ok))
+        self._ops.fd_direction_(out, list(grads), groups, *decision)
 
     def coefficients(
         self,
@@ -287,6 +311,7 @@ class FusedOperators(Operators):
         steps: Sequence[Tensor],
         options: Sequence[Options],
         coefficients: Coefficients,
+        direction: Direction | None = None,
     ) -> None:
         device = live[0].device
         self._ops.step_(
@@ -300,6 +325,7 @@ class FusedOperators(Operators):
             *_numbers(options, device),
             *_decision(coefficients, device),
             _on(device, coefficients.ok),
+            *_direction(direction, live),
         )
 
     def combine_(
@@ -309,9 +335,11 @@ class FusedOperators(Operators):
         grads: Sequence[Sequence[Tensor]],
         groups: Sequence[int],
         coefficients: Coefficients,
+        direction: Direction | None = None,
     ) -> None:
         *earlier, last = _gradients(grads)
-        self._ops.combine_(live, saved, earlier, last, groups, *_decision(coefficients, live[0].device))
+        decision = _decision(coefficients, live[0].device)
+        self._ops.combine_(live, saved, earlier, last, groups, *decision, *_direction(direction, live))
 
 
 def _gradients(grads: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
@@ -329,6 +357,10 @@ def _without_none(rows: Sequence[Tensor | None], like: Tensor) -> Sequence[Tenso
 
 def _decision(c: Coefficients, device: torch.device) -> tuple[Tensor, Tensor | None]:
     return _on(device, c.pass_weights), None if c.factor is None else _on(device, c.factor)
+
+
+def _direction(direction: Direction | None, rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
+    return ([], None) if direction is None else (direction.rows, _on(rows[0].device, direction.weight))
 
 
 def _on(device: torch.device, x: Tensor) -> Tensor:

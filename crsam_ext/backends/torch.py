@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import GRAM, PASSES, Coefficients, Operators, Options, scalar
+from ..ops import GRAM, PASSES, Coefficients, Direction, Operators, Options, scalar
 from ..precision import PRECISIONS, compute_dtype
 
 __all__ = ["TorchOperators"]
@@ -65,19 +65,28 @@ def _differences(grads: Sequence[Tensor], scratch: Scratch) -> tuple[Tensor, Ten
     return g0, d1, d2
 
 
-def _regularized(grads: Sequence[Tensor], weights: Sequence[Tensor], factor: Tensor | None, scratch: Scratch) -> Tensor:
-    """factor * (g+ + sum of c_i (g_i - g0)), or of the last pass's gradient; in scratch 4, or that gradient itself.
+def _regularized(
+    grads: Sequence[Tensor],
+    direction: Tensor | None,
+    weights: Sequence[Tensor],
+    factor: Tensor | None,
+    scratch: Scratch,
+) -> Tensor:
+    """factor * (g+ + sum of c_i (g_i - g0)), or of the last pass's gradient and a weighted direction, if there is one.
 
-    The differences are exact wherever the gradients are within a factor of two (Sterbenz).
+    It is in scratch 4, or that gradient itself. Of ``weights``, the last is that of the direction. The differences are
+    exact wherever the gradients are within a factor of two (Sterbenz).
     """
     if len(grads) == PASSES:
         g0, gp = (_up(g, scratch, i) for i, g in enumerate(grads[:2]))
         ascent = torch.sub(gp, g0, out=scratch(4))
         g = torch.addcmul(gp, ascent, weights[0], out=ascent)
-        for other, weight in zip(grads[2:], weights[1:], strict=True):
+        for other, weight in zip(grads[2:], weights[1:-1], strict=True):
             g.addcmul_(torch.sub(_up(other, scratch, 2), g0, out=scratch(3)), weight)
     else:
         g = _up(grads[-1], scratch, 0)
+        if direction is not None:
+            g = torch.addcmul(g, direction, weights[-1], out=scratch(4))
     return g if factor is None else torch.mul(g, factor, out=scratch(4))
 
 
@@ -180,6 +189,7 @@ def _sgd(
     live: Tensor,
     saved: Tensor,
     buffer: Tensor | None,
+    direction: Tensor | None,
     *grads: Tensor,
     scalars: Sequence[Tensor],
     scratch: Scratch,
@@ -191,7 +201,7 @@ def _sgd(
 ) -> None:
     *weights, factor, ok, weight_decay, momentum, undamped, neg_lr = scalars
     keep = ok != 0 if select else None
-    g = _regularized(grads, weights, factor if clip else None, scratch)
+    g = _regularized(grads, direction, weights, factor if clip else None, scratch)
     if decay:
         g = torch.addcmul(g, saved, weight_decay, out=scratch(4))
     if buffer is not None:
@@ -214,6 +224,7 @@ def _adam(
     saved: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    direction: Tensor | None,
     *grads: Tensor,
     scalars: Sequence[Tensor],
     scratch: Scratch,
@@ -224,7 +235,7 @@ def _adam(
 ) -> None:
     *weights, factor, ok, weight_decay, rest1, beta2, rest2, root_correction2, eps, neg_step_size = scalars
     keep = ok != 0 if select else None
-    g = _regularized(grads, weights, factor if clip else None, scratch)
+    g = _regularized(grads, direction, weights, factor if clip else None, scratch)
     if decay and not decoupled:
         g = torch.addcmul(g, saved, weight_decay, out=scratch(4))
     # scratch 0 to 3 are free from here on: only g, in scratch 4 or in scratch 0, is still needed, and only until v.
@@ -243,8 +254,8 @@ def _adam(
 class Rule(NamedTuple):
     """An update rule."""
 
-    #: Its formula: (live, saved, *state, *grads), by name the numbers of the row's group as scalars, scratch, `clip`,
-    #: `select`, and what `static` returns.
+    #: Its formula: (live, saved, *state, direction, *grads), by name the numbers of the row's group as scalars,
+    #: scratch, `clip`, `select`, and what `static` returns.
     body: Callable[..., None]
     #: What of a group's options decides on the code.
     static: Callable[[Any], dict[str, bool]]
@@ -293,18 +304,37 @@ RULES = {
 
 
 def _combine(
-    live: Tensor, saved: Tensor, *grads: Tensor, scalars: Sequence[Tensor], scratch: Scratch, clip: bool
+    live: Tensor,
+    saved: Tensor,
+    direction: Tensor | None,
+    *grads: Tensor,
+    scalars: Sequence[Tensor],
+    scratch: Scratch,
+    clip: bool,
 ) -> None:
     *weights, factor = scalars
-    if len(grads) == PASSES or clip:
-        grads[-1].copy_(_regularized(grads, weights, factor if clip else None, scratch))
+    if len(grads) == PASSES or clip or direction is not None:
+        grads[-1].copy_(_regularized(grads, direction, weights, factor if clip else None, scratch))
     if live is not saved:
         live.copy_(saved)
 
 
 def _combine_into(out: Tensor, *grads: Tensor, scalars: Sequence[Tensor], scratch: Scratch) -> None:
     *weights, factor = scalars
-    out.copy_(_regularized(grads, weights, factor, scratch))
+    out.copy_(_regularized(grads, None, [*weights, factor], factor, scratch))
+
+
+def _direction_into(out: Tensor, *grads: Tensor, scalars: Sequence[Tensor], scratch: Scratch, select: bool) -> None:
+    *weights, factor, ok = scalars
+    g0, *others = (_up(g, scratch, i) for i, g in enumerate(grads))
+    h = torch.sub(others[0], g0, out=scratch(3))
+    total = torch.addcmul(h, h, weights[0], out=scratch(4))
+    for other, weight in zip(others[1:], weights[1:], strict=True):
+        total.addcmul_(torch.sub(other, g0, out=scratch(3)), weight)
+    if select:
+        torch.where(ok != 0, total.mul_(factor), torch.zeros_like(factor), out=out)
+    else:
+        torch.mul(total, factor, out=out)
 
 
 class TorchOperators(Operators):
@@ -391,16 +421,31 @@ class TorchOperators(Operators):
     # The operators ---------------------------------------------------------------------------------------------------
 
     def grad_norm(
-        self, grads: Sequence[Tensor], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]
+        self,
+        grads: Sequence[Tensor],
+        groups: Sequence[int],
+        num_groups: int,
+        weights: Sequence[Tensor | None],
+        direction: Direction | None = None,
     ) -> Tensor:
+        added: Sequence[Tensor | None] = [None] * len(grads)
+        number = scalar(0.0)
+        if direction is not None:
+            added, number = direction.rows, direction.weight.to(grads[0].device, compute_dtype(grads[0].dtype))
+
         def sums(dtype: torch.dtype) -> Tensor:
             norms: list[list[Tensor]] = [[] for _ in range(num_groups)]
-            for g, group, w in zip(grads, groups, weights, strict=True):
-                if w is None:
+            for g, group, w, h in zip(grads, groups, weights, added, strict=True):
+                if w is None and h is None:
                     norms[group] += _norms(g, dtype)
                     continue
-                for (x, v), scratch in self._blocks((g, w)):
-                    norms[group] += _norms(torch.mul(_up(x, scratch, 0), v, out=scratch(1)), dtype)
+                for (x, v, y), scratch in self._blocks((g, w, h)):
+                    x = _up(x, scratch, 0)
+                    if y is not None:
+                        x = torch.addcmul(x, y, number, out=scratch(1))
+                    if v is not None:
+                        x = torch.mul(x, v, out=scratch(1))
+                    norms[group] += _norms(x, dtype)
             zero = torch.zeros((), dtype=torch.float64, device=first.device)
             return torch.stack([torch.cat(n).double().square_().sum() if n else zero for n in norms])
 
@@ -464,6 +509,23 @@ class TorchOperators(Operators):
         for row, (o, group) in enumerate(zip(out, groups, strict=True)):
             self._run(_combine_into, (o, *(g[row] for g in grads)), table[group])
 
+    def fd_direction_(
+        self,
+        out: Sequence[Tensor],
+        grads: Sequence[Sequence[Tensor]],
+        groups: Sequence[int],
+        pass_weights: Tensor,
+        factor: Tensor,
+        ok: Tensor,
+    ) -> None:
+        if not self.selects(out[0]) and not bool(ok):
+            for h in out:
+                h.zero_()
+            return
+        table = self._table([*pass_weights.unbind(), factor, ok.to(factor)], out[0])
+        for row, (h, group) in enumerate(zip(out, groups, strict=True)):
+            self._run(_direction_into, (h, *(g[row] for g in grads)), table[group], select=self.selects(h))
+
     def step_(
         self,
         live: Sequence[Tensor],
@@ -474,11 +536,14 @@ class TorchOperators(Operators):
         steps: Sequence[Tensor],
         options: Sequence[Options],
         coefficients: Coefficients,
+        direction: Direction | None = None,
     ) -> None:
         if self._skips(coefficients.ok, live, saved):
             return
         c, rule, like = coefficients, RULES[options[0].rule], coefficients.pass_weights
-        common = [*c.pass_weights.unbind(), _signed_factor(c, options), c.ok.to(like)]
+        weights = _all_weights(c, direction)
+        common = [*weights, _signed_factor(c, options), c.ok.to(like)]
+        added = [None] * len(live) if direction is None else direction.rows
         tables: dict[int, list[Tensor]] = {}
         for row, (p, w, group, step) in enumerate(zip(live, saved, groups, steps, strict=True)):
             if id(step) not in tables:
@@ -486,7 +551,7 @@ class TorchOperators(Operators):
             o = options[group]
             self._run(
                 rule.body,
-                (p, w, *(buffer[row] for buffer in state), *(g[row] for g in grads)),
+                (p, w, *(buffer[row] for buffer in state), added[row], *(g[row] for g in grads)),
                 tables[id(step)][group],
                 clip=c.factor is not None or o.maximize,
                 select=self.selects(p),
@@ -500,11 +565,21 @@ class TorchOperators(Operators):
         grads: Sequence[Sequence[Tensor]],
         groups: Sequence[int],
         coefficients: Coefficients,
+        direction: Direction | None = None,
     ) -> None:
-        weights, factor = coefficients.pass_weights.unbind(), coefficients.factor
+        weights, factor = _all_weights(coefficients, direction), coefficients.factor
+        added = [None] * len(live) if direction is None else direction.rows
         table = self._table([*weights, torch.ones_like(weights[0]) if factor is None else factor], live[0])
         for row, (p, w, group) in enumerate(zip(live, saved, groups, strict=True)):
-            self._run(_combine, (p, w, *(g[row] for g in grads)), table[group], clip=factor is not None)
+            tensors = (p, w, added[row], *(g[row] for g in grads))
+            self._run(_combine, tensors, table[group], clip=factor is not None)
+
+
+def _all_weights(c: Coefficients, direction: Direction | None) -> list[Tensor]:
+    """Those of the differences, and that of the direction, for each group."""
+    weights = list(c.pass_weights.unbind())
+    added = torch.zeros_like(weights[0]) if direction is None else direction.weight.expand_as(weights[0])
+    return [*weights, added]
 
 
 def _column(values: Sequence[float | Tensor], like: Tensor) -> Tensor:

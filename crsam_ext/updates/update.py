@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..flat import Plan, StateLayout
-from ..ops import Coefficients, Operators, Options
+from ..ops import Coefficients, Direction, Operators, Options
 
 __all__ = ["RuleUpdate", "Update"]
 
@@ -28,6 +28,7 @@ class Update(StateLayout, ABC):
         saved: Sequence[Tensor],
         grads: list[Sequence[Tensor]],
         c: Coefficients,
+        direction: Direction | None,
         moved: bool,
     ) -> None:
         """Update the parameters of a plan.
@@ -38,6 +39,7 @@ class Update(StateLayout, ABC):
             saved: rows of w.
             grads: for each pass the rows of its gradient.
             c: the weights of the gradients.
+            direction: is added to the gradient, where there is one pass.
             moved: whether the parameters were perturbed, and are not w.
         """
 
@@ -74,7 +76,8 @@ class RuleUpdate(Update):
         saved: Sequence[Tensor],
         grads: list[Sequence[Tensor]],
         c: Coefficients,
+        direction: Direction | None,
         moved: bool,
     ) -> None:
         state = [plan.buffers.get(name) or [None] * len(plan.rows) for name in self.group_options.state]
-        operators.step_(plan.live, saved, state, grads, plan.groups, plan.steps, self.options, c)
+        operators.step_(plan.live, saved, state, grads, plan.groups, plan.steps, self.options, c, direction)

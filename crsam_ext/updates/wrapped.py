@@ -9,19 +9,24 @@ import torch
 from torch import Tensor
 
 from ..flat import Plan
-from ..ops import Coefficients, Operators
+from ..ops import Coefficients, Direction, Operators
 from .update import Update
 
 __all__ = ["ProvisionalState", "WrappedUpdate", "combine"]
 
 
 def combine(
-    operators: Operators, plan: Plan, saved: Sequence[Tensor], grads: list[Sequence[Tensor]], c: Coefficients
+    operators: Operators,
+    plan: Plan,
+    saved: Sequence[Tensor],
+    grads: list[Sequence[Tensor]],
+    c: Coefficients,
+    direction: Direction | None = None,
 ) -> None:
     """Write w into the parameters, and the regularized gradient over that of the last pass, whose rows may change."""
     if operators.host.repeats_memory(grads[-1]):  # one tensor is the gradient of two parameters
         grads[-1] = [g.clone() for g in grads[-1]]
-    operators.combine_(plan.live, saved, grads, plan.groups, c)
+    operators.combine_(plan.live, saved, grads, plan.groups, c, direction)
 
 
 class WrappedUpdate(Update):
@@ -43,13 +48,14 @@ class WrappedUpdate(Update):
         saved: Sequence[Tensor],
         grads: list[Sequence[Tensor]],
         c: Coefficients,
+        direction: Direction | None,
         moved: bool,
     ) -> None:
-        if not moved and c.factor is None:
+        if not moved and c.factor is None and direction is None:
             return  # the gradient is what it is, and w where it is
         if not moved:  # combine_ writes over the gradient of the last pass, which p.grad will hold
             grads[0] = [g.clone() for g in grads[0]]
-        combine(operators, plan, saved, grads, c)
+        combine(operators, plan, saved, grads, c, direction)
 
     def finish(self, ok: Tensor, give_gradients: Callable[[], None]) -> bool:
         if not bool(ok):  # the one synchronisation: nobody can undo what the optimizer has done

@@ -26,6 +26,7 @@ constexpr int kBuffers = 2;  // of an update rule's state at most
 enum Pointer {
   kLive,                       // what the model reads
   kSaved,                      // w in the compute dtype; may be that of kLive
+  kDirection,                  // what is added to a gradient, in the compute dtype
   kState,                      // of each buffer of the update rule, in the compute dtype
   kGrads = kState + kBuffers,  // of each pass
   kPointers = kGrads + kPasses,

@@ -5,17 +5,31 @@
 
 namespace crsam {
 
-// |g|^2 per group, or | |w| g |^2 where weighted.   Reads g, and w where weighted: 4 bytes an element in float32.
+// |g|^2 per group, or | |w| g |^2 where weighted, or |g + x h|^2 with a direction h.
+// Reads g, and w where weighted: 4 bytes an element in float32; with a direction 8.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks)
-    grad_norm_kernel(Table table, double* partial, double* norms) {
+    grad_norm_kernel(Table table, const double* direction_weight, double* partial, double* norms) {
   using C = compute_t<T>;
   const Chunk chunk = table.chunks[blockIdx.x];
   const Row row = table.rows[chunk.row];
   const T *grad = pointer<T>(row, kGrads), *live = pointer<T>(row, kLive);
   C sums[1] = {0};
 
-  if (!row.adaptive) {
+  if (direction_weight != nullptr) {
+    const C* direction = pointer<C>(row, kDirection);
+    const C weight = C(*direction_weight);
+    for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
+      C g[width], h[width];
+      load(grad + i, g);
+      load(direction + i, h);
+#pragma unroll
+      for (int j = 0; j < width; ++j) {
+        const C x = fused(weight, h[j], g[j]);
+        sums[0] = fused(x, x, sums[0]);
+      }
+    });
+  } else if (!row.adaptive) {
     for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
       C g[width];
       load(grad + i, g);
@@ -37,9 +51,11 @@ __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks)
   group_sum(table, row.group, sums, partial, norms);
 }
 
-void launch_grad_norm(Dtype dtype, const Table& table, double* partial, double* norms, cudaStream_t stream) {
+void launch_grad_norm(Dtype dtype, const Table& table, const double* direction_weight, double* partial, double* norms,
+                      cudaStream_t stream) {
   dispatch(dtype, [&](auto t) {
-    launch(grad_norm_kernel<typename decltype(t)::type>, table.num_chunks, stream, table, partial, norms);
+    launch(grad_norm_kernel<typename decltype(t)::type>, table.num_chunks, stream, table, direction_weight, partial,
+           norms);
   });
 }
 

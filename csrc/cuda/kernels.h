@@ -10,8 +10,10 @@
 
 namespace crsam {
 
-// norms [groups] <- squared norm of the gradient, times `live` where `adaptive`. partial [chunks] is scratch.
-void launch_grad_norm(Dtype dtype, const Table& table, double* partial, double* norms, cudaStream_t stream);
+// norms [groups] <- squared norm of the gradient, times `live` where `adaptive`, or, where there is a weight, with the
+// weighted direction added to it. partial [chunks] is scratch.
+void launch_grad_norm(Dtype dtype, const Table& table, const double* direction_weight, double* partial, double* norms,
+                      cudaStream_t stream);
 
 // scale [groups] <- rho / (norm + epsilon)
 void launch_perturbation_scale(const double* squared_norm, const double* rho, double epsilon, double* scale,
@@ -27,14 +29,18 @@ void launch_fd_gram(Dtype dtype, const Table& table, double* partial, double* gr
 
 // What `coefficients` has decided.
 struct Decision {
-  const double* pass_weights;  // [kPasses - 1, groups]
-  const double* factor;        // 0-dim or null
-  const bool* ok;              // 0-dim
+  const double* pass_weights;      // [kPasses - 1, groups]
+  const double* factor;            // 0-dim or null
+  const bool* ok;                  // 0-dim
+  const double* direction_weight;  // 0-dim, or null: of what is added where there is one gradient
 };
 
 // Likewise, and live <- ghat times the factor.
 void launch_fd_combine(Dtype dtype, const Table& table, Decision decision, double* partial, double* gram,
                        cudaStream_t stream);
+
+// direction <- what ghat adds to g0, times the factor; 0 in a step that is skipped.
+void launch_fd_direction(Dtype dtype, const Table& table, Decision decision, cudaStream_t stream);
 
 struct StepCounter {
   float* taken;       // [count]

@@ -209,25 +209,44 @@ at::Tensor new_numbers(at::IntArrayRef sizes, at::Device device) {
   return at::empty(sizes, at::TensorOptions(at::kDouble).device(device));
 }
 
+const double* number(const std::optional<at::Tensor>& tensor, const Argument& argument, at::Device device) {
+  return tensor ? numbers(*tensor, argument, device, 1) : nullptr;
+}
+
+const bool* flag(const at::Tensor& tensor, const Argument& argument, at::Device device) {
+  check_tensor(tensor, argument, device, at::kBool, 1);
+  return tensor.const_data_ptr<bool>();
+}
+
 Decision decision_of(const Rows& rows, const at::Tensor& pass_weights, const std::optional<at::Tensor>& factor,
-                     const bool* ok) {
+                     const bool* ok, const double* direction_weight = nullptr) {
   return {numbers(pass_weights, {rows.op, "pass_weights"}, rows.device, pass_weights.numel()),
-          factor ? numbers(*factor, {rows.op, "factor"}, rows.device, 1) : nullptr, ok};
+          number(factor, {rows.op, "factor"}, rows.device), ok, direction_weight};
+}
+
+// Enters what is added to a gradient, and returns its weight; null where there is none.
+const double* enter_direction(Rows& rows, const Column& direction, const std::optional<at::Tensor>& weight) {
+  if (!weight) return nullptr;
+  rows.enter(kDirection, direction, {rows.op, "direction"}, rows.compute_type());
+  return number(weight, {rows.op, "direction_weight"}, rows.device);
 }
 
 }  // namespace
 
-at::Tensor grad_norm(const Column& grads, const Groups& groups, int64_t num_groups, Optional weights) {
+at::Tensor grad_norm(const Column& grads, const Groups& groups, int64_t num_groups, Optional weights,
+                     const Column& direction, const std::optional<at::Tensor>& direction_weight) {
   Rows rows("grad_norm", grads, {"grad_norm", "grads"}, groups, num_groups);
   const c10::DeviceGuard guard(rows.device);
   rows.enter(kGrads, grads, {rows.op, "grads"}, rows.type);
   rows.enter_weights(kLive, weights, rows.type);
+  const double* weight = enter_direction(rows, direction, direction_weight);
   if (rows.empty()) return at::zeros({num_groups}, at::TensorOptions(at::kDouble).device(rows.device));
   const cudaStream_t stream = current_stream(rows.device);
   const Table table = rows.table(stream);
   const at::Tensor partial = new_numbers({table.num_chunks}, rows.device);
   at::Tensor norms = new_numbers({num_groups}, rows.device);
-  launch_grad_norm(rows.dtype(), table, partial.mutable_data_ptr<double>(), norms.mutable_data_ptr<double>(), stream);
+  launch_grad_norm(rows.dtype(), table, weight, partial.mutable_data_ptr<double>(), norms.mutable_data_ptr<double>(),
+                   stream);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return norms;
 }
@@ -306,6 +325,24 @@ at::Tensor fd_combine_(const Column& out, const Columns& grads, const Groups& gr
   const Decision decision = decision_of(rows, pass_weights, factor, nullptr);
   return gram_of(rows, grads, num_groups, weights,
                  [&](const Table& table, auto... rest) { launch_fd_combine(rows.dtype(), table, decision, rest...); });
+}
+
+void fd_direction_(const Column& out, const Columns& grads, const Groups& groups, const at::Tensor& pass_weights,
+                   const at::Tensor& factor, const at::Tensor& ok) {
+  if (out.empty()) return;
+  const char* op = "fd_direction_";
+  const auto passes = grads.of(groups.numbers().size());
+  check_count(passes.size(), {op, "grads"}, kPasses);
+  const int64_t num_groups = pass_weights.numel() / (kPasses - 1);
+  Rows rows(op, *passes[0], {op, "grads", 0}, groups, num_groups);
+  const c10::DeviceGuard guard(rows.device);
+  for (int pass = 0; pass < kPasses; ++pass) rows.enter(kGrads + pass, *passes[pass], {op, "grads", pass}, rows.type);
+  rows.enter(kDirection, out, {op, "out"}, rows.compute_type());
+  const bool* sound = flag(ok, {op, "ok"}, rows.device);
+  if (rows.empty()) return;
+  const cudaStream_t stream = current_stream(rows.device);
+  launch_fd_direction(rows.dtype(), rows.table(stream), decision_of(rows, pass_weights, factor, sound), stream);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> coefficients(
@@ -404,7 +441,8 @@ const Scalar* scalars(const Rows& rows, const std::vector<double>& options, Opti
 
 void step_(const Column& live, const Column& saved, const Columns& state, const Columns& grads, const Groups& groups,
            const Column& steps, const std::string& rule, const std::vector<double>& options, Optional option_tensors,
-           const at::Tensor& pass_weights, const std::optional<at::Tensor>& factor, const at::Tensor& ok) {
+           const at::Tensor& pass_weights, const std::optional<at::Tensor>& factor, const at::Tensor& ok,
+           const Column& direction, const std::optional<at::Tensor>& direction_weight) {
   if (live.empty()) return;
   const char* op = "step_";
   const std::optional<RuleShape> shape = shape_of_rule(rule);
@@ -422,17 +460,19 @@ void step_(const Column& live, const Column& saved, const Columns& state, const 
   rows.enter_steps(steps);
   const auto passes = grads.of(live.size());
   const bool all_passes = enter_gradients(rows, passes);
-  check_tensor(ok, {op, "ok"}, rows.device, at::kBool, 1);
+  const double* weight = enter_direction(rows, direction, direction_weight);
+  const bool* sound = flag(ok, {op, "ok"}, rows.device);
   check_count(options.size(), {op, "options"}, num_groups * shape->options);
   if (rows.empty()) return;
   const cudaStream_t stream = current_stream(rows.device);
   launch_step(rule, rows.dtype(), rows.table(stream), scalars(rows, options, option_tensors, stream),
-              decision_of(rows, pass_weights, factor, ok.const_data_ptr<bool>()), all_passes, stream);
+              decision_of(rows, pass_weights, factor, sound, weight), all_passes, stream);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 void combine_(const Column& live, const Column& saved, const Columns& earlier, const Column& last, const Groups& groups,
-              const at::Tensor& pass_weights, const std::optional<at::Tensor>& factor) {
+              const at::Tensor& pass_weights, const std::optional<at::Tensor>& factor, const Column& direction,
+              const std::optional<at::Tensor>& direction_weight) {
   if (live.empty()) return;
   const char* op = "combine_";
   Rows rows(op, live, {op, "live"}, groups, pass_weights.numel() / (kPasses - 1));
@@ -442,9 +482,10 @@ void combine_(const Column& live, const Column& saved, const Columns& earlier, c
   auto passes = earlier.of(live.size());
   passes.emplace_back(std::shared_ptr<void>(), &last);
   const bool all_passes = enter_gradients(rows, passes);
+  const double* weight = enter_direction(rows, direction, direction_weight);
   if (rows.empty()) return;
   const cudaStream_t stream = current_stream(rows.device);
-  launch_combine(rows.dtype(), rows.table(stream), decision_of(rows, pass_weights, factor, nullptr), all_passes,
+  launch_combine(rows.dtype(), rows.table(stream), decision_of(rows, pass_weights, factor, nullptr, weight), all_passes,
                  stream);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }

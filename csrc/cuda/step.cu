@@ -25,13 +25,21 @@ struct Shared {
   }
 };
 
-// N elements of ghat, times the factor: from the gradients of all passes, or from one.
+// N elements of ghat, times the factor: from the gradients of all passes, or from one and what is added to it.
 template <typename T, int kGiven, int N>
 __device__ __forceinline__ void load_combined(const Row& row, int64_t i, const Weights<compute_t<T>>& weights,
                                               compute_t<T> (&ghat)[N]) {
   compute_t<T> g[kGiven][N];
 #pragma unroll
   for (int pass = 0; pass < kGiven; ++pass) load(pointer<const T>(row, kGrads + pass) + i, g[pass]);
+  if constexpr (kGiven < kPasses) {
+    if (row.pointers[kDirection] != nullptr) {
+      compute_t<T> h[N];
+      load(pointer<const compute_t<T>>(row, kDirection) + i, h);
+#pragma unroll
+      for (int j = 0; j < N; ++j) g[0][j] = fused(weights.direction, h[j], g[0][j]);
+    }
+  }
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     if constexpr (kGiven == kPasses) {
@@ -103,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks) combine_kerne
   const Row row = table.rows[chunk.row];
   const Weights<C> weights = weights_of<C>(decision, row.group, table.num_groups);
   T* last = pointer<T>(row, kGrads + kGiven - 1);
-  if (kGiven == kPasses || decision.factor) {
+  if (kGiven == kPasses || decision.factor || decision.direction_weight) {
     for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
       C g[width];
       load_combined<T, kGiven>(row, i, weights, g);
@@ -111,6 +119,28 @@ __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks) combine_kerne
     });
   }
   restore<T>(row, chunk.index);
+}
+
+// What ghat adds to g0, times the factor; 0 in a step that is skipped.
+// In float32: reads g0, g+, g-, writes the direction: 16 bytes an element.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks) fd_direction_kernel(Table table, Decision decision) {
+  using C = compute_t<T>;
+  const Chunk chunk = table.chunks[blockIdx.x];
+  const Row row = table.rows[chunk.row];
+  const Weights<C> weights = weights_of<C>(decision, row.group, table.num_groups);
+  const bool ok = *decision.ok;
+  for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
+    C h[width] = {};
+    if (ok) {
+      C g[kPasses][width];
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) load(pointer<const T>(row, kGrads + pass) + i, g[pass]);
+#pragma unroll
+      for (int j = 0; j < width; ++j) h[j] = direction(weights, g, j);
+    }
+    store(pointer<C>(row, kDirection) + i, h);
+  });
 }
 
 std::optional<RuleShape> shape_of_rule(std::string_view rule) {
@@ -132,6 +162,12 @@ void launch_step(std::string_view rule, Dtype dtype, const Table& table, const S
       const auto kernel = all_passes ? step_kernel<T, R::template Rule, kPasses> : step_kernel<T, R::template Rule, 1>;
       launch(kernel, table.num_chunks, stream, table, options, decision);
     });
+  });
+}
+
+void launch_fd_direction(Dtype dtype, const Table& table, Decision decision, cudaStream_t stream) {
+  dispatch(dtype, [&](auto t) {
+    launch(fd_direction_kernel<typename decltype(t)::type>, table.num_chunks, stream, table, decision);
   });
 }
 

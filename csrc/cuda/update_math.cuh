@@ -92,6 +92,7 @@ __device__ __forceinline__ void add_products_with(C (&sums)[kGram], C h, const C
 template <typename C>
 struct Weights {
   C passes[kPasses - 1];  // of g_i - g0
+  C direction;
   C factor;
 };
 
@@ -101,17 +102,29 @@ __device__ __forceinline__ Weights<C> weights_of(const Decision& decision, int32
   Weights<C> weights;
 #pragma unroll
   for (int i = 0; i < kPasses - 1; ++i) weights.passes[i] = C(decision.pass_weights[i * num_groups + group]);
+  weights.direction = decision.direction_weight ? C(*decision.direction_weight) : C(0);
   weights.factor = decision.factor ? C(*decision.factor) : C(1);
   return weights;
 }
 
-// ghat = c (g+ + sum of c_i (g_i - g0)), of element j of the gradients of all passes.
+// start + sum of c_i (g_i - g0), of element j of the gradients of all passes.
+template <typename C, int N>
+__device__ __forceinline__ C with_differences(const Weights<C>& weights, C start, const C (&g)[kPasses][N], int j) {
+#pragma unroll
+  for (int i = kPasses - 1; i > 0; --i) start = fused(weights.passes[i - 1], g[i][j] - g[0][j], start);
+  return start;
+}
+
+// ghat = c (g+ + sum of c_i (g_i - g0))
 template <typename C, int N>
 __device__ __forceinline__ C combined(const Weights<C>& weights, const C (&g)[kPasses][N], int j) {
-  C sum = g[1][j];
-#pragma unroll
-  for (int i = kPasses - 1; i > 0; --i) sum = fused(weights.passes[i - 1], g[i][j] - g[0][j], sum);
-  return weights.factor * sum;
+  return weights.factor * with_differences(weights, g[1][j], g, j);
+}
+
+// h = c ((g+ - g0) + sum of c_i (g_i - g0)), which ghat adds to g0
+template <typename C, int N>
+__device__ __forceinline__ C direction(const Weights<C>& weights, const C (&g)[kPasses][N], int j) {
+  return weights.factor * with_differences(weights, g[1][j] - g[0][j], g, j);
 }
 
 // The update rules ---------------------------------------------------------------------------------------------------

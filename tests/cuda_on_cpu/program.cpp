@@ -60,6 +60,7 @@ void run(crsam::Dtype dtype) {
     Row row = {};
     row.pointers[kLive] = memory.make<T>(n, some);
     row.pointers[kSaved] = memory.make<float>(n, wide);
+    row.pointers[kDirection] = memory.make<float>(n, wide);
     for (int b = 0; b < kBuffers; ++b) row.pointers[kState + b] = memory.make<float>(n, wide);
     for (int pass = 0; pass < kPasses; ++pass) row.pointers[kGrads + pass] = memory.make<T>(n, some);
     row.step = memory.make<float>(1, [](int64_t) { return 2.0f; });
@@ -78,7 +79,8 @@ void run(crsam::Dtype dtype) {
   double* half = memory.make<double>(kNumGroups, [](int64_t) { return 0.5; });
   double* scale = memory.make<double>(kNumGroups, zero);
   for (int repetition = 0; repetition < 2; ++repetition) {  // the tickets are 0 again
-    launch_grad_norm(dtype, table, partial, norms, nullptr);
+    launch_grad_norm(dtype, table, half, partial, norms, nullptr);
+    launch_grad_norm(dtype, table, nullptr, partial, norms, nullptr);
     launch_fd_gram(dtype, table, partial, gram, nullptr);
     double expected[kNumGroups][2] = {};
     for (const Row& row : rows) {
@@ -122,9 +124,9 @@ void run(crsam::Dtype dtype) {
   expect_near(p.steps[0].taken[299], 1, "steps");
 
   const Scalar number = {nullptr, nullptr, 0.25, 0.75};
-  const Decision decision = {p.pass_weights, &p.numbers->factor, &p.flags->ok};
+  const Decision decision = {p.pass_weights, &p.numbers->factor, &p.flags->ok, half};
   const bool never = false;
-  const Decision skip = {p.pass_weights, nullptr, &never};
+  const Decision skip = {p.pass_weights, nullptr, &never, nullptr};
   const auto update = [&](const Table& t) {
     for (const bool all_passes : {true, false}) {
       for (const char* rule : {"sgd", "adam"}) {
@@ -134,6 +136,8 @@ void run(crsam::Dtype dtype) {
       }
       launch_combine(dtype, t, decision, all_passes, nullptr);
     }
+    launch_fd_direction(dtype, t, decision, nullptr);
+    launch_fd_direction(dtype, t, skip, nullptr);
   };
   update(table);
 
@@ -143,6 +147,7 @@ void run(crsam::Dtype dtype) {
   const auto shifted = [&](auto* array) { return array - before; };
   row.pointers[kLive] = shifted(memory.make<T>(n, some));
   row.pointers[kSaved] = shifted(memory.make<float>(n, wide));
+  row.pointers[kDirection] = shifted(memory.make<float>(n, wide));
   for (int b = 0; b < kBuffers; ++b) row.pointers[kState + b] = shifted(memory.make<float>(n, wide));
   T* grad = memory.make<T>(n, some);
   row.pointers[kGrads] = shifted(grad);
@@ -154,7 +159,7 @@ void run(crsam::Dtype dtype) {
   const Chunk last = {0, int32_t(before / kChunk)};
   const int64_t group_begin[] = {0, 1, 1, 1};
   const Table far = {one.data(), &last, group_begin, layout.tickets.data(), 1, kNumGroups};
-  launch_grad_norm(dtype, far, partial, norms, nullptr);
+  launch_grad_norm(dtype, far, nullptr, partial, norms, nullptr);
   double expected = 0;
   for (int64_t i = 0; i < n; ++i) expected += widen(grad[i]) * widen(grad[i]);
   expect_near(norms[0], expected, "norm of the last chunk");
