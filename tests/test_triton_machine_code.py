@@ -66,6 +66,8 @@ KERNELS = {
     "combine_with_direction": Kernel("combine_kernel", {"GIVEN": 1}, 1, 1, 1, 0),
 }
 
+SUMS = ("grad_norm", "grad_norm_with_direction", "fd_gram", "fd_combine")  # those that end with a reduction
+
 
 class Compiled(NamedTuple):
     """What a kernel was compiled to."""
@@ -197,7 +199,7 @@ def test_registers(compiled):
 def test_no_exchange_in_main_loops(compiled):
     """Nothing passes through shared memory: only reductions use it, at their end."""
     for (name, dtype), one in compiled.items():
-        assert (one.shared > 0) == (name in ("grad_norm", "fd_gram", "fd_combine")), (name, dtype)
+        assert (one.shared > 0) == (name in SUMS), (name, dtype)
         for block in one.main_loops:
             assert not re.search(r"\.shared|bar\.sync|shfl", block), (name, dtype)
 
@@ -275,8 +277,9 @@ def test_nothing_is_compiled_twice(launched, monkeypatch):
         _run_all(sizes, offset)
     variants = {kernel.fn.__name__: len(kernel.device_caches[0][0]) for kernel in _kernels()}
     expected = {kernel.function for kernel in KERNELS.values()} | {"perturbation_scale_kernel", "coefficients_kernel"}
-    twice = {"perturb_kernel", "fd_gram_kernel", "step_kernel"}  # two signs, with and without ghat, two rules
-    assert variants == {name: 2 if name in twice else 1 for name in expected}
+    # Two signs, with and without ghat; with and without a direction, and for two rules.
+    more = {"perturb_kernel": 2, "fd_gram_kernel": 2, "grad_norm_kernel": 2, "combine_kernel": 2, "step_kernel": 4}
+    assert variants == {name: more.get(name, 1) for name in expected}
 
 
 def test_launchers_are_kept_with_this_triton(launched):
@@ -297,7 +300,7 @@ def test_with_another_triton_every_launch_is_its_own(launched, monkeypatch):
     for _ in range(2):
         launched.clear()
         _run_all(sizes, offset)
-        assert len(launched) == 10
+        assert len(launched) == 15
     assert launch._launchers == {}
 
 
@@ -349,7 +352,7 @@ def test_later_launches_are_as_triton_makes_them(losses, launched):
             launched.clear()
             _run_all(sizes, offset, losses)
             by_run.append([(*arguments[:3], *map(comparable, arguments[3:])) for arguments in launched])
-            assert len(launch._launchers) == len(launched) == 10
+            assert len(launch._launchers) == len(launched) == 15
         assert by_run[0] == by_run[1]
 
 
@@ -357,5 +360,5 @@ def test_order_of_the_last_stage_of_sums(compiled):
     """Partial sums, barrier, ticket; barrier, and the partial sums of others, past this multiprocessor's cache."""
     order = r"st\.global\.b64.*bar\.sync.*atom\.global\.gpu\.acq_rel.*bar\.sync.*ld\.global\.cg\.b64"
     for (name, dtype), one in compiled.items():
-        if name in ("grad_norm", "fd_gram", "fd_combine"):
+        if name in SUMS:
             assert re.search(order, one.ptx, re.DOTALL), (name, dtype)

@@ -117,18 +117,21 @@ def measure(model: nn.Module, train: Samples, test: Samples, config: Config) -> 
     return row | {"train_top_eigenvalue": top, "train_ascent_gap": gap.ratio}
 
 
-def run_all(configs: Sequence[Config], cache: Path, workers: int, progress: Any = None) -> list[dict[str, Any]]:
+def run_all(
+    configs: Sequence[Any], cache: Path, workers: int, progress: Any = None, run_one: Any = None
+) -> list[dict[str, Any]]:
     """Results of all configurations, in their order, from the cache where they are there.
 
     Args:
         cache: folder of one JSON file for each run; written as soon as a run is complete.
         workers: processes, of one thread each; 0 computes in this one.
         progress: called with the number of runs that are complete and the last one's result.
+        run_one: computes the result of one configuration, :func:`run` by default.
     """
     cache.mkdir(parents=True, exist_ok=True)
     missing = list(dict.fromkeys(c for c in configs if load(c, cache) is None))
     done = len(set(configs)) - len(missing)
-    for config, result in _computed(missing, workers):
+    for config, result in _computed(missing, workers, run_one or run):
         checkpoint.write(cache / f"{config.key}.json", lambda file, result=result: file.write(_encoded(result)))
         done += 1
         if progress is not None:
@@ -138,7 +141,7 @@ def run_all(configs: Sequence[Config], cache: Path, workers: int, progress: Any 
     return results
 
 
-def load(config: Config, cache: Path) -> dict[str, Any] | None:
+def load(config: Any, cache: Path) -> dict[str, Any] | None:
     """The cached result; None if there is none, or none that can be read."""
     try:
         return json.loads((cache / f"{config.key}.json").read_text(encoding="utf-8"))
@@ -146,13 +149,13 @@ def load(config: Config, cache: Path) -> dict[str, Any] | None:
         return None
 
 
-def _computed(configs: Sequence[Config], workers: int) -> Iterable[tuple[Config, dict[str, Any]]]:
+def _computed(configs: Sequence[Any], workers: int, run_one: Any) -> Iterable[tuple[Any, dict[str, Any]]]:
     if not workers or not configs:
-        yield from ((config, run(config)) for config in configs)
+        yield from ((config, run_one(config)) for config in configs)
         return
     # New processes: a forked one would share the state of this one's threads.
     with ProcessPoolExecutor(min(workers, len(configs)), mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(run, config): config for config in configs}
+        futures = {pool.submit(run_one, config): config for config in configs}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()

@@ -1,0 +1,329 @@
+"""What the sharpness direction is worth between perturbations: accuracy and flatness against gradients a step.
+
+    python -m benchmarks.experiments.reuse   # all tasks; an hour or two on two cores, stops and goes on where it was
+
+rho is tuned for each method on a validation split; then every method runs with each seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn import functional as F
+
+from crsam_ext import CRSAM, curvature
+from crsam_ext.reuse import DIRECTION
+from crsam_ext.training import checkpoint
+from crsam_ext.training.data import batches, epoch_order
+
+from .analysis import best_rho, mean_and_error
+from .methods import METHODS, RHOS
+from .runs import evaluate, run_all
+from .tasks import TASKS, Samples
+
+RESULTS = Path(__file__).parents[1] / "results"
+VERSION = 1  # to be raised when a change of the code changes what a run computes
+INTERVALS = (2, 5, 10, 20)
+LOOKSAM_WEIGHT = 0.7  # alpha of the paper (Liu et al., CVPR 2022)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is compared."""
+
+    options: dict[str, Any]  #: of CRSAM
+    budget: float = 1.0  #: epochs, in multiples of the task's
+    tuned_as: str = ""  #: another method, whose rho it takes
+    between: str = ""  #: what replaces the direction: "looksam", "random", or "other run"
+
+    @property
+    def gradients(self) -> float:
+        """Gradients a step, on average."""
+        options = self.options
+        perturbed = 2.0 if not (options["alpha"] or options["beta"]) else 2 + 1 / options.get("curvature_interval", 1)
+        return 1 + (perturbed - 1) / options.get("interval", 1) if options.get("rho", 1) else 1.0
+
+
+def _methods() -> dict[str, Method]:
+    base = {**METHODS["base"], "rho": 0.0}
+    methods = {"base": Method(base), "base, 3 x": Method(base, budget=3)}
+    for name in ("SAM", "CR-SAM"):
+        options = METHODS[name]
+        methods[name] = Method(options)
+        for k in INTERVALS:
+            methods[f"{name}, reuse {k}"] = Method({**options, "interval": k, "reuse": True})
+        methods[f"{name}, interval 5"] = Method({**options, "interval": 5})
+    crsam = METHODS["CR-SAM"]
+    both = {**crsam, "interval": 5, "reuse": True, "curvature_interval": 10}
+    reuse5 = {**crsam, "interval": 5, "reuse": True}
+    methods |= {
+        "CR-SAM, curvature 10": Method({**crsam, "curvature_interval": 10}),
+        "CR-SAM, reuse 5, curvature 10": Method(both),
+        "LookSAM's rule, 5": Method({**METHODS["SAM"], "interval": 5, "reuse": True}, between="looksam"),
+        "random direction, 5": Method(reuse5, tuned_as="CR-SAM, reuse 5", between="random"),
+        "direction of another run, 5": Method(reuse5, tuned_as="CR-SAM, reuse 5", between="other run"),
+        "SAM, 1.5 x": Method(METHODS["SAM"], budget=1.5, tuned_as="SAM"),
+        "CR-SAM, reuse 5, curvature 10, 2.46 x": Method(both, budget=2.46, tuned_as="CR-SAM, reuse 5, curvature 10"),
+    }
+    return methods
+
+
+COMPARED = _methods()
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a run computes."""
+
+    task: str
+    method: str
+    rho: float
+    seed: int
+    epochs: int
+    tuning: bool = False  #: leave the validation samples out, and measure accuracy on them alone
+
+    @property
+    def key(self) -> str:
+        text = json.dumps([VERSION, torch.__version__, asdict(self)], sort_keys=True)
+        return "reuse-" + hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+class Run:
+    """A model in training, a step at a time."""
+
+    def __init__(self, config: Config, seed: int) -> None:
+        task, self.method = TASKS[config.task], COMPARED[config.method]
+        checkpoint.seed_everything(seed)
+        self.model = task.model()
+        options = {"rho": config.rho, **self.method.options}
+        self.optimizer = CRSAM(self.model.parameters(), task.base, model=self.model, **options, **task.base_options)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.epochs)
+        self._added: list[torch.Tensor] = []  # LookSAM's direction, of unit length
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def direction(self) -> list[torch.Tensor]:
+        """What the optimizer keeps; written, it is what it goes on with."""
+        return [self.optimizer.state[param][DIRECTION] for param in self.model.parameters()]
+
+    def step(self, x: torch.Tensor, y: torch.Tensor, other: Run | None = None) -> None:
+        self.model.train()
+
+        def closure() -> torch.Tensor:
+            loss = F.cross_entropy(self.model(x), y)
+            loss.backward()
+            if self._added and self.optimizer.passes == 1:
+                grads = [param.grad for param in self.model.parameters() if param.grad is not None]
+                torch._foreach_add_(grads, self._added, alpha=LOOKSAM_WEIGHT * length(grads))
+            return loss
+
+        perturbs = self.optimizer.passes > 1
+        self.optimizer.step(closure)
+        if perturbs and self.method.between:
+            self._replace(other)
+
+    def _replace(self, other: Run | None) -> None:
+        h = self.direction
+        if self.method.between == "looksam":
+            g = [param.grad for param in self.model.parameters() if param.grad is not None]
+            along = sum(torch.sum(x * y) for x, y in zip(h, g, strict=True)) / length(g) ** 2
+            across = [x - along * y for x, y in zip(h, g, strict=True)]
+            self._added = [x / length(across) for x in across]
+            new = [torch.zeros_like(x) for x in h]
+        elif self.method.between == "random":
+            new = [torch.randn(x.shape, generator=self._generator) for x in h]
+        else:
+            assert other is not None
+            new = other.direction
+        scale = length(h) / max(length(new), 1e-30)
+        for x, y in zip(h, new, strict=True):
+            x.copy_(scale * y)
+
+
+def length(tensors: Sequence[torch.Tensor]) -> float:
+    """Norm of all of them together."""
+    return math.sqrt(sum(float(x.detach().double().square().sum()) for x in tensors))
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train and measure."""
+    torch.set_num_threads(1)
+    task, start = TASKS[config.task], time.perf_counter()
+    splits = task.load()
+    train, test = splits.train, splits.validation
+    if not config.tuning:
+        train = (torch.cat([train[0], splits.validation[0]]), torch.cat([train[1], splits.validation[1]]))
+        test = splits.test
+    trained = Run(config, config.seed)
+    other = None
+    if trained.method.between == "other run":
+        other = Run(replace(config, method="CR-SAM, reuse 5"), 5000 + config.seed)
+    for epoch in range(config.epochs):
+        of_other = batches(*train, task.batch_size, epoch_order(len(train[0]), 5000 + config.seed, epoch))
+        for x, y in batches(*train, task.batch_size, epoch_order(len(train[0]), config.seed, epoch)):
+            if other is not None:
+                other.step(*next(of_other))
+            trained.step(x, y, other)
+        for each in filter(None, (trained, other)):
+            each.schedule.step()
+    row = evaluate(trained.model, test, "test")
+    if not config.tuning:
+        row |= measure(trained.model, train, math.ceil(500 * task.share))
+    row = {name: value if math.isfinite(value) else None for name, value in row.items()}
+    return {"config": asdict(config), "rows": [row], "seconds": round(time.perf_counter() - start, 1)}
+
+
+def measure(model: nn.Module, train: Samples, count: int) -> dict[str, float]:
+    """C(w) and the largest eigenvalue at the first training samples."""
+    loader = [(train[0][:count], train[1][:count])]
+    c = curvature.normalized_trace(model, F.cross_entropy, loader, probes=8)
+    try:
+        top = curvature.top_eigenvalues(model, F.cross_entropy, loader, tolerance=0.02).values[0]
+    except RuntimeError:  # of a run that has diverged
+        top = math.nan
+    return {"train_c": c.value, "train_top_eigenvalue": top}
+
+
+def tuning_configs(task: str) -> list[Config]:
+    return [
+        Config(task, name, rho, 1000 + seed, epochs_of(task, name), tuning=True)
+        for name, method in COMPARED.items()
+        if "rho" not in method.options and not method.tuned_as
+        for rho in RHOS
+        for seed in range(2)
+    ]
+
+
+def final_configs(task: str, best: dict[tuple[str, str], float], seeds: int) -> list[Config]:
+    return [
+        Config(task, name, best.get((task, method.tuned_as or name), 0.0), seed, epochs_of(task, name))
+        for name, method in COMPARED.items()
+        for seed in range(seeds)
+    ]
+
+
+def epochs_of(task: str, method: str) -> int:
+    return max(1, round(TASKS[task].epochs * COMPARED[method].budget))
+
+
+# Report --------------------------------------------------------------------------------------------------------------
+
+
+def summaries(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each task and method."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    rho = {}
+    for result in results:
+        config = result["config"]
+        rows.setdefault((config["task"], config["method"]), []).append(result["rows"][0])
+        rho[config["task"], config["method"]] = config["rho"]
+    names = ("test_accuracy", "train_c", "train_top_eigenvalue")
+    return [
+        {"task": task, "method": method, "rho": rho[task, method], "seeds": len(of_method)}
+        | {name: mean_and_error([row[name] for row in of_method]) for name in names}
+        for (task, method), of_method in rows.items()
+    ]
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """A table for each task."""
+    lines: list[str] = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        lines += [
+            f"## {task}",
+            "",
+            "| method | gradients a step | epochs | rho | test accuracy | C(w) | top eigenvalue |",
+        ]
+        lines.append("|---" * 7 + "|")
+        for row in rows:
+            if row["task"] == task:
+                method = COMPARED[row["method"]]
+                accuracy, error = (100 * x for x in row["test_accuracy"])
+                cells = [
+                    row["method"], f"{method.gradients:.2f}", str(epochs_of(task, row["method"])), f"{row['rho']:g}",
+                    f"{accuracy:.2f} ± {error:.2f} %",
+                    *("–" if math.isnan(row[n][0]) else f"{row[n][0]:.3g} ± {row[n][1]:.1g}"
+                      for n in ("train_c", "train_top_eigenvalue")),
+                ]  # fmt: skip
+                lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Test accuracy against gradients a step, a panel for each task."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(3.4 * len(tasks), 3.4), layout="constrained")
+    for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        by_method = {row["method"]: row["test_accuracy"] for row in rows if row["task"] == task}
+        mean, error = (100 * x for x in by_method["base"])
+        ax.axhspan(mean - error, mean + error, color="0.85")
+        ax.axhline(mean, color="0.5", linewidth=0.8, label="base")
+        lines = {
+            "SAM": ["SAM", *(f"SAM, reuse {k}" for k in INTERVALS)],
+            "CR-SAM": ["CR-SAM", *(f"CR-SAM, reuse {k}" for k in INTERVALS)],
+            "CR-SAM, reuse and curvature_interval": ["CR-SAM, curvature 10", "CR-SAM, reuse 5, curvature 10"],
+            "interval alone": ["SAM, interval 5", "CR-SAM, interval 5"],
+            "LookSAM's rule": ["LookSAM's rule, 5"],
+        }
+        for index, (label, names) in enumerate(lines.items()):
+            known = sorted((COMPARED[name].gradients, by_method[name]) for name in names)
+            x, y = [g for g, _ in known], [value for _, value in known]
+            style = "o-" if index < 3 else "s"
+            means, errors = [100 * m for m, _ in y], [100 * e for _, e in y]
+            ax.errorbar(x, means, errors, fmt=style, markersize=4, capsize=2, color=f"C{index}", label=label)
+        ax.set_title(task, fontsize=10)
+        ax.set_xlabel("gradients a step")
+    figure.axes[0].set_ylabel("test accuracy, %")
+    figure.axes[0].legend(fontsize=6)
+    figure.savefig(path, dpi=100)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and write ``reuse.json``, ``reuse.md`` and ``reuse.png``, after each task with all that are complete."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments.reuse", description=__doc__)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--cache", type=Path, default=Path("runs/experiments"), help="runs that are complete")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results are written")
+    args = parser.parse_args(argv)
+
+    def progress(task: str, count: int) -> Callable[[int, dict[str, Any]], None]:
+        def show(done: int, result: dict[str, Any]) -> None:
+            config, accuracy = result["config"], result["rows"][0]["test_accuracy"]
+            what = f"{config['method']}, rho {config['rho']:g}, seed {config['seed']}"
+            print(f"{task} {done}/{count}: {what}: {accuracy:.2%} in {result['seconds']:.0f} s", flush=True)
+
+        return show
+
+    tuned: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    args.output.mkdir(parents=True, exist_ok=True)
+    for task in args.tasks:
+        configs = tuning_configs(task)
+        tuned += run_all(configs, args.cache, args.workers, progress(f"tuning {task}", len(configs)), run)
+        configs = final_configs(task, best_rho(tuned), args.seeds)
+        results += run_all(configs, args.cache, args.workers, progress(task, len(configs)), run)
+        content = {"torch": torch.__version__, "seeds": args.seeds, "tuning": tuned, "runs": results}
+        (args.output / "reuse.json").write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
+        rows = summaries(results)
+        (args.output / "reuse.md").write_text(markdown(rows), encoding="utf-8")
+        draw(rows, args.output / "reuse.png")
+    print(markdown(summaries(results)))
+
+
+if __name__ == "__main__":
+    main()
