@@ -126,7 +126,7 @@ class Reference:
     """
 
     def __init__(self, groups, base="sgd", *, regularizer="linear", estimator="gradient", max_grad_norm=math.inf,
-                 max_regularizer_ratio=None, **defaults):  # fmt: skip
+                 max_regularizer_ratio=None, interval=1, **defaults):  # fmt: skip
         log = regularizer == "log"
         defaults = {
             "rho": 0.1,
@@ -141,6 +141,7 @@ class Reference:
         self.defaults, self.w, self.state, self.options = defaults, [], [], []
         self.counts = dict.fromkeys(("skipped", "curvature_dropped", "gradient_norm_dropped", "capped"), 0)
         self.last, self.scales = {}, {}
+        self.interval, self.age, self.kept = interval, 0, []  # with an interval, the direction is reused
         for group in groups:
             self.add_group(group)
 
@@ -172,6 +173,15 @@ class Reference:
             return [p + s * d for p, d in zip(self.w, e, strict=True)]
 
         loss, g0 = gradient(self.w)
+        if self.age:
+            weight, self.age = 0.9**self.age, (self.age + 1) % self.interval
+            if not all(g.isfinite().all() for g in g0):
+                self.counts["skipped"] += 1
+                return loss
+            kept = [*self.kept, *(torch.zeros_like(g) for g in g0[len(self.kept) :])]
+            self.finish([g + weight * h for g, h in zip(g0, kept, strict=True)], active)
+            return loss
+        self.age, self.kept = 1 % self.interval, []
         e = perturbation(self.w, g0, self.each("rho"), self.each("adaptive"))
         (loss_ascent, gp), (loss_descent, gm) = gradient(moved(+1)), gradient(moved(-1))
         if not all(g.isfinite().all() for g in [*g0, *gp, *gm]):
@@ -194,13 +204,16 @@ class Reference:
         shrink = min(1.0, self.cap / ratio) if ratio else 1.0
         self.counts["capped"] += ratio > self.cap
         ghat = [p + shrink * x for p, x in zip(gp, r, strict=True)]
+        self.kept = [(p - g) + shrink * x for g, p, x in zip(g0, gp, r, strict=True)]
+        self.last.update(a=[shrink * x for x in a], b=[shrink * x for x in b], regularizer_ratio=ratio)
+        self.finish(ghat, active)
+        return loss
+
+    def finish(self, ghat, active):
         clip = min(1.0, self.max_grad_norm / (norm(ghat) + 1e-6))
         ghat = [clip * g for g in ghat]
-        self.last.update(
-            a=[shrink * x for x in a], b=[shrink * x for x in b], regularizer_ratio=ratio, clip_factor=clip
-        )
+        self.last["clip_factor"] = clip
         self.update(ghat, active)
-        return loss
 
     def update(self, ghat, active):
         if callable(self.base):  # a torch optimizer of float64 parameters that are self.w
