@@ -389,6 +389,14 @@ class Bucket:
         for plan in self._plans.values():
             plan.locate()
 
+    def of_groups(self, flat: Tensor) -> dict[int, Tensor]:
+        """The part of each group of a tensor of the offsets of ``saved``, gaps included, which are 0."""
+        spans: dict[int, tuple[int, int]] = {}
+        for slot in self.slots:
+            start, _ = spans.get(slot.group, (slot.offset, 0))
+            spans[slot.group] = start, slot.offset + slot.numel
+        return {group: flat[start:stop] for group, (start, stop) in spans.items()}
+
     def plan(self, active: tuple[bool, ...]) -> Plan:
         """The rows for the slots that are ``active``."""
         if active not in self._plans:

@@ -65,7 +65,6 @@ class GraphedStep:
         """
         optimizer = self.optimizer
         self._options_to_device()
-        optimizer.prepare_replay()
         if not optimizer.in_place:
             self._forget()
         passes, baked = optimizer.passes, self._baked()

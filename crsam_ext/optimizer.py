@@ -93,8 +93,8 @@ class CRSAM(Optimizer):
         interval: perturb in every ``interval``-th step only, beginning with the first; the others take one pass, and
             are the base optimizer's.
         reuse: in the steps between, add to the gradient what the last perturbation has added to its own,
-            :math:`\hat g = g_0 + 0.9^j h` with :math:`h = \hat g - g_0` of the step that was j steps ago, see
-            :mod:`crsam_ext.reuse`. h is kept in the state of the parameter.
+            :math:`\hat g = g_0 + \omega h` with :math:`h = \hat g - g_0` of that step and
+            :math:`\omega = \min(1, \|g_0\| / 2\|h\|)`, see :mod:`crsam_ext.reuse`. h is kept in the state.
         curvature_interval: of the steps that perturb, take the pass at w - e in every ``curvature_interval``-th only;
             the others take two passes, and :math:`d_2` from the last step that had three, which is kept for them.
             (Not with ``estimator="loss"``, which needs the loss at w - e.)
@@ -671,7 +671,7 @@ class CRSAM(Optimizer):
             counted=counted and not combined,
             is_sum=is_sum,
             difference=self._kept_difference(),
-            direction=None if combined or is_sum else self._begin_direction(passes),
+            direction=None if combined or is_sum else self._kept_direction(passes),
             num_points=num_points,
             replicas=replicas,
         )
@@ -689,25 +689,6 @@ class CRSAM(Optimizer):
         """What a step of so many passes makes for later ones, or goes on with; None where nothing is perturbed."""
         between = self.stats.steps % self.interval > 0
         return self._direction if self.reuse and (passes > 1) != between and self._perturbs else None
-
-    def _begin_direction(self, passes: int) -> SharpnessDirection | None:
-        direction, age = self._kept_direction(passes), self.stats.steps % self.interval
-        if direction is not None:
-            direction.begin_step(age, self._home())
-        elif self.reuse and age == 0:  # a perturbation was due, and rho is 0: the next steps would take h for a new one
-            for state in self.state.values():
-                if DIRECTION in state:
-                    state[DIRECTION].zero_()
-        return direction
-
-    def prepare_replay(self) -> None:
-        """Call before a CUDA graph repeats the next step: what the host knows and kernels read is put on the device."""
-        self._begin_direction(self.passes)
-
-    def _home(self) -> torch.device:
-        """The device of the first parameter that is trained, where numbers are kept that belong to all."""
-        params = (param for group in self.param_groups for param in group["params"])
-        return next(param.device for param in params if param.requires_grad or param.grad is not None)
 
     def _signature(self, passes: int) -> dict[str, Any]:
         """What must be the same on all ranks of the model: how a step is made, and of what."""

@@ -1,20 +1,21 @@
 """The sharpness direction: what a perturbation adds to the gradient, kept for the steps between perturbations.
 
 A step that perturbs ends with ghat, and leaves h = ghat - g0 behind. With v = g0/|g0| and the Hessian H at w, SAM's h
-is rho H v + O(rho^2): it changes as slowly as the curvature and the direction of the gradient do. The step that comes
-j steps later does without a perturbation, and takes
+is rho H v + O(rho^2): it changes as slowly as the curvature and the direction of the gradient do. A step between does
+without a perturbation, and takes
 
-    ghat = g0 + DECAY^j h
+    ghat = g0 + omega h,    omega = min(1, MAX_RATIO |g0| / |h|)
 
 (LookSAM, Liu et al., CVPR 2022, keeps the part of h that is orthogonal to g0.) An old h is wrong in one respect: it
-does not change with the parameters. It pushes them the same way in every step, and nothing pushes back but g0. The
-decay bounds how far: the weights add up to less than 1 / (1 - DECAY) = 10, however rare perturbations are.
-docs/reuse.md compares it with other guards.
+does not change with the parameters. It pushes them the same way in every step, and nothing pushes back but g0. Where
+|h| is a multiple of |g0|, as it is near a minimum, that ends far away. With |omega h| <= |g0| / 2, ghat is within 30
+degrees of g0, so that a step between goes downhill whatever h is, and however old. docs/reuse.md compares this with
+other guards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,43 +23,45 @@ from torch import Tensor
 from .flat import Bucket, Plan
 from .ops import Direction, Operators
 
-__all__ = ["DECAY", "DIRECTION", "SharpnessDirection"]
+__all__ = ["DIRECTION", "MAX_RATIO", "SharpnessDirection"]
 
 #: Its name in the state of a parameter.
 DIRECTION = "sharpness_direction"
 
-#: The weight of h is multiplied with it from step to step.
-DECAY = 0.9
+#: The norm of what is added to a gradient is at most this multiple of the gradient's.
+MAX_RATIO = 0.5
 
 
 class SharpnessDirection:
-    """The direction h of the last step that perturbed, in a flat buffer of every bucket, and its weight in this step.
+    """The direction h of the last step that perturbed, in a flat buffer of every bucket, and its norm.
 
     It is kept in the compute dtype, and belongs to losses that are not scaled.
     """
 
     def __init__(self) -> None:
-        self.age = 0  #: how many steps ago h was made; 0 in a step that makes it
-        self._weight: Tensor | None = None
+        # [groups], of h as it is in the buffers; None where it was loaded. One tensor: CUDA graphs know its address.
+        self._squared_norm: Tensor | None = None
 
-    def begin_step(self, age: int, device: torch.device) -> None:
-        """Call before each step, and before a CUDA graph repeats one: kernels read the weight from the device.
+    def added(
+        self,
+        operators: Operators,
+        buckets: Sequence[Bucket],
+        plans: Sequence[Plan],
+        squared_norm: Tensor,
+        grad_scale: Tensor | None,
+    ) -> list[Direction | None]:
+        """What is added to the gradients of each plan in a step between.
 
         Args:
-            age: how many steps ago h was made.
-            device: on which the weight is kept.
+            operators: compute it.
+            buckets, plans: of the parameters.
+            squared_norm: [groups], of g0.
+            grad_scale: 0-dim, what g0 was multiplied with.
         """
-        self.age = age
-        if self._weight is None or self._weight.device != device:
-            self._weight = torch.zeros((), dtype=torch.float64, device=device)
-        if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            self._weight.fill_(DECAY**age)
-
-    def of(self, plan: Plan, grad_scale: Tensor | None) -> Direction:
-        """What is added to gradients of a plan, which were multiplied with ``grad_scale``."""
-        assert self._weight is not None
-        weight = self._weight if grad_scale is None else self._weight * grad_scale
-        return Direction(plan.buffers[DIRECTION], weight)
+        if self._squared_norm is None or len(self._squared_norm) != len(squared_norm):
+            self._squared_norm = self._measure(operators, buckets, squared_norm)
+        weight = operators.direction_weight(squared_norm, self._squared_norm, grad_scale, MAX_RATIO)
+        return [Direction(plan.buffers[DIRECTION], weight) if plan.rows else None for plan in plans]
 
     def keep(
         self,
@@ -69,7 +72,8 @@ class SharpnessDirection:
         pass_weights: Tensor,
         factor: Tensor,
         ok: Tensor,
-    ) -> list[Tensor]:
+        mean_of: Callable[[list[Tensor]], None] | None,
+    ) -> None:
         """Make h of the gradients of a step that has perturbed.
 
         Of a parameter that takes no part in it, and of all if the step is skipped, h is 0.
@@ -80,8 +84,7 @@ class SharpnessDirection:
             grads: for each plan and each of the two or three passes its rows.
             pass_weights, ok: see :class:`crsam_ext.ops.Coefficients`.
             factor: 0-dim, what h is multiplied with.
-        Returns:
-            The rows that were written.
+            mean_of: makes tensors their means over the replicas.
         """
         written: list[Tensor] = []
         for bucket, plan, by_pass in zip(buckets, plans, grads, strict=True):
@@ -92,4 +95,21 @@ class SharpnessDirection:
                 three = [*by_pass, by_pass[-1]][:3]  # of two passes, the weights of the differences are 0
                 operators.fd_direction_(rows, three, plan.groups, pass_weights, factor, ok)
                 written += rows
-        return written
+        if mean_of is not None:
+            mean_of(written)
+        groups = pass_weights[0]
+        squared_norm = self._measure(operators, buckets, groups)
+        if self._squared_norm is None or self._squared_norm.shape != groups.shape:
+            self._squared_norm = squared_norm
+        else:
+            self._squared_norm.copy_(squared_norm)
+
+    @staticmethod
+    def _measure(operators: Operators, buckets: Sequence[Bucket], groups: Tensor) -> Tensor:
+        """[groups], the squared norm of h: of all of it, whatever takes part in a step."""
+        total = torch.zeros_like(groups)
+        for bucket in buckets:
+            parts = bucket.of_groups(bucket.buffers[DIRECTION])
+            norms = operators.grad_norm(list(parts.values()), list(parts), len(groups), [None] * len(parts))
+            total += norms.to(total.device, non_blocking=True)
+        return total

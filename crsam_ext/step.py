@@ -128,10 +128,9 @@ class Step:
         self._combined = False  # whether the hook has made the regularized gradient of that of the last pass
         self._numbers: tuple[Tensor, Tensor] | None = None  # see _hook_numbers()
         self._combined_gram: dict[int, Tensor] = {}  # by bucket of the hook, its part of the Gram matrix
-        self._reduced_norm: Tensor | None = None  # squared, [groups], of the regularized gradient that was reduced
-        self._norm_is_regularized = (
-            False  # whether the squared norm of the one pass is that of the regularized gradient
-        )
+        # Squared, [groups], of the regularized gradient, where it was reduced, or is to be clipped in a single pass.
+        self._reduced_norm: Tensor | None = None
+        self._added: list[Direction | None] = []  # for each plan, what is added to the gradient of the one pass
         self._decided: Coefficients | None = None  # what was decided from all gradients, before it was reduced
         self.settings, self._locate, self._stats, self._model_buffers = settings, locate, stats, model_buffers
         self.passes, self.difference, self.direction, self.num_points = passes, difference, direction, num_points
@@ -290,7 +289,7 @@ class Step:
         steps = self._counted(plans)
         c = self._coefficients(plans, rows, steps, grad_scale, found_inf, self.settings.max_grad_norm)
         self._keep(plans, c, grad_scale)
-        if self._apply(plans, rows, c, grad_scale) and self.difference is not None:
+        if self._apply(plans, rows, c) and self.difference is not None:
             self.difference.publish(self.state)
         for bucket in self.flat.buckets:
             bucket.push_state()
@@ -363,15 +362,9 @@ class Step:
             by_pass = [self._rows(plans, index) for index in range(self.collected)]
             of_plans = list(zip(*by_pass, strict=True))
             factor = self.flat.constants((1.0,))[0] if grad_scale is None else 1 / grad_scale
-            kept = self.direction.keep(self.operators, self.flat.buckets, plans, of_plans, c.pass_weights, factor, c.ok)
-            if mean_of is not None:
-                mean_of(kept)
-
-    def _direction_of(self, plan: Plan, grad_scale: Tensor | None) -> Direction | None:
-        """What is added to the gradient of a step of one pass."""
-        if self.passes > 1 or self.direction is None or not plan.rows:
-            return None
-        return self.direction.of(plan, grad_scale)
+            self.direction.keep(
+                self.operators, self.flat.buckets, plans, of_plans, c.pass_weights, factor, c.ok, mean_of
+            )
 
     # Over replicas ---------------------------------------------------------------------------------------------------
 
@@ -513,7 +506,7 @@ class Step:
         # Only a plain e is a multiple of g0, and only then, or where nothing was perturbed, the norm is that of g0.
         weighted = self._scale is not None and any(self._adaptive)
         scale, norm = (None, None) if weighted else (self._scale, self._squared_norms[0])
-        if self.is_sum or self._norm_is_regularized:
+        if self.is_sum:
             norm, self._reduced_norm = None, norm
         if self._combined_gram:
             self._gram = torch.stack([part for _, part in sorted(self._combined_gram.items())]).sum(0)
@@ -590,7 +583,6 @@ class Step:
         three gradients show whether the step is sound.
         """
         settings, reduced = self.settings, self._reduced_norm is not None
-        adds = self.passes == 1 and self.direction is not None
         complete = self.collected == PASSES and not reduced
         losses = self._losses() if complete and settings.needs_losses else None
         clips = max_grad_norm is not None
@@ -599,13 +591,16 @@ class Step:
         if complete and (self.operators.fuses_gram or clips or settings.caps or measures):
             gram = self._gram = self._gram_of(plans, rows)
         elif not reduced:
-            # The norm of g0 shows whether it is sound; a clip needs that of what is made of it.
-            added = [self._direction_of(plan, grad_scale) if adds and clips else None for plan in plans]
+            unweighted = [plan.unweighted for plan in plans]
             for index in range(len(self._squared_norms), self.collected):
-                unweighted = [plan.unweighted for plan in plans]
-                norm = self._squared_norm(plans, [r[index] for r in rows], unweighted, added)
+                norm = self._squared_norm(plans, [r[index] for r in rows], unweighted)
                 self._squared_norms.append(norm)
-            self._norm_is_regularized = adds and clips
+            if self.passes == 1 and self.direction is not None:
+                self._added = self.direction.added(
+                    self.operators, self.flat.buckets, plans, self._squared_norms[0], grad_scale
+                )
+                if clips:  # the norm of g0 shows whether it is sound; this one also how long the update is
+                    self._reduced_norm = self._squared_norm(plans, [r[0] for r in rows], unweighted, self._added)
         norms = self._squared_norms if self._reduced_norm is None else [self._reduced_norm]
         if found_inf is not None:
             overflow = torch.where(found_inf.to(self.home, non_blocking=True) > 0, math.nan, 0.0)
@@ -662,16 +657,17 @@ class Step:
         at_w, ascent, descent = (_on(self.home, self.losses) * (-1.0 if self._maximizes[0] else 1.0)).unbind()
         return at_w, ascent, descent
 
-    def _apply(self, plans: Sequence[Plan], rows: Rows, c: Coefficients, grad_scale: Tensor | None) -> bool:
+    def _apply(self, plans: Sequence[Plan], rows: Rows, c: Coefficients) -> bool:
         """Make the update of every bucket; whether the base optimizer has its state now."""
         update, moved = self._update, self._scale is not None
-        for bucket, plan, grads in zip(self.flat.buckets, plans, rows, strict=True):
+        added = self._added or [None] * len(plans)
+        for bucket, plan, grads, direction in zip(self.flat.buckets, plans, rows, added, strict=True):
             if not plan.rows:
                 continue
             if not moved:
                 plan.pull()
             saved = plan.saved if moved or bucket.has_master else plan.live
-            update.apply(self.operators, plan, saved, grads, c, self._direction_of(plan, grad_scale), moved)
+            update.apply(self.operators, plan, saved, grads, c, direction, moved)
             self._wrote(plan)
             # The flag is read in the first step of a plan only, and where it matters.
             if update.native and not plan.published and (not update.shows_steps or bool(c.ok)):

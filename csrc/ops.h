@@ -15,6 +15,7 @@
 #define CRSAM_FOR_EACH_OPERATOR(X) \
   X(grad_norm)                     \
   X(perturbation_scale)            \
+  X(direction_weight)              \
   X(perturb_)                      \
   X(fd_gram)                       \
   X(fd_combine_)                   \
@@ -29,6 +30,9 @@ at::Tensor grad_norm(const Column& grads, const Groups& groups, int64_t num_grou
                      const Column& direction, const std::optional<at::Tensor>& direction_weight);
 
 at::Tensor perturbation_scale(const at::Tensor& squared_norm, const at::Tensor& rho, double epsilon);
+
+at::Tensor direction_weight(const at::Tensor& squared_norm, const at::Tensor& squared_direction,
+                            const std::optional<at::Tensor>& grad_scale, double max_ratio, double epsilon);
 
 void perturb_(const Column& live, const Column& saved, const Column& grads, const Groups& groups,
               const at::Tensor& scale, const std::vector<bool>& adaptive, int64_t sign, bool stochastic);

@@ -1,6 +1,7 @@
 """Steps between perturbations that go on with the sharpness direction of the last one."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def reference_of(params, base, options, interval=3):
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_formula(base, name, backend_options, device):
-    """ghat = g0 + 0.9^j h in the step that comes j steps after a perturbation, clipped as any other."""
+    """ghat = g0 + min(1, |g0| / 2 |h|) h in the steps between, clipped as any other."""
     options = OPTIONS[name]
     if name == "compile" and (backend_options["backend"] != "torch" or base == "radam"):
         pytest.skip("torch.compile is an option of backend torch")
@@ -86,6 +87,8 @@ def test_formula(base, name, backend_options, device):
         optimizer.step(closure(params, data))
         reference.step(evaluator(lambda w, data=data: network_loss(w, [x.cpu() for x in data])))
         assert_same(params, reference, 100 * EXACT if name == "log" else EXACT)  # kappa cancels
+        if name != "asam":
+            assert float(optimizer.stats.grad_norm) == pytest.approx(reference.last["grad_norm"], rel=1e-9)
     if name in ("clipped", "compile"):
         assert float(optimizer.stats.clip_factor) == pytest.approx(reference.last["clip_factor"], rel=1e-9)
 
@@ -295,20 +298,7 @@ def test_a_step_between_that_is_skipped_keeps_it(base, backend_options, device):
     assert not torch.equal(params[0], before[0])
 
 
-def test_rho_of_0_where_a_perturbation_is_due_drops_it(backend_options, device):
-    """Else the steps after it would take an old direction for a new one. Between, a rho of 0 is the base optimizer."""
-    params, optimizer = problem(device=device, **backend_options)
-    data = batches(6, device=device)
-    for one in data[:3]:
-        optimizer.step(closure(params, one))
-    assert any((optimizer.state[p][DIRECTION] != 0).any() for p in params)
-    optimizer.param_groups[0]["rho"] = 0.0
-    assert optimizer.passes == 1
-    optimizer.step(closure(params, data[3]))
-    assert all((optimizer.state[p][DIRECTION] == 0).all() for p in params)
-
-
-def test_between_a_rho_of_0_is_the_base_optimizer(backend_options, device):
+def test_a_rho_of_0_is_the_base_optimizer(backend_options, device):
     params, optimizer = problem("adamw", device=device, **backend_options)
     first, second = batches(2, device=device)
     optimizer.step(closure(params, first))
@@ -404,32 +394,23 @@ def test_memory():
     assert bucket.buffers[DIRECTION].numel() == bucket.saved.numel()
 
 
-def final_loss(interval, rho=1.0, steps=400):
+def final_loss(interval, rho=0.2, steps=300):
     """Of a network that is trained with the whole batch: nothing averages the push of an old direction out."""
     params, data = problem()[0], batches(1)[0]
-    optimizer = CRSAM(
-        params,
-        torch.optim.SGD,
-        lr=0.5,
-        momentum=0.9,
-        rho=rho,
-        alpha=0.5,
-        beta=0.1,
-        interval=interval,
-        reuse=interval > 1,
-    )
+    options = {"rho": rho, "alpha": 0.5, "beta": 0.1, "interval": interval, "reuse": interval > 1}
+    optimizer = CRSAM(params, torch.optim.SGD, lr=0.1, momentum=0.9, **options)
     for _ in range(steps):
         optimizer.step(closure(params, data))
-    return float(network_loss(params, data))
+    return network_loss(params, data).item()
 
 
 @pytest.mark.slow
 def test_no_interval_diverges(monkeypatch):
-    """The loss ends below where the widest interval ends without the decay, which grows without bound."""
-    start = float(network_loss(problem()[0], batches(1)[0]))
+    """However rare perturbations are, the loss falls to less than half; without the bound it grows."""
+    start = network_loss(problem()[0], batches(1)[0]).item()
     losses = {interval: final_loss(interval) for interval in (2, 3, 5, 10, 20, 50, 100)}
-    assert all(loss < start for loss in losses.values()), losses
-    monkeypatch.setattr(reuse, "DECAY", 1.0)
+    assert all(loss < start / 2 for loss in losses.values()), losses
+    monkeypatch.setattr(reuse, "MAX_RATIO", math.inf)
     assert not final_loss(100) < start
 
 

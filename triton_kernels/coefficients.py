@@ -31,6 +31,24 @@ def perturbation_scale_kernel(squared_norm, rho, epsilon: tl.float64, scale, num
         tl.store(scale + first + lane, tl.load(rho + first + lane, mask=known) / (norm + epsilon), mask=known)
 
 
+@jit
+def direction_weight_kernel(
+    squared_norm, squared_direction, grad_scale, max_ratio: tl.float64, epsilon: tl.float64, weight, num_groups
+):
+    """weight = min(1, max_ratio |g| / (|h| + epsilon)), times the scale of g.   One program."""
+    lane = tl.arange(0, LANES)
+    of_g, of_h = tl.zeros([LANES], tl.float64), tl.zeros([LANES], tl.float64)
+    for first in range(0, num_groups, LANES):
+        known = first + lane < num_groups
+        of_g += tl.load(squared_norm + first + lane, mask=known, other=0)
+        of_h += tl.load(squared_direction + first + lane, mask=known, other=0)
+    most = max_ratio * tl.sqrt(tl.sum(of_g, 0)) / (tl.sqrt(tl.sum(of_h, 0)) + epsilon)
+    one = tl.full([], 1.0, tl.float64)
+    if grad_scale is not None:
+        one = tl.load(grad_scale)
+    tl.store(weight, tl.where(most > one, one, most))  # a NaN stays one
+
+
 @triton.jit
 def quadratic_form(gram, known, x, y, z):
     """Squared norm of x g0 + y d1 + z d2, of each group from its row of the Gram matrix."""
@@ -160,6 +178,19 @@ def coefficients_kernel(
 def launch_perturbation_scale(squared_norm: Tensor, rho: Tensor, epsilon: float, scale: Tensor) -> None:
     """scale [groups] <- rho / (norm + epsilon)"""
     launch_one(perturbation_scale_kernel, (), scale.device, squared_norm, rho, epsilon, scale, scale.shape[0])
+
+
+def launch_direction_weight(
+    squared_norm: Tensor,
+    squared_direction: Tensor,
+    grad_scale: Tensor | None,
+    max_ratio: float,
+    epsilon: float,
+    weight: Tensor,
+) -> None:
+    """weight (0-dim) <- min(1, max_ratio |g| / (|h| + epsilon)), times the scale of g where there is one."""
+    arguments = (squared_norm, squared_direction, grad_scale, max_ratio, epsilon, weight, squared_norm.shape[0])
+    launch_one(direction_weight_kernel, (), weight.device, *arguments)
 
 
 def launch_coefficients(

@@ -23,7 +23,7 @@ from crsam_ext.precision import compute_dtype
 from . import chunk_table
 from .checks import Argument, check_count, check_groups, check_tensor, name_of, place
 from .chunk_table import DTYPES, Table
-from .coefficients import launch_coefficients, launch_perturbation_scale
+from .coefficients import launch_coefficients, launch_direction_weight, launch_perturbation_scale
 from .fd_gram import launch_fd_combine, launch_fd_gram
 from .grad_norm import launch_grad_norm
 from .launch import guard
@@ -244,6 +244,20 @@ def perturbation_scale(squared_norm: Tensor, rho: Tensor, epsilon: float) -> Ten
     with guard(device):
         launch_perturbation_scale(squared_norm, rho, epsilon, scale)
     return scale
+
+
+def direction_weight(
+    squared_norm: Tensor, squared_direction: Tensor, grad_scale: Tensor | None, max_ratio: float, epsilon: float
+) -> Tensor:
+    """What the direction is multiplied with."""
+    op, device, groups = "direction_weight", squared_norm.device, squared_norm.numel()
+    _numbers(squared_norm, (op, "squared_norm"), device, groups)
+    _numbers(squared_direction, (op, "squared_direction"), device, groups)
+    _number(grad_scale, (op, "grad_scale"), device)
+    weight = squared_norm.new_empty(())
+    with guard(device):
+        launch_direction_weight(squared_norm, squared_direction, grad_scale, max_ratio, epsilon, weight)
+    return weight
 
 
 class _Launches(threading.local):

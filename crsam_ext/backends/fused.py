@@ -87,6 +87,11 @@ KERNELS = {
         "Tensor",
         lambda squared_norm, rho, epsilon: torch.empty_like(squared_norm),
     ),
+    "direction_weight": Kernel(
+        "Tensor squared_norm, Tensor squared_direction, Tensor? grad_scale, float max_ratio, float epsilon",
+        "Tensor",
+        lambda squared_norm, *_: squared_norm.new_empty(()),
+    ),
     "perturb_": Kernel(
         "Tensor(a!)[] live, Tensor(b!)[] saved, Tensor[] grads, int[] groups, Tensor scale, bool[] adaptive, int sign, "
         "bool stochastic=False",
@@ -189,6 +194,11 @@ class FusedOperators(Operators):
 
     def perturbation_scale(self, squared_norm: Tensor, rho: Tensor) -> Tensor:
         return self._ops.perturbation_scale(squared_norm, rho, EPSILON)
+
+    def direction_weight(
+        self, squared_norm: Tensor, squared_direction: Tensor, grad_scale: Tensor | None, max_ratio: float
+    ) -> Tensor:
+        return self._ops.direction_weight(squared_norm, squared_direction, grad_scale, max_ratio, EPSILON)
 
     def perturb_(
         self,

@@ -15,6 +15,22 @@ __global__ void __launch_bounds__(kThreads)
   for (int g = threadIdx.x; g < num_groups; g += kThreads) scale[g] = rho[g] / (sqrt(total[0]) + epsilon);
 }
 
+// weight = min(1, max_ratio |g| / (|h| + epsilon)), times the scale of g.   One block.
+__global__ void __launch_bounds__(kThreads)
+    direction_weight_kernel(const double* squared_norm, const double* squared_direction, const double* grad_scale,
+                            double max_ratio, double epsilon, double* weight, int32_t num_groups) {
+  __shared__ double total[2];
+  double x[2] = {};
+  for (int g = threadIdx.x; g < num_groups; g += kThreads) {
+    x[0] += squared_norm[g];
+    x[1] += squared_direction[g];
+  }
+  block_sum(x, total);
+  if (threadIdx.x > 0) return;
+  const double most = max_ratio * sqrt(total[0]) / (sqrt(total[1]) + epsilon), one = grad_scale ? *grad_scale : 1;
+  *weight = most > one ? one : most;  // a NaN stays one
+}
+
 // Squared norm of x g0 + y d1 + z d2 of one group, from its row of the Gram matrix.
 __device__ inline double quadratic_form(const double* gram, double x, double y, double z) {
   return x * x * gram[0] + y * y * gram[3] + z * z * gram[5] +
@@ -115,6 +131,13 @@ std::optional<Regularizer> regularizer_named(std::string_view name) {
 void launch_perturbation_scale(const double* squared_norm, const double* rho, double epsilon, double* scale,
                                int32_t num_groups, cudaStream_t stream) {
   launch(perturbation_scale_kernel, 1, stream, squared_norm, rho, epsilon, scale, num_groups);
+}
+
+void launch_direction_weight(const double* squared_norm, const double* squared_direction, const double* grad_scale,
+                             double max_ratio, double epsilon, double* weight, int32_t num_groups,
+                             cudaStream_t stream) {
+  launch(direction_weight_kernel, 1, stream, squared_norm, squared_direction, grad_scale, max_ratio, epsilon, weight,
+         num_groups);
 }
 
 void launch_coefficients(const CoefficientsArguments& arguments, cudaStream_t stream) {
