@@ -348,7 +348,7 @@ def test_pickles_without_later_attributes(base, backend_options, device):
     """What has a default may be missing; param_groups and state were attributes of ours."""
     model, optimizer = make(base, backend_options)
     optimizer.step(closure_of(model))
-    for name in ("interval", "curvature_interval", "replay_rng", "stochastic_rounding", "compile", "flatten",
+    for name in ("interval", "reuse", "curvature_interval", "replay_rng", "stochastic_rounding", "compile", "flatten",
                  "model_buffers", "_difference", "_separate", "_model", "sync_perturbation"):  # fmt: skip
         twin, state = copy.deepcopy((model, optimizer.__getstate__()))
         state["state"], state["param_groups"] = state["base_optimizer"].state, copy.deepcopy(optimizer).param_groups

@@ -22,6 +22,7 @@ from crsam_ext.precision import PRECISIONS
 from .cuda_on_cpu import build
 from .cuda_on_cpu.build import counted
 from .operator_cases import (
+    RESNET50_SCALED,
     ROWS,
     Case,
     check_arguments,
@@ -118,6 +119,26 @@ def test_bytes(operator, variant, rows, shim):
 def test_launches_of_a_step(options, base, cuda_on_cpu, shim):
     launches, _, _ = counted(shim, stepping(base, options, backend="cuda"))
     assert launches == 7
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "launches", "copies"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9}, 4, 7),
+        (torch.optim.AdamW, {}, 4, 9),
+        (torch.optim.SGD, {"momentum": 0.9, "max_grad_norm": 1.0}, 5, 9),
+    ],
+    ids=["sgd", "adamw", "clipped"],
+)
+def test_a_step_between_with_reuse(base, options, launches, copies, cuda_on_cpu, shim):
+    """In copies of the parameters: w, g0, h and the state are read, w and the state written, and g0 once for its norm;
+    g0 and h once more for the norm that is clipped. A few numbers a group come on top."""
+    step = stepping(base, {**options, "interval": 100, "reuse": True}, backend="cuda")
+    step()
+    found, read, written = counted(shim, step)
+    size = 4 * sum(torch.Size(shape).numel() for shape in RESNET50_SCALED)
+    assert found == launches
+    assert copies * size <= read + written <= copies * size + 4096
 
 
 def test_table_is_copied_when_a_pointer_has_changed(library):

@@ -63,7 +63,9 @@ def assert_same(model, other):
 
 
 @bases
-@pytest.mark.parametrize("options", [{}, {"curvature_interval": 2}, {"interval": 2}, {"weight_decay": 0.3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"curvature_interval": 2}, {"interval": 2}, {"interval": 3, "reuse": True}, {"weight_decay": 0.3}]
+)
 @pytest.mark.parametrize("form", OPTIONS)
 def test_asking_before_the_first_step_changes_nothing(base, options, form):
     model, optimizer, step = problem(base, **options)
@@ -91,7 +93,14 @@ def test_the_state_of_no_steps_is_entered(base):
 
 @bases
 @pytest.mark.parametrize(
-    "options", [{}, {"curvature_interval": 3}, {"interval": 2, "curvature_interval": 2}, {"dtype": torch.bfloat16}]
+    "options",
+    [
+        {},
+        {"curvature_interval": 3},
+        {"interval": 2, "curvature_interval": 2},
+        {"interval": 3, "reuse": True},
+        {"dtype": torch.bfloat16},
+    ],
 )
 @pytest.mark.parametrize("form", OPTIONS)
 def test_resuming(base, options, form, tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from crsam_ext import backends
-from crsam_ext.ops import Coefficients
+from crsam_ext.ops import Coefficients, Direction
 from crsam_ext.updates import AdamOptions, SGDOptions
 
 from . import reference
@@ -103,6 +103,54 @@ def test_sums_of_long_rows():
 @pytest.mark.parametrize("weighted", [(False, False), (True, True), (True, False)], ids=["plain", "weighted", "mixed"])
 def test_grad_norm(weighted, dtype, operators, device):
     check_grad_norm(operators, dtype, weighted, device)
+
+
+@pytest.mark.parametrize(
+    ("g", "h", "grad_scale", "expected"),
+    [
+        ([3.0, 0.0], [0.0, 1.0], None, 1.0),
+        ([0.5, 0.0], [0.0, 4.0], None, 0.0625),
+        ([0.5, 0.5], [2.0, 2.0], None, 0.125),
+        ([500.0, 500.0], [2.0, 2.0], 1000.0, 125.0),
+        ([5000.0, 0.0], [2.0, 0.0], 1000.0, 1000.0),
+        ([0.0, 0.0], [0.0, 0.0], None, 0.0),
+        ([0.0, 0.0], [1.0, 0.0], None, 0.0),
+        ([1.0, 0.0], [0.0, 0.0], None, 1.0),
+        ([math.nan, 0.0], [1.0, 0.0], None, math.nan),
+    ],
+)
+def test_direction_weight(g, h, grad_scale, expected, operators, device):
+    """min(S, |g| / 2 |h|), S being the scale of g; norms are over all groups."""
+    squared = [vector([x * x for x in of_groups], device) for of_groups in (g, h)]
+    scale = None if grad_scale is None else vector(grad_scale, device)
+    found = operators.direction_weight(*squared, scale, 0.5)
+    assert found.dtype == torch.float64
+    assert found.shape == ()
+    assert found.item() == pytest.approx(expected, rel=1e-11, nan_ok=True)
+
+
+@pytest.mark.parametrize("ok", [True, False])
+@dtypes
+def test_fd_direction(ok, dtype, operators, device):
+    """What ghat adds to g0, in the compute dtype; nothing of a step that is skipped, where gradients may be NaN."""
+    grads = gradients(dtype, device)
+    if not ok:
+        grads[1][0].fill_(math.nan)
+    out = [torch.full_like(g, math.nan, dtype=compute_dtype(dtype)) for g in grads[0]]
+    weights = pass_weights((*ALPHA, 0.0), (*BETA, 0.0), device)
+    operators.fd_direction_(out, grads, GROUPS, weights, vector(0.5, device), torch.tensor(ok, device=device))
+    for h, ghat, g0 in zip(out, regularized(grads), wide(grads[0]), strict=True):
+        assert_close(h, 0.5 * (ghat - g0) if ok else torch.zeros_like(g0), 8 * unit(dtype), "h")
+
+
+@dtypes
+def test_norm_with_a_direction(dtype, operators, device):
+    g, h = rows(dtype, device), rows(compute_dtype(dtype), device)
+    found = operators.grad_norm(g, GROUPS, 3, [None] * len(g), Direction(h, vector(0.3, device)))
+    sums = [x + 0.3 * y for x, y in zip(wide(g), wide(h), strict=True)]
+    for group in range(3):
+        expected = reference.norm([x for x, k in zip(sums, GROUPS, strict=True) if k == group]) ** 2
+        assert found[group].item() == pytest.approx(expected, rel=sum_tolerance(dtype), abs=0)
 
 
 @low_precision

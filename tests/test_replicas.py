@@ -250,7 +250,13 @@ def test_without_the_model(two, wrapped):
 
 
 @pytest.mark.parametrize(
-    "options", [{"regularizer": "log"}, {"max_regularizer_ratio": 0.01}, {"curvature_interval": 2}]
+    "options",
+    [
+        {"regularizer": "log"},
+        {"max_regularizer_ratio": 0.01},
+        {"curvature_interval": 2},
+        {"interval": 2, "reuse": True},
+    ],
 )
 def test_sync_perturbation_with_weights_of_all_gradients(two, options):
     """Where every gradient is needed, all are reduced."""
@@ -539,7 +545,9 @@ def scaled(rank, size, scaler, options, index):
     return [p.detach().clone() for p in model.parameters()], scales, int(optimizer.stats.skipped)
 
 
-@pytest.mark.parametrize("options", [LINEAR, LOG, {**LINEAR, "curvature_interval": 2}])
+@pytest.mark.parametrize(
+    "options", [LINEAR, LOG, {**LINEAR, "curvature_interval": 2}, {**LINEAR, "interval": 2, "reuse": True}]
+)
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 def test_a_branch_that_one_rank_takes(two, options, base):
     results = two(branching, options, base)
@@ -557,7 +565,7 @@ def branching(rank, size, options, base):
     return [p.detach().clone() for p in model.parameters()], model.module.branch.weight.detach().clone()
 
 
-@pytest.mark.parametrize("options", [{}, {"curvature_interval": 2}, {"interval": 2}])
+@pytest.mark.parametrize("options", [{}, {"curvature_interval": 2}, {"interval": 2}, {"interval": 2, "reuse": True}])
 @pytest.mark.parametrize("base", ["sgd", "nadam"])
 def test_intervals(two, options, base):
     """What is kept is reduced: each rank's checkpoint is that of all."""
@@ -567,9 +575,43 @@ def test_intervals(two, options, base):
     for x, y in zip(state["state"].values(), other["state"].values(), strict=True):
         assert x.keys() == y.keys()
         assert ("second_difference" in x) == ("curvature_interval" in options)
+        assert ("sharpness_direction" in x) == ("reuse" in options)
         assert all(torch.equal(torch.as_tensor(x[name]), torch.as_tensor(y[name])) for name in x)
     if "curvature_interval" in options:
         assert_close(results[0][0], with_kept_difference(2, base))
+
+
+@bases
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.0, "beta": 0.0}, {"max_grad_norm": 0.1}])
+def test_reuse(two, base, options):
+    """The direction is the mean over the ranks: a second all-reduce in a step that perturbs, none in a step between."""
+    options = {**LINEAR, **options}
+    results = two(trained, base, {**options, "interval": 2, "reuse": True})
+    assert_equal(results)
+    assert_close(results[0][0], with_reuse(2, base, options))
+    assert all(counts[2:] == [2, 1, 2] for _, counts, _ in results)
+
+
+def with_reuse(size, base, options):
+    """A perturbation in every second step, from the formulas."""
+    model, kept = Network().double(), None
+    params = list(model.parameters())
+    settings = {**BASES[base][1], "max_grad_norm": options.get("max_grad_norm")}
+    plain, (a, b) = CRSAM(params, BASES[base][0], rho=0.0, **settings), (options["alpha"], options["beta"])
+    for step in range(STEPS):
+        of_ranks = [three_gradients(model, batch_of(step, rank), options["rho"])[0] for rank in range(size)]
+        g0 = [sum(parts) / size for parts in zip(*(g[0] for g in of_ranks), strict=True)]
+        if step % 2 == 0:
+            ghats = [[p + a * s + b * f for p, s, f in zip(g[1], d2(g), d1(g), strict=True)] for g in of_ranks]
+            ghat = [sum(parts) / size for parts in zip(*ghats, strict=True)]
+            kept = [x - y for x, y in zip(ghat, g0, strict=True)]
+        else:
+            weight = min(1.0, float((dot(g0, g0) / dot(kept, kept)).sqrt()) / 2)
+            ghat = [x + weight * h for x, h in zip(g0, kept, strict=True)]
+        for param, g in zip(params, ghat, strict=True):
+            param.grad = g
+        plain.step()
+    return [p.detach() for p in params]
 
 
 def trained_with_state(rank, size, base, options):

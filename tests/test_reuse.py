@@ -93,7 +93,9 @@ def test_formula(base, name, backend_options, device):
         assert float(optimizer.stats.clip_factor) == pytest.approx(reference.last["clip_factor"], rel=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"]
+)
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 def test_dtypes(base, dtype, backend_options, device):
     """It is kept in the compute dtype: steps of the same gradients differ by rounding alone."""

@@ -193,6 +193,7 @@ def test_gradients_in_some_passes_only(hold, backend_options, device):
 
 @pytest.mark.parametrize("options", [{"adaptive": True}, {"stochastic_rounding": True}, {"max_grad_norm": 0.1},
                                      {"alpha": 0, "beta": 0}, {"curvature_interval": 2}, {"interval": 2},
+                                     {"reuse": True, "interval": 2},
                                      {"regularizer": "log"}], ids=lambda o: next(iter(o)))  # fmt: skip
 @pytest.mark.parametrize("hold", [columns, twin], ids=["columns", "twin"])
 def test_options(hold, options, backend_options, device):

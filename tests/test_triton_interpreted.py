@@ -39,8 +39,8 @@ OPTIMIZER = (
 )
 PARTS = {
     # Files, expression that chooses among the tests there, and how many are chosen.
-    "operators": (["test_ops.py"], "triton_interpreted", 225),
-    "triton_operators": (["test_triton_operators.py"], "", 86),
+    "operators": (["test_ops.py"], "triton_interpreted", 246),
+    "triton_operators": (["test_triton_operators.py"], "", 98),
     "trajectories": (
         ["test_golden.py"],
         "given_gradients and triton_interpreted and float32 and (adamw or momentum)",
@@ -50,6 +50,12 @@ PARTS = {
         ["test_optimizer.py", "test_invariants.py", "test_hard_inputs.py", "test_amp.py"],
         f"triton_interpreted and ({' or '.join(f'({name})' for name in OPTIMIZER)})",
         35,
+    ),
+    "reuse": (
+        ["test_reuse.py"],
+        "triton_interpreted and (test_formula and (linear-sgd or clipped-adamw or asam-sgd or sam-radam)"
+        " or test_dtypes and sgd-bfloat16 or scale_that_changes and closure-clipped or that_is_skipped and sgd)",
+        9,
     ),
     "rows_in_place": (
         ["test_rows_in_place.py"],

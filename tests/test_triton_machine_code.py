@@ -254,6 +254,7 @@ def _run_all(sizes, offset, losses=False):
         operator(case, operators)
     gram, counters = torch.ones(2, 9, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
     operators.perturbation_scale(gram[:, 0].contiguous(), case.scale)
+    operators.direction_weight(gram[:, 0].contiguous(), case.scale, None, 0.5)
     operators.coefficients(
         gram, [], case.scale, case.scale, case.scale, counters=counters, steps=[(torch.ones(3), torch.ones(3))],
         passes=3, regularizer="log", losses=gram[0, :3].unbind() if losses else None, grad_scale=None,
@@ -276,7 +277,8 @@ def test_nothing_is_compiled_twice(launched, monkeypatch):
     for sizes, offset in SIZES:
         _run_all(sizes, offset)
     variants = {kernel.fn.__name__: len(kernel.device_caches[0][0]) for kernel in _kernels()}
-    expected = {kernel.function for kernel in KERNELS.values()} | {"perturbation_scale_kernel", "coefficients_kernel"}
+    of_few_numbers = {"perturbation_scale_kernel", "direction_weight_kernel", "coefficients_kernel"}
+    expected = {kernel.function for kernel in KERNELS.values()} | of_few_numbers
     # Two signs, with and without ghat; with and without a direction, and for two rules.
     more = {"perturb_kernel": 2, "fd_gram_kernel": 2, "grad_norm_kernel": 2, "combine_kernel": 2, "step_kernel": 4}
     assert variants == {name: more.get(name, 1) for name in expected}
@@ -300,7 +302,7 @@ def test_with_another_triton_every_launch_is_its_own(launched, monkeypatch):
     for _ in range(2):
         launched.clear()
         _run_all(sizes, offset)
-        assert len(launched) == 15
+        assert len(launched) == 16
     assert launch._launchers == {}
 
 
@@ -352,7 +354,7 @@ def test_later_launches_are_as_triton_makes_them(losses, launched):
             launched.clear()
             _run_all(sizes, offset, losses)
             by_run.append([(*arguments[:3], *map(comparable, arguments[3:])) for arguments in launched])
-            assert len(launch._launchers) == len(launched) == 15
+            assert len(launch._launchers) == len(launched) == 16
         assert by_run[0] == by_run[1]
 
 

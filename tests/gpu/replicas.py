@@ -14,6 +14,7 @@ OPTIONS = {
     "sam": {"alpha": 0.0, "beta": 0.0},
     "log": {"regularizer": "log", "max_grad_norm": 0.5},
     "kept": {"curvature_interval": 2},
+    "reuse": {"interval": 2, "reuse": True},
     "sync": {"sync_perturbation": True},
 }
 

@@ -48,6 +48,8 @@ def train(fused, graphed, base=torch.optim.SGD, bad_step=None, **options):
         {"base": torch.optim.AdamW},
         {"regularizer": "log", "max_grad_norm": 0.5},
         {"momentum": 0.9, "interval": 2},
+        {"momentum": 0.9, "interval": 2, "reuse": True},
+        {"base": torch.optim.AdamW, "interval": 2, "reuse": True, "max_grad_norm": 0.5},
         {"momentum": 0.9, "curvature_interval": 2},
         {"momentum": 0.9, "bad_step": STEPS - 2},
     ],
