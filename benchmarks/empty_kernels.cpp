@@ -5,8 +5,8 @@ namespace crsam {
 
 void launch_grad_norm(Dtype, const Table&, const double*, double*, double*, cudaStream_t) {}
 void launch_perturbation_scale(const double*, const double*, double, double*, int32_t, cudaStream_t) {}
-void launch_direction_weight(const double*, const double*, const double*, double, double, double*, int32_t,
-                             cudaStream_t) {}
+void launch_direction_weight(const double*, const double*, const double*, const double*, double, double, double*,
+                             int32_t, cudaStream_t) {}
 void launch_perturb(Dtype, const Table&, const double*, int, bool, cudaStream_t) {}
 void launch_fd_gram(Dtype, const Table&, double*, double*, cudaStream_t) {}
 void launch_fd_combine(Dtype, const Table&, Decision, double*, double*, cudaStream_t) {}

@@ -77,6 +77,7 @@ class GraphedStep:
                 self._ordinary[passes] = count + 1, baked
                 return self._on_stream(lambda: optimizer.step(self.closure))
             graph = self._graphs[passes] = _Graph(optimizer, self.closure, baked, self._stream, self.device)
+        optimizer.prepare_replay()
         self._on_stream(graph.replay)
         return graph.loss
 

@@ -222,20 +222,26 @@ class Operators(ABC):
         return rho / (squared_norm.sum().sqrt() + EPSILON)
 
     def direction_weight(
-        self, squared_norm: Tensor, squared_direction: Tensor, grad_scale: Tensor | None, max_ratio: float
+        self,
+        squared_norm: Tensor,
+        squared_direction: Tensor,
+        decay: Tensor,
+        grad_scale: Tensor | None,
+        max_ratio: float,
     ) -> Tensor:
-        r""":math:`\omega = \min(1, r\,\|g_0\| / (\|h\| + \varepsilon))`, so that :math:`\|\omega h\| \le r \|g_0\|`.
+        r""":math:`\omega = \min(\delta, r\,\|g_0\| / (\|h\| + \varepsilon))`: :math:`\|\omega h\| \le r \|g_0\|`.
 
         Args:
             squared_norm: float64 [groups], of g0, from :meth:`grad_norm`.
             squared_direction: float64 [groups], of h.
+            decay: 0-dim float64, :math:`\delta`.
             grad_scale: 0-dim float64, what g0 was multiplied with, and so :math:`\omega` is too; or None.
             max_ratio: r.
         Returns:
             float64 0-dim tensor.
         """
         most = max_ratio * squared_norm.sum().sqrt() / (squared_direction.sum().sqrt() + EPSILON)
-        return torch.minimum(most, torch.ones_like(most) if grad_scale is None else grad_scale)
+        return torch.minimum(most, decay if grad_scale is None else decay * grad_scale)
 
     @abstractmethod
     def perturb_(

@@ -94,7 +94,8 @@ class CRSAM(Optimizer):
             are the base optimizer's.
         reuse: in the steps between, add to the gradient what the last perturbation has added to its own,
             :math:`\hat g = g_0 + \omega h` with :math:`h = \hat g - g_0` of that step and
-            :math:`\omega = \min(1, \|g_0\| / 2\|h\|)`, see :mod:`crsam_ext.reuse`. h is kept in the state.
+            :math:`\omega = \min(0.9^j, \|g_0\| / 2\|h\|)` if it was j steps ago, see :mod:`crsam_ext.reuse`. h is kept
+            in the state.
         curvature_interval: of the steps that perturb, take the pass at w - e in every ``curvature_interval``-th only;
             the others take two passes, and :math:`d_2` from the last step that had three, which is kept for them.
             (Not with ``estimator="loss"``, which needs the loss at w - e.)
@@ -671,7 +672,7 @@ class CRSAM(Optimizer):
             counted=counted and not combined,
             is_sum=is_sum,
             difference=self._kept_difference(),
-            direction=None if combined or is_sum else self._kept_direction(passes),
+            direction=None if combined or is_sum else self._begin_direction(passes),
             num_points=num_points,
             replicas=replicas,
         )
@@ -689,6 +690,21 @@ class CRSAM(Optimizer):
         """What a step of so many passes makes for later ones, or goes on with; None where nothing is perturbed."""
         between = self.stats.steps % self.interval > 0
         return self._direction if self.reuse and (passes > 1) != between and self._perturbs else None
+
+    def _begin_direction(self, passes: int) -> SharpnessDirection | None:
+        direction, age = self._kept_direction(passes), self.stats.steps % self.interval
+        if direction is not None:
+            direction.begin_step(age)
+        elif self.reuse and age == 0:  # a perturbation was due, and rho is 0: h would be taken for a new one
+            for state in self.state.values():
+                if DIRECTION in state:
+                    state[DIRECTION].zero_()
+        return direction
+
+    def prepare_replay(self) -> None:
+        """Call before a CUDA graph repeats the next step: what the host knows and kernels read is put on the device."""
+        if self.reuse:
+            self._direction.prepare_replay(self.stats.steps % self.interval)
 
     def _signature(self, passes: int) -> dict[str, Any]:
         """What must be the same on all ranks of the model: how a step is made, and of what."""

@@ -4,13 +4,17 @@ A step that perturbs ends with ghat, and leaves h = ghat - g0 behind. With v = g
 is rho H v + O(rho^2): it changes as slowly as the curvature and the direction of the gradient do. A step between does
 without a perturbation, and takes
 
-    ghat = g0 + omega h,    omega = min(1, MAX_RATIO |g0| / |h|)
+    ghat = g0 + omega h,    omega = min(DECAY^j, MAX_RATIO |g0| / |h|),  j steps after the perturbation
 
 (LookSAM, Liu et al., CVPR 2022, keeps the part of h that is orthogonal to g0.) An old h is wrong in one respect: it
-does not change with the parameters. It pushes them the same way in every step, and nothing pushes back but g0. Where
-|h| is a multiple of |g0|, as it is near a minimum, that ends far away. With |omega h| <= |g0| / 2, ghat is within 30
-degrees of g0, so that a step between goes downhill whatever h is, and however old. docs/reuse.md compares this with
-other guards.
+does not change with the parameters. It pushes them the same way in every step, and nothing pushes back but g0. Two
+bounds keep that in check, and either alone has failed:
+
+- Where |h| is a multiple of |g0|, as it is near a minimum, the push ends far away. With |omega h| <= |g0| / 2, ghat is
+  within 30 degrees of g0, so that a step between goes downhill on its own batch, whatever h is.
+- Gradients of batches average out over steps, and h does not. The weights add up to less than 1 / (1 - DECAY) = 10.
+
+docs/reuse.md has what both do, and other guards.
 """
 
 from __future__ import annotations
@@ -23,10 +27,13 @@ from torch import Tensor
 from .flat import Bucket, Plan
 from .ops import Direction, Operators
 
-__all__ = ["DIRECTION", "MAX_RATIO", "SharpnessDirection"]
+__all__ = ["DECAY", "DIRECTION", "MAX_RATIO", "SharpnessDirection"]
 
 #: Its name in the state of a parameter.
 DIRECTION = "sharpness_direction"
+
+#: The weight of h is at most this to the power of its age.
+DECAY = 0.9
 
 #: The norm of what is added to a gradient is at most this multiple of the gradient's.
 MAX_RATIO = 0.5
@@ -41,6 +48,30 @@ class SharpnessDirection:
     def __init__(self) -> None:
         # [groups], of h as it is in the buffers; None where it was loaded. One tensor: CUDA graphs know its address.
         self._squared_norm: Tensor | None = None
+        self._age = 0
+        self._decays: dict[tuple[int, torch.device], Tensor] = {}  # by age
+        self._replayed: Tensor | None = None  # the decay that a CUDA graph reads
+
+    def begin_step(self, age: int) -> None:
+        """Call before a step; ``age`` is how many steps ago h was made, 0 in one that makes it."""
+        self._age = age
+
+    def prepare_replay(self, age: int) -> None:
+        """Call before a CUDA graph repeats a step."""
+        if self._replayed is not None:
+            self._replayed.fill_(DECAY**age)
+
+    def _decay(self, device: torch.device) -> Tensor:
+        """0-dim, on the device without a launch."""
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if self._replayed is None:
+                self._replayed = torch.ones((), dtype=torch.float64, device=device)
+            return self._replayed
+        key = self._age, device
+        if key not in self._decays:
+            decay = torch.tensor(DECAY**self._age, dtype=torch.float64, device="cpu")
+            self._decays[key] = decay.to(device, non_blocking=True)
+        return self._decays[key]
 
     def added(
         self,
@@ -60,7 +91,8 @@ class SharpnessDirection:
         """
         if self._squared_norm is None or len(self._squared_norm) != len(squared_norm):
             self._squared_norm = self._measure(operators, buckets, squared_norm)
-        weight = operators.direction_weight(squared_norm, self._squared_norm, grad_scale, MAX_RATIO)
+        decay = self._decay(squared_norm.device)
+        weight = operators.direction_weight(squared_norm, self._squared_norm, decay, grad_scale, MAX_RATIO)
         return [Direction(plan.buffers[DIRECTION], weight) if plan.rows else None for plan in plans]
 
     def keep(

@@ -32,7 +32,8 @@ at::Tensor grad_norm(const Column& grads, const Groups& groups, int64_t num_grou
 at::Tensor perturbation_scale(const at::Tensor& squared_norm, const at::Tensor& rho, double epsilon);
 
 at::Tensor direction_weight(const at::Tensor& squared_norm, const at::Tensor& squared_direction,
-                            const std::optional<at::Tensor>& grad_scale, double max_ratio, double epsilon);
+                            const at::Tensor& decay, const std::optional<at::Tensor>& grad_scale, double max_ratio,
+                            double epsilon);
 
 void perturb_(const Column& live, const Column& saved, const Column& grads, const Groups& groups,
               const at::Tensor& scale, const std::vector<bool>& adaptive, int64_t sign, bool stochastic);

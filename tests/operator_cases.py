@@ -259,7 +259,8 @@ def check_schemas_and_fakes(namespace):
     check(namespace.fd_direction_, direction_arguments)
     check(namespace.perturbation_scale, (case.scale, case.scale.clone(), 1e-12))
     for grad_scale in (None, case.direction.weight):
-        check(namespace.direction_weight, (case.scale, case.scale.clone(), grad_scale, 0.5, 1e-12))
+        numbers = case.scale, case.scale.clone(), case.direction.weight.clone()
+        check(namespace.direction_weight, (*numbers, grad_scale, 0.5, 1e-12))
     check(namespace.perturb_, (case.live, case.saved, case.grads[0], groups, case.scale, [False, True], 1))
     check(namespace.fd_gram, (flat, groups, 2, case.none))
     out = [torch.empty_like(g) for g in case.grads[0]]

@@ -174,12 +174,12 @@ class Reference:
 
         loss, g0 = gradient(self.w)
         if self.age:
-            self.age = (self.age + 1) % self.interval
+            decay, self.age = 0.9**self.age, (self.age + 1) % self.interval
             if not all(g.isfinite().all() for g in g0):
                 self.counts["skipped"] += 1
                 return loss
             kept = [*self.kept, *(torch.zeros_like(g) for g in g0[len(self.kept) :])]
-            weight = min(1.0, norm(g0) / 2 / (norm(kept) + 1e-12))
+            weight = min(decay, norm(g0) / 2 / (norm(kept) + 1e-12))
             self.last = {"grad_norm": norm(g0)}
             self.finish([g + weight * h for g, h in zip(g0, kept, strict=True)], active)
             return loss

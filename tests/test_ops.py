@@ -108,22 +108,22 @@ def test_grad_norm(weighted, dtype, operators, device):
 @pytest.mark.parametrize(
     ("g", "h", "grad_scale", "expected"),
     [
-        ([3.0, 0.0], [0.0, 1.0], None, 1.0),
+        ([3.0, 0.0], [0.0, 1.0], None, 0.75),
         ([0.5, 0.0], [0.0, 4.0], None, 0.0625),
         ([0.5, 0.5], [2.0, 2.0], None, 0.125),
         ([500.0, 500.0], [2.0, 2.0], 1000.0, 125.0),
-        ([5000.0, 0.0], [2.0, 0.0], 1000.0, 1000.0),
+        ([5000.0, 0.0], [2.0, 0.0], 1000.0, 750.0),
         ([0.0, 0.0], [0.0, 0.0], None, 0.0),
         ([0.0, 0.0], [1.0, 0.0], None, 0.0),
-        ([1.0, 0.0], [0.0, 0.0], None, 1.0),
+        ([1.0, 0.0], [0.0, 0.0], None, 0.75),
         ([math.nan, 0.0], [1.0, 0.0], None, math.nan),
     ],
 )
 def test_direction_weight(g, h, grad_scale, expected, operators, device):
-    """min(S, |g| / 2 |h|), S being the scale of g; norms are over all groups."""
+    """min(0.75 S, |g| / 2 |h|), S being the scale of g and 0.75 the decay; norms are over all groups."""
     squared = [vector([x * x for x in of_groups], device) for of_groups in (g, h)]
     scale = None if grad_scale is None else vector(grad_scale, device)
-    found = operators.direction_weight(*squared, scale, 0.5)
+    found = operators.direction_weight(*squared, vector(0.75, device), scale, 0.5)
     assert found.dtype == torch.float64
     assert found.shape == ()
     assert found.item() == pytest.approx(expected, rel=1e-11, nan_ok=True)

@@ -606,7 +606,7 @@ def with_reuse(size, base, options):
             ghat = [sum(parts) / size for parts in zip(*ghats, strict=True)]
             kept = [x - y for x, y in zip(ghat, g0, strict=True)]
         else:
-            weight = min(1.0, float((dot(g0, g0) / dot(kept, kept)).sqrt()) / 2)
+            weight = min(0.9, float((dot(g0, g0) / dot(kept, kept)).sqrt()) / 2)
             ghat = [x + weight * h for x, h in zip(g0, kept, strict=True)]
         for param, g in zip(params, ghat, strict=True):
             param.grad = g

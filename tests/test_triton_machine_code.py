@@ -254,7 +254,7 @@ def _run_all(sizes, offset, losses=False):
         operator(case, operators)
     gram, counters = torch.ones(2, 9, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
     operators.perturbation_scale(gram[:, 0].contiguous(), case.scale)
-    operators.direction_weight(gram[:, 0].contiguous(), case.scale, None, 0.5)
+    operators.direction_weight(gram[:, 0].contiguous(), case.scale, case.direction.weight, None, 0.5)
     operators.coefficients(
         gram, [], case.scale, case.scale, case.scale, counters=counters, steps=[(torch.ones(3), torch.ones(3))],
         passes=3, regularizer="log", losses=gram[0, :3].unbind() if losses else None, grad_scale=None,

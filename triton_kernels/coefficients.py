@@ -33,9 +33,9 @@ def perturbation_scale_kernel(squared_norm, rho, epsilon: tl.float64, scale, num
 
 @jit
 def direction_weight_kernel(
-    squared_norm, squared_direction, grad_scale, max_ratio: tl.float64, epsilon: tl.float64, weight, num_groups
+    squared_norm, squared_direction, decay, grad_scale, max_ratio: tl.float64, epsilon: tl.float64, weight, num_groups
 ):
-    """weight = min(1, max_ratio |g| / (|h| + epsilon)), times the scale of g.   One program."""
+    """weight = min(decay, max_ratio |g| / (|h| + epsilon)), times the scale of g.   One program."""
     lane = tl.arange(0, LANES)
     of_g, of_h = tl.zeros([LANES], tl.float64), tl.zeros([LANES], tl.float64)
     for first in range(0, num_groups, LANES):
@@ -43,10 +43,10 @@ def direction_weight_kernel(
         of_g += tl.load(squared_norm + first + lane, mask=known, other=0)
         of_h += tl.load(squared_direction + first + lane, mask=known, other=0)
     most = max_ratio * tl.sqrt(tl.sum(of_g, 0)) / (tl.sqrt(tl.sum(of_h, 0)) + epsilon)
-    one = tl.full([], 1.0, tl.float64)
+    decayed = tl.load(decay)
     if grad_scale is not None:
-        one = tl.load(grad_scale)
-    tl.store(weight, tl.where(most > one, one, most))  # a NaN stays one
+        decayed *= tl.load(grad_scale)
+    tl.store(weight, tl.where(most > decayed, decayed, most))  # a NaN stays one
 
 
 @triton.jit
@@ -183,14 +183,15 @@ def launch_perturbation_scale(squared_norm: Tensor, rho: Tensor, epsilon: float,
 def launch_direction_weight(
     squared_norm: Tensor,
     squared_direction: Tensor,
+    decay: Tensor,
     grad_scale: Tensor | None,
     max_ratio: float,
     epsilon: float,
     weight: Tensor,
 ) -> None:
-    """weight (0-dim) <- min(1, max_ratio |g| / (|h| + epsilon)), times the scale of g where there is one."""
-    arguments = (squared_norm, squared_direction, grad_scale, max_ratio, epsilon, weight, squared_norm.shape[0])
-    launch_one(direction_weight_kernel, (), weight.device, *arguments)
+    """weight (0-dim) <- min(decay, max_ratio |g| / (|h| + epsilon)), times the scale of g where there is one."""
+    numbers = (squared_norm, squared_direction, decay, grad_scale, max_ratio, epsilon)
+    launch_one(direction_weight_kernel, (), weight.device, *numbers, weight, squared_norm.shape[0])
 
 
 def launch_coefficients(

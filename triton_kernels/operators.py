@@ -247,16 +247,22 @@ def perturbation_scale(squared_norm: Tensor, rho: Tensor, epsilon: float) -> Ten
 
 
 def direction_weight(
-    squared_norm: Tensor, squared_direction: Tensor, grad_scale: Tensor | None, max_ratio: float, epsilon: float
+    squared_norm: Tensor,
+    squared_direction: Tensor,
+    decay: Tensor,
+    grad_scale: Tensor | None,
+    max_ratio: float,
+    epsilon: float,
 ) -> Tensor:
     """What the direction is multiplied with."""
     op, device, groups = "direction_weight", squared_norm.device, squared_norm.numel()
     _numbers(squared_norm, (op, "squared_norm"), device, groups)
     _numbers(squared_direction, (op, "squared_direction"), device, groups)
+    _numbers(decay, (op, "decay"), device, 1)
     _number(grad_scale, (op, "grad_scale"), device)
     weight = squared_norm.new_empty(())
     with guard(device):
-        launch_direction_weight(squared_norm, squared_direction, grad_scale, max_ratio, epsilon, weight)
+        launch_direction_weight(squared_norm, squared_direction, decay, grad_scale, max_ratio, epsilon, weight)
     return weight
 
 

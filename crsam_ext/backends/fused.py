@@ -88,7 +88,8 @@ KERNELS = {
         lambda squared_norm, rho, epsilon: torch.empty_like(squared_norm),
     ),
     "direction_weight": Kernel(
-        "Tensor squared_norm, Tensor squared_direction, Tensor? grad_scale, float max_ratio, float epsilon",
+        "Tensor squared_norm, Tensor squared_direction, Tensor decay, Tensor? grad_scale, float max_ratio, "
+        "float epsilon",
         "Tensor",
         lambda squared_norm, *_: squared_norm.new_empty(()),
     ),
@@ -196,9 +197,14 @@ class FusedOperators(Operators):
         return self._ops.perturbation_scale(squared_norm, rho, EPSILON)
 
     def direction_weight(
-        self, squared_norm: Tensor, squared_direction: Tensor, grad_scale: Tensor | None, max_ratio: float
+        self,
+        squared_norm: Tensor,
+        squared_direction: Tensor,
+        decay: Tensor,
+        grad_scale: Tensor | None,
+        max_ratio: float,
     ) -> Tensor:
-        return self._ops.direction_weight(squared_norm, squared_direction, grad_scale, max_ratio, EPSILON)
+        return self._ops.direction_weight(squared_norm, squared_direction, decay, grad_scale, max_ratio, EPSILON)
 
     def perturb_(
         self,

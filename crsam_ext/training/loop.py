@@ -152,9 +152,9 @@ def create_optimizer(model: nn.Module, options: Namespace) -> CRSAM:
         arguments = _pick(options, "lr", "momentum", "nesterov", "weight_decay")
     if options.optimizer == "crsam":
         arguments |= _pick(options, "rho", "alpha", "beta", "regularizer", "estimator", "adaptive")
-        arguments |= _pick(options, "interval", "curvature_interval")
+        arguments |= _pick(options, "interval", "reuse", "curvature_interval")
     elif options.optimizer == "sam":
-        arguments |= _pick(options, "rho", "adaptive", "interval") | {"alpha": 0.0, "beta": 0.0}
+        arguments |= _pick(options, "rho", "adaptive", "interval", "reuse") | {"alpha": 0.0, "beta": 0.0}
     else:
         arguments |= {"rho": 0.0, "alpha": 0.0, "beta": 0.0}
     if isinstance(model, nn.parallel.DistributedDataParallel):

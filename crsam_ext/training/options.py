@@ -51,6 +51,7 @@ OPTION_NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "alpha": ("optimizer", ("crsam",)),
     "beta": ("optimizer", ("crsam",)),
     "interval": ("optimizer", ("sam", "crsam")),
+    "reuse": ("optimizer", ("sam", "crsam")),
     "curvature_interval": ("optimizer", ("crsam",)),
     "rho_schedule": ("optimizer", ("sam", "crsam")),
     "alpha_schedule": ("optimizer", ("crsam",)),
@@ -142,6 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="with several processes: perturb all with that of the whole batch, and not each with its own",
     )
     add("--interval", type=integer(1), metavar="K", help="perturb in every K-th step only (default: 1)")
+    add("--reuse", action="store_true", help="with --interval: go on with what the last perturbation has added")
     add("--curvature-interval", type=integer(1), metavar="K", help="take the third pass every K-th time (default: 1)")
     add("--max-grad-norm", type=number(1e-12), help="clip the norm of the combined gradient")
     add("--lr", type=number(0), help="peak learning rate")

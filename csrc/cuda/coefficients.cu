@@ -15,10 +15,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int g = threadIdx.x; g < num_groups; g += kThreads) scale[g] = rho[g] / (sqrt(total[0]) + epsilon);
 }
 
-// weight = min(1, max_ratio |g| / (|h| + epsilon)), times the scale of g.   One block.
+// weight = min(decay, max_ratio |g| / (|h| + epsilon)), times the scale of g.   One block.
 __global__ void __launch_bounds__(kThreads)
-    direction_weight_kernel(const double* squared_norm, const double* squared_direction, const double* grad_scale,
-                            double max_ratio, double epsilon, double* weight, int32_t num_groups) {
+    direction_weight_kernel(const double* squared_norm, const double* squared_direction, const double* decay,
+                            const double* grad_scale, double max_ratio, double epsilon, double* weight,
+                            int32_t num_groups) {
   __shared__ double total[2];
   double x[2] = {};
   for (int g = threadIdx.x; g < num_groups; g += kThreads) {
@@ -27,8 +28,9 @@ __global__ void __launch_bounds__(kThreads)
   }
   block_sum(x, total);
   if (threadIdx.x > 0) return;
-  const double most = max_ratio * sqrt(total[0]) / (sqrt(total[1]) + epsilon), one = grad_scale ? *grad_scale : 1;
-  *weight = most > one ? one : most;  // a NaN stays one
+  const double most = max_ratio * sqrt(total[0]) / (sqrt(total[1]) + epsilon);
+  const double decayed = *decay * (grad_scale ? *grad_scale : 1);
+  *weight = most > decayed ? decayed : most;  // a NaN stays one
 }
 
 // Squared norm of x g0 + y d1 + z d2 of one group, from its row of the Gram matrix.
@@ -133,11 +135,11 @@ void launch_perturbation_scale(const double* squared_norm, const double* rho, do
   launch(perturbation_scale_kernel, 1, stream, squared_norm, rho, epsilon, scale, num_groups);
 }
 
-void launch_direction_weight(const double* squared_norm, const double* squared_direction, const double* grad_scale,
-                             double max_ratio, double epsilon, double* weight, int32_t num_groups,
-                             cudaStream_t stream) {
-  launch(direction_weight_kernel, 1, stream, squared_norm, squared_direction, grad_scale, max_ratio, epsilon, weight,
-         num_groups);
+void launch_direction_weight(const double* squared_norm, const double* squared_direction, const double* decay,
+                             const double* grad_scale, double max_ratio, double epsilon, double* weight,
+                             int32_t num_groups, cudaStream_t stream) {
+  launch(direction_weight_kernel, 1, stream, squared_norm, squared_direction, decay, grad_scale, max_ratio, epsilon,
+         weight, num_groups);
 }
 
 void launch_coefficients(const CoefficientsArguments& arguments, cudaStream_t stream) {

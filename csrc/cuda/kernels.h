@@ -19,9 +19,10 @@ void launch_grad_norm(Dtype dtype, const Table& table, const double* direction_w
 void launch_perturbation_scale(const double* squared_norm, const double* rho, double epsilon, double* scale,
                                int32_t num_groups, cudaStream_t stream);
 
-// weight (0-dim) <- min(1, max_ratio |g| / (|h| + epsilon)), times the scale of g where there is one.
-void launch_direction_weight(const double* squared_norm, const double* squared_direction, const double* grad_scale,
-                             double max_ratio, double epsilon, double* weight, int32_t num_groups, cudaStream_t stream);
+// weight (0-dim) <- min(decay, max_ratio |g| / (|h| + epsilon)), times the scale of g where there is one.
+void launch_direction_weight(const double* squared_norm, const double* squared_direction, const double* decay,
+                             const double* grad_scale, double max_ratio, double epsilon, double* weight,
+                             int32_t num_groups, cudaStream_t stream);
 
 // live <- w + sign e. With sign +1, w is saved first. Float16 and bfloat16 may be rounded stochastically.
 void launch_perturb(Dtype dtype, const Table& table, const double* scale, int sign, bool stochastic,

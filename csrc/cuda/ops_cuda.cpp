@@ -265,7 +265,8 @@ at::Tensor perturbation_scale(const at::Tensor& squared_norm, const at::Tensor& 
 }
 
 at::Tensor direction_weight(const at::Tensor& squared_norm, const at::Tensor& squared_direction,
-                            const std::optional<at::Tensor>& grad_scale, double max_ratio, double epsilon) {
+                            const at::Tensor& decay, const std::optional<at::Tensor>& grad_scale, double max_ratio,
+                            double epsilon) {
   const char* op = "direction_weight";
   const at::Device device = squared_norm.device();
   const c10::DeviceGuard guard(device);
@@ -273,8 +274,9 @@ at::Tensor direction_weight(const at::Tensor& squared_norm, const at::Tensor& sq
   at::Tensor weight = new_numbers({}, device);
   launch_direction_weight(numbers(squared_norm, {op, "squared_norm"}, device, groups),
                           numbers(squared_direction, {op, "squared_direction"}, device, groups),
-                          number(grad_scale, {op, "grad_scale"}, device), max_ratio, epsilon,
-                          weight.mutable_data_ptr<double>(), static_cast<int32_t>(groups), current_stream(device));
+                          numbers(decay, {op, "decay"}, device, 1), number(grad_scale, {op, "grad_scale"}, device),
+                          max_ratio, epsilon, weight.mutable_data_ptr<double>(), static_cast<int32_t>(groups),
+                          current_stream(device));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return weight;
 }
