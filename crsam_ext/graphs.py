@@ -69,6 +69,7 @@ class GraphedStep:
             self._forget()
         passes, baked = optimizer.passes, self._baked()
         graph = self._graphs.get(passes)
+        optimizer.prepare_replay()
         if graph is None or graph.baked != baked:
             # An ordinary step enters the state, and puts the numbers on the device that a captured one with the same
             # options reads there.
@@ -77,7 +78,6 @@ class GraphedStep:
                 self._ordinary[passes] = count + 1, baked
                 return self._on_stream(lambda: optimizer.step(self.closure))
             graph = self._graphs[passes] = _Graph(optimizer, self.closure, baked, self._stream, self.device)
-        optimizer.prepare_replay()
         self._on_stream(graph.replay)
         return graph.loss
 

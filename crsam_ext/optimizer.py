@@ -702,9 +702,10 @@ class CRSAM(Optimizer):
         return direction
 
     def prepare_replay(self) -> None:
-        """Call before a CUDA graph repeats the next step: what the host knows and kernels read is put on the device."""
+        """Call before a CUDA graph captures or repeats the next step: what only the host knows is put on the device."""
         if self.reuse:
-            self._direction.prepare_replay(self.stats.steps % self.interval)
+            (device,) = self._devices()
+            self._direction.prepare_replay(self.stats.steps % self.interval, device)
 
     def _signature(self, passes: int) -> dict[str, Any]:
         """What must be the same on all ranks of the model: how a step is made, and of what."""

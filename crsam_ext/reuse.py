@@ -56,16 +56,16 @@ class SharpnessDirection:
         """Call before a step; ``age`` is how many steps ago h was made, 0 in one that makes it."""
         self._age = age
 
-    def prepare_replay(self, age: int) -> None:
-        """Call before a CUDA graph repeats a step."""
-        if self._replayed is not None:
-            self._replayed.fill_(DECAY**age)
+    def prepare_replay(self, age: int, device: torch.device) -> None:
+        """Call before a CUDA graph captures or repeats a step: it reads the decay from the same tensor each time."""
+        if self._replayed is None:
+            self._replayed = torch.empty((), dtype=torch.float64, device=device)
+        self._replayed.fill_(DECAY**age)
 
     def _decay(self, device: torch.device) -> Tensor:
         """0-dim, on the device without a launch."""
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            if self._replayed is None:
-                self._replayed = torch.ones((), dtype=torch.float64, device=device)
+            assert self._replayed is not None
             return self._replayed
         key = self._age, device
         if key not in self._decays:

@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.experiments import __main__ as program
-from benchmarks.experiments import analysis, runs, tasks
+from benchmarks.experiments import analysis, reuse, runs, staleness, tasks
 from benchmarks.experiments.runs import Config, run, run_all
+from crsam_ext import CRSAM
 
 pytestmark = pytest.mark.slow
 
@@ -161,3 +162,71 @@ def test_a_run_that_diverges_is_reported_as_missing(monkeypatch):
     summary = analysis.summaries([result])[-1]
     assert np.isnan(summary["test_loss"][0])
     assert torch.isfinite(torch.tensor(summary["test_accuracy"][0]))
+
+
+# The direction that is reused ----------------------------------------------------------------------------------------
+
+
+def test_gradients_a_step():
+    """As the optimizer counts its passes."""
+    for method in reuse.COMPARED.values():
+        params = [torch.nn.Parameter(torch.ones(2))]
+        optimizer = CRSAM(params, lr=0.1, **{"rho": 0.1, **method.options})
+        passes = []
+        for _ in range(100):
+            passes.append(optimizer.passes)
+            optimizer.step(lambda params=params: params[0].square().sum().backward())
+        assert sum(passes) / 100 == pytest.approx(method.gradients, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["random direction, 5", "direction of another run, 5"])
+def test_what_replaces_the_direction_has_its_norm(name):
+    config = reuse.Config("graph", name, 0.1, 0, epochs=3)
+    trained, other = reuse.Run(config, 0), reuse.Run(replace(config, method="CR-SAM, reuse 5"), 1)
+    twin = reuse.Run(replace(config, method="CR-SAM, reuse 5"), 0)
+    x, y = tasks.nodes().train
+    for each in (other, trained, twin):
+        each.step(x, y, other)
+    assert reuse.length(trained.direction) == pytest.approx(reuse.length(twin.direction), rel=1e-5)
+    products = [float((h * g).sum()) for h, g in zip(trained.direction, twin.direction, strict=True)]
+    assert abs(sum(products)) < 0.9 * reuse.length(twin.direction) ** 2
+
+
+def test_looksam_adds_what_is_orthogonal():
+    """Steps between: 0.7 of the norm of g0, along the part of ghat that is orthogonal to that of the perturbed step."""
+    trained = reuse.Run(reuse.Config("graph", "LookSAM's rule, 5", 0.1, 0, epochs=3), 0)
+    x, y = tasks.nodes().train
+    trained.step(x, y)
+    g0 = [param.grad.clone() for param in trained.model.parameters()]
+    assert reuse.length(trained._added) == pytest.approx(1, rel=1e-5)
+    assert sum(float((v * g).sum()) for v, g in zip(trained._added, g0, strict=True)) == pytest.approx(0, abs=1e-5)
+    assert reuse.length(trained.direction) == 0
+    plain = torch.autograd.grad(F.cross_entropy(trained.model(x), y), list(trained.model.parameters()))
+    trained.step(x, y)
+    added = [param.grad - g for param, g in zip(trained.model.parameters(), plain, strict=True)]
+    for v, direction in zip(added, trained._added, strict=True):
+        torch.testing.assert_close(v, 0.7 * reuse.length(plain) * direction, rtol=1e-3, atol=1e-5)
+
+
+def test_program_of_reuse_from_end_to_end(tmp_path, monkeypatch):
+    drawn = {"base", *(name for names in reuse.LINES.values() for name in names)}
+    few = {name: method for name, method in reuse.COMPARED.items() if name in drawn}
+    monkeypatch.setattr(reuse, "COMPARED", few)
+    monkeypatch.setattr(reuse, "RHOS", (0.1,))
+    monkeypatch.setitem(tasks.TASKS, "graph", replace(tasks.TASKS["graph"], epochs=3))
+    command = ["--tasks", "graph", "--seeds", "2", "--workers", "0"]
+    reuse.main([*command, "--cache", str(tmp_path / "cache"), "--output", str(tmp_path)])
+    content = json.loads((tmp_path / "reuse.json").read_text())
+    assert len(content["runs"]) == 2 * len(few)
+    assert "| CR-SAM, reuse 5 | 1.40 | 3 |" in (tmp_path / "reuse.md").read_text()
+    assert (tmp_path / "reuse.png").stat().st_size > 5_000
+
+
+def test_staleness():
+    """A direction of the same point and batch is the one that is kept."""
+    x, y = tasks.nodes().train
+    trained = reuse.Run(reuse.Config("graph", "CR-SAM, reuse 5", staleness.RHO, 0, epochs=3), 0)
+    _, expected = staleness.sharpness_direction(trained.model, x, y)
+    trained.step(x, y)
+    for h, e in zip(trained.direction, expected, strict=True):
+        torch.testing.assert_close(h, e, rtol=1e-4, atol=1e-5)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from crsam_ext import CRSAM, GraphedStep, graphs
+from crsam_ext.reuse import SharpnessDirection
 
 from .reference import EXACT, assert_close, batch, closure_of, network_loss, network_params
 
@@ -51,6 +52,34 @@ def test_steps_and_captures(stand_in):
     assert optimizer.stats.steps == 8
     for p, q in zip(params, others, strict=True):
         assert_close(p, q, EXACT)
+
+
+def test_reuse(stand_in):
+    """The age of the direction changes from replay to replay."""
+    options = {"interval": 3, "reuse": True}
+    params, optimizer, closure = problem(**options)
+    others, plain, closure_of_others = problem(**options)
+    step = GraphedStep(optimizer, closure, warmup=1)
+    for index in range(10):
+        step()
+        plain.step(closure_of_others)
+        assert float(optimizer._direction._replayed) == 0.9 ** (index % 3)
+    assert stand_in.captured == 2
+    for p, q in zip(params, others, strict=True):
+        assert_close(p, q, EXACT)
+
+
+def test_what_a_graph_reads(monkeypatch):
+    """One tensor, which is written before each replay and not in a captured step."""
+    direction, cpu = SharpnessDirection(), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    direction.prepare_replay(2, cpu)
+    direction.begin_step(1)
+    read = direction._decay(torch.device("cuda"))
+    assert float(read) == 0.9**2
+    direction.prepare_replay(1, cpu)
+    assert float(read) == 0.9
+    assert direction._decay(torch.device("cuda")) is read
 
 
 def assigning(optimizer, epoch):

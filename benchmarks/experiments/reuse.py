@@ -82,6 +82,15 @@ def _methods() -> dict[str, Method]:
 
 COMPARED = _methods()
 
+#: What the figure joins by a line, under which name.
+LINES = {
+    "SAM": ["SAM", *(f"SAM, reuse {k}" for k in INTERVALS)],
+    "CR-SAM": ["CR-SAM", *(f"CR-SAM, reuse {k}" for k in INTERVALS)],
+    "CR-SAM, reuse and curvature_interval": ["CR-SAM, curvature 10", "CR-SAM, reuse 5, curvature 10"],
+    "interval alone": ["SAM, interval 5", "CR-SAM, interval 5"],
+    "LookSAM's rule": ["LookSAM's rule, 5"],
+}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -271,14 +280,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         mean, error = (100 * x for x in by_method["base"])
         ax.axhspan(mean - error, mean + error, color="0.85")
         ax.axhline(mean, color="0.5", linewidth=0.8, label="base")
-        lines = {
-            "SAM": ["SAM", *(f"SAM, reuse {k}" for k in INTERVALS)],
-            "CR-SAM": ["CR-SAM", *(f"CR-SAM, reuse {k}" for k in INTERVALS)],
-            "CR-SAM, reuse and curvature_interval": ["CR-SAM, curvature 10", "CR-SAM, reuse 5, curvature 10"],
-            "interval alone": ["SAM, interval 5", "CR-SAM, interval 5"],
-            "LookSAM's rule": ["LookSAM's rule, 5"],
-        }
-        for index, (label, names) in enumerate(lines.items()):
+        for index, (label, names) in enumerate(LINES.items()):
             known = sorted((COMPARED[name].gradients, by_method[name]) for name in names)
             x, y = [g for g, _ in known], [value for _, value in known]
             style = "o-" if index < 3 else "s"
