@@ -22,6 +22,8 @@ from .reference import (
     update_tolerance,
 )
 
+pytestmark = pytest.mark.slow
+
 DIRECTION = "sharpness_direction"
 STEPS = 7
 BASES = {
@@ -419,7 +421,6 @@ def final_loss(interval, rho=0.2, steps=300):
     return network_loss(params, data).item()
 
 
-@pytest.mark.slow
 def test_no_interval_diverges(monkeypatch):
     """However rare perturbations are, the loss falls to less than half; without either bound it grows."""
     start = network_loss(problem()[0], batches(1)[0]).item()
