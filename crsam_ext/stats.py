@@ -60,7 +60,8 @@ class Stats:
             scale: [groups], with e = scale g0; None where e is no multiple of g0.
             coefficients: what was decided.
             grad_scale: what all gradients were multiplied with.
-            reduced_norm: [groups], squared, of the regularized gradient, where that is a mean over replicas.
+            reduced_norm: [groups], squared, of the regularized gradient, where that is a mean over replicas, or where
+                it is made of one gradient and a direction, and clipped.
         """
         self._reduced_norm = reduced_norm
         self.steps += 1
@@ -123,7 +124,7 @@ class Stats:
     def regularized_norm(self) -> Tensor | None:
         """Norm of the gradient that the update was made of, before it was clipped.
 
-        None without the Gram matrix, unless the gradient was reduced over replicas.
+        None without the Gram matrix, unless the gradient was reduced over replicas or clipped in a step of one pass.
         """
         if self._reduced_norm is not None:
             return self._unscaled(self._reduced_norm.sum().sqrt())

@@ -302,10 +302,10 @@ class Step:
         """Go back to w, with the regularized gradient in ``p.grad``: ``grad_scale`` times it, as the gradients were."""
         if grad_scale is not None:
             grad_scale = grad_scale.to(self.home, torch.float64, non_blocking=True)
-        plans, rows = self._finish(grad_scale)
-        c = self._coefficients(plans, rows, (), grad_scale)._replace(factor=None)
         for bucket in self.flat.buckets:
             bucket.pull_state()
+        plans, rows = self._finish(grad_scale)
+        c = self._coefficients(plans, rows, (), grad_scale)._replace(factor=None)
         self._keep(plans, c, grad_scale)
         for bucket in self.flat.buckets:
             bucket.push_state()

@@ -55,9 +55,10 @@ def kernels(request, tmp_path_factory):
 
 
 def test_all_kernels_are_there(kernels):
-    names = {"grad_norm", "perturb", "fd_gram", "Sgd step", "Adam step", "combine"}
+    names = {"grad_norm", "perturb", "fd_gram", "Sgd step", "Adam step", "combine", "fd_direction"}
+    of_few_numbers = {"coefficients_kernel", "perturbation_scale_kernel", "direction_weight_kernel"}
     expected = {(f"{name}_kernel", dtype) for name in names for dtype in DTYPES.values()}
-    assert set(kernels) == expected | {("coefficients_kernel", None), ("perturbation_scale_kernel", None)}
+    assert set(kernels) == expected | {(name, None) for name in of_few_numbers}
 
 
 def test_registers_and_spills(kernels):
@@ -79,6 +80,7 @@ def test_wide_accesses(kernels):
         "Sgd step_kernel": (3, 2),
         "Adam step_kernel": (4, 3),
         "combine_kernel": (2, 2),
+        "fd_direction_kernel": (3, 1),
     }
     for (kernel, dtype), variants in kernels.items():
         loads, stores = streams.get(kernel, (0, 0))
@@ -96,6 +98,7 @@ def test_loads_in_flight(kernels):
         "Sgd step_kernel": 5,
         "Adam step_kernel": 6,
         "combine_kernel": 3,
+        "fd_direction_kernel": 3,
     }
     for kernel, loads in together.items():
         runs = []
@@ -107,7 +110,10 @@ def test_loads_in_flight(kernels):
 
 def test_no_float64_arithmetic_on_float32(kernels):
     """Except in the last stages of the sums, and once a block where a beta is given as a float64 tensor (1 - beta)."""
-    final_stages = ("grad_norm_kernel", "fd_gram_kernel", "coefficients_kernel", "perturbation_scale_kernel")
+    final_stages = (
+        "grad_norm_kernel", "fd_gram_kernel", "coefficients_kernel", "perturbation_scale_kernel",
+        "direction_weight_kernel",
+    )  # fmt: skip
     for (kernel, dtype), variants in kernels.items():
         if dtype == "float64" or kernel in final_stages:
             continue

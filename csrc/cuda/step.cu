@@ -129,16 +129,18 @@ __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks) fd_direction_
   const Chunk chunk = table.chunks[blockIdx.x];
   const Row row = table.rows[chunk.row];
   const Weights<C> weights = weights_of<C>(decision, row.group, table.num_groups);
-  const bool ok = *decision.ok;
+  if (!*decision.ok) {
+    return for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
+      const C nothing[width] = {};
+      store(pointer<C>(row, kDirection) + i, nothing);
+    });
+  }
   for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
-    C h[width] = {};
-    if (ok) {
-      C g[kPasses][width];
+    C g[kPasses][width], h[width];
 #pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) load(pointer<const T>(row, kGrads + pass) + i, g[pass]);
+    for (int pass = 0; pass < kPasses; ++pass) load(pointer<const T>(row, kGrads + pass) + i, g[pass]);
 #pragma unroll
-      for (int j = 0; j < width; ++j) h[j] = direction(weights, g, j);
-    }
+    for (int j = 0; j < width; ++j) h[j] = direction(weights, g, j);
     store(pointer<C>(row, kDirection) + i, h);
   });
 }
