@@ -141,7 +141,7 @@ class Case:
     )  # fmt: skip
 
     def tensors(self):
-        lists = (self.live, self.saved, self.first, self.second, self.out, self.kept, *self.grads)
+        lists = (self.live, self.saved, self.first, self.second, self.out, self.kept, self.direction.rows, *self.grads)
         return [row for rows in lists for row in rows]
 
 

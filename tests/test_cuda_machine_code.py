@@ -47,7 +47,7 @@ def kernels(request, tmp_path_factory):
         code = re.split(r"Function : (\S+)\n", dump("-sass"))
         for mangled, text in zip(code[1::2], code[2::2], strict=True):
             kernel, dtype = re.match(r"_ZN5crsam\d+(\w+?_kernel)(?:I(d|f|6__half|13__nv_bfloat16))?", mangled).groups()
-            rule = re.search(r"NS_\d+([A-Z]\w*?)ELi", mangled)
+            rule = re.search(r"NS_\d+([A-Z][a-z]+)ELNS_", mangled)
             kernel = f"{rule[1]} {kernel}" if rule else kernel
             resources = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", usage[mangled])}
             found.setdefault((kernel, DTYPES.get(dtype)), []).append((resources, text))

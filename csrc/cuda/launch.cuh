@@ -79,14 +79,20 @@ __device__ __forceinline__ void store(T* to, const compute_t<T> (&x)[N]) {
 }
 
 // Calls body(i, Width<N>) for all elements i of a chunk, N at a time: as many as fit into 128 bits of T where the row
-// is aligned, else, and for the last few, one.
-template <typename T, typename Body>
+// is aligned, else, and for the last few, one. kUnrolls: whether the compiler may work on several at once, which takes
+// more registers.
+template <typename T, bool kUnrolls = true, typename Body>
 __device__ __forceinline__ void for_each(const Row& row, int32_t index, Body body) {
   constexpr int kWidth = 16 / sizeof(T);
   const int64_t begin = index * kChunk;
   const int count = static_cast<int>(row.numel - begin < kChunk ? row.numel - begin : kChunk);
   const int vectorized = row.aligned ? count / kWidth * kWidth : 0;
-  for (int i = threadIdx.x * kWidth; i < vectorized; i += kThreads * kWidth) body(begin + i, Width<kWidth>{});
+  if constexpr (kUnrolls) {
+    for (int i = threadIdx.x * kWidth; i < vectorized; i += kThreads * kWidth) body(begin + i, Width<kWidth>{});
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x * kWidth; i < vectorized; i += kThreads * kWidth) body(begin + i, Width<kWidth>{});
+  }
   for (int i = vectorized + threadIdx.x; i < count; i += kThreads) body(begin + i, Width<1>{});
 }
 

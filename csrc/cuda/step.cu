@@ -25,28 +25,30 @@ struct Shared {
   }
 };
 
-// N elements of ghat, times the factor: from the gradients of all passes, or from one and what is added to it.
-template <typename T, int kGiven, int N>
+// What ghat is made of: the gradient of one pass, that and a direction, or the gradients of all passes.
+enum Given { kOne, kOneAndDirection, kAll };
+
+// N elements of ghat, times the factor.
+template <typename T, Given kGiven, int N>
 __device__ __forceinline__ void load_combined(const Row& row, int64_t i, const Weights<compute_t<T>>& weights,
                                               compute_t<T> (&ghat)[N]) {
-  compute_t<T> g[kGiven][N];
+  using C = compute_t<T>;
+  if constexpr (kGiven == kAll) {
+    C g[kPasses][N];
 #pragma unroll
-  for (int pass = 0; pass < kGiven; ++pass) load(pointer<const T>(row, kGrads + pass) + i, g[pass]);
-  if constexpr (kGiven < kPasses) {
-    if (row.pointers[kDirection] != nullptr) {
-      compute_t<T> h[N];
-      load(pointer<const compute_t<T>>(row, kDirection) + i, h);
+    for (int pass = 0; pass < kPasses; ++pass) load(pointer<const T>(row, kGrads + pass) + i, g[pass]);
 #pragma unroll
-      for (int j = 0; j < N; ++j) g[0][j] = fused(weights.direction, h[j], g[0][j]);
+    for (int j = 0; j < N; ++j) ghat[j] = combined(weights, g, j);
+  } else {
+    load(pointer<const T>(row, kGrads) + i, ghat);
+    if constexpr (kGiven == kOneAndDirection) {
+      C h[N];
+      load(pointer<const C>(row, kDirection) + i, h);
+#pragma unroll
+      for (int j = 0; j < N; ++j) ghat[j] = fused(weights.direction, h[j], ghat[j]);
     }
-  }
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
-    if constexpr (kGiven == kPasses) {
-      ghat[j] = combined(weights, g, j);
-    } else {
-      ghat[j] = weights.factor * g[0][j];
-    }
+    for (int j = 0; j < N; ++j) ghat[j] *= weights.factor;
   }
 }
 
@@ -63,7 +65,7 @@ __device__ __forceinline__ void restore(const Row& row, int32_t index) {
 
 // The step of a rule. In float32, with three gradients and n state buffers: reads w, the state and the gradients,
 // writes the state and live: 20 + 8 n bytes an element.
-template <typename T, template <typename> typename RuleOf, int kGiven>
+template <typename T, template <typename> typename RuleOf, Given kGiven>
 __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks)
     step_kernel(Table table, const Scalar* options, Decision decision) {
   using C = compute_t<T>;
@@ -77,7 +79,8 @@ __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks)
   const Weights<C> weights = shared.weights;
   const Rule rule = shared.rule;
   const bool has_state = row.pointers[kState] != nullptr;
-  for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
+  // Unrolled, the fourth stream would not fit into the registers.
+  for_each<T, kGiven != kOneAndDirection>(row, chunk.index, [&](int64_t i, auto width) {
     C w[width], state[Rule::kBuffers][width] = {}, g[width];
     load(pointer<const C>(row, kSaved) + i, w);
     if (has_state) {  // before the gradients: after their first use, it would be waited for
@@ -104,14 +107,14 @@ __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks)
 }
 
 // ghat over the last gradient, and live = w.   In float32: reads g0, g+, g-, w, writes g-, live: 24 bytes an element.
-template <typename T, int kGiven>
+template <typename T, Given kGiven>
 __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks) combine_kernel(Table table, Decision decision) {
   using C = compute_t<T>;
   const Chunk chunk = table.chunks[blockIdx.x];
   const Row row = table.rows[chunk.row];
   const Weights<C> weights = weights_of<C>(decision, row.group, table.num_groups);
-  T* last = pointer<T>(row, kGrads + kGiven - 1);
-  if (kGiven == kPasses || decision.factor || decision.direction_weight) {
+  T* last = pointer<T>(row, kGiven == kAll ? kGrads + kPasses - 1 : kGrads);
+  if (kGiven != kOne || decision.factor) {
     for_each<T>(row, chunk.index, [&](int64_t i, auto width) {
       C g[width];
       load_combined<T, kGiven>(row, i, weights, g);
@@ -161,7 +164,9 @@ void launch_step(std::string_view rule, Dtype dtype, const Table& table, const S
     dispatch(dtype, [&](auto t) {
       using T = typename decltype(t)::type;
       using R = decltype(type);
-      const auto kernel = all_passes ? step_kernel<T, R::template Rule, kPasses> : step_kernel<T, R::template Rule, 1>;
+      const auto kernel = all_passes                  ? step_kernel<T, R::template Rule, kAll>
+                          : decision.direction_weight ? step_kernel<T, R::template Rule, kOneAndDirection>
+                                                      : step_kernel<T, R::template Rule, kOne>;
       launch(kernel, table.num_chunks, stream, table, options, decision);
     });
   });
@@ -176,7 +181,9 @@ void launch_fd_direction(Dtype dtype, const Table& table, Decision decision, cud
 void launch_combine(Dtype dtype, const Table& table, Decision decision, bool all_passes, cudaStream_t stream) {
   dispatch(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    const auto kernel = all_passes ? combine_kernel<T, kPasses> : combine_kernel<T, 1>;
+    const auto kernel = all_passes                  ? combine_kernel<T, kAll>
+                        : decision.direction_weight ? combine_kernel<T, kOneAndDirection>
+                                                    : combine_kernel<T, kOne>;
     launch(kernel, table.num_chunks, stream, table, decision);
   });
 }
