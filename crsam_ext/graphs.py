@@ -69,7 +69,7 @@ class GraphedStep:
             self._forget()
         passes, baked = optimizer.passes, self._baked()
         graph = self._graphs.get(passes)
-        optimizer.prepare_replay()
+        optimizer.prepare_replay(self.device)
         if graph is None or graph.baked != baked:
             # An ordinary step enters the state, and puts the numbers on the device that a captured one with the same
             # options reads there.

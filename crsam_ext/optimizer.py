@@ -701,10 +701,9 @@ class CRSAM(Optimizer):
                     state[DIRECTION].zero_()
         return direction
 
-    def prepare_replay(self) -> None:
+    def prepare_replay(self, device: torch.device) -> None:
         """Call before a CUDA graph captures or repeats the next step: what only the host knows is put on the device."""
         if self.reuse:
-            (device,) = self._devices()
             self._direction.prepare_replay(self.stats.steps % self.interval, device)
 
     def _signature(self, passes: int) -> dict[str, Any]:

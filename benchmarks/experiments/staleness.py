@@ -87,7 +87,7 @@ def measured(task_name: str, seed: int = 0) -> dict[int, dict[str, float]]:
                         {
                             "cosine of h": cosine(old, new),
                             "cosine of g0": cosine(then, g0),
-                            "|h| / |g0|": length(new) / length(g0),
+                            "‖h‖ / ‖g0‖": length(new) / length(g0),
                         }
                     )
             trained.step(x, y)
