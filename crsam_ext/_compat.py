@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -21,10 +21,13 @@ from torch.utils.dlpack import from_dlpack
 __all__ = [
     "attributes_of",
     "compiled_from",
+    "fully_sharded",
+    "gathered_by_fully_shard",
     "hooks_of",
     "is_fsdp_flat",
     "is_joining",
     "is_part_of_zero",
+    "makes_gradients_anew",
     "mark_of_numpy",
     "mark_of_python",
     "mark_stepped",
@@ -132,6 +135,34 @@ def is_part_of_zero() -> bool:
 def is_fsdp_flat(param: Tensor) -> bool:
     """Whether a parameter is a flat one of FullyShardedDataParallel, or one that lies in such."""
     return bool(getattr(param, "_fsdp_flattened", False))
+
+
+def _groups_of_fully_shard() -> Iterator[Any]:
+    """The groups of parameters that fully_shard gathers together, of all models; none where torch does not tell."""
+    states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
+    for reference in list(states.values()):
+        state = reference()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        yield from [getattr(state, "_fsdp_param_group", None)] if groups is None else groups
+
+
+def fully_sharded(params: Iterable[Tensor]) -> list[Any]:
+    """Those groups of fully_shard that have one of the parameters; ``is_unsharded`` tells whether one is gathered."""
+    wanted = set(map(id, params))
+    groups = [group for group in _groups_of_fully_shard() if group is not None]
+    return [group for group in groups if any(id(member.sharded_param) in wanted for member in group.fsdp_params)]
+
+
+def gathered_by_fully_shard() -> set[int]:
+    """The identities of the plain parameters that stand for shards in a model while fully_shard has gathered them."""
+    groups = [group for group in _groups_of_fully_shard() if group is not None]
+    gathered = [getattr(member, "_unsharded_param", None) for group in groups for member in group.fsdp_params]
+    return {id(param) for param in gathered if param is not None}
+
+
+def makes_gradients_anew(group: Any) -> bool:
+    """Whether the gradients of a group of fully_shard have memory of their own in every backward."""
+    return type(getattr(group, "_reduce_scatter_comm", None)).__name__ == "DefaultReduceScatter"
 
 
 @contextmanager

@@ -9,7 +9,8 @@ A parameter whose memory others may hold is not moved into the flat tensor; it s
 its own memory as a row, if it is a row: without gaps, and too large to share a row with neighbours. Otherwise they work
 on its segment of the flat tensor, which *mirrors* the parameter: it is copied from there before, and back afterwards.
 So the rows, and with them the rounding of sums over rows, do not depend on where parameters lie. State that was handed
-in as part of other memory is mirrored likewise.
+in as part of other memory is mirrored likewise. Of a DTensor the shard that is here stays in place in this way, and all
+that is said of a parameter's shape and memory is said of its shard.
 
 Operators work on *rows*, contiguous runs of these tensors. A large parameter is a row; small ones that lie next to each
 other share one, into which their gradients are gathered. Which parameters take part can change from step to step
@@ -26,9 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ._compat import is_fsdp_flat, segment, storage_is_shared
+from ._compat import fully_sharded, is_fsdp_flat, makes_gradients_anew, segment, storage_is_shared
 from .ops import Operators, scalar
 from .precision import PRECISIONS, compute_dtype, has_master
+from .shards import as_shard_of, check_placements, groups_of, is_sharded, local, local_gradient, sum_over
 
 __all__ = ["ALIGNMENT", "FlatParameters", "Gradients", "StateLayout", "check_parameter", "flattened"]
 
@@ -56,9 +58,10 @@ class StateLayout:
 
 @dataclass(eq=False)
 class Slot:
-    """Where one parameter lies in its bucket."""
+    """Where one parameter lies in its bucket; of a DTensor, where its shard lies."""
 
     param: Tensor
+    local: Tensor  # the parameter, or its shard
     group: int
     index: int
     offset: int
@@ -73,6 +76,7 @@ class Slot:
     place: tuple[Any, ...] = ()
     views: dict[str, Tensor] = field(default_factory=dict)  # what belongs into the optimizer's state
     published: bool = False  # whether the state holds the views
+    given: tuple[Tensor, Tensor] | None = None  # the shard of a gradient and the DTensor that it was taken from
 
     @property
     def is_row(self) -> bool:
@@ -85,9 +89,10 @@ class Slot:
 
     def locate(self) -> None:
         """Take note of where the parameter is."""
-        self.place = _place(self.param)
+        self.local = local(self.param)
+        self.place = _place(self.local)
         if self.home is not None:
-            self.home = self.param.data
+            self.home = self.local.data
 
     def view(self, flat: Tensor) -> Tensor:
         """The parameter's segment of a tensor of the offsets of ``saved``, with its shape and strides."""
@@ -97,9 +102,17 @@ class Slot:
         return segment(flat, offset, self.numel).as_strided(self.shape, self.stride)
 
     def as_gradient(self, g: Tensor) -> Tensor:
-        """A gradient in the dtype that ``p.grad`` takes: the parameter's own, or that of its ``grad_dtype``."""
+        """A gradient in the dtype that ``p.grad`` takes, the parameter's own or that of its ``grad_dtype``; and as a
+        DTensor where the parameter is one."""
+        if self.given is not None and self.given[0] is g:
+            given, self.given = self.given[1], None
+            return given
         dtype = getattr(self.param, "grad_dtype", None)
-        return g if dtype is None else g.to(dtype)
+        return as_shard_of(self.param, g if dtype is None else g.to(dtype))
+
+    def part(self, view: Tensor) -> Tensor:
+        """A view of the parameter's segment as the state holds it: a DTensor where the parameter is one."""
+        return as_shard_of(self.param, view)
 
     def lay_out(self, values: Tensor) -> Tensor:
         """``values`` in the memory order of the parameter, a copy where it is another."""
@@ -162,10 +175,11 @@ class Row:
 
 
 class Plan:
-    """The rows of a bucket for one set of participating parameters."""
+    """The rows of a bucket for one set of participating parameters: of these ``slots``, the ones without elements,
+    empty shards, are part of no row."""
 
-    def __init__(self, bucket: Bucket, rows: list[Row]) -> None:
-        Column, self.rows = bucket.host.Column, rows
+    def __init__(self, bucket: Bucket, slots: list[Slot], rows: list[Row]) -> None:
+        Column, self.slots, self.rows = bucket.host.Column, slots, rows
         self._column, self._flat = Column, bucket.live
         self.groups = bucket.host.Groups(row.slots[0].group for row in rows)
         self.locate()
@@ -180,7 +194,6 @@ class Plan:
         self._gathers = bucket.gather_below > 0
         self._all_slots = len(rows) == len(bucket.slots)  # and so in their order
         if bucket.steps is not None:
-            slots = [slot for row in rows for slot in row.slots]
             mask = torch.zeros(len(bucket.slots), dtype=torch.float32, device="cpu")
             mask[[slot.index for slot in slots]] = 1
             self.mask = mask.to(bucket.steps.device)
@@ -194,7 +207,7 @@ class Plan:
     def locate(self) -> None:
         """Take note of where the parameters are."""
         self.live = self._column(row.live(self._flat) for row in self.rows)
-        self.params = self._column(slot.param for row in self.rows for slot in row.slots)
+        self.params = self._column(slot.param for slot in self.slots)
         slots = [slot for row in self.rows for slot in row.slots if not slot.is_row]
         mirrored = [(slot.home, slot.live(self._flat)) for slot in slots if slot.home is not None]
         self._homes, self._mirrors = [home for home, _ in mirrored], [mirror for _, mirror in mirrored]
@@ -225,12 +238,16 @@ class Plan:
             for slot in row.slots:
                 offset = g.storage_offset() + slot.offset - row.start
                 slot.param.grad = slot.as_gradient(g.as_strided(slot.shape, slot.stride, offset))
+        for slot in self.slots:
+            if not slot.numel:  # other ranks have elements of it, and its state is made on all
+                slot.param.grad = slot.as_gradient(torch.empty_like(slot.local))
 
 
 class Bucket:
-    """All parameters of one device and dtype. See the module's docstring.
+    """All parameters of one device and dtype, and sharded over the same ranks. See the module's docstring.
 
     Attributes:
+        groups: the process groups over which the parameters are sharded.
         slots: in the order in which they lie in memory: by group, small parameters first.
         points: [1 or 2, elements]: what the model reads and, where asked for, w - e beside it.
         live: the first of these.
@@ -255,15 +272,17 @@ class Bucket:
         align = ALIGNMENT // first.element_size()
         self.slots: list[Slot] = []
         offset = live_offset = 0
-        for param, group in sorted(members, key=lambda m: (m[1], m[0].numel() >= self.gather_below)):
-            stride = torch.empty_like(param, device="meta").stride()  # dense, in the parameter's own order
-            numel, nbytes = param.numel(), param.numel() * param.element_size()
+        self.groups = groups_of(first)
+        shards = [(param, local(param), group) for param, group in members]
+        for param, here, group in sorted(shards, key=lambda m: (m[2], m[1].numel() >= self.gather_below)):
+            stride = torch.empty_like(here, device="meta").stride()  # dense, in the parameter's own order
+            numel, nbytes = here.numel(), here.numel() * here.element_size()
             index, joins = len(self.slots), numel < self.gather_below
             slot = Slot(
-                param, group, index, offset, live_offset, param.shape, stride, numel, param.dtype, nbytes, joins
+                param, here, group, index, offset, live_offset, here.shape, stride, numel, param.dtype, nbytes, joins
             )
             if stays(param):
-                slot.home = param.data
+                slot.home = here.data
             self.slots.append(slot)
             length = -(-numel // align) * align
             offset += length
@@ -285,9 +304,12 @@ class Bucket:
         #: State that lies elsewhere, and its mirror.
         self.theirs: list[tuple[Tensor, Tensor]] = []
         self.params = self.host.Column(slot.param for slot in self.slots)
+        self.is_sharded = any(map(is_sharded, self.params))
         self.all_active = (True,) * len(self.slots)
-        #: Whether every ``p.grad`` takes the parameter's own dtype.
-        self.takes_own_dtype = all(getattr(p, "grad_dtype", None) in (None, self.dtype) for p in self.params)
+        #: Whether every ``p.grad`` takes a gradient as it is here.
+        self.takes_gradients = not self.is_sharded and all(
+            getattr(p, "grad_dtype", None) in (None, self.dtype) for p in self.params
+        )
         self._plans: dict[tuple[bool, ...], Plan] = {}
 
     def _names(self, slot: Slot, layout: StateLayout) -> tuple[str, ...]:
@@ -308,7 +330,7 @@ class Bucket:
         strides = (self.points.stride(0), *slot.stride)
         points = self.points.as_strided((len(self.points), *slot.shape), strides, slot.live_offset)
         if slot.is_row:
-            points[0] = slot.param.detach()
+            points[0] = slot.local.detach()
         return points
 
     def adopt(self, state: Mapping[Tensor, dict[str, Any]], layout: StateLayout, moved: Mapping[Tensor, int]) -> None:
@@ -320,9 +342,9 @@ class Bucket:
                 live.copy_(slot.param.detach())
                 slot.param.data = live
             slot.locate()
-            slot.views = {name: slot.view(self.buffers[name]) for name in self._names(slot, layout)}
+            slot.views = {name: slot.part(slot.view(self.buffers[name])) for name in self._names(slot, layout)}
             if self.steps is not None and self.has_master:
-                slot.views["master_param"] = saved.copy_(slot.param.detach())
+                slot.views["master_param"] = slot.part(saved.copy_(slot.local.detach()))
             if self.steps is not None and layout.counts_steps:
                 slot.views["step"] = segment(self.steps, slot.index, 1).reshape(())
             kept = state.get(slot.param, {})
@@ -349,7 +371,14 @@ class Bucket:
                 f"state {name!r} has shape {tuple(value.shape)} but its parameter has shape {tuple(view.shape)}: "
                 "a parameter that changes shape needs a new optimizer"
             )
-        view.copy_(value)
+        if is_sharded(value) != is_sharded(view):
+            raise ValueError(
+                f"state {name!r} of a parameter of shape {tuple(view.shape)} is {_kind(value)}, and the parameter "
+                f"{_kind(view)}: load it by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+            )
+        local(view).copy_(local(value))
+        if is_sharded(view):
+            return view
         if not isinstance(given, Tensor) or (given.dtype, given.device) != (view.dtype, view.device):
             return view
         if given.requires_grad or given.is_inference() or type(given) is not Tensor:
@@ -389,6 +418,12 @@ class Bucket:
         for plan in self._plans.values():
             plan.locate()
 
+    def places(self) -> Any:
+        """Where the parameters are, as a value to compare."""
+        if self.is_sharded:
+            return [_place(local(slot.param)) for slot in self.slots]
+        return self.host.places(self.params)
+
     def of_groups(self, flat: Tensor) -> dict[int, Tensor]:
         """The part of each group of a tensor of the offsets of ``saved``, gaps included, which are 0."""
         spans: dict[int, tuple[int, int]] = {}
@@ -404,7 +439,8 @@ class Bucket:
                 self._plans.clear()
             if self.steps is not None and self.gather_below:
                 self._split_histories(active)
-            self._plans[active] = Plan(self, list(self._rows(active)))
+            slots = [slot for slot in self.slots if active[slot.index]]
+            self._plans[active] = Plan(self, slots, list(self._rows(slots)))
         return self._plans[active]
 
     def _split_histories(self, active: tuple[bool, ...]) -> None:
@@ -414,10 +450,10 @@ class Bucket:
             self._plans.clear()
         self.history = history
 
-    def _rows(self, active: tuple[bool, ...]) -> Iterator[Row]:
+    def _rows(self, slots: list[Slot]) -> Iterator[Row]:
         row: Row | None = None
-        for slot in self.slots:
-            if not active[slot.index]:
+        for slot in slots:
+            if not slot.numel:
                 continue
             if row is not None and self._joins(slot, row.slots[-1]):
                 row.slots.append(slot)
@@ -439,11 +475,10 @@ class Bucket:
 
     def publish(self, plan: Plan, state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Enter the buffers of the plan's parameters into the optimizer's state."""
-        for row in plan.rows:
-            for slot in row.slots:
-                if slot.views:
-                    state[slot.param].update(slot.views)
-                    slot.published = True
+        for slot in plan.slots:
+            if slot.views:
+                state[slot.param].update(slot.views)
+                slot.published = True
         plan.published = True
 
 
@@ -479,16 +514,18 @@ class FlatParameters:
         self._host = operators.host
         self.published = False  # whether the state holds all buffers that the last update used
         self._layout = layout
-        members: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int]]] = {}
+        members: dict[Any, list[tuple[Tensor, int]]] = {}
         for group, param in _members(param_groups):
             if _wanted(param, state):
                 check_parameter(param)
                 _check_memory(param)
-                members.setdefault((param.device, param.dtype), []).append((param, group))
+                # A bucket is of plain tensors or of DTensors, also where every rank has all of these.
+                key = param.device, param.dtype, groups_of(param), is_sharded(param)
+                members.setdefault(key, []).append((param, group))
         _check_sharing([param for bucket in members.values() for param, _ in bucket])
 
         def stays(tensor: Tensor) -> bool:
-            return not flatten or _is_held_by_others(tensor, moved)
+            return not flatten or is_sharded(tensor) or _is_held_by_others(tensor, moved)
 
         self.buckets = [Bucket(bucket, layout, operators, num_points, stays, kept) for bucket in members.values()]
         self._slots = {slot.param: slot for bucket in self.buckets for slot in bucket.slots}
@@ -498,6 +535,16 @@ class FlatParameters:
         self._constants: dict[tuple[float, ...], Tensor] = {}
         for bucket in self.buckets:
             bucket.adopt(state, layout, moved)
+        self.is_sharded = any(bucket.is_sharded for bucket in self.buckets)
+        #: Of the parameters that fully_shard gathers.
+        self._gathered = fully_sharded(self._slots) if self.is_sharded else []
+        #: Of whose gradients fully_shard makes new memory in every backward.
+        self._own_gradients = {
+            member.sharded_param
+            for group in self._gathered
+            if makes_gradients_anew(group)
+            for member in group.fsdp_params
+        }
         self._places = self._now()
         self._matched: Any = None  # fingerprint of what was found in place
         self._outside: list[Tensor] = []  # parameters that were left where they are
@@ -512,6 +559,8 @@ class FlatParameters:
         if (type(layout), layout.buffers) != (type(self._layout), self._layout.buffers):
             return False
         look = self._host.fingerprint([group["params"] for group in param_groups], state)
+        if self.is_sharded:
+            look = look, self._now()
         if look == self._matched and not any(_wanted(param, state) for param in self._outside):
             return True
         found = 0
@@ -540,14 +589,14 @@ class FlatParameters:
         elsewhere = {id(theirs) for bucket in self.buckets for theirs, _ in bucket.theirs}
         tensors = [slot.param for slot in self._slots.values() if slot.home is None]
         tensors += [view for slot in self._slots.values() for view in slot.views.values() if id(view) not in elsewhere]
-        return {tensor: tensor.data_ptr() for tensor in tensors}
+        return {tensor: tensor.data_ptr() for tensor in tensors if not is_sharded(tensor)}
 
     @staticmethod
     def _in_place(slot: Slot) -> bool:
-        return _place(slot.param) == slot.place
+        return _place(local(slot.param)) == slot.place
 
     def _now(self) -> list[Any]:
-        return [self._host.places(bucket.params) for bucket in self.buckets]
+        return [bucket.places() for bucket in self.buckets]
 
     def find(self, param: Tensor) -> tuple[int, Slot] | None:
         """The index of a parameter's bucket, and its slot; None for one that is not here."""
@@ -561,6 +610,9 @@ class FlatParameters:
     def begin_step(self) -> None:
         """Call when a step has found everything in place."""
         self._moved_in_step.clear()
+        for bucket in self.buckets:
+            for slot in bucket.slots if bucket.is_sharded else ():
+                slot.given = None
 
     def follow(self) -> None:
         """Go on with parameters that were re-pointed between two passes, if they hold the same values there.
@@ -575,14 +627,15 @@ class FlatParameters:
         for bucket in self.buckets:
             moved = [slot for slot in bucket.slots if not self._in_place(slot)]
             for slot in moved:
-                alike = _place(slot.param)[1:] == slot.place[1:] and slot.param.device == bucket.device
-                if not alike or not _equal_bits(slot.param.detach(), slot.live(bucket.live)):
+                here = local(slot.param)
+                alike = _place(here)[1:] == slot.place[1:] and here.device == bucket.device
+                if not alike or not _equal_bits(here.detach(), slot.live(bucket.live)):
                     raise RuntimeError(
                         f"a parameter of shape {tuple(slot.shape)} was moved or changed between the passes of a step; "
                         "call restore() before changing the model, then begin a new step"
                     )
             for slot in moved:
-                slot.home = slot.param.data
+                slot.home = local(slot.param).data
                 slot.locate()
                 self._moved_in_step.add(slot)
             if moved:
@@ -594,8 +647,48 @@ class FlatParameters:
         for bucket, mask in zip(self.buckets, active, strict=True):
             for slot in bucket.slots:
                 has_moved = slot in self._moved_in_step or not self._in_place(slot)
-                if mask[slot.index] and has_moved and slot.param.shape == slot.shape:
-                    slot.param.detach().copy_(slot.view(bucket.saved))
+                here = local(slot.param)
+                if mask[slot.index] and has_moved and here.shape == slot.shape:
+                    here.detach().copy_(slot.view(bucket.saved))
+
+    def check_resharded(self) -> None:
+        """Raise RuntimeError where fully_shard would go on with parameters that it gathered before they move."""
+        if any(group.is_unsharded for group in self._gathered):
+            raise RuntimeError(
+                "fully_shard has kept its gathered parameters after backward, and would not see them perturbed: leave "
+                "set_reshard_after_backward(True) in place, for the last micro-batch of each pass at least"
+            )
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether fully_shard gathers any of the parameters."""
+        return bool(self._gathered)
+
+    def total(self, parts: Sequence[Tensor | None], shape: tuple[int, ...]) -> Tensor:
+        """The sum of a part of each bucket, on the first one's device, and over the ranks that have other shards.
+
+        Args:
+            parts: for each bucket, float64; None where none of its elements take part here.
+            shape: of the sum.
+        """
+        return self.totals([parts], shape)[0]
+
+    def totals(self, parts: Sequence[Sequence[Tensor | None]], shape: tuple[int, ...]) -> list[Tensor]:
+        """Likewise, of several sums, which are reduced together."""
+        home = self.buckets[0].device
+        if not self.is_sharded:
+            of_each = [[x.to(home, non_blocking=True) for x in part if x is not None] for part in parts]
+            return [sum(others, start=first) for first, *others in of_each]
+        sums: dict[Any, Tensor] = {}
+        for bucket, of_bucket in zip(self.buckets, zip(*parts, strict=True), strict=True):
+            zeros = torch.zeros(shape, dtype=torch.float64, device=home)
+            stacked = torch.stack([zeros if x is None else x.to(home, non_blocking=True) for x in of_bucket])
+            sums[bucket.groups] = sums[bucket.groups] + stacked if bucket.groups in sums else stacked
+        return list(sum_over(sums).unbind())
+
+    def anywhere(self, number: Tensor) -> Tensor:
+        """The sum of a number over all ranks that have a shard of any parameter."""
+        return sum_over({frozenset().union(*(bucket.groups for bucket in self.buckets)): number})
 
     def constants(self, values: tuple[float, ...]) -> Tensor:
         """Numbers as a float64 tensor on the device of the first bucket, kept: the same ones come step after step."""
@@ -620,7 +713,8 @@ class FlatParameters:
         """
         taken = []
         for bucket in self.buckets:
-            grads: Gradients | None = None if keep else self._host.take_gradients(bucket.params, views)
+            by_hand = keep or bucket.is_sharded
+            grads: Gradients | None = None if by_hand else self._host.take_gradients(bucket.params, views)
             if grads is None:
                 grads = [self._take(slot, index, keep, views) for slot in bucket.slots]
                 if not keep:
@@ -632,15 +726,17 @@ class FlatParameters:
         g = slot.param.grad
         if g is None:
             return None
+        given, g = g, local_gradient(slot.param, g)
         if g.layout != torch.strided:
             raise RuntimeError(
                 f"the gradient of a parameter of shape {tuple(slot.shape)} is sparse; CRSAM takes dense gradients only"
             )
         if g.requires_grad:  # after backward(create_graph=True)
             g = g.detach()
-        ours = views or (g.untyped_storage().nbytes() == slot.nbytes and not g._is_view())
+        ours = views or slot.param in self._own_gradients
+        ours = ours or (g.untyped_storage().nbytes() == slot.nbytes and not g._is_view())
         ours = ours and g.dtype == slot.dtype and slot.matches_layout(g)
-        ours = ours and g.data_ptr() != slot.param.data_ptr()  # the parameter is about to move
+        ours = ours and (not slot.numel or g.data_ptr() != slot.local.data_ptr())  # the parameter is about to move
         if keep or not ours:
             key = (slot, index)
             if key not in self._copies:
@@ -648,6 +744,8 @@ class FlatParameters:
             if keep and g.data_ptr() == self._copies[key].data_ptr():  # left in p.grad by the last step
                 slot.param.grad = g.clone()
             g = self._copies[key].copy_(g)
+        elif index == 0 and given is not g:
+            slot.given = g, given
         return g
 
 
@@ -655,6 +753,10 @@ def _numbered(keys: Iterable[Any]) -> list[float]:
     """A number for each key, the same for equal ones."""
     numbers: dict[Any, float] = {}
     return [numbers.setdefault(key, len(numbers)) for key in keys]
+
+
+def _kind(tensor: Tensor) -> str:
+    return "a DTensor" if is_sharded(tensor) else "a plain tensor"
 
 
 def _place(param: Tensor) -> tuple[Any, ...]:
@@ -705,6 +807,8 @@ def check_parameter(param: Tensor) -> None:
     """Raise ValueError if ``param``, which requires a gradient or has one, cannot be optimized."""
     if is_lazy(param):
         return  # until the first step
+    check_placements(param)
+    param = local(param)
     what = f"parameter of shape {tuple(param.shape)}"
     if param.dtype not in PRECISIONS:
         raise ValueError(f"{what} has dtype {param.dtype}; CRSAM takes float64, float32, float16 and bfloat16")
@@ -714,7 +818,8 @@ def check_parameter(param: Tensor) -> None:
         )
     if is_fsdp_flat(param):
         raise ValueError(
-            f"{what} belongs to FullyShardedDataParallel, which moves it in every pass: use DistributedDataParallel"
+            f"{what} belongs to FullyShardedDataParallel, which moves it in every pass: use "
+            "torch.distributed.fsdp.fully_shard"
         )
     if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
         raise ValueError(f"{what} is expanded: several of its elements share memory; make it contiguous first")
@@ -724,18 +829,23 @@ def _check_memory(param: Tensor) -> None:
     """Raise ValueError if the parameter's memory cannot be worked on."""
     if is_lazy(param):
         raise ValueError("a parameter of a lazy module has no shape yet: run a batch through the model before a step")
+    param = local(param)
     what = f"parameter of shape {tuple(param.shape)}"
     if param.device.type == "meta":
         raise ValueError(f"{what} is on the meta device; materialize the model before the first step")
     if param.device.type == "mps":
         raise ValueError(f"{what} is on MPS, which has no float64; CRSAM's sums end in float64")
     if param.untyped_storage().nbytes() < param.nbytes:
-        raise ValueError(f"{what} has no memory: its storage was freed, and must be filled again before a step")
+        raise ValueError(
+            f"{what} has no memory: its storage was freed, and must be filled again before a step (if it is one that "
+            "fully_shard had gathered: make the optimizer of the parameters that model.reshard() leaves)"
+        )
 
 
 def _check_sharing(params: Iterable[Tensor]) -> None:
     """Raise ValueError if two parameters overlap in memory: each would undo what is done to the other."""
-    spans = sorted(((str(p.device), p.data_ptr(), p) for p in params), key=lambda span: span[:2])
+    shards = [local(p) for p in params]
+    spans = sorted(((str(p.device), p.data_ptr(), p) for p in shards if p.numel()), key=lambda span: span[:2])
     open_ones: list[Tensor] = []  # those that may reach as far as the next one
     for device, start, param in spans:
         open_ones = [p for p in open_ones if str(p.device) == device and start < p.data_ptr() + _extent(p)]

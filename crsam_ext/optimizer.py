@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
 from . import backends
-from ._compat import attributes_of, compiled_from, is_part_of_zero, mark_stepped
+from ._compat import attributes_of, compiled_from, gathered_by_fully_shard, is_part_of_zero, mark_stepped
 from .base_optimizer import SeparateGroups, completed, make_base
 from .flat import FlatParameters, check_parameter
 from .model_buffers import ModelBuffers
@@ -29,6 +29,7 @@ from .precision import has_master
 from .replicas import Pass, Replicas, check_equal, in_several_processes
 from .reuse import DIRECTION, SharpnessDirection
 from .second_difference import SecondDifference
+from .shards import is_sharded
 from .stats import Stats
 from .step import Located, Step, StepSettings, is_loss
 from .updates import ProvisionalState, Update, update_of
@@ -332,8 +333,8 @@ class CRSAM(Optimizer):
         devices = sorted(map(str, self._devices()))
         if len(devices) != 1 or not devices[0].startswith("cuda"):
             return f"the parameters are on {', '.join(devices)}, not on one CUDA device"
-        if in_several_processes():
-            return "its gradients are reduced over several processes"
+        if in_several_processes() or self._is_sharded:
+            return "its gradients or sums are reduced over several processes"
         if self.backend not in ("cuda", "triton"):
             return f"backend {self.backend!r} reads numbers on the host; use cuda or triton"
         if not self._update().native:
@@ -374,10 +375,22 @@ class CRSAM(Optimizer):
                 if name != "adaptive" and not isinstance(value, Tensor) and not 0 <= value < math.inf:
                     raise ValueError(f"{name} must be a finite number that is not negative, but is {value}")
         super().add_param_group(param_group)
+        gathered = gathered_by_fully_shard()
         try:
             for param in param_group["params"]:
+                if id(param) in gathered:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(param.shape)} is one that fully_shard has gathered for a "
+                        "forward, and will free: call model.reshard() and take model.parameters() again"
+                    )
                 if param.requires_grad:
                     check_parameter(param)
+                if is_sharded(param) and self.stochastic_rounding:
+                    raise ValueError(
+                        "stochastic_rounding rounds where parameters are perturbed, and each rank in its own way; "
+                        "sharded ones are rounded when they are gathered: leave param_dtype=None in "
+                        "MixedPrecisionPolicy, and use torch.autocast"
+                    )
         except ValueError:
             self.param_groups.pop()  # what is refused does not stay
             raise
@@ -433,8 +446,8 @@ class CRSAM(Optimizer):
             raise RuntimeError("torch's GradScaler takes no closure: use crsam_ext.GradScaler")
         loss_of: Any = closure
         if parallel is not None:
-            if in_several_processes():
-                raise TypeError("parallel= evaluates a model without its DistributedDataParallel: step without it")
+            if in_several_processes() or self._is_sharded:
+                raise TypeError("parallel= evaluates a model without what reduces its gradients: step without it")
             closure = _with_backward(closure, parallel)
         closures = _accumulating(closure, self._locally)
         if not sync_perturbation and self.passes > 1:
@@ -599,7 +612,8 @@ class CRSAM(Optimizer):
     def check_replicas(self) -> None:
         """See whether all ranks hold the same parameters, to the bit: one all-reduce of a checksum of each.
 
-        Of the ranks of the DistributedDataParallel that is ``model``, else of all; nothing where there is one process.
+        Of the ranks of the DistributedDataParallel that is ``model``, else of all; of a DTensor, of the ranks that hold
+        the same shard. Nothing where there is one process.
 
         Raises:
             RuntimeError: on all ranks, if they do not, naming the first that differs.
@@ -657,8 +671,8 @@ class CRSAM(Optimizer):
         replicas = None if combined else self.replicas
         if replicas is None and passes == PASSES and self._settings().needs_losses and in_several_processes():
             raise ValueError(
-                'estimator="loss" knows the losses of this rank only: give the DistributedDataParallel as model=, for '
-                'means over the ranks, or use estimator="gradient"'
+                'estimator="loss" knows the losses of this rank only: use estimator="gradient" or, for means over the '
+                "ranks of a DistributedDataParallel, give that as model="
             )
         if replicas is not None:
             replicas.prepare(self)
@@ -749,6 +763,11 @@ class CRSAM(Optimizer):
             )
             if not flat.buckets:
                 raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
+            if flat.is_sharded and self.replicas is not None:
+                raise RuntimeError(
+                    "DistributedDataParallel has parameters that are DTensors: use fully_shard on a mesh of two "
+                    "dimensions, replicas and shards, instead"
+                )
             self._flat = flat
         flat.begin_step()
         return Located(flat, update, self.operators, self.param_groups, self.state)
@@ -758,8 +777,13 @@ class CRSAM(Optimizer):
         """Restore the parameters if anything goes wrong within."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self.restore()
+            if self._flat is not None and self._flat.is_gathered and hasattr(error, "add_note"):  # from Python 3.11 on
+                error.add_note(
+                    "CRSAM has restored the parameters. fully_shard needs model.reset_iter_state() before it can go on "
+                    "after an exception in a forward or backward."
+                )
             raise
 
     @torch.no_grad()
@@ -972,6 +996,10 @@ class CRSAM(Optimizer):
         self._sync()
         self._reset()
 
+    @property
+    def _is_sharded(self) -> bool:
+        return any(is_sharded(param) for group in self.param_groups for param in group["params"])
+
     def _devices(self) -> set[torch.device]:
         return {param.device for group in self.param_groups for param in group["params"]}
 
@@ -1027,7 +1055,7 @@ def _refusal(model: Any) -> str | None:
     if home == "deepspeed":
         return "DeepSpeed's engine takes no closure and frees gradients in its step: use DistributedDataParallel"
     if type(model).__name__ == "FullyShardedDataParallel":
-        return "FullyShardedDataParallel holds shards under the name of parameters: use DistributedDataParallel"
+        return "FullyShardedDataParallel moves parameters in every pass: use torch.distributed.fsdp.fully_shard"
     return None
 
 

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ._compat import hooks_of, is_joining
 from .flat import ALIGNMENT, flattened
+from .shards import is_sharded, local, replicating_groups
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
@@ -301,15 +302,29 @@ def in_several_processes() -> bool:
 def check_equal(params: Sequence[Tensor], names: Sequence[str], group: dist.ProcessGroup | None) -> None:
     """See whether all ranks hold the same parameters, to the bit: one all-reduce of a checksum of each.
 
+    Args:
+        params: plain tensors, which all ranks of ``group`` hold, and DTensors, whose shards only those hold over which
+            they are replicated: one all-reduce for each dimension of a mesh that replicates, and one of the outcome.
+        names: of the parameters.
+        group: all processes if None.
     Raises:
         RuntimeError: on all ranks, if they do not, naming the first that differs.
     """
     if not params:
         return
-    sums = torch.stack([_checksum(param).to(params[0].device) for param in params])
-    both = torch.stack([sums, ~sums])  # the greatest of ~x is that of the least x
-    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
-    differ = (both[0] != ~both[1]).nonzero().flatten().tolist()
+    sums = torch.stack([_checksum(local(param)).to(params[0].device) for param in params])
+    compared: dict[dist.ProcessGroup | None, list[int]] = {}
+    for index, param in enumerate(params):
+        for over in replicating_groups(param) if is_sharded(param) else [group]:
+            compared.setdefault(over, []).append(index)
+    differs = torch.zeros(len(params), dtype=torch.int32, device=sums.device)
+    for over, indices in compared.items():
+        both = torch.stack([sums[indices], ~sums[indices]])  # the greatest of ~x is that of the least x
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=over)
+        differs[indices] |= both[0] != ~both[1]
+    if any(map(is_sharded, params)):
+        dist.all_reduce(differs, op=dist.ReduceOp.MAX)
+    differ = differs.nonzero().flatten().tolist()
     if differ:
         others = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
         raise RuntimeError(
@@ -323,7 +338,7 @@ def _checksum(param: Tensor) -> Tensor:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = param.detach().contiguous().view(-1).view(integers[param.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=param.device)
-    for index, piece in enumerate(bits.split(2**20)):
+    for index, piece in enumerate(bits.split(2**20) if len(bits) else ()):
         places = torch.arange(1, 2 * len(piece), 2, dtype=torch.int64, device=param.device)
         total += (piece.to(torch.int64) * places).sum() * (2 * index + 1)  # odd factors lose no bit
     return total

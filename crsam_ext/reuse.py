@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .flat import Bucket, Plan
+from .flat import FlatParameters, Plan
 from .ops import Direction, Operators
 
 __all__ = ["DECAY", "DIRECTION", "MAX_RATIO", "SharpnessDirection"]
@@ -76,7 +76,7 @@ class SharpnessDirection:
     def added(
         self,
         operators: Operators,
-        buckets: Sequence[Bucket],
+        flat: FlatParameters,
         plans: Sequence[Plan],
         squared_norm: Tensor,
         grad_scale: Tensor | None,
@@ -85,12 +85,12 @@ class SharpnessDirection:
 
         Args:
             operators: compute it.
-            buckets, plans: of the parameters.
+            flat, plans: of the parameters.
             squared_norm: [groups], of g0.
             grad_scale: 0-dim, what g0 was multiplied with.
         """
         if self._squared_norm is None or len(self._squared_norm) != len(squared_norm):
-            self._squared_norm = self._measure(operators, buckets, squared_norm)
+            self._squared_norm = self._measure(operators, flat, squared_norm)
         decay = self._decay(squared_norm.device)
         weight = operators.direction_weight(squared_norm, self._squared_norm, decay, grad_scale, MAX_RATIO)
         return [Direction(plan.buffers[DIRECTION], weight) if plan.rows else None for plan in plans]
@@ -98,7 +98,7 @@ class SharpnessDirection:
     def keep(
         self,
         operators: Operators,
-        buckets: Sequence[Bucket],
+        flat: FlatParameters,
         plans: Sequence[Plan],
         grads: Sequence[Sequence[Sequence[Tensor]]],
         pass_weights: Tensor,
@@ -112,15 +112,15 @@ class SharpnessDirection:
 
         Args:
             operators: compute it.
-            buckets, plans: of the parameters.
+            flat, plans: of the parameters.
             grads: for each plan and each of the two or three passes its rows.
             pass_weights, ok: see :class:`crsam_ext.ops.Coefficients`.
             factor: 0-dim, what h is multiplied with.
             mean_of: makes tensors their means over the replicas.
         """
         written: list[Tensor] = []
-        for bucket, plan, by_pass in zip(buckets, plans, grads, strict=True):
-            if len(plan.params) < len(bucket.slots):
+        for bucket, plan, by_pass in zip(flat.buckets, plans, grads, strict=True):
+            if len(plan.slots) < len(bucket.slots):
                 bucket.buffers[DIRECTION].zero_()
             if plan.rows:
                 rows = plan.buffers[DIRECTION]
@@ -130,18 +130,18 @@ class SharpnessDirection:
         if mean_of is not None:
             mean_of(written)
         groups = pass_weights[0]
-        squared_norm = self._measure(operators, buckets, groups)
+        squared_norm = self._measure(operators, flat, groups)
         if self._squared_norm is None or self._squared_norm.shape != groups.shape:
             self._squared_norm = squared_norm
         else:
             self._squared_norm.copy_(squared_norm)
 
     @staticmethod
-    def _measure(operators: Operators, buckets: Sequence[Bucket], groups: Tensor) -> Tensor:
+    def _measure(operators: Operators, flat: FlatParameters, groups: Tensor) -> Tensor:
         """[groups], the squared norm of h: of all of it, whatever takes part in a step."""
-        total = torch.zeros_like(groups)
-        for bucket in buckets:
-            parts = bucket.of_groups(bucket.buffers[DIRECTION])
-            norms = operators.grad_norm(list(parts.values()), list(parts), len(groups), [None] * len(parts))
-            total += norms.to(total.device, non_blocking=True)
-        return total
+        norms: list[Tensor | None] = []
+        for bucket in flat.buckets:
+            parts = {group: part for group, part in bucket.of_groups(bucket.buffers[DIRECTION]).items() if len(part)}
+            rows = list(parts.values())
+            norms.append(operators.grad_norm(rows, list(parts), len(groups), [None] * len(rows)) if rows else None)
+        return flat.total(norms, tuple(groups.shape))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .flat import Bucket, Gradients, Slot
 from .precision import compute_dtype
+from .shards import as_shard_of, local
 
 __all__ = ["SECOND_DIFFERENCE", "SecondDifference"]
 
@@ -71,7 +72,7 @@ class SecondDifference:
     def publish(self, state: MutableMapping[Tensor, Any]) -> None:
         """Enter what was kept into the state."""
         for param, d2 in self._unpublished.items():
-            state[param].setdefault(SECOND_DIFFERENCE, d2)
+            state[param].setdefault(SECOND_DIFFERENCE, as_shard_of(param, d2))
         self._unpublished.clear()
 
     def descent(
@@ -95,7 +96,8 @@ class SecondDifference:
         return [[guess.get(slot) for slot in bucket.slots] for bucket in buckets]
 
     def _of(self, state: State, param: Tensor) -> Tensor | None:
-        return state.get(param, {}).get(SECOND_DIFFERENCE, self._unpublished.get(param))
+        kept = state.get(param, {}).get(SECOND_DIFFERENCE, self._unpublished.get(param))
+        return None if kept is None else local(kept)
 
 
 def _complete(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .flat import FlatParameters, Gradients, Plan, flattened
 from .model_buffers import ModelBuffers
-from .ops import COUNTERS, PASSES, REGULARIZERS, Coefficients, Direction, Operators, pass_weights, scalar
+from .ops import COUNTERS, GRAM, PASSES, REGULARIZERS, Coefficients, Direction, Operators, pass_weights, scalar
 from .replicas import Pass, Replicas, parts, room
 from .reuse import SharpnessDirection
 from .second_difference import SecondDifference
@@ -196,7 +196,11 @@ class Step:
             for bucket, of_bucket in zip(self.flat.buckets, grads, strict=True)
         ]
         if not any(map(any, given)):
-            raise RuntimeError(f"pass {index + 1} left no gradient in any parameter: has loss.backward() been called?")
+            raise RuntimeError(
+                f"pass {index + 1} left no gradient in any parameter: has loss.backward() been called? Was the "
+                "optimizer made before fully_shard(), or of parameters that it had gathered? Make it after, and after "
+                "model.reshard()"
+            )
         for earlier in self.grads:
             if any(map(self.host.share_memory, grads, earlier)):
                 raise RuntimeError(
@@ -220,6 +224,7 @@ class Step:
         With ``show_overflow``, to NaN instead if the last gradient holds a NaN or an infinity: so will the next one.
         (An overflow in g0 shows in any case: e is not finite.)
         """
+        self.flat.check_resharded()
         adaptive, stochastic = self._adaptive, self.settings.stochastic_rounding
         plans = self._plans(self._given[0])
         rows = self._rows(plans, 0)
@@ -362,9 +367,7 @@ class Step:
             by_pass = [self._rows(plans, index) for index in range(self.collected)]
             of_plans = list(zip(*by_pass, strict=True))
             factor = self.flat.constants((1.0,))[0] if grad_scale is None else 1 / grad_scale
-            self.direction.keep(
-                self.operators, self.flat.buckets, plans, of_plans, c.pass_weights, factor, c.ok, mean_of
-            )
+            self.direction.keep(self.operators, self.flat, plans, of_plans, c.pass_weights, factor, c.ok, mean_of)
 
     # Over replicas ---------------------------------------------------------------------------------------------------
 
@@ -494,7 +497,7 @@ class Step:
     def _return_gradients(self) -> None:
         """Put g0 into ``p.grad``."""
         for bucket, first in zip(self.flat.buckets, self.grads[0], strict=True):
-            if bucket.takes_own_dtype:
+            if bucket.takes_gradients:
                 self.host.set_gradients(bucket.params, first)
                 continue
             for slot, g in zip(bucket.slots, first, strict=True):
@@ -561,6 +564,8 @@ class Step:
             # In a single pass, w is where the parameters are, unless there is a master.
             if any(late) and (moved or bucket.has_master):
                 plan = bucket.plan(late)
+                if not plan.rows:
+                    continue
                 plan.pull()
                 self._written.append(plan)
                 zeros, nothing = [torch.zeros_like(row) for row in plan.live], self._vector([0.0] * len(self.groups))
@@ -592,18 +597,19 @@ class Step:
             gram = self._gram = self._gram_of(plans, rows)
         elif not reduced:
             unweighted = [plan.unweighted for plan in plans]
-            for index in range(len(self._squared_norms), self.collected):
-                norm = self._squared_norm(plans, [r[index] for r in rows], unweighted)
-                self._squared_norms.append(norm)
+            missing = range(len(self._squared_norms), self.collected)
+            if missing:
+                parts = [self._parts_of_norm(plans, [r[index] for r in rows], unweighted) for index in missing]
+                self._squared_norms += self.flat.totals(parts, (len(self.groups),))
             if self.passes == 1 and self.direction is not None:
-                self._added = self.direction.added(
-                    self.operators, self.flat.buckets, plans, self._squared_norms[0], grad_scale
-                )
+                self._added = self.direction.added(self.operators, self.flat, plans, self._squared_norms[0], grad_scale)
                 if clips:  # the norm of g0 shows whether it is sound; this one also how long the update is
                     self._reduced_norm = self._squared_norm(plans, [r[0] for r in rows], unweighted, self._added)
         norms = self._squared_norms if self._reduced_norm is None else [self._reduced_norm]
         if found_inf is not None:
             overflow = torch.where(found_inf.to(self.home, non_blocking=True) > 0, math.nan, 0.0)
+            if self.flat.is_sharded:
+                overflow = self.flat.anywhere(overflow)
             if gram is None:
                 norms = [*norms[:-1], norms[-1] + overflow]
             else:
@@ -631,12 +637,13 @@ class Step:
         return c
 
     def _gram_of(self, plans: Sequence[Plan], rows: Rows) -> Tensor:
-        parts = []
-        for plan, grads in zip(plans, rows, strict=True):
-            if plan.rows:
-                weights = self._weights(plan, plan.saved)
-                parts.append(self.operators.fd_gram(grads, plan.groups, len(self.groups), weights))
-        return self._total(parts)
+        parts = [
+            self.operators.fd_gram(grads, plan.groups, len(self.groups), self._weights(plan, plan.saved))
+            if plan.rows
+            else None
+            for plan, grads in zip(plans, rows, strict=True)
+        ]
+        return self.flat.total(parts, (len(self.groups), GRAM))
 
     def _no_counters(self) -> Tensor:
         return torch.zeros(len(COUNTERS), dtype=torch.int64, device=self.home)
@@ -648,7 +655,7 @@ class Step:
     def _counted(self, plans: Sequence[Plan]) -> Iterator[tuple[Tensor, Tensor]]:
         """Step counters and participants of each bucket whose update is made here."""
         for bucket, plan in zip(self.flat.buckets, plans, strict=True):
-            if bucket.steps is not None and plan.rows:
+            if bucket.steps is not None and plan.slots:
                 yield bucket.steps, plan.mask
 
     def _losses(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -662,13 +669,14 @@ class Step:
         update, moved = self._update, self._scale is not None
         added = self._added or [None] * len(plans)
         for bucket, plan, grads, direction in zip(self.flat.buckets, plans, rows, added, strict=True):
-            if not plan.rows:
+            if not plan.slots:
                 continue
-            if not moved:
-                plan.pull()
-            saved = plan.saved if moved or bucket.has_master else plan.live
-            update.apply(self.operators, plan, saved, grads, c, direction, moved)
-            self._wrote(plan)
+            if plan.rows:
+                if not moved:
+                    plan.pull()
+                saved = plan.saved if moved or bucket.has_master else plan.live
+                update.apply(self.operators, plan, saved, grads, c, direction, moved)
+                self._wrote(plan)
             # The flag is read in the first step of a plan only, and where it matters.
             if update.native and not plan.published and (not update.shows_steps or bool(c.ok)):
                 bucket.publish(plan, self.state)
@@ -683,7 +691,7 @@ class Step:
             for bucket, plan in zip(self.flat.buckets, plans, strict=True):
                 if not plan.published:
                     bucket.publish(plan, self.state)
-        self.flat.published = all(plan.published for plan in plans if plan.rows)
+        self.flat.published = all(plan.published for plan in plans if plan.slots)
         return made
 
     def _wrote(self, plan: Plan) -> None:
@@ -704,19 +712,20 @@ class Step:
         weights: Sequence[Sequence[Tensor | None]],
         directions: Sequence[Direction | None] = (),
     ) -> Tensor:
-        parts = [
-            self.operators.grad_norm(r, plan.groups, len(self.groups), w, d)
-            for plan, r, w, d in zip(plans, rows, weights, directions or [None] * len(plans), strict=True)
-            if r
-        ]
-        return self._total(parts)
+        return self.flat.total(self._parts_of_norm(plans, rows, weights, directions), (len(self.groups),))
 
-    def _total(self, parts: list[Tensor]) -> Tensor:
-        """The sum over buckets, on the home device."""
-        if len(self.flat.buckets) == 1:
-            return parts[0]
-        first, *others = [part.to(self.home, non_blocking=True) for part in parts]
-        return sum(others, start=first)
+    def _parts_of_norm(
+        self,
+        plans: Sequence[Plan],
+        rows: list[Sequence[Tensor]],
+        weights: Sequence[Sequence[Tensor | None]],
+        directions: Sequence[Direction | None] = (),
+    ) -> list[Tensor | None]:
+        """The squared norm of the rows of each bucket; None where there are none."""
+        return [
+            self.operators.grad_norm(r, plan.groups, len(self.groups), w, d) if r else None
+            for plan, r, w, d in zip(plans, rows, weights, directions or [None] * len(plans), strict=True)
+        ]
 
     def _vector(self, values: Sequence[Any]) -> Tensor:
         """Numbers or 0-dim tensors as one float64 tensor on the home device."""

@@ -1,0 +1,115 @@
+"""Parameters of which every rank holds a part: the DTensors of fully_shard, of tensor parallelism and of replicate().
+
+A step works on the part that is here, its *shard*, which stays where it is: fully_shard gathers from memory of its own.
+All that is elementwise needs nothing else. Sums over parameters are sums over shards, and are reduced over exactly
+those dimensions of a parameter's mesh that shard it: where a dimension replicates it, every rank has the sum already,
+and would add it once for each replica. What decides about a step is made of such sums, and so is the same on all ranks.
+
+What others see are DTensors: gradients in ``p.grad``, and the state, which torch.distributed.checkpoint saves and
+reshards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+
+__all__ = [
+    "Groups",
+    "as_shard_of",
+    "check_placements",
+    "groups_of",
+    "is_sharded",
+    "local",
+    "local_gradient",
+    "replicating_groups",
+    "sum_over",
+]
+
+#: The process groups of the dimensions of a mesh that shard a parameter; none for one that every rank holds whole.
+Groups = frozenset[Any]
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor, of which this rank has a part or, where it is replicated, all."""
+    return isinstance(tensor, DTensor)
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """The shard of a DTensor, sharing its memory; any other tensor as it is."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
+
+
+def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
+    """The shard of a gradient, placed as the parameter is.
+
+    Where every rank has computed a part of a sum, as it does for what sequence parallelism replicates, that sum is made
+    first, by all ranks of the mesh.
+    """
+    if isinstance(param, DTensor) and isinstance(grad, DTensor):
+        if grad.placements != param.placements:
+            grad = grad.redistribute(param.device_mesh, param.placements)
+        grad = grad.to_local()
+    return grad.wait() if isinstance(grad, AsyncCollectiveTensor) else grad
+
+
+def as_shard_of(param: Tensor, shard: Tensor) -> Tensor:
+    """A tensor of the mesh, placements and shape of a parameter, over the memory of ``shard``; for a DTensor only."""
+    if not isinstance(param, DTensor):
+        return shard
+    return DTensor.from_local(
+        shard, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
+
+
+def groups_of(param: Tensor) -> Groups:
+    """The groups over which a sum over the elements of a parameter is to be reduced."""
+    if not isinstance(param, DTensor):
+        return frozenset()
+    placements = enumerate(param.placements)
+    return frozenset(param.device_mesh.get_group(dim) for dim, placed in placements if not placed.is_replicate())
+
+
+def replicating_groups(param: Tensor) -> list[Any]:
+    """The groups of ranks that have the same shard of a DTensor, for each dimension of its mesh that replicates it."""
+    assert isinstance(param, DTensor)
+    placements = enumerate(param.placements)
+    return [param.device_mesh.get_group(dim) for dim, placed in placements if placed.is_replicate()]
+
+
+def check_placements(param: Tensor) -> None:
+    """Raise ValueError for a DTensor that holds parts of a sum."""
+    if isinstance(param, DTensor) and any(placed.is_partial() for placed in param.placements):
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} is placed {param.placements}: a part of a sum on each rank; "
+            "redistribute it to Shard or Replicate before making the optimizer"
+        )
+
+
+def sum_over(parts: Mapping[Groups, Tensor]) -> Tensor:
+    """The sum of tensors of one shape, each reduced over its groups: one all-reduce for each group that occurs.
+
+    Args:
+        parts: what this rank has of each sum, by the groups over which it is to be reduced.
+    """
+    pending = dict(parts)
+    for group in dict.fromkeys(group for groups in parts for group in groups):
+        rest: dict[Groups, Tensor] = {}
+        for groups in [groups for groups in pending if group in groups]:
+            _add(rest, groups - {group}, pending.pop(groups))
+        stacked = torch.stack(list(rest.values()))
+        dist.all_reduce(stacked, group=group)
+        for groups, reduced in zip(rest, stacked, strict=True):
+            _add(pending, groups, reduced)
+    return pending[frozenset()]
+
+
+def _add(sums: dict[Groups, Tensor], groups: Groups, part: Tensor) -> None:
+    sums[groups] = sums[groups] + part if groups in sums else part
