@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 from benchmarks.experiments import __main__ as program
@@ -208,18 +210,69 @@ def test_looksam_adds_what_is_orthogonal():
         torch.testing.assert_close(v, 0.7 * reuse.length(plain) * direction, rtol=1e-3, atol=1e-5)
 
 
+def test_times_of_steps():
+    """Whole cycles of steps are timed, and each set of options once."""
+    steps = {name: method.timed_steps for name, method in reuse.COMPARED.items()}
+    assert steps["SAM"] == steps["CR-SAM, reuse 2"] == steps["CR-SAM, curvature 10"] == 10
+    assert steps["SAM, reuse 20"] == 20
+    assert steps["CR-SAM, reuse 5, curvature 10"] == 50
+    methods = ["CR-SAM", "SAM", "SAM, 1.5 x", "random direction, 5"]
+    times = reuse.step_times("graph", methods, seconds=0, rounds=(3, 9))
+    assert times.keys() == {"base", "CR-SAM", "SAM", "SAM, 1.5 x"}
+    assert times["base"] == [1, 1, 1]
+    assert times["SAM, 1.5 x"] == times["SAM"]
+    for low, median, high in times.values():
+        assert 0 < low <= median <= high
+    assert times["CR-SAM"][1] > 1.2
+
+
+def test_rounds_of_times_are_limited(monkeypatch):
+    blocks = []
+    monkeypatch.setattr(reuse.Method, "timed_steps", property(lambda self: blocks.append(self) or 1))
+    reuse.step_times("graph", ["SAM"], seconds=60, rounds=(2, 4))
+    assert len(blocks) == 2 * (1 + 4)
+
+
+@pytest.mark.parametrize(
+    ("quantiles", "cell"),
+    [([1.29, 1.31, 1.33], "1.31"), ([1.2, 1.31, 1.4], "1.31 (1.20–1.40)"), (None, "–")],
+)
+def test_ratio_cell(quantiles, cell):
+    assert reuse.ratio_cell(quantiles) == cell
+
+
 def test_program_of_reuse_from_end_to_end(tmp_path, monkeypatch):
     drawn = {"base", *(name for names in reuse.LINES.values() for name in names)}
     few = {name: method for name, method in reuse.COMPARED.items() if name in drawn}
     monkeypatch.setattr(reuse, "COMPARED", few)
     monkeypatch.setattr(reuse, "RHOS", (0.1,))
+    monkeypatch.setattr(reuse, "step_times", partial(reuse.step_times, seconds=0, rounds=(2, 2)))
     monkeypatch.setitem(tasks.TASKS, "graph", replace(tasks.TASKS["graph"], epochs=3))
     command = ["--tasks", "graph", "--seeds", "2", "--workers", "0"]
     reuse.main([*command, "--cache", str(tmp_path / "cache"), "--output", str(tmp_path)])
     content = json.loads((tmp_path / "reuse.json").read_text())
     assert len(content["runs"]) == 2 * len(few)
-    assert "| CR-SAM, reuse 5 | 1.40 | 3 |" in (tmp_path / "reuse.md").read_text()
+    times = content["step_times"]["graph"]
+    assert times.keys() == few.keys() - {"LookSAM's rule, 5"}
+    table = (tmp_path / "reuse.md").read_text(encoding="utf-8")
+    assert "| method | gradients a step | time a step, relative to base | epochs |" in table
+    assert f"| CR-SAM, reuse 5 | 1.40 | {reuse.ratio_cell(times['CR-SAM, reuse 5'])} | 3 |" in table
+    assert "| LookSAM's rule, 5 | 1.20 | – | 3 |" in table
     assert (tmp_path / "reuse.png").stat().st_size > 5_000
+
+
+def test_figure_of_reuse_has_three_panels_in_a_row_and_one_legend(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(reuse, "Figure", lambda **kwargs: figures.append(Figure(**kwargs)) or figures[-1])
+    names = {"base", *(name for names in reuse.LINES.values() for name in names)}
+    rows = [{"task": task, "method": name, "test_accuracy": (0.5, 0.1)} for task in "abcde" for name in names]
+    reuse.draw(rows, tmp_path / "five.png")
+    axes, legends = figures[0].axes, figures[0].legends
+    assert [ax.get_subplotspec().rowspan.start for ax in axes] == [0, 0, 0, 1, 1]
+    assert [bool(ax.get_xlabel()) for ax in axes] == [False, False, True, True, True]
+    assert [bool(ax.get_ylabel()) for ax in axes] == [True, False, False, True, False]
+    assert [text.get_text() for text in legends[0].get_texts()] == ["base", *reuse.LINES]
+    assert (tmp_path / "five.png").stat().st_size < 150_000
 
 
 def test_staleness():

@@ -2,7 +2,8 @@
 
     python -m benchmarks.experiments.reuse   # all tasks; an hour or two on two cores, stops and goes on where it was
 
-rho is tuned for each method on a validation split; then every method runs with each seed.
+rho is tuned for each method on a validation split; then every method runs with each seed. Last, steps are timed: a
+minute for each task, also where all its runs are in the cache.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import hashlib
 import json
 import math
 import os
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,11 @@ VERSION = 1  # to be raised when a change of the code changes what a run compute
 INTERVALS = (2, 5, 10, 20)
 LOOKSAM_WEIGHT = 0.7  # alpha of the paper (Liu et al., CVPR 2022)
 
+TIMED_RHO = 0.1  # its value does not change what a step does
+TIMED_STEPS = 10  # in a block, at least
+TIMED_ROUNDS = 5, 100  # at least, and at most
+TIMED_SECONDS = 50.0  # for a task, after which no round begins
+
 
 @dataclass(frozen=True)
 class Method:
@@ -54,6 +61,12 @@ class Method:
         options = self.options
         perturbed = 2.0 if not (options["alpha"] or options["beta"]) else 2 + 1 / options.get("curvature_interval", 1)
         return 1 + (perturbed - 1) / options.get("interval", 1) if options.get("rho", 1) else 1.0
+
+    @property
+    def timed_steps(self) -> int:
+        """Steps in a block that is timed: whole cycles, so that all blocks have the same number of gradients."""
+        cycle = self.options.get("interval", 1) * self.options.get("curvature_interval", 1)
+        return cycle * math.ceil(TIMED_STEPS / cycle)
 
 
 def _methods() -> dict[str, Method]:
@@ -227,6 +240,58 @@ def epochs_of(task: str, method: str) -> int:
     return max(1, round(TASKS[task].epochs * COMPARED[method].budget))
 
 
+# Time of a step ------------------------------------------------------------------------------------------------------
+
+
+def step_times(
+    task: str,
+    methods: Iterable[str] | None = None,
+    seconds: float = TIMED_SECONDS,
+    rounds: tuple[int, int] = TIMED_ROUNDS,
+) -> dict[str, list[float]]:
+    """Time of a step relative to one of the base optimizer: for each method the 20th, 50th and 80th percentile.
+
+    In every round each method takes one block of steps, of the same mini-batches, and is compared with the base
+    optimizer in that round: on a machine whose speed drifts, ratios of times that are far apart say little. It is the
+    processor time of the one thread there is, which does not count waits for other programs. Methods with the same
+    options are timed once. Those that replace the direction are left out: what they add is plain Python, and not what
+    a step of the optimizer takes.
+
+    Args:
+        methods: all by default.
+        seconds: no round begins after so many.
+        rounds: how many there are at least, at least 2, and at most.
+    """
+    torch.set_num_threads(1)
+    timed: dict[str, str] = {}  # the method whose times are those of this one
+    by_options: dict[Any, str] = {}
+    for name in dict.fromkeys(["base", *(COMPARED if methods is None else methods)]):
+        if not COMPARED[name].between:
+            timed[name] = by_options.setdefault(tuple(sorted(COMPARED[name].options.items())), name)
+    x, y = TASKS[task].load().train
+    # All of one size: with a smaller one at the end, blocks would differ.
+    data = list(batches(x, y, TASKS[task].batch_size, epoch_order(len(x), 0, 0), drop_last=True))
+    runs = {name: Run(Config(task, name, TIMED_RHO, 0, epochs_of(task, name)), 0) for name in by_options.values()}
+
+    def seconds_a_step(run: Run) -> float:
+        steps = run.method.timed_steps
+        began = time.thread_time()
+        for _ in range(steps):
+            run.step(*data[run.optimizer.stats.steps % len(data)])
+        return (time.thread_time() - began) / steps
+
+    began = time.perf_counter()
+    for each in runs.values():  # the first block makes state and buffers
+        seconds_a_step(each)
+    ratios: dict[str, list[float]] = {name: [] for name in runs}
+    while (done := len(ratios["base"])) < rounds[0] or (done < rounds[1] and time.perf_counter() - began < seconds):
+        times = {name: seconds_a_step(each) for name, each in runs.items()}
+        for name, value in times.items():
+            ratios[name].append(value / times["base"])
+    deciles = {name: statistics.quantiles(values, n=10, method="inclusive") for name, values in ratios.items()}
+    return {name: [round(deciles[of][i], 4) for i in (1, 4, 7)] for name, of in timed.items()}
+
+
 # Report --------------------------------------------------------------------------------------------------------------
 
 
@@ -246,36 +311,60 @@ def summaries(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """A table for each task."""
+def markdown(rows: Sequence[dict[str, Any]], times: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """A table for each task.
+
+    Args:
+        times: the result of :func:`step_times` for each task; a method that was not timed has no entry.
+    """
     lines: list[str] = []
     for task in dict.fromkeys(row["task"] for row in rows):
         lines += [
             f"## {task}",
             "",
-            "| method | gradients a step | epochs | rho | test accuracy | C(w) | top eigenvalue |",
+            "| method | gradients a step | time a step, relative to base | epochs | rho | test accuracy | C(w) "
+            "| top eigenvalue |",
         ]
-        lines.append("|---" * 7 + "|")
+        lines.append("|---" * 8 + "|")
         for row in rows:
             if row["task"] == task:
                 method = COMPARED[row["method"]]
                 accuracy, error = (100 * x for x in row["test_accuracy"])
                 cells = [
-                    row["method"], f"{method.gradients:.2f}", str(epochs_of(task, row["method"])), f"{row['rho']:g}",
+                    row["method"], f"{method.gradients:.2f}", ratio_cell(times.get(task, {}).get(row["method"])),
+                    str(epochs_of(task, row["method"])), f"{row['rho']:g}",
                     f"{accuracy:.2f} ± {error:.2f} %",
                     *("–" if math.isnan(row[n][0]) else f"{row[n][0]:.3g} ± {row[n][1]:.1g}"
                       for n in ("train_c", "train_top_eigenvalue")),
                 ]  # fmt: skip
                 lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
+    lines.append(
+        "Time a step: processor time of one thread, a block of steps over the base's block of the same round; the "
+        "median over rounds, in brackets the 20th and 80th percentile where they are more than 5 % apart. –: a control "
+        "in plain Python, not timed.\n"
+    )
     return "\n".join(lines)
 
 
+def ratio_cell(quantiles: Sequence[float] | None) -> str:
+    """The median; with the 20th and the 80th percentile where these are more than 5 % apart."""
+    if quantiles is None:
+        return "–"
+    low, median, high = quantiles
+    return f"{median:.2f} ({low:.2f}–{high:.2f})" if high > 1.05 * low else f"{median:.2f}"
+
+
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Test accuracy against gradients a step, a panel for each task."""
+    """Test accuracy against gradients a step, a panel for each task, three in a row."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(3.4 * len(tasks), 3.4), layout="constrained")
-    for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    columns = min(3, len(tasks))
+    lines = math.ceil(len(tasks) / columns)
+    figure = Figure(figsize=(3.4 * columns, 3.1 * lines + 0.5), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for ax in axes[len(tasks) :]:
+        ax.remove()
+    for place, (ax, task) in enumerate(zip(axes, tasks, strict=False)):
         by_method = {row["method"]: row["test_accuracy"] for row in rows if row["task"] == task}
         mean, error = (100 * x for x in by_method["base"])
         ax.axhspan(mean - error, mean + error, color="0.85")
@@ -287,9 +376,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             means, errors = [100 * m for m, _ in y], [100 * e for _, e in y]
             ax.errorbar(x, means, errors, fmt=style, markersize=4, capsize=2, color=f"C{index}", label=label)
         ax.set_title(task, fontsize=10)
-        ax.set_xlabel("gradients a step")
-    figure.axes[0].set_ylabel("test accuracy, %")
-    figure.axes[0].legend(fontsize=6)
+        if place + columns >= len(tasks):  # the lowest of its column
+            ax.set_xlabel("gradients a step")
+        if place % columns == 0:
+            ax.set_ylabel("test accuracy, %")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8)
     figure.savefig(path, dpi=100)
 
 
@@ -313,18 +404,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     tuned: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
+    times: dict[str, dict[str, list[float]]] = {}
     args.output.mkdir(parents=True, exist_ok=True)
     for task in args.tasks:
         configs = tuning_configs(task)
         tuned += run_all(configs, args.cache, args.workers, progress(f"tuning {task}", len(configs)), run)
         configs = final_configs(task, best_rho(tuned), args.seeds)
         results += run_all(configs, args.cache, args.workers, progress(task, len(configs)), run)
-        content = {"torch": torch.__version__, "seeds": args.seeds, "tuning": tuned, "runs": results}
+        print(f"{task}: timing steps", flush=True)
+        times[task] = step_times(task)
+        content = {
+            "torch": torch.__version__, "seeds": args.seeds, "step_times": times, "tuning": tuned, "runs": results
+        }  # fmt: skip
         (args.output / "reuse.json").write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
         rows = summaries(results)
-        (args.output / "reuse.md").write_text(markdown(rows), encoding="utf-8")
+        (args.output / "reuse.md").write_text(markdown(rows, times), encoding="utf-8")
         draw(rows, args.output / "reuse.png")
-    print(markdown(summaries(results)))
+    print(markdown(summaries(results), times))
 
 
 if __name__ == "__main__":
