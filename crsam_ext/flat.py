@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,9 +30,22 @@ from torch.nn.parameter import is_lazy
 from ._compat import fully_sharded, is_fsdp_flat, makes_gradients_anew, segment, storage_is_shared
 from .ops import Operators, scalar
 from .precision import PRECISIONS, compute_dtype, has_master
-from .shards import as_shard_of, check_placements, groups_of, is_sharded, local, local_gradient, sum_over
+from .sharded_state import OwnPlan, StateShards
+from .shards import (
+    as_shard_of,
+    check_placements,
+    flattened,
+    groups_of,
+    is_sharded,
+    local,
+    local_gradient,
+    sum_over,
+)
 
-__all__ = ["ALIGNMENT", "FlatParameters", "Gradients", "StateLayout", "check_parameter", "flattened"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["ALIGNMENT", "FlatParameters", "Gradients", "StateLayout", "check_parameter"]
 
 ALIGNMENT = 16  #: bytes: the widest load of a GPU
 _MAX_CONSTANTS = 64  # tuples of numbers that are kept on the device
@@ -66,6 +79,7 @@ class Slot:
     index: int
     offset: int
     live_offset: int  # of its segment of ``live``, which has none for rows that are in place
+    own_offset: int  # in the buffers of the state, where ranks share that
     shape: torch.Size
     stride: tuple[int, ...]
     numel: int
@@ -110,9 +124,9 @@ class Slot:
         dtype = getattr(self.param, "grad_dtype", None)
         return as_shard_of(self.param, g if dtype is None else g.to(dtype))
 
-    def part(self, view: Tensor) -> Tensor:
-        """A view of the parameter's segment as the state holds it: a DTensor where the parameter is one."""
-        return as_shard_of(self.param, view)
+    def part(self, flat: Tensor) -> Tensor:
+        """The parameter's segment as the state holds it: a DTensor where the parameter is one."""
+        return as_shard_of(self.param, self.view(flat))
 
     def lay_out(self, values: Tensor) -> Tensor:
         """``values`` in the memory order of the parameter, a copy where it is another."""
@@ -178,6 +192,9 @@ class Plan:
     """The rows of a bucket for one set of participating parameters: of these ``slots``, the ones without elements,
     empty shards, are part of no row."""
 
+    live: Sequence[Tensor]
+    _own: OwnPlan | None
+
     def __init__(self, bucket: Bucket, slots: list[Slot], rows: list[Row]) -> None:
         Column, self.slots, self.rows = bucket.host.Column, slots, rows
         self._column, self._flat = Column, bucket.live
@@ -188,6 +205,7 @@ class Plan:
         self.buffers: dict[str, list[Any]] = {
             name: Column(row.of(flat) if name in row.slots[0].views else None for row in rows)
             for name, flat in bucket.buffers.items()
+            if bucket.shards is None or name in bucket.kept
         }
         self.published = False
         # Whether small rows share a 1-D row, into which their gradients are gathered.
@@ -203,9 +221,18 @@ class Plan:
             numbers = {row: key[row.slots[0].index] for row in rows}
             counters = {number: bucket.steps[row.slots[0].index] for row, number in numbers.items()}
             self.steps = Column(counters[numbers[row]] for row in rows)
+        self._bucket = bucket
+
+    @property
+    def own(self) -> OwnPlan | None:
+        """What of the plan is updated here; None for all of it."""
+        if self._own is None and self._bucket.shards is not None:
+            self._own = OwnPlan(self, self._bucket, self._bucket.shards)
+        return self._own
 
     def locate(self) -> None:
         """Take note of where the parameters are."""
+        self._own = None
         self.live = self._column(row.live(self._flat) for row in self.rows)
         self.params = self._column(slot.param for slot in self.slots)
         slots = [slot for row in self.rows for slot in row.slots if not slot.is_row]
@@ -253,6 +280,8 @@ class Bucket:
         live: the first of these.
         saved: w in the compute dtype, a master copy for float16 and bfloat16 where the update is computed here.
         buffers: the optimizer's buffers by name, in the compute dtype.
+        kept: the names of those that are not the base optimizer's.
+        shards: which part of the base optimizer's buffers this rank keeps; None for all.
         steps: float32, for each slot the steps it has taken; None where another optimizer makes the update.
         history: for each slot a number, equal for slots that have taken part in the same steps and so count alike.
     """
@@ -265,27 +294,33 @@ class Bucket:
         num_points: int,
         stays: Callable[[Tensor], bool],
         kept: Sequence[str] = (),
+        shards: StateShards | None = None,
     ) -> None:
         first = members[0][0]
         self.device, self.dtype = first.device, first.dtype
         self.host, self.gather_below, self._selects = operators.host, operators.gather_below, operators.selects
         align = ALIGNMENT // first.element_size()
         self.slots: list[Slot] = []
-        offset = live_offset = 0
+        self.shards = shards
+        offset = live_offset = own_offset = 0
         self.groups = groups_of(first)
-        shards = [(param, local(param), group) for param, group in members]
-        for param, here, group in sorted(shards, key=lambda m: (m[2], m[1].numel() >= self.gather_below)):
+        found = [(param, local(param), group) for param, group in members]
+        for param, here, group in sorted(found, key=lambda m: (m[2], m[1].numel() >= self.gather_below)):
             stride = torch.empty_like(here, device="meta").stride()  # dense, in the parameter's own order
             numel, nbytes = here.numel(), here.numel() * here.element_size()
             index, joins = len(self.slots), numel < self.gather_below
             slot = Slot(
-                param, here, group, index, offset, live_offset, here.shape, stride, numel, param.dtype, nbytes, joins
-            )
+                param, here, group, index, offset, live_offset, own_offset, here.shape, stride, numel, param.dtype,
+                nbytes, joins,
+            )  # fmt: skip
             if stays(param):
                 slot.home = here.data
             self.slots.append(slot)
             length = -(-numel // align) * align
             offset += length
+            if shards is not None:
+                start, stop = shards.owned(slot)
+                own_offset += -(-(stop - start) // align) * align
             if num_points > 1 or not slot.is_row:
                 live_offset += length
 
@@ -295,9 +330,11 @@ class Bucket:
         wide = compute_dtype(self.dtype)
         self.points = torch.zeros(num_points, live_offset, dtype=self.dtype, device=self.device)
         self.live, self.saved = self.points[0], flat(offset, wide)
-        self._kept = tuple(kept)
+        self.kept = tuple(kept)
         names = {name for slot in self.slots for name in self._names(slot, layout)}
-        self.buffers = {name: flat(offset, wide) for name in sorted(names)}
+        self.buffers = {
+            name: flat(offset if shards is None or name in kept else own_offset, wide) for name in sorted(names)
+        }
         self.steps = None if layout.buffers is None else flat(len(self.slots), torch.float32)
         self.history: list[float] = []
         self._counted: list[float] = []  # see _counters(), after the last step
@@ -314,7 +351,7 @@ class Bucket:
 
     def _names(self, slot: Slot, layout: StateLayout) -> tuple[str, ...]:
         """The names of a parameter's flat buffers."""
-        return (*(() if layout.buffers is None else layout.buffers[slot.group]), *self._kept)
+        return (*(() if layout.buffers is None else layout.buffers[slot.group]), *self.kept)
 
     @property
     def has_master(self) -> bool:
@@ -342,15 +379,21 @@ class Bucket:
                 live.copy_(slot.param.detach())
                 slot.param.data = live
             slot.locate()
-            slot.views = {name: slot.part(slot.view(self.buffers[name])) for name in self._names(slot, layout)}
+            slot.views = {name: self._view(slot, name) for name in self._names(slot, layout)}
             if self.steps is not None and self.has_master:
-                slot.views["master_param"] = slot.part(saved.copy_(slot.local.detach()))
+                saved.copy_(slot.local.detach())
+                slot.views["master_param"] = slot.part(self.saved)
             if self.steps is not None and layout.counts_steps:
                 slot.views["step"] = segment(self.steps, slot.index, 1).reshape(())
             kept = state.get(slot.param, {})
             for name, view in slot.views.items():
                 if kept.get(name) is not None:
-                    slot.views[name] = kept[name] = self._take_over(name, kept[name], view, moved)
+                    given = kept[name]
+                    if self.shards is not None and is_sharded(view) and not is_sharded(given):
+                        local(view).copy_(self.shards.own_part_of(slot, given))
+                        kept[name] = view
+                    else:
+                        slot.views[name] = kept[name] = self._take_over(name, given, view, moved)
             if self.steps is not None and not layout.counts_steps:
                 self.steps[slot.index] = layout.steps_taken(kept)
             if kept and slot.views:
@@ -359,6 +402,12 @@ class Bucket:
                 slot.published = True
         self.history = [] if self.steps is None else self.steps.tolist()
         self._counted = self._counters()
+
+    def _view(self, slot: Slot, name: str) -> Tensor:
+        """The part of a flat buffer that the state of a parameter holds."""
+        if self.shards is None or name in self.kept:
+            return slot.part(self.buffers[name])
+        return self.shards.part(slot, self.buffers[name])
 
     def _take_over(self, name: str, given: Any, view: Tensor, moved: Mapping[Tensor, int]) -> Tensor:
         """Move a value of the state into the flat buffer that ``view`` is a part of; the tensor that the state holds.
@@ -494,6 +543,7 @@ class FlatParameters:
         flatten: move the parameters that own their memory alone; otherwise, all stay in place.
         moved: parameters and state that lie in flat buffers already, with their addresses.
         kept: names of model-size buffers in the state that are not the base optimizer's.
+        share_state: the ranks that share the base optimizer's state; None if each keeps all of it.
     Raises:
         ValueError: for parameters that no row can be made of; the message says why.
     """
@@ -508,6 +558,7 @@ class FlatParameters:
         flatten: bool = True,
         moved: Mapping[Tensor, int] | None = None,
         kept: Sequence[str] = (),
+        share_state: ProcessGroup | None = None,
     ) -> None:
         moved = moved or {}
         self.num_points = num_points
@@ -527,7 +578,13 @@ class FlatParameters:
         def stays(tensor: Tensor) -> bool:
             return not flatten or is_sharded(tensor) or _is_held_by_others(tensor, moved)
 
-        self.buckets = [Bucket(bucket, layout, operators, num_points, stays, kept) for bucket in members.values()]
+        self.buckets = [
+            Bucket(
+                bucket, layout, operators, num_points, stays, kept,
+                None if share_state is None else StateShards(share_state, bucket[0][0].device),
+            )
+            for bucket in members.values()
+        ]  # fmt: skip
         self._slots = {slot.param: slot for bucket in self.buckets for slot in bucket.slots}
         self._bucket_of = {slot: index for index, bucket in enumerate(self.buckets) for slot in bucket.slots}
         self._moved_in_step: set[Slot] = set()  # those that followed a parameter since the step began
@@ -761,11 +818,6 @@ def _kind(tensor: Tensor) -> str:
 
 def _place(param: Tensor) -> tuple[Any, ...]:
     return param.data_ptr(), param.shape, param.stride(), param.dtype
-
-
-def flattened(g: Tensor) -> Tensor:
-    """A dense tensor as its memory lies."""
-    return g.as_strided((g.numel(),), (1,))
 
 
 def _members(param_groups: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Tensor]]:

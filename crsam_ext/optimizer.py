@@ -47,7 +47,7 @@ _TRANSIENT = (
 
 # Options that pickles of earlier versions lack.
 _ADDED_OPTIONS = (
-    "interval", "reuse", "curvature_interval", "sync_perturbation", "replay_rng", "stochastic_rounding",
+    "interval", "reuse", "curvature_interval", "sync_perturbation", "shard_state", "replay_rng", "stochastic_rounding",
     "compile", "flatten",
 )  # fmt: skip
 
@@ -108,6 +108,9 @@ class CRSAM(Optimizer):
         sync_perturbation: with a DistributedDataParallel as ``model``: False, every rank perturbs with the e of its own
             batch; True, all with the e of the whole one, for a second all-reduce a step; or a process group, in which
             the ranks (of one node, say) share theirs.
+        shard_state: with a DistributedDataParallel as ``model`` and SGD, Adam or AdamW: every rank keeps the base
+            optimizer's state of a part of each parameter, updates that part, and sends it to the others, see
+            :mod:`crsam_ext.sharded_state`. The parameters are to the bit what they would be without.
         replay_rng: give every pass of ``step(closure)`` the same random numbers (dropout masks, for instance): those of
             the global generators of torch, Python's ``random`` and ``numpy.random``, see
             :class:`crsam_ext.noise.RandomState`.
@@ -169,6 +172,7 @@ class CRSAM(Optimizer):
         curvature_interval: int = 1,
         model: torch.nn.Module | None = None,
         sync_perturbation: bool | ProcessGroup = False,
+        shard_state: bool = False,
         replay_rng: bool = True,
         stochastic_rounding: bool = False,
         backend: str = "auto",
@@ -212,7 +216,7 @@ class CRSAM(Optimizer):
         self.stats = Stats()
         self._difference = SecondDifference()
         self._requested_backend = backend
-        self.sync_perturbation = sync_perturbation
+        self.sync_perturbation, self.shard_state = sync_perturbation, shard_state
         self.model = model
         backends.load(backend, compile=compile)  # what is asked for in vain is said first
 
@@ -223,6 +227,7 @@ class CRSAM(Optimizer):
         self.base_optimizer = base
         if own_groups is None:
             self._separate = None
+        self._check_sharing_state(self._update())
         self._attach()
 
     # What the optimizer is -------------------------------------------------------------------------------------------
@@ -292,6 +297,11 @@ class CRSAM(Optimizer):
         self.replicas = self._replicas_of(model)
         if self.replicas is None and self.sync_perturbation is not False:
             raise ValueError("sync_perturbation is about ranks: give a DistributedDataParallel as model=")
+        if self.replicas is None and self.shard_state:
+            raise ValueError(
+                "shard_state=True is about the ranks of a DistributedDataParallel: give that as model= (the state of "
+                "parameters that are sharded themselves, by fully_shard, is so already)"
+            )
 
     def _replicas_of(self, model: torch.nn.Module | None) -> Replicas | None:
         inner = compiled_from(model)
@@ -734,6 +744,7 @@ class CRSAM(Optimizer):
             "base optimizer": type(self.base_optimizer).__name__,
             "backend": self.backend,
             "reuse": self.reuse,
+            "shard_state": self.shard_state,
             "sync_perturbation": self.sync_perturbation if isinstance(self.sync_perturbation, bool) else "a group",
             **asdict(self._settings()),
             "shapes": [tuple(param.shape) for group in self.param_groups for param in group["params"]],
@@ -749,6 +760,7 @@ class CRSAM(Optimizer):
             operators = self._load_operators()
             if operators.name != self.operators.name:  # the parameters have moved to another kind of device
                 self.operators = operators
+            self._check_sharing_state(update)
             moved = {} if flat is None else flat.moved()
             self._flat = flat = None  # whatever it holds of parameters in place must not count as another holder
             flat = FlatParameters(
@@ -760,6 +772,7 @@ class CRSAM(Optimizer):
                 self.flatten,
                 moved,
                 [DIRECTION] if self.reuse else [],
+                self.replicas.group if self.shard_state and self.replicas is not None else None,
             )
             if not flat.buckets:
                 raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
@@ -771,6 +784,15 @@ class CRSAM(Optimizer):
             self._flat = flat
         flat.begin_step()
         return Located(flat, update, self.operators, self.param_groups, self.state)
+
+    def _check_sharing_state(self, update: Update) -> None:
+        """Raise ValueError if ranks are to share a state that is not made here."""
+        if self.shard_state and not update.native:
+            name = type(self.base_optimizer).__name__
+            raise ValueError(
+                "shard_state=True is for SGD, Adam and AdamW (without amsgrad), whose updates are made here: for "
+                f"{name}, use CRSAM(params, ZeroRedundancyOptimizer(params, {name}))"
+            )
 
     @contextmanager
     def _restoring(self) -> Iterator[None]:

@@ -23,16 +23,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ._compat import hooks_of, is_joining
-from .flat import ALIGNMENT, flattened
-from .shards import is_sharded, local, replicating_groups
+from .flat import ALIGNMENT
+from .shards import PIECE, flattened, is_sharded, local, replicating_groups
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
 
 __all__ = ["Pass", "Replicas", "check_equal", "combine_wrapper", "in_several_processes", "parts", "room"]
-
-# Of a piece that is reduced at once: DDP's own default, in bytes.
-PIECE = 25 * 2**20
 
 
 class Pass(enum.Enum):

@@ -21,9 +21,11 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 __all__ = [
+    "PIECE",
     "Groups",
     "as_shard_of",
     "check_placements",
+    "flattened",
     "groups_of",
     "is_sharded",
     "local",
@@ -31,6 +33,9 @@ __all__ = [
     "replicating_groups",
     "sum_over",
 ]
+
+#: Of what is sent at once, in bytes: DistributedDataParallel's own default.
+PIECE = 25 * 2**20
 
 #: The process groups of the dimensions of a mesh that shard a parameter; none for one that every rank holds whole.
 Groups = frozenset[Any]
@@ -45,6 +50,11 @@ def is_sharded(tensor: Any) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """The shard of a DTensor, sharing its memory; any other tensor as it is."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
+
+
+def flattened(g: Tensor) -> Tensor:
+    """A dense tensor as its memory lies."""
+    return g.as_strided((g.numel(),), (1,))
 
 
 def local_gradient(param: Tensor, grad: Tensor) -> Tensor:

@@ -11,18 +11,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .flat import FlatParameters, Gradients, Plan, flattened
+from .flat import FlatParameters, Gradients, Plan
 from .model_buffers import ModelBuffers
 from .ops import COUNTERS, GRAM, PASSES, REGULARIZERS, Coefficients, Direction, Operators, pass_weights, scalar
+from .precision import has_master
 from .replicas import Pass, Replicas, parts, room
 from .reuse import SharpnessDirection
 from .second_difference import SecondDifference
+from .shards import flattened
 from .stats import Stats
 from .updates import Update
 from .updates.wrapped import combine
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
+
+    from .sharded_state import OwnPlan
 
 Rows = list[list[Sequence[Tensor]]]  # bucket, pass, row: of the gradients
 
@@ -675,7 +679,11 @@ class Step:
                 if not moved:
                     plan.pull()
                 saved = plan.saved if moved or bucket.has_master else plan.live
-                update.apply(self.operators, plan, saved, grads, c, direction, moved)
+                own = plan.own
+                if own is None:
+                    update.apply(self.operators, plan, saved, grads, c, direction, moved)
+                else:
+                    self._update_own(own, plan, saved, grads, c, direction)
                 self._wrote(plan)
             # The flag is read in the first step of a plan only, and where it matters.
             if update.native and not plan.published and (not update.shows_steps or bool(c.ok)):
@@ -694,12 +702,32 @@ class Step:
         self.flat.published = all(plan.published for plan in plans if plan.slots)
         return made
 
+    def _update_own(
+        self,
+        own: OwnPlan,
+        plan: Plan,
+        saved: Sequence[Tensor],
+        grads: list[Sequence[Tensor]],
+        c: Coefficients,
+        direction: Direction | None,
+    ) -> None:
+        """Update what this rank has the state of, and exchange it; arguments as for :meth:`Update.apply`."""
+        if own.rows:
+            by_pass: list[Sequence[Tensor]] = [own.of(of_pass) for of_pass in grads]
+            here = own.live if saved is plan.live else own.of(saved)
+            self._update.apply(self.operators, own, here, by_pass, c, own.direction(direction), moved=True)
+        if saved is plan.saved and has_master(plan.live[0].dtype):  # the masters are whole on every rank
+            own.share(plan.saved)
+            torch._foreach_copy_(list(plan.live), list(plan.saved))
+        else:
+            own.share(plan.live)
+
     def _wrote(self, plan: Plan) -> None:
         """Call when an operator has written the parameters of a plan."""
         plan.push()
         self.host.mark_written(plan.params)
 
-    def _weights(self, plan: Plan, rows: list[Tensor]) -> list[Tensor | None]:
+    def _weights(self, plan: Plan, rows: Sequence[Tensor]) -> list[Tensor | None]:
         """Those of ``rows`` whose group is adaptive."""
         if not any(self._adaptive):
             return plan.unweighted

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..flat import Plan, StateLayout
 from ..ops import Coefficients, Direction, Operators, Options
+from ..sharded_state import OwnPlan
 
 __all__ = ["RuleUpdate", "Update"]
 
@@ -24,7 +25,7 @@ class Update(StateLayout, ABC):
     def apply(
         self,
         operators: Operators,
-        plan: Plan,
+        plan: Plan | OwnPlan,
         saved: Sequence[Tensor],
         grads: list[Sequence[Tensor]],
         c: Coefficients,
@@ -72,7 +73,7 @@ class RuleUpdate(Update):
     def apply(
         self,
         operators: Operators,
-        plan: Plan,
+        plan: Plan | OwnPlan,
         saved: Sequence[Tensor],
         grads: list[Sequence[Tensor]],
         c: Coefficients,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..flat import Plan
 from ..ops import Coefficients, Direction, Operators
+from ..sharded_state import OwnPlan
 from .update import Update
 
 __all__ = ["ProvisionalState", "WrappedUpdate", "combine"]
@@ -44,7 +45,7 @@ class WrappedUpdate(Update):
     def apply(
         self,
         operators: Operators,
-        plan: Plan,
+        plan: Plan | OwnPlan,
         saved: Sequence[Tensor],
         grads: list[Sequence[Tensor]],
         c: Coefficients,
@@ -55,6 +56,7 @@ class WrappedUpdate(Update):
             return  # the gradient is what it is, and w where it is
         if not moved:  # combine_ writes over the gradient of the last pass, which p.grad will hold
             grads[0] = [g.clone() for g in grads[0]]
+        assert not isinstance(plan, OwnPlan)  # whose state is another optimizer's
         combine(operators, plan, saved, grads, c, direction)
 
     def finish(self, ok: Tensor, give_gradients: Callable[[], None]) -> bool:

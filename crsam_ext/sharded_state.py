@@ -1,0 +1,175 @@
+"""State of which every rank keeps a part, ``shard_state``: ZeRO stage 1 (Rajbhandari et al., SC 2020).
+
+The replicas of a DistributedDataParallel make the same update of the same gradient, each with the same state. Instead,
+of every parameter each rank keeps the state of some rows, as fully_shard would cut it on dimension 0, updates these
+rows, and sends them to the others. A rank writes the bits that all would have written: an update is elementwise.
+
+The state is made of DTensors, which torch.distributed.checkpoint saves and reshards. Parameters that cannot be cut
+into such rows, because they have no dimensions or are laid out with another one outermost, keep their state whole on
+every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from ._compat import segment
+from .ops import Direction
+from .shards import PIECE, flattened
+
+if TYPE_CHECKING:
+    from .flat import Bucket, Plan, Slot
+
+__all__ = ["OwnPlan", "StateShards"]
+
+
+class StateShards:
+    """Which part of the state of each parameter this rank keeps.
+
+    Args:
+        group: the ranks that share the state.
+        device: of the parameters.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._mesh = DeviceMesh.from_group(group, device.type)
+
+    def chunk(self, slot: Slot) -> int:
+        """How many elements of a parameter a rank owns, but for the last ones, which own what is left; 0 for one that
+        is not cut."""
+        shape, stride = slot.shape, slot.stride
+        if not shape or not slot.numel or (shape[0] > 1 and stride[0] * shape[0] != slot.numel):
+            return 0
+        return -(-shape[0] // self.size) * (slot.numel // shape[0])
+
+    def owned(self, slot: Slot) -> tuple[int, int]:
+        """The first and the last element, exclusive, that this rank owns, as memory lies; all of what is not cut."""
+        chunk = self.chunk(slot)
+        if not chunk:
+            return 0, slot.numel
+        start = min(self.rank * chunk, slot.numel)
+        return start, min(start + chunk, slot.numel)
+
+    def part(self, slot: Slot, flat: Tensor) -> Tensor:
+        """The state of a parameter over its segment of a flat buffer; a DTensor if it is cut."""
+        start, stop = self.owned(slot)
+        here = segment(flat, slot.own_offset, stop - start)
+        if not self.chunk(slot):
+            return here.as_strided(slot.shape, slot.stride)
+        rows = (stop - start) // (slot.numel // slot.shape[0])
+        here = here.as_strided((rows, *slot.shape[1:]), slot.stride)
+        placed = [Shard(0)]
+        return DTensor.from_local(here, self._mesh, placed, run_check=False, shape=slot.shape, stride=slot.stride)
+
+    def own_part_of(self, slot: Slot, whole: Tensor) -> Tensor:
+        """Of a plain tensor in the shape of a parameter the part that this rank owns."""
+        if not self.chunk(slot):
+            return whole
+        start, stop = self.owned(slot)
+        inner = slot.numel // slot.shape[0]
+        return whole[start // inner : stop // inner]
+
+
+class OwnPlan:
+    """What this rank updates of a plan: a row for every parameter of which it owns elements.
+
+    It stands for the plan in :meth:`crsam_ext.updates.Update.apply`.
+
+    Args:
+        plan: of all elements.
+        bucket: of the plan.
+        shards: which of them are owned here.
+    """
+
+    def __init__(self, plan: Plan, bucket: Bucket, shards: StateShards) -> None:
+        Column, self._shards = bucket.host.Column, shards
+        # For every row: where it lies in which row of the plan, and in the buffers of the state.
+        self._places: list[tuple[int, int, int]] = []
+        self._sent: list[tuple[int, int, int, int]] = []  # row of the plan, start there, elements, and those of a chunk
+        self.rows: list[Slot] = []
+        spans = []
+        for index, row in enumerate(plan.rows):
+            for slot in row.slots:
+                start, stop = shards.owned(slot)
+                first = slot.offset - row.start
+                if stop > start:
+                    self.rows.append(slot)
+                    self._places.append((index, first + start, first + stop))
+                    spans.append((slot.own_offset, slot.own_offset + stop - start))
+                if shards.chunk(slot):
+                    self._sent.append((index, first, slot.numel, shards.chunk(slot)))
+        self.groups = bucket.host.Groups(slot.group for slot in self.rows)
+        self.live = Column(self.of(plan.live))
+        self.buffers: dict[str, list[Any]] = {
+            name: Column(
+                flat[a:b] if name in slot.views else None for slot, (a, b) in zip(self.rows, spans, strict=True)
+            )
+            for name, flat in bucket.buffers.items()
+            if name not in bucket.kept
+        }
+        self.steps = Column(plan.steps[index] for index, *_ in self._places)
+
+    def of(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """The own parts of the rows of the plan."""
+        return [flattened(rows[index])[a:b] for index, a, b in self._places]
+
+    def direction(self, direction: Direction | None) -> Direction | None:
+        """The own part of a direction."""
+        return None if direction is None else Direction(self.of(direction.rows), direction.weight)
+
+    def share(self, rows: Sequence[Tensor]) -> None:
+        """Send the own parts of rows of the plan to all ranks, and write those of the others.
+
+        What is sent at once is copied into its place while the next piece is on the way.
+
+        Args:
+            rows: all of a plan, of one dtype.
+        """
+        shards, pending = self._shards, []
+        for sent in _pieces(self._sent, rows[0].element_size() if rows else 1):
+            length = sum(chunk for *_, chunk in sent)
+            own = rows[0].new_zeros(length)
+            offset, copies = 0, []
+            for index, first, numel, chunk in sent:
+                start = min(shards.rank * chunk, numel)
+                stop = min(start + chunk, numel)
+                own[offset : offset + stop - start] = rows[index][first + start : first + stop]
+                copies.append((rows[index][first : first + numel], offset, chunk))
+                offset += chunk
+            everyone = own.new_empty(shards.size * length)
+            work = dist.all_gather_into_tensor(everyone, own, group=shards.group, async_op=True)
+            pending.append((work, everyone.view(shards.size, length), copies))
+        for work, everyone, copies in pending:
+            assert work is not None
+            work.wait()
+            targets, sources = [], []
+            for target, offset, chunk in copies:
+                full, left = divmod(len(target), chunk)
+                targets.append(target[: full * chunk].view(full, chunk))
+                sources.append(everyone[:full, offset : offset + chunk])
+                if left:
+                    targets.append(target[full * chunk :])
+                    sources.append(everyone[full, offset : offset + left])
+            torch._foreach_copy_(targets, sources)
+
+
+def _pieces(sent: list[Any], itemsize: int) -> list[list[Any]]:
+    """What is sent, in runs that are sent at once."""
+    pieces: list[list[Any]] = []
+    size = 0
+    for each in sent:
+        if not pieces or size + each[-1] * itemsize > PIECE:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(each)
+        size += each[-1] * itemsize
+    return pieces
