@@ -39,6 +39,7 @@ from .shards import (
     is_sharded,
     local,
     local_gradient,
+    placed_alike,
     sum_over,
 )
 
@@ -798,10 +799,10 @@ class FlatParameters:
             key = (slot, index)
             if key not in self._copies:
                 self._copies[key] = torch.empty_strided(slot.shape, slot.stride, dtype=slot.dtype, device=g.device)
-            if keep and g.data_ptr() == self._copies[key].data_ptr():  # left in p.grad by the last step
-                slot.param.grad = g.clone()
+            if keep and slot.numel and g.data_ptr() == self._copies[key].data_ptr():  # left in p.grad by the last step
+                slot.param.grad = as_shard_of(slot.param, g.clone())
             g = self._copies[key].copy_(g)
-        elif index == 0 and given is not g:
+        elif index == 0 and placed_alike(slot.param, given):
             slot.given = g, given
         return g
 

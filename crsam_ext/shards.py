@@ -30,6 +30,7 @@ __all__ = [
     "is_sharded",
     "local",
     "local_gradient",
+    "placed_alike",
     "replicating_groups",
     "sum_over",
 ]
@@ -64,10 +65,15 @@ def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
     first, by all ranks of the mesh.
     """
     if isinstance(param, DTensor) and isinstance(grad, DTensor):
-        if grad.placements != param.placements:
+        if not placed_alike(param, grad):
             grad = grad.redistribute(param.device_mesh, param.placements)
         grad = grad.to_local()
     return grad.wait() if isinstance(grad, AsyncCollectiveTensor) else grad
+
+
+def placed_alike(param: Tensor, grad: Tensor) -> bool:
+    """Whether two tensors are DTensors of the same placements."""
+    return isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements == param.placements
 
 
 def as_shard_of(param: Tensor, shard: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -16,9 +16,9 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional as F
 
-from crsam_ext import CRSAM
+from crsam_ext import CRSAM, GradScaler, GraphedStep
 
-from .ranks import Ranks
+from .ranks import AllReduces, Ranks
 
 pytestmark = pytest.mark.slow
 
@@ -195,3 +195,404 @@ def test_steps_are_those_of_one_process(four, kind, options):
 @pytest.mark.parametrize("kind", [kind for kind in SHARDED if kind not in ("fsdp", "tp and fsdp")])
 def test_every_way_of_sharding(four, kind, options):
     assert max(four(difference, kind, options)) < ROUNDING
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_e_has_the_length_rho(four, kind):
+    """A dimension that replicates is not summed over: the norm would be the square root of its size too large."""
+    for length in four(length_of_e, kind):
+        assert length == pytest.approx(0.1, rel=1e-12)
+
+
+def length_of_e(rank, size, kind):
+    model, part, parts = sharded(kind, size)
+    optimizer, before, moved = CRSAM(model.parameters(), **SGD), [], []
+    closure = closure_of(model, 0, part, parts)
+
+    def measured():
+        (moved if optimizer.pass_index else before).append([full(param) for param in model.parameters()])
+        return closure()
+
+    optimizer.step(measured)
+    return float(sum((p - q).square().sum() for p, q in zip(moved[0], before[0], strict=True)).sqrt())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "count"),
+    [
+        ("fsdp", "sgd", 2),  # one for the norm of g0, one for those of the other two
+        ("fsdp", "sam", 2),
+        ("fsdp", "base", 1),
+        ("fsdp", "clip, log, adamw", 2),  # one for the norm, one for the Gram matrix
+        ("hsdp", "sgd", 2),
+        ("tp and fsdp", "sgd", 4),  # of each for each dimension
+        ("replicate", "sgd", 0),  # the ranks hold whole parameters
+    ],
+)
+def test_sums_are_reduced_together(four, kind, options, count):
+    """Whatever the number of parameters and of groups, and beside what the model's own backward reduces."""
+    for with_step, of_passes in four(reductions, kind, options):
+        assert with_step - of_passes == count
+
+
+def reductions(rank, size, kind, options):
+    model, part, parts = sharded(kind, size)
+    groups = [{"params": [param], "lr": 0.1} for param in model.parameters()]
+    optimizer = CRSAM(groups, **OPTIONS[options])
+    closure, passes = closure_of(model, 0, part, parts), optimizer.passes
+    optimizer.step(closure)
+    with AllReduces() as of_passes:
+        for _ in range(passes):
+            optimizer.zero_grad()
+            closure()
+            # Where a gradient is a part of a sum, that sum is made when the gradient is taken.
+            for param in model.parameters():
+                if isinstance(param.grad, DTensor):
+                    param.grad.redistribute(param.device_mesh, param.placements)
+    with AllReduces() as with_step:
+        optimizer.step(closure)
+    return with_step.count, of_passes.count
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_what_others_see(four, kind):
+    """Gradients and state are DTensors, placed as the parameters, which stay where they are; no shard is copied."""
+    assert all(four(seen, kind))
+
+
+def seen(rank, size, kind):
+    model, part, parts = sharded(kind, size)
+    optimizer = CRSAM(model.parameters(), **ADAMW, curvature_interval=2)
+    closure_of(model, 0, part, parts)()  # fully_shard settles where its shards are
+    model.zero_grad()
+    params = list(model.parameters())
+    shards = [param for param in params if isinstance(param, DTensor)]
+    places = [local_of(param).data_ptr() for param in shards]
+    trajectory(model, optimizer, part, parts)
+    assert all(p is q for p, q in zip(model.parameters(), params, strict=True))
+    assert [local_of(param).data_ptr() for param in shards] == places
+    for param in params:
+        state = optimizer.state[param]
+        assert set(state) == {"exp_avg", "exp_avg_sq", "step", "second_difference"}
+        assert not isinstance(state["step"], DTensor)
+        for value in (param.grad, *(value for name, value in state.items() if name != "step")):
+            assert isinstance(value, DTensor) == isinstance(param, DTensor)
+            assert value.shape == param.shape
+            if isinstance(param, DTensor):
+                assert value.placements == param.placements
+                assert value.device_mesh == param.device_mesh
+                assert value.to_local().shape == param.to_local().shape
+    return kind.startswith("tp") or not optimizer._flat._copies
+
+
+def local_of(param):
+    return param.detach().to_local() if isinstance(param, DTensor) else param.detach()
+
+
+def test_gradients_at_the_end_are_those_at_w(four):
+    for found, expected in four(gradients_after):
+        assert float((found - expected).abs().max()) < ROUNDING
+
+
+def gradients_after(rank, size):
+    model, part, parts = sharded("fsdp", size)
+    closure = closure_of(model, 0, part, parts)
+    closure()
+    expected = torch.cat([full(param.grad).flatten() for param in model.parameters()])
+    CRSAM(model.parameters(), **SGD).step(closure)
+    return torch.cat([full(param.grad).flatten() for param in model.parameters()]), expected
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "tp and fsdp"])
+@pytest.mark.parametrize("combines", [False, True])
+def test_calls(four, kind, combines):
+    assert max(four(with_calls, kind, combines)) < ROUNDING
+
+
+def with_calls(rank, size, kind, combines):
+    alone = network_of(kind)()
+    expected = trajectory(alone, CRSAM(alone.parameters(), **ADAMW))[-1]
+    model, part, parts = sharded(kind, size)
+    optimizer = CRSAM(model.parameters(), **ADAMW)
+    for step in range(STEPS):
+        closure = closure_of(model, step, part, parts)
+        for call in (optimizer.first_step, optimizer.second_step):
+            closure()
+            call(zero_grad=step % 2 == 0)
+            if step % 2:
+                optimizer.zero_grad()
+        closure()
+        if combines:
+            optimizer.combine()
+            assert all(isinstance(p.grad, DTensor) == isinstance(p, DTensor) for p in model.parameters())
+            optimizer.step()
+        else:
+            optimizer.third_step()
+        optimizer.zero_grad()
+    return max(float((full(p) - q).abs().max()) for p, q in zip(model.parameters(), expected, strict=True))
+
+
+def test_accumulation(four):
+    assert max(four(accumulated)) < ROUNDING
+
+
+def accumulated(rank, size):
+    model, part, parts = sharded("fsdp", size)
+    optimizer = CRSAM(model.parameters(), **SGD)
+    alone = Network()
+    expected = CRSAM(alone.parameters(), **SGD)
+    for step in range(STEPS):
+        optimizer.step([closure_of(model, 2 * step + i, part, parts) for i in range(2)])
+        expected.step([closure_of(alone, 2 * step + i) for i in range(2)])
+    return max(float((full(p) - q).abs().max()) for p, q in zip(model.parameters(), alone.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("kind", ["fsdp", "hsdp", "tp and fsdp"])
+def test_a_bad_element_of_one_shard_skips_the_step_of_all(four, kind, index):
+    for same, skipped, skipped_by_scaler, moved in four(with_nan, kind, index):
+        assert same
+        assert skipped == 1
+        assert skipped_by_scaler
+        assert moved
+
+
+def with_nan(rank, size, kind, index):
+    model, part, parts = sharded(kind, size)
+    optimizer, scaler = CRSAM(model.parameters(), **ADAMW), GradScaler("cpu", init_scale=4.0)
+    optimizer.step(closure_of(model, 0, part, parts))
+    before, weight, calls = [full(param) for param in model.parameters()], full(model.b.weight), []
+    closure = closure_of(model, 1, part, parts)
+
+    def poisoned():
+        loss = closure()
+        shard = model.b.weight.grad.to_local()
+        # A replica of the shard has the same gradient.
+        if len(calls) == index and rank in {"fsdp": (2,), "hsdp": (1, 3), "tp and fsdp": (2,)}[kind]:
+            shard.view(-1)[0] = float("inf")
+        calls.append(0)
+        return loss
+
+    scaler.step(optimizer, poisoned)
+    scaler.update()
+    same = all(torch.equal(full(p), q) for p, q in zip(model.parameters(), before, strict=True))
+    optimizer.step(closure_of(model, 2, part, parts))
+    moved = not torch.equal(full(model.b.weight), weight)
+    return same, int(optimizer.stats.skipped), scaler.get_scale() == 2.0, moved
+
+
+def test_torchs_scaler(four):
+    """It looks at the gradients of its own rank: the step asks the others."""
+    for same, skipped in four(with_torchs_scaler):
+        assert same
+        assert skipped == 1
+
+
+def with_torchs_scaler(rank, size):
+    model, part, parts = sharded("fsdp", size)
+    optimizer, scaler = CRSAM(model.parameters(), **ADAMW), torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = [full(param) for param in model.parameters()]
+    for call in (optimizer.first_step, optimizer.second_step, None):
+        loss = loss_of(model, *batch_of(0, part, parts))
+        scaler.scale(loss).backward()
+        if call is not None:
+            call(zero_grad=True)
+    if rank == 2:
+        model.b.weight.grad.to_local().view(-1)[0] = float("inf")
+    scaler.step(optimizer)
+    scaler.update()
+    same = all(torch.equal(full(p), q) for p, q in zip(model.parameters(), before, strict=True))
+    return same, int(optimizer.stats.skipped)
+
+
+@pytest.mark.parametrize("options", ["sgd", "adamw", "reuse, clip, adamw"])
+def test_mixed_precision_of_fully_shard(four, options):
+    """The shards and gradients are float32: the steps are those of a model whose forward rounds alike."""
+    assert all(four(with_mixed_precision, options))
+
+
+def with_mixed_precision(rank, size, options):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    results = []
+    for _ in range(2):
+        model, part, parts = sharded("fsdp", size, torch.float32, mp_policy=policy)
+        optimizer = CRSAM(model.parameters(), **OPTIONS[options])
+        for step in range(STEPS):
+            optimizer.step(closure_of(model, step, part, parts, torch.bfloat16))
+        assert all(param.dtype == param.grad.dtype == torch.float32 for param in model.parameters())
+        results.append([full(param) for param in model.parameters()])
+    # Moved from the start, finite, and the same bits in a second run.
+    assert all(torch.isfinite(p).all() for p in results[0])
+    assert not torch.equal(results[0][0], Network(torch.float32).scale.detach())
+    return all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "hsdp", "tp and fsdp"])
+def test_low_precision_with_masters(four, kind):
+    """bfloat16 shards: each has its master in float32, a DTensor in the state, of which it is the rounded value."""
+    assert all(four(with_masters, kind))
+
+
+def with_masters(rank, size, kind):
+    model, part, parts = sharded(kind, size, torch.bfloat16)
+    optimizer = CRSAM(model.parameters(), **ADAMW)
+    for step in range(STEPS):
+        optimizer.step(closure_of(model, step, part, parts, torch.bfloat16))
+    optimizer.check_replicas()
+    return all(
+        torch.equal(full(optimizer.state[param]["master_param"]).to(torch.bfloat16), full(param))
+        for param in model.parameters()
+    )
+
+
+def test_drifted_replicas_are_found(four):
+    """On every rank, also where one has drifted that others of another shard do not compare with."""
+    for failure in four.attempt(drifted):
+        assert failure.kind == "RuntimeError"
+        assert "the replicas have parted: b.weight of 9 parameters differ" in failure.message
+
+
+def drifted(rank, size):
+    model, part, parts = sharded("hsdp", size)
+    optimizer = CRSAM(model.named_parameters(), **SGD)
+    optimizer.step(closure_of(model, 0, part, parts))
+    if rank == 3:
+        local_of(model.b.weight)[0, 0] += 1
+    optimizer.check_replicas()
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "kept gathered": ("RuntimeError", "leave set_reshard_after_backward(True) in place"),
+    "made before": ("RuntimeError", "Was the optimizer made before fully_shard()"),
+    "gathered": (
+        "ValueError",
+        "is one that fully_shard has gathered for a forward, and will free: call model.reshard()",
+    ),
+    "stochastic_rounding": ("ValueError", "leave param_dtype=None in MixedPrecisionPolicy, and use torch.autocast"),
+    "losses": ("ValueError", 'use estimator="gradient"'),
+    "parallel": ("TypeError", "step without it"),
+    "fsdp1": ("ValueError", "use torch.distributed.fsdp.fully_shard"),
+    "partial": ("ValueError", "redistribute it to Shard or Replicate before making the optimizer"),
+    "graph": ("ValueError", "this step cannot be captured in a CUDA graph"),
+    "shard_state": ("ValueError", "is so already"),
+    "plain state": ("ValueError", "and the parameter a DTensor: load it by torch.distributed.checkpoint.state_dict"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_name_the_way_out(four, case):
+    kind, message = REFUSED[case]
+    for failure in four.attempt(refused, case):
+        assert failure.kind == kind, failure.told
+        assert message in failure.message
+        assert "\n" not in failure.message
+
+
+def refused(rank, size, case):
+    if case == "made before":
+        model = Network()
+        optimizer = CRSAM(model.parameters(), **SGD)
+        fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+        optimizer.step(closure_of(model, 0, rank, size))
+    if case == "fsdp1":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        CRSAM(FullyShardedDataParallel(Network(), device_id=torch.device("cpu")).parameters(), **SGD)
+    if case == "partial":
+        mesh = init_device_mesh("cpu", (size,))
+        CRSAM([nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))], **SGD)
+    model, part, parts = sharded("fsdp", size)
+    closure = closure_of(model, 0, part, parts)
+    if case == "gathered":
+        model(batch_of(0)[0].flatten(0, 1))
+        CRSAM(model.parameters(), **SGD)
+    if case == "stochastic_rounding":
+        CRSAM(model.parameters(), **SGD, stochastic_rounding=True)
+    if case == "shard_state":
+        CRSAM(model.parameters(), **SGD, model=model, shard_state=True)
+    if case == "losses":
+        CRSAM(model.parameters(), **LOG, estimator="loss").step(closure)
+    optimizer = CRSAM(model.parameters(), **SGD)
+    if case == "parallel":
+        optimizer.step(closure, parallel=model)
+    if case == "graph":
+        GraphedStep(optimizer, closure)
+    if case == "plain state":
+        alone = Network()
+        torchs = torch.optim.SGD(alone.parameters(), lr=0.1, momentum=0.9)
+        closure_of(alone, 0)()
+        torchs.step()
+        optimizer.load_state_dict(torchs.state_dict())
+        optimizer.step(closure)
+    if case == "kept gathered":
+        model.set_reshard_after_backward(False)
+        before = [local_of(param).clone() for param in optimizer.param_groups[0]["params"]]
+        try:
+            optimizer.step(closure)
+        finally:
+            assert all(map(torch.equal, before, map(local_of, optimizer.param_groups[0]["params"])))
+
+
+def test_the_last_micro_batch_may_reshard(four):
+    """set_reshard_after_backward(False) is for micro-batches, between which nothing is perturbed."""
+    assert max(four(resharding_late)) < ROUNDING
+
+
+def resharding_late(rank, size):
+    model, part, parts = sharded("fsdp", size)
+    optimizer = CRSAM(model.parameters(), **SGD)
+    alone = Network()
+    expected = CRSAM(alone.parameters(), **SGD)
+
+    def keeping(closure, reshards):
+        def run():
+            model.set_reshard_after_backward(reshards)
+            return closure()
+
+        return run
+
+    for step in range(STEPS):
+        optimizer.step([keeping(closure_of(model, 2 * step + i, part, parts), bool(i)) for i in range(2)])
+        expected.step([closure_of(alone, 2 * step + i) for i in range(2)])
+    return max(float((full(p) - q).abs().max()) for p, q in zip(model.parameters(), alone.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_an_exception_in_a_forward_leaves_w(four, index):
+    """And says what fully_shard needs before it goes on, where Python can add that to an exception."""
+    for same, notes, difference in four(with_exception, index):
+        assert same
+        assert notes is None or "fully_shard needs model.reset_iter_state()" in notes
+        assert difference < ROUNDING
+
+
+def with_exception(rank, size, index):
+    model, part, parts = sharded("fsdp", size)
+    alone = Network()
+    optimizer, expected = CRSAM(model.parameters(), **SGD), CRSAM(alone.parameters(), **SGD)
+    before, calls = [local_of(param).clone() for param in model.parameters()], []
+
+    def failing(module, inputs):
+        calls.append(0)
+        if len(calls) == index + 1:
+            raise MemoryError("none left")
+
+    handle = model.c.register_forward_pre_hook(failing)
+    with pytest.raises(MemoryError) as raised:
+        optimizer.step(closure_of(model, 0, part, parts))
+    handle.remove()
+    same = all(map(torch.equal, before, map(local_of, optimizer.param_groups[0]["params"])))
+    if not hasattr(model, "reset_iter_state"):  # which has come with torch 2.14
+        return same, None, 0.0
+    model.reset_iter_state()
+    for step in range(STEPS):
+        optimizer.step(closure_of(model, step, part, parts))
+        expected.step(closure_of(alone, step))
+    notes = " ".join(raised.value.__notes__) if index and hasattr(raised.value, "add_note") else None
+    return (
+        same,
+        notes,
+        max(float((full(p) - q).abs().max()) for p, q in zip(model.parameters(), alone.parameters(), strict=True)),
+    )
