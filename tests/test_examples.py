@@ -20,6 +20,8 @@ pytestmark = [
 NEEDS = {
     "digits": ["sklearn"],
     "ddp_digits": ["sklearn"],
+    "fully_shard_digits": ["sklearn"],
+    "tensor_parallel_digits": ["sklearn"],
     "lightning_digits": ["lightning", "sklearn"],
     "accelerate_digits": ["accelerate", "sklearn"],
     "transformers_digits": ["accelerate", "sklearn", "transformers"],
@@ -55,11 +57,19 @@ def test_all_are_tested():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == NEEDS.keys()
 
 
-@pytest.mark.parametrize(("name", "percent"), [("ddp_digits", 95), ("accelerate_digits", 80)])
-def test_in_two_processes(name, percent):
+@pytest.mark.parametrize(
+    ("name", "percent", "processes"),
+    [
+        ("ddp_digits", 95, 2),
+        ("fully_shard_digits", 95, 2),
+        ("tensor_parallel_digits", 95, 4),
+        ("accelerate_digits", 80, 2),
+    ],
+)
+def test_in_several_processes(name, percent, processes):
     """As their first lines say."""
     load(name)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [*command, EXAMPLES / f"{name}.py"], capture_output=True, text=True, timeout=240, env=environment

@@ -1,5 +1,7 @@
 """DTensor parameters on four processes: fully_shard, HSDP, tensor parallelism, replicate() step as one process does."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -197,6 +199,49 @@ def test_every_way_of_sharding(four, kind, options):
     assert max(four(difference, kind, options)) < ROUNDING
 
 
+@pytest.mark.parametrize("options", ["sgd", "adamw", "clip, log, adamw", "reuse, clip, adamw", "rmsprop", "asam"])
+def test_ranks_without_elements(four, options):
+    """They take part in every sum, and their counters and state are those of the others."""
+    results = four(with_nothing, options)
+    for error, numbers in results:
+        assert error < ROUNDING
+        assert numbers == results[0][1]
+
+
+def with_nothing(rank, size, options):
+    alone = nn.Linear(6, 1).double()
+    model = copy.deepcopy(alone)
+    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    assert (local_of(model.weight).numel() > 0) == (rank == 0)
+    made, expected = (CRSAM(m.parameters(), **OPTIONS[options]) for m in (model, alone))
+    for step in range(STEPS):
+        for m, optimizer, part in ((model, made, slice(rank, None, size)), (alone, expected, slice(None))):
+            x = batch_of(step)[0].flatten(0, 1)[part]
+
+            def closure(m=m, x=x):
+                loss = m(x).square().mean() + m(x).mean()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+    error = max(float((full(p) - q).abs().max()) for p, q in zip(model.parameters(), alone.parameters(), strict=True))
+    state = {name: full(x).tolist() for name, x in made.state[model.weight].items()}
+    return error, (int(made.stats.skipped), float(made.stats.regularized_norm or 0), sorted(state), state.get("step"))
+
+
+@pytest.mark.parametrize("kind", ["hsdp", "tp", "tp and fsdp", "replicate"])
+def test_replicated_parameters_do_not_drift(four, kind):
+    four(for_long, kind)
+
+
+def for_long(rank, size, kind):
+    model, part, parts = sharded(kind, size, torch.float32)
+    optimizer = CRSAM(model.parameters(), **{**ADAMW, "regularizer": "log", "max_grad_norm": 0.1})
+    for step in range(20):
+        optimizer.step(closure_of(model, step, part, parts, torch.float32))
+    optimizer.check_replicas()
+
+
 @pytest.mark.parametrize("kind", SHARDED)
 def test_e_has_the_length_rho(four, kind):
     """A dimension that replicates is not summed over: the norm would be the square root of its size too large."""
@@ -275,6 +320,7 @@ def seen(rank, size, kind):
         state = optimizer.state[param]
         assert set(state) == {"exp_avg", "exp_avg_sq", "step", "second_difference"}
         assert not isinstance(state["step"], DTensor)
+        assert state["step"] == STEPS
         for value in (param.grad, *(value for name, value in state.items() if name != "step")):
             assert isinstance(value, DTensor) == isinstance(param, DTensor)
             assert value.shape == param.shape
@@ -596,3 +642,27 @@ def with_exception(rank, size, index):
         notes,
         max(float((full(p) - q).abs().max()) for p, q in zip(model.parameters(), alone.parameters(), strict=True)),
     )
+
+
+@pytest.mark.parametrize("options", ["sgd", "adamw", "rmsprop"])
+def test_an_optimizer_whose_parameters_accelerate_exchanges(four, options):
+    """It shards the model after the optimizer was made, and puts the shards into the groups."""
+    assert max(four(exchanged, options)) < ROUNDING
+
+
+def exchanged(rank, size, options):
+    from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
+
+    alone, model = Network(), Network()
+    expected = trajectory(alone, CRSAM(alone.parameters(), **OPTIONS[options]))[-1]
+    optimizer = CRSAM(model.parameters(), **OPTIONS[options])
+    before = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        for index, param in enumerate(group["params"]):
+            group["params"][index] = torch.empty(1)
+            group["params"][index].data_ptr = param.data_ptr()
+    addresses = {name: param.data_ptr() for name, param in before.items()}
+    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    fsdp2_switch_optimizer_parameters(optimizer, {addresses[name]: p for name, p in model.named_parameters()})
+    trajectory(model, optimizer, rank, size)
+    return max(float((full(p) - q).abs().max()) for p, q in zip(model.parameters(), expected, strict=True))
