@@ -434,6 +434,28 @@ def test_torchs_scaler(four):
         assert skipped == 1
 
 
+def test_what_one_rank_has_found_skips_the_step_of_all(four):
+    """Also where no gradient shows it."""
+    for same, skipped in four(with_found_inf):
+        assert same
+        assert skipped == 1
+
+
+def with_found_inf(rank, size):
+    model, part, parts = sharded("tp and fsdp", size)
+    optimizer = CRSAM(model.parameters(), **ADAMW)
+    before = [full(param) for param in model.parameters()]
+    for call in (optimizer.first_step, optimizer.second_step):
+        closure_of(model, 0, part, parts)()
+        call(zero_grad=True)
+    closure_of(model, 0, part, parts)()
+    # As torch's GradScaler gives them.
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(float(rank == 1))
+    optimizer.step()
+    same = all(torch.equal(full(p), q) for p, q in zip(model.parameters(), before, strict=True))
+    return same, int(optimizer.stats.skipped)
+
+
 def with_torchs_scaler(rank, size):
     model, part, parts = sharded("fsdp", size)
     optimizer, scaler = CRSAM(model.parameters(), **ADAMW), torch.amp.GradScaler("cpu", init_scale=4.0)
