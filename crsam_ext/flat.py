@@ -266,9 +266,6 @@ class Plan:
             for slot in row.slots:
                 offset = g.storage_offset() + slot.offset - row.start
                 slot.param.grad = slot.as_gradient(g.as_strided(slot.shape, slot.stride, offset))
-        for slot in self.slots:
-            if not slot.numel:  # other ranks have elements of it, and its state is made on all
-                slot.param.grad = slot.as_gradient(torch.empty_like(slot.local))
 
 
 class Bucket:

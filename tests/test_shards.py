@@ -43,6 +43,7 @@ OPTIONS = {
     "curvature_interval": {**SGD, "curvature_interval": 2},
     "reuse": {**SGD, "interval": 2, "reuse": True},
     "reuse, clip, adamw": {**ADAMW, "interval": 2, "reuse": True, "max_grad_norm": 0.1},
+    "reuse of a long direction": {**SGD, "rho": 3.0, "alpha": 1.0, "interval": 2, "reuse": True},
     "rmsprop": {**FULL, "base_optimizer": torch.optim.RMSprop, "lr": 0.01},
     "maximize": {**SGD, "maximize": True, "lr": 0.01},
     "flatten=False": {**SGD, "flatten": False},
