@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 from benchmarks.experiments import __main__ as program
-from benchmarks.experiments import analysis, reuse, runs, staleness, tasks
+from benchmarks.experiments import analysis, federated, reuse, runs, staleness, tasks
 from benchmarks.experiments.runs import Config, run, run_all
 from crsam_ext import CRSAM
+from crsam_ext.training import checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -283,3 +285,105 @@ def test_staleness():
     trained.step(x, y)
     for h, e in zip(trained.direction, expected, strict=True):
         torch.testing.assert_close(h, e, rtol=1e-4, atol=1e-5)
+
+
+# Federated averaging -------------------------------------------------------------------------------------------------
+
+
+FEDERATED = federated.Config("graph", "CR-SAM", 3, 2, local_steps=2, rounds=4, lr=0.5, rho=0.1, seed=0)
+
+
+@pytest.mark.parametrize("clients", federated.CLIENTS)
+def test_clients_share_the_samples_out(clients):
+    labels = torch.cat([samples[1] for samples in (tasks.images("mnist1d").train, tasks.images("mnist1d").validation)])
+    parts = federated.split(labels, clients, 0)
+    assert len(parts) == clients
+    assert torch.cat(parts).sort().values.equal(torch.arange(len(labels)))
+    assert min(map(len, parts)) >= federated.LEAST
+    for part, again, other in zip(
+        parts, federated.split(labels, clients, 0), federated.split(labels, clients, 1), strict=True
+    ):
+        assert part.equal(again)
+        assert not part.equal(other)
+    # The largest label of a client has a tenth of its samples where all are alike.
+    largest = [labels[part].bincount().max().item() / len(part) for part in parts]
+    assert np.mean(largest) > 0.25
+
+
+@pytest.mark.parametrize("local_steps", [1, 3])
+@pytest.mark.parametrize("method", ["SGD", "CR-SAM"])
+def test_a_federation_of_one_client_is_plain_training(method, local_steps):
+    config = replace(FEDERATED, method=method, clients=1, participants=1, local_steps=local_steps, rounds=6)
+    x, y = tasks.nodes().train
+    federation = federated.Federation(config, (x, y))
+    checkpoint.seed_everything(config.seed)
+    model = tasks.TASKS["graph"].model()
+    options = {"lr": config.lr, **federated.SGD}
+    if method == "SGD":
+        optimizer = torch.optim.SGD(model.parameters(), **options)
+    else:
+        optimizer = CRSAM(model.parameters(), rho=config.rho, **federated.METHODS[method], **options)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.rounds)
+    batches = federated.stream(x, y, 0)
+    for _ in range(config.rounds):
+        federation.round()
+        for _ in range(local_steps):
+            samples, labels = next(batches)
+
+            def closure(samples=samples, labels=labels):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(samples), labels)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        schedule.step()
+        for weight, param in zip(federation.weights, model.parameters(), strict=True):
+            assert weight.equal(param.detach())
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")  # no step of the optimizer is taken
+def test_clients_count_by_their_samples():
+    """Each client trains to a constant; those of the two that are drawn are averaged."""
+    federation = federated.Federation(FEDERATED, tasks.nodes().train)
+    federation.streams = [repeat((client, None)) for client in range(3)]
+    federation.sizes = sizes = [10, 20, 70]
+    drawn = []
+
+    def step(client, _):
+        drawn.append(client)
+        with torch.no_grad():
+            for param in federation.params:
+                param.fill_(10.0**client)
+
+    federation.step = step
+    federation.round()
+    first, second = drawn[::2]
+    assert drawn == [first, first, second, second]
+    assert first != second
+    mean = (sizes[first] * 10.0**first + sizes[second] * 10.0**second) / (sizes[first] + sizes[second])
+    for weight in federation.weights:
+        torch.testing.assert_close(weight, torch.full_like(weight, mean))
+
+
+def test_bytes_and_gradients_of_a_round():
+    """Perturbations and curvature stay with the client: all methods send as much."""
+    weights = sum(param.nbytes for param in tasks.GraphNetwork().parameters())
+    gradients = {"SGD": 1, "SAM": 2, "CR-SAM": 3, "SGD, 3 x local steps": 3}
+    for name in federated.COMPARED:
+        (row,) = federated.run(replace(FEDERATED, method=name))["rows"]
+        assert row["down"] == row["up"] == 4 * 2 * weights
+        assert row["gradients"] == 4 * 2 * 2 * gradients[name]
+
+
+def test_program_of_federated_from_end_to_end(tmp_path, monkeypatch):
+    few = {"TASK": "graph", "CLIENTS": (2, 3), "PARTICIPANTS": 2, "LOCAL_STEPS": (1, 2), "ROUNDS": 2}
+    for name, value in {**few, "RHOS": (0.1,)}.items():
+        monkeypatch.setattr(federated, name, value)
+    command = ["--seeds", "2", "--workers", "0", "--cache", str(tmp_path / "cache"), "--output", str(tmp_path)]
+    federated.main(command)
+    content = json.loads((tmp_path / "federated.json").read_text())
+    assert len(content["runs"]) == 2 * 2 * 2 * len(federated.COMPARED)
+    assert {run["config"]["rho"] for run in content["runs"] if "SAM" in run["config"]["method"]} == {0.1}
+    assert "| 2 | CR-SAM | 12 |" in (tmp_path / "federated.md").read_text()
+    assert (tmp_path / "federated.png").stat().st_size > 5_000

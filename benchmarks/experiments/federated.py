@@ -1,0 +1,348 @@
+"""Federated averaging with SGD, SAM and CR-SAM as the optimizer of the clients, for a given number of rounds.
+
+    python -m benchmarks.experiments.federated   # half an hour on one core, stops and goes on where it was
+
+FedAvg (McMahan et al., AISTATS 2017). The labels of the clients differ, after Hsu et al. (arXiv 1909.06335): each
+client has a share of each label, and the shares of a label are drawn from a Dirichlet distribution. For each number of
+clients and local steps, the learning rate of SGD is tuned on a validation split, then, with it, rho of SAM and CR-SAM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+
+from crsam_ext import CRSAM
+from crsam_ext.training import checkpoint
+from crsam_ext.training.data import batches, epoch_order
+
+from .analysis import best_rho, mean_and_error
+from .methods import METHODS
+from .runs import evaluate, run_all
+from .tasks import TASKS, Samples
+
+RESULTS = Path(__file__).parents[1] / "results"
+VERSION = 1  # to be raised when a change of the code changes what a run computes
+TASK = "mnist1d-mlp"
+CLIENTS = (10, 50)
+PARTICIPANTS = 5  # of a round
+LOCAL_STEPS = (1, 2, 5, 10)
+ROUNDS = 100
+BATCH_SIZE = 32
+CONCENTRATION = 0.3  # of the Dirichlet distribution
+LEAST = 8  # samples of a client
+# Clients keep no state between rounds. Momentum that starts anew would be worth nothing to one local step, and much to
+# ten: there is none.
+SGD = {"momentum": 0.0, "weight_decay": 1e-3}
+RHOS = (0.05, 0.1, 0.2)
+
+
+Cell = tuple[int, int, str]  # clients, local steps, and method
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a client does in a round."""
+
+    options: dict[str, Any] | None = None  #: of CRSAM; None is torch's SGD
+    local_steps: int = 1  #: times those of the others
+    lrs: tuple[float, ...] = ()  #: to choose from; without any, that of SGD
+
+
+COMPARED = {
+    "SGD": Method(lrs=(0.5, 1.0, 2.0)),
+    "SAM": Method(METHODS["SAM"]),
+    "CR-SAM": Method(METHODS["CR-SAM"]),
+    "SGD, 3 x local steps": Method(local_steps=3, lrs=(0.25, 0.5, 1.0)),  # as many gradients as CR-SAM
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a run computes."""
+
+    task: str
+    method: str
+    clients: int
+    participants: int  #: clients of a round, drawn anew for each
+    local_steps: int  #: of SGD; a method may take a multiple
+    rounds: int
+    lr: float  #: in the first round; it falls to 0 as a cosine
+    rho: float
+    seed: int
+    tuning: bool = False  #: leave the validation samples out, and measure accuracy on them alone
+
+    @property
+    def key(self) -> str:
+        text = json.dumps([VERSION, torch.__version__, asdict(self)], sort_keys=True)
+        return "federated-" + hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def split(labels: Tensor, clients: int, seed: int) -> list[Tensor]:
+    """Deal samples out to clients: for each client the sorted indices of its own, int64 (n,)."""
+    generator = np.random.default_rng(seed)
+    while True:
+        parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
+        for label in labels.unique():
+            indices = generator.permutation(torch.nonzero(labels == label).flatten().numpy())
+            shares = generator.dirichlet([CONCENTRATION] * clients)
+            ends = np.rint(np.cumsum(shares)[:-1] * len(indices)).astype(int)
+            for part, piece in zip(parts, np.split(indices, ends), strict=True):
+                part.append(piece)
+        dealt = [np.sort(np.concatenate(part)) for part in parts]
+        if min(map(len, dealt)) >= LEAST:  # else all is drawn again
+            return [torch.from_numpy(indices) for indices in dealt]
+
+
+def stream(x: Tensor, y: Tensor, seed: int) -> Iterator[Samples]:
+    """A client's batches without end, epoch after epoch."""
+    for epoch in count():
+        yield from batches(x, y, BATCH_SIZE, epoch_order(len(x), seed, epoch))
+
+
+class Federation:
+    """A server and its clients. One model with its optimizer is each client in turn."""
+
+    def __init__(self, config: Config, train: Samples) -> None:
+        checkpoint.seed_everything(config.seed)
+        self.config, self.method = config, COMPARED[config.method]
+        options = self.method.options
+        self.model = TASKS[config.task].model()
+        assert not list(self.model.buffers()), "running statistics would have to be averaged too"
+        self.params = list(self.model.parameters())
+        self.weights = [param.detach().clone() for param in self.params]  # the server's
+        self.optimizer: torch.optim.Optimizer
+        if options is None:
+            self.optimizer = torch.optim.SGD(self.params, config.lr, **SGD)
+        else:
+            options = {"rho": config.rho, "lr": config.lr, **options, **SGD}
+            self.optimizer = CRSAM(self.params, torch.optim.SGD, model=self.model, **options)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.rounds)
+        parts = split(train[1], config.clients, config.seed)
+        self.sizes = [len(part) for part in parts]
+        self.streams = [stream(train[0][part], train[1][part], 1000 * config.seed + k) for k, part in enumerate(parts)]
+        self._drawing = torch.Generator().manual_seed(config.seed)
+        self.sent = {"down": 0, "up": 0}  # bytes so far
+        self.gradients = 0  # so far
+
+    def round(self) -> None:
+        """Draw clients, let them train, and average their weights, each by its number of samples."""
+        drawn = torch.randperm(self.config.clients, generator=self._drawing)[: self.config.participants].tolist()
+        total = sum(self.sizes[client] for client in drawn)
+        mean = [torch.zeros_like(weight) for weight in self.weights]
+        for client in drawn:
+            self.load(self.weights)
+            self.sent["down"] += nbytes(self.weights)
+            for _ in range(self.method.local_steps * self.config.local_steps):
+                self.step(*next(self.streams[client]))
+            trained = [param.detach() for param in self.params]
+            self.sent["up"] += nbytes(trained)
+            torch._foreach_add_(mean, trained, alpha=self.sizes[client] / total)
+        self.weights = mean
+        self.schedule.step()
+
+    @torch.no_grad()
+    def load(self, weights: Sequence[Tensor]) -> None:
+        """Into the model, where its parameters are: the optimizer keeps them in its buffers."""
+        torch._foreach_copy_(self.params, weights)
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """One local step."""
+        self.model.train()
+        if self.method.options is None:
+            self.optimizer.zero_grad()  # CRSAM does so itself
+
+        def closure() -> Tensor:
+            loss = F.cross_entropy(self.model(x), y)
+            loss.backward()
+            self.gradients += 1
+            return loss
+
+        self.optimizer.step(closure)
+
+
+def nbytes(tensors: Sequence[Tensor]) -> int:
+    """Of all of them together."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train and measure."""
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    splits = TASKS[config.task].load()
+    train, test = splits.train, splits.validation
+    if not config.tuning:
+        train = (torch.cat([train[0], splits.validation[0]]), torch.cat([train[1], splits.validation[1]]))
+        test = splits.test
+    federation = Federation(config, train)
+    for _ in range(config.rounds):
+        federation.round()
+    federation.load(federation.weights)
+    row = evaluate(federation.model, test, "test")
+    row = {name: value if math.isfinite(value) else None for name, value in row.items()}
+    row |= {"gradients": federation.gradients, **federation.sent}
+    return {"config": asdict(config), "rows": [row], "seconds": round(time.perf_counter() - start, 1)}
+
+
+def best(tuned: Sequence[dict[str, Any]], option: str) -> dict[Cell, float]:
+    """For each cell the "lr" or "rho" with the best validation accuracy."""
+    found = {}
+    for clients in CLIENTS:
+        for local_steps in LOCAL_STEPS:
+            results = []
+            for result in tuned:
+                config = result["config"]
+                if (config["clients"], config["local_steps"]) == (clients, local_steps):
+                    results.append({**result, "config": {**config, "rho": config[option]}})
+            found |= {(clients, local_steps, method): value for (_, method), value in best_rho(results).items()}
+    return found
+
+
+def tuning_configs_of_lr() -> list[Config]:
+    return [
+        Config(TASK, name, clients, PARTICIPANTS, local_steps, ROUNDS, lr, 0.0, 1000 + seed, tuning=True)
+        for name, method in COMPARED.items()
+        for clients in CLIENTS
+        for local_steps in LOCAL_STEPS
+        for lr in method.lrs
+        for seed in range(3 // method.local_steps)  # as many gradients for either
+    ]
+
+
+def tuning_configs_of_rho(lrs: dict[Cell, float]) -> list[Config]:
+    return [
+        Config(TASK, name, clients, PARTICIPANTS, local_steps, ROUNDS, lr, rho, 1000, tuning=True)
+        for (clients, local_steps, tuned), lr in lrs.items()
+        for name, method in COMPARED.items()
+        if tuned == "SGD" and not method.lrs
+        for rho in RHOS
+    ]
+
+
+def final_configs(lrs: dict[Cell, float], rhos: dict[Cell, float], seeds: int) -> list[Config]:
+    configs = []
+    for seed in range(seeds):
+        for clients in CLIENTS:
+            for local_steps in LOCAL_STEPS:
+                for name, method in COMPARED.items():
+                    lr = lrs[clients, local_steps, name if method.lrs else "SGD"]
+                    rho = rhos.get((clients, local_steps, name), 0.0)
+                    configs.append(Config(TASK, name, clients, PARTICIPANTS, local_steps, ROUNDS, lr, rho, seed))
+    return configs
+
+
+# Report --------------------------------------------------------------------------------------------------------------
+
+
+def summaries(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each number of clients and local steps, and method."""
+    by_cell: dict[Cell, list[dict[str, Any]]] = {}
+    for result in results:
+        config = result["config"]
+        by_cell.setdefault((config["clients"], config["local_steps"], config["method"]), []).append(result)
+    rows = []
+    for (clients, local_steps, method), of_cell in by_cell.items():
+        row = {"clients": clients, "local_steps": local_steps, "method": method}
+        config, first = of_cell[0]["config"], of_cell[0]["rows"][0]
+        row |= {"lr": config["lr"], "rho": config["rho"], "seeds": len(of_cell)}
+        row |= {name: first[name] / config["rounds"] for name in ("down", "up", "gradients")}  # a round
+        accuracies = [result["rows"][0]["test_accuracy"] for result in of_cell]
+        rows.append(row | {"test_accuracy": mean_and_error(accuracies)})
+    return rows
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """A table for each number of clients. Bytes and gradients are those of all participants."""
+    lines: list[str] = []
+    for clients in dict.fromkeys(row["clients"] for row in rows):
+        lines += [f"## {clients} clients, {PARTICIPANTS} in each of {ROUNDS} rounds", ""]
+        lines.append(
+            "| local steps | method | gradients a round | kB down a round | kB up a round | lr | rho | seeds "
+            "| test accuracy |"
+        )
+        lines.append("|---" * 9 + "|")
+        for row in rows:
+            if row["clients"] == clients:
+                accuracy, error = (100 * x for x in row["test_accuracy"])
+                cells = [
+                    str(row["local_steps"]), row["method"], f"{row['gradients']:.0f}",
+                    f"{row['down'] / 1000:.1f}", f"{row['up'] / 1000:.1f}",
+                    f"{row['lr']:g}", f"{row['rho']:g}", str(row["seeds"]),
+                    f"{accuracy:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}") + " %",
+                ]  # fmt: skip
+                lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Test accuracy against gradients of a participant in a round, a panel for each number of clients."""
+    numbers = list(dict.fromkeys(row["clients"] for row in rows))
+    figure = Figure(figsize=(3.4 * len(numbers), 3.4), layout="constrained")
+    for ax, clients in zip(figure.subplots(1, len(numbers), squeeze=False, sharey=True)[0], numbers, strict=True):
+        for index, name in enumerate(COMPARED):
+            known = [row for row in rows if (row["clients"], row["method"]) == (clients, name)]
+            x = [row["gradients"] / PARTICIPANTS for row in known]
+            means, errors = zip(*((100 * m, 100 * e) for m, e in (row["test_accuracy"] for row in known)), strict=True)
+            ax.errorbar(x, means, errors, fmt="o-", markersize=4, capsize=2, color=f"C{index}", label=name)
+        ax.set_xscale("log")
+        ax.set_title(f"{clients} clients", fontsize=10)
+        ax.set_xlabel("gradients of a participant in a round")
+    figure.axes[0].set_ylabel("test accuracy, %")
+    figure.axes[0].legend(fontsize=6)
+    figure.savefig(path, dpi=100)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and write ``federated.json``, ``federated.md`` and ``federated.png``."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments.federated", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--cache", type=Path, default=Path("runs/experiments"), help="runs that are complete")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results are written")
+    args = parser.parse_args(argv)
+
+    def computed(configs: Sequence[Config], what: str) -> list[dict[str, Any]]:
+        return run_all(configs, args.cache, args.workers, progress(what, len(configs)), run)
+
+    tuned = computed(tuning_configs_of_lr(), "tuning lr")
+    lrs = best(tuned, "lr")
+    tuned_rho = computed(tuning_configs_of_rho(lrs), "tuning rho")
+    results = computed(final_configs(lrs, best(tuned_rho, "rho"), args.seeds), "runs")
+    content = {"torch": torch.__version__, "seeds": args.seeds, "tuning": tuned + tuned_rho, "runs": results}
+    rows = summaries(results)
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "federated.json").write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
+    (args.output / "federated.md").write_text(markdown(rows), encoding="utf-8")
+    draw(rows, args.output / "federated.png")
+    print(markdown(rows))
+
+
+def progress(what: str, count: int) -> Callable[[int, dict[str, Any]], None]:
+    def show(done: int, result: dict[str, Any]) -> None:
+        config, accuracy = result["config"], result["rows"][0]["test_accuracy"]
+        cell = f"{config['clients']} clients, {config['local_steps']} local steps, {config['method']}"
+        options = f"lr {config['lr']:g}, rho {config['rho']:g}, seed {config['seed']}"
+        print(f"{what} {done}/{count}: {cell}, {options}: {accuracy:.2%} in {result['seconds']:.0f} s", flush=True)
+
+    return show
+
+
+if __name__ == "__main__":
+    main()
