@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ._compat import fully_sharded, is_fsdp_flat, makes_gradients_anew, segment, storage_is_shared
+from ._compat import fully_sharded, is_fsdp_flat, local_tensors, makes_gradients_anew, segment, storage_is_shared
 from .ops import Operators, scalar
 from .precision import PRECISIONS, compute_dtype, has_master
 from .sharded_state import OwnPlan, StateShards
@@ -339,6 +339,10 @@ class Bucket:
         #: State that lies elsewhere, and its mirror.
         self.theirs: list[tuple[Tensor, Tensor]] = []
         self.params = self.host.Column(slot.param for slot in self.slots)
+        #: Of DTensors what is here, as tensors of ours, whose ``grad`` is not used otherwise.
+        self.local_params: Any = None
+        #: Gradients of the first pass, and the DTensors that return to ``p.grad`` for them.
+        self.given: tuple[Gradients, list[Tensor]] | None = None
         self.is_sharded = any(map(is_sharded, self.params))
         self.all_active = (True,) * len(self.slots)
         #: Whether every ``p.grad`` takes a gradient as it is here.
@@ -398,6 +402,7 @@ class Bucket:
                 kept.pop("master_param", None)
                 kept.update(slot.views)
                 slot.published = True
+        self._locate_local()
         self.history = [] if self.steps is None else self.steps.tolist()
         self._counted = self._counters()
 
@@ -462,14 +467,17 @@ class Bucket:
     def locate(self) -> None:
         """Take note of where the parameters are."""
         self.params = self.host.Column(slot.param for slot in self.slots)
+        self._locate_local()
         for plan in self._plans.values():
             plan.locate()
 
+    def _locate_local(self) -> None:
+        if self.is_sharded:
+            self.local_params = self.host.Column(slot.local for slot in self.slots)
+
     def places(self) -> Any:
         """Where the parameters are, as a value to compare."""
-        if self.is_sharded:
-            return [_place(local(slot.param)) for slot in self.slots]
-        return self.host.places(self.params)
+        return self.host.places(self.host.Column(local_tensors(self.params)) if self.is_sharded else self.params)
 
     def of_groups(self, flat: Tensor) -> dict[int, Tensor]:
         """The part of each group of a tensor of the offsets of ``saved``, gaps included, which are 0."""
@@ -600,6 +608,8 @@ class FlatParameters:
             if makes_gradients_anew(group)
             for member in group.fsdp_params
         }
+        #: Likewise, of all whose gradients.
+        self._own_buckets = {b for b in self.buckets if self._own_gradients.issuperset(b.params)}
         self._places = self._now()
         self._matched: Any = None  # fingerprint of what was found in place
         self._outside: list[Tensor] = []  # parameters that were left where they are
@@ -665,7 +675,12 @@ class FlatParameters:
     def begin_step(self) -> None:
         """Call when a step has found everything in place."""
         self._moved_in_step.clear()
+        self.forget_given()
+
+    def forget_given(self) -> None:
+        """Let go of the gradients of DTensors: whoever clears ``p.grad`` shall have their memory."""
         for bucket in self.buckets:
+            bucket.given = None
             for slot in bucket.slots if bucket.is_sharded else ():
                 slot.given = None
 
@@ -768,20 +783,53 @@ class FlatParameters:
         """
         taken = []
         for bucket in self.buckets:
-            by_hand = keep or bucket.is_sharded
-            grads: Gradients | None = None if by_hand else self._host.take_gradients(bucket.params, views)
+            grads: Gradients | None = None
+            given = here = None
+            if bucket.is_sharded:
+                given = [param.grad for param in bucket.params]
+                # They may be reduced here, and so every rank asks for them once.
+                here = [None if g is None else local_gradient(p, g) for p, g in zip(bucket.params, given, strict=True)]
+            if not keep:
+                grads = self._take_as_they_are(bucket, here, views)
             if grads is None:
-                grads = [self._take(slot, index, keep, views) for slot in bucket.slots]
+                if given is None or here is None:
+                    given = here = [param.grad for param in bucket.params]
+                columns = zip(bucket.slots, given, here, strict=True)
+                grads = [self._take(slot, theirs, g, index, keep, views) for slot, theirs, g in columns]
                 if not keep:
                     self._host.clear_gradients(list(bucket.params))
+            elif index == 0 and given is not None:
+                of_each: Any = zip(bucket.params, given, grads, strict=True)
+                bucket.given = grads, [x if placed_alike(p, x) else as_shard_of(p, g) for p, x, g in of_each]
             taken.append(grads)
         return taken
 
-    def _take(self, slot: Slot, index: int, keep: bool, views: bool) -> Tensor | None:
-        g = slot.param.grad
-        if g is None:
+    def _take_as_they_are(self, bucket: Bucket, here: list[Tensor | None] | None, views: bool) -> Gradients | None:
+        """The gradients of a bucket, if each is ours to hold as it is; None, and they stay, otherwise.
+
+        Args:
+            here: of DTensors, what is here of each.
+        """
+        if here is None:
+            grads: Gradients | None = self._host.take_gradients(bucket.params, views)
+            return grads
+        if any(g is None for g in here):
             return None
-        given, g = g, local_gradient(slot.param, g)
+        grads = None
+        try:  # the host looks at what is in ``grad``
+            for param, g in zip(bucket.local_params, here, strict=True):
+                param.grad = g
+            grads = self._host.take_gradients(bucket.local_params, views or bucket in self._own_buckets)
+        except RuntimeError:  # of another dtype
+            pass
+        self._host.clear_gradients(list(bucket.local_params if grads is None else bucket.params))
+        return grads
+
+    def _take(
+        self, slot: Slot, given: Tensor | None, g: Tensor | None, index: int, keep: bool, views: bool
+    ) -> Tensor | None:
+        if given is None or g is None:
+            return None
         if g.layout != torch.strided:
             raise RuntimeError(
                 f"the gradient of a parameter of shape {tuple(slot.shape)} is sparse; CRSAM takes dense gradients only"

@@ -304,6 +304,7 @@ class Step:
             bucket.push_state()
         if found_inf is not None:
             found_inf.copy_(~c.ok, non_blocking=True)
+        self.flat.forget_given()
         self._leave()
         self._record(c, grad_scale)
 
@@ -324,6 +325,7 @@ class Step:
                 combine(self.operators, plan, plan.saved, grads, c)
                 self._wrote(plan)
                 plan.scatter(grads[-1])
+        self.flat.forget_given()
         self._leave()
         self._record(c, grad_scale)
 
@@ -503,6 +505,9 @@ class Step:
         for bucket, first in zip(self.flat.buckets, self.grads[0], strict=True):
             if bucket.takes_gradients:
                 self.host.set_gradients(bucket.params, first)
+                continue
+            if bucket.given is not None and bucket.given[0] is first:
+                self.host.set_gradients(bucket.params, bucket.given[1])
                 continue
             for slot, g in zip(bucket.slots, first, strict=True):
                 slot.param.grad = None if g is None else slot.as_gradient(g)

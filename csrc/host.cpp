@@ -30,7 +30,7 @@ at::Tensor& grad_of(const at::Tensor& param) { return param.unsafeGetTensorImpl(
 // of its own, which is not that of the parameter either.
 bool is_ours(const at::Tensor& grad, const at::Tensor& param, bool views) {
   if (!grad.defined() || !grad.has_storage() || grad.dtype() != param.dtype() || grad.sizes() != param.sizes() ||
-      grad.requires_grad() || grad.const_data_ptr() == param.const_data_ptr()) {
+      grad.requires_grad() || (grad.numel() > 0 && grad.const_data_ptr() == param.const_data_ptr())) {
     return false;
   }
   if (!views && (grad.storage().nbytes() != grad.numel() * grad.itemsize() || grad.is_view())) return false;

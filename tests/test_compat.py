@@ -2,10 +2,13 @@
 
 import random
 import warnings
+from operator import attrgetter
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
@@ -199,6 +202,16 @@ def test_is_part_of_zero(ddp):
     ZeroRedundancyOptimizer(ddp.parameters(), Asking, lr=0.1)
     Asking(ddp.parameters(), lr=0.1)
     assert seen == [True, False]
+
+
+def test_local_tensors(ddp, monkeypatch):
+    placed = distribute_tensor(torch.ones(3), init_device_mesh("cpu", (1,)), [Shard(0)])
+    param = torch.nn.Parameter(placed)
+    for _ in range(2):
+        (here,) = _compat.local_tensors([param])
+        assert type(here) is torch.Tensor
+        assert here.data_ptr() == placed.to_local().data_ptr()
+        monkeypatch.setattr(_compat, "_local_tensor_of", attrgetter("_of_another_name"))
 
 
 def test_is_fsdp_flat():
