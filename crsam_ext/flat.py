@@ -91,7 +91,6 @@ class Slot:
     place: tuple[Any, ...] = ()
     views: dict[str, Tensor] = field(default_factory=dict)  # what belongs into the optimizer's state
     published: bool = False  # whether the state holds the views
-    given: tuple[Tensor, Tensor] | None = None  # the shard of a gradient and the DTensor that it was taken from
 
     @property
     def is_row(self) -> bool:
@@ -119,9 +118,6 @@ class Slot:
     def as_gradient(self, g: Tensor) -> Tensor:
         """A gradient in the dtype that ``p.grad`` takes, the parameter's own or that of its ``grad_dtype``; and as a
         DTensor where the parameter is one."""
-        if self.given is not None and self.given[0] is g:
-            given, self.given = self.given[1], None
-            return given
         dtype = getattr(self.param, "grad_dtype", None)
         return as_shard_of(self.param, g if dtype is None else g.to(dtype))
 
@@ -681,8 +677,6 @@ class FlatParameters:
         """Let go of the gradients of DTensors: whoever clears ``p.grad`` shall have their memory."""
         for bucket in self.buckets:
             bucket.given = None
-            for slot in bucket.slots if bucket.is_sharded else ():
-                slot.given = None
 
     def follow(self) -> None:
         """Go on with parameters that were re-pointed between two passes, if they hold the same values there.
@@ -783,35 +777,30 @@ class FlatParameters:
         """
         taken = []
         for bucket in self.buckets:
-            grads: Gradients | None = None
-            given = here = None
-            if bucket.is_sharded:
-                given = [param.grad for param in bucket.params]
-                # They may be reduced here, and so every rank asks for them once.
-                here = [None if g is None else local_gradient(p, g) for p, g in zip(bucket.params, given, strict=True)]
-            if not keep:
-                grads = self._take_as_they_are(bucket, here, views)
+            params, given = bucket.params, [param.grad for param in bucket.params] if bucket.is_sharded else []
+            # They may be reduced here, and so every rank asks for them once.
+            here = [None if g is None else local_gradient(p, g) for p, g in zip(params, given, strict=False)]
+            grads = None if keep else self._take_as_they_are(bucket, here, views)
             if grads is None:
-                if given is None or here is None:
-                    given = here = [param.grad for param in bucket.params]
-                columns = zip(bucket.slots, given, here, strict=True)
-                grads = [self._take(slot, theirs, g, index, keep, views) for slot, theirs, g in columns]
+                pairs = zip(bucket.slots, here or [param.grad for param in params], strict=True)
+                grads = [self._take(slot, g, index, keep, views) for slot, g in pairs]
                 if not keep:
-                    self._host.clear_gradients(list(bucket.params))
-            elif index == 0 and given is not None:
-                of_each: Any = zip(bucket.params, given, grads, strict=True)
-                bucket.given = grads, [x if placed_alike(p, x) else as_shard_of(p, g) for p, x, g in of_each]
+                    self._host.clear_gradients(list(params))
+            elif index == 0 and here:
+                columns: Any = zip(params, given, grads, strict=True)
+                bucket.given = grads, [x if placed_alike(p, x) else as_shard_of(p, g) for p, x, g in columns]
             taken.append(grads)
         return taken
 
-    def _take_as_they_are(self, bucket: Bucket, here: list[Tensor | None] | None, views: bool) -> Gradients | None:
+    def _take_as_they_are(self, bucket: Bucket, here: Sequence[Tensor | None], views: bool) -> Gradients | None:
         """The gradients of a bucket, if each is ours to hold as it is; None, and they stay, otherwise.
 
         Args:
-            here: of DTensors, what is here of each.
+            here: of DTensors, what is here of each gradient.
         """
-        if here is None:
-            grads: Gradients | None = self._host.take_gradients(bucket.params, views)
+        grads: Gradients | None
+        if not bucket.is_sharded:
+            grads = self._host.take_gradients(bucket.params, views)
             return grads
         if any(g is None for g in here):
             return None
@@ -825,10 +814,8 @@ class FlatParameters:
         self._host.clear_gradients(list(bucket.local_params if grads is None else bucket.params))
         return grads
 
-    def _take(
-        self, slot: Slot, given: Tensor | None, g: Tensor | None, index: int, keep: bool, views: bool
-    ) -> Tensor | None:
-        if given is None or g is None:
+    def _take(self, slot: Slot, g: Tensor | None, index: int, keep: bool, views: bool) -> Tensor | None:
+        if g is None:
             return None
         if g.layout != torch.strided:
             raise RuntimeError(
@@ -847,8 +834,6 @@ class FlatParameters:
             if keep and slot.numel and g.data_ptr() == self._copies[key].data_ptr():  # left in p.grad by the last step
                 slot.param.grad = as_shard_of(slot.param, g.clone())
             g = self._copies[key].copy_(g)
-        elif index == 0 and placed_alike(slot.param, given):
-            slot.given = g, given
         return g
 
 
