@@ -392,8 +392,7 @@ class Bucket:
                         kept[name] = view
                     else:
                         slot.views[name] = kept[name] = self._take_over(name, given, view, moved)
-            if self.steps is not None and not layout.counts_steps:
-                self.steps[slot.index] = layout.steps_taken(kept)
+            self._count(slot, kept, layout)
             if kept and slot.views:
                 kept.pop("master_param", None)
                 kept.update(slot.views)
@@ -407,6 +406,17 @@ class Bucket:
         if self.shards is None or name in self.kept:
             return slot.part(self.buffers[name])
         return self.shards.part(slot, self.buffers[name])
+
+    def _count(self, slot: Slot, kept: Mapping[str, Any], layout: StateLayout) -> None:
+        if self.steps is not None and not layout.counts_steps:
+            self.steps[slot.index] = layout.steps_taken(kept)
+
+    def recount(self, state: Mapping[Tensor, dict[str, Any]], layout: StateLayout) -> None:
+        """Take note of how many steps each parameter has taken, where its state has stayed and stands for others."""
+        for slot in self.slots:
+            self._count(slot, state.get(slot.param, {}), layout)
+        self.history = [] if self.steps is None else self.steps.tolist()
+        self._plans.clear()
 
     def _take_over(self, name: str, given: Any, view: Tensor, moved: Mapping[Tensor, int]) -> Tensor:
         """Move a value of the state into the flat buffer that ``view`` is a part of; the tensor that the state holds.
@@ -667,6 +677,11 @@ class FlatParameters:
     def devices(self) -> set[torch.device]:
         """The devices of the parameters, also of a model that has moved to another one."""
         return {bucket.slots[0].param.device for bucket in self.buckets}
+
+    def recount(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Call when state that stood for no steps has become that of some, where it lies."""
+        for bucket in self.buckets:
+            bucket.recount(state, self._layout)
 
     def begin_step(self) -> None:
         """Call when a step has found everything in place."""

@@ -673,7 +673,8 @@ class CRSAM(Optimizer):
     ) -> Step:
         """Begin a step; arguments as for :class:`crsam_ext.step.Step`."""
         self._combined = False
-        self._provisional.drop(self.state)
+        if self._provisional.drop(self.state) and self._flat is not None:
+            self._flat.recount(self.state)
         self._sync()
         params = (param for group in self.param_groups for param in group["params"])
         if not any(param.requires_grad or param.grad is not None for param in params):

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..flat import Plan
 from ..ops import Coefficients, Direction, Operators
 from ..sharded_state import OwnPlan
+from ..shards import local
 from .update import Update
 
 __all__ = ["ProvisionalState", "WrappedUpdate", "combine"]
@@ -89,25 +90,33 @@ class ProvisionalState:
         """
         before = set(state)
         options = [dict(group) for group in groups]
-        values = [[param.detach().clone() for param in group["params"]] for group in groups]
+        values = [[local(param).detach().clone() for param in group["params"]] for group in groups]
         try:
             step()
         finally:
             for group, old, copies in zip(groups, options, values, strict=True):
                 group.clear()
                 group.update(old)
-                torch._foreach_copy_(group["params"], copies)
+                torch._foreach_copy_([local(param) for param in group["params"]], copies)
         self._made = {key: (value, _versions(value)) for key, value in state.items() if key not in before}
 
-    def drop(self, state: MutableMapping[Any, Any]) -> None:
-        """Remove from the state what was made."""
+    def drop(self, state: MutableMapping[Any, Any]) -> bool:
+        """Remove from the state what was made; returns whether any of it stays, as a checkpoint was loaded over it."""
+        stays = False
         for key, (value, versions) in self._made.items():
             if state.get(key) is value and all(x._version == version for x, version in versions):
                 del state[key]
+            else:
+                stays = True
         self._made = {}
+        return stays
 
 
 def _versions(value: Any) -> list[tuple[Tensor, int]]:
-    """The tensors of a value of the state, and what shows whether someone writes into them."""
+    """The tensors of a value of the state, and what shows whether someone writes into them.
+
+    Of a DTensor that is its shard, into which torch.distributed.checkpoint writes.
+    """
     values = value.values() if isinstance(value, dict) else (value,)
-    return [(x, x._version) for x in values if isinstance(x, Tensor)]
+    shards = [local(x) for x in values if isinstance(x, Tensor)]
+    return [(x, x._version) for x in shards]
