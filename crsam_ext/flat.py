@@ -34,6 +34,7 @@ from .sharded_state import OwnPlan, StateShards
 from .shards import (
     as_shard_of,
     check_placements,
+    check_state,
     flattened,
     groups_of,
     is_sharded,
@@ -429,11 +430,7 @@ class Bucket:
                 f"state {name!r} has shape {tuple(value.shape)} but its parameter has shape {tuple(view.shape)}: "
                 "a parameter that changes shape needs a new optimizer"
             )
-        if is_sharded(value) != is_sharded(view):
-            raise ValueError(
-                f"state {name!r} of a parameter of shape {tuple(view.shape)} is {_kind(value)}, and the parameter "
-                f"{_kind(view)}: load it by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-            )
+        check_state(name, value, view)
         local(view).copy_(local(value))
         if is_sharded(view):
             return view
@@ -856,10 +853,6 @@ def _numbered(keys: Iterable[Any]) -> list[float]:
     """A number for each key, the same for equal ones."""
     numbers: dict[Any, float] = {}
     return [numbers.setdefault(key, len(numbers)) for key in keys]
-
-
-def _kind(tensor: Tensor) -> str:
-    return "a DTensor" if is_sharded(tensor) else "a plain tensor"
 
 
 def _place(param: Tensor) -> tuple[Any, ...]:

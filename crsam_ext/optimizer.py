@@ -28,8 +28,8 @@ from .parallel import gradients_at
 from .precision import has_master
 from .replicas import Pass, Replicas, check_equal, in_several_processes
 from .reuse import DIRECTION, SharpnessDirection
-from .second_difference import SecondDifference
-from .shards import is_sharded
+from .second_difference import SECOND_DIFFERENCE, SecondDifference
+from .shards import check_state, is_sharded
 from .stats import Stats
 from .step import Located, Step, StepSettings, is_loss
 from .updates import ProvisionalState, Update, update_of
@@ -959,12 +959,16 @@ class CRSAM(Optimizer):
         """Load what :meth:`state_dict` gave, here or of torch's SGD, Adam or AdamW.
 
         Options that the groups of ``state_dict`` lack (rho, say) stay as they are.
+
+        Raises:
+            ValueError: for full tensors where parameters are DTensors; torch.distributed.checkpoint loads those.
         """
         loaded: dict[str, Any] = {}
         counts: list[int] = []
 
         def complete(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             loaded.update(completed(given, self.param_groups))
+            self._check_state(loaded)
             counts.extend(group.pop(_STEPS) for group in loaded["param_groups"] if _STEPS in group)
             return loaded
 
@@ -989,19 +993,34 @@ class CRSAM(Optimizer):
             ]
             base.load_state_dict(loaded.get("base_optimizer", {**loaded, "param_groups": theirs}))
 
+    def _check_state(self, loaded: dict[str, Any]) -> None:
+        """Raise ValueError for state that is not placed as its parameter is; nothing has been loaded yet."""
+        native = self._update().native
+        for param, name, value in self._values(loaded):
+            if not value.dim() or value.shape != param.shape:
+                continue
+            # A wrapped optimizer may place its own as it likes, but not as full tensors: it mixes them with gradients.
+            ours = native or name in (SECOND_DIFFERENCE, DIRECTION)
+            if ours or is_sharded(param) != is_sharded(value):
+                check_state(name, value, param)
+
+    def _values(self, loaded: dict[str, Any]) -> Iterator[tuple[Tensor, str, Tensor]]:
+        """The tensors of a state that is loaded: for which parameter, and under which name."""
+        for own, group in zip(self.param_groups, loaded["param_groups"], strict=False):  # torch compares their lengths
+            for param, key in zip(own["params"], group["params"], strict=False):
+                for name, value in loaded["state"].get(key, {}).items():
+                    if isinstance(value, Tensor):
+                        yield param, name, value
+
     def _own_state(self, loaded: dict[str, Any]) -> None:
         """Own the tensors of a state that was just loaded: training does not write into a checkpoint.
 
         torch also casts floating state to the parameter's dtype; ours is float32 where that is float16 or bfloat16.
         """
-        for own, group in zip(self.param_groups, loaded["param_groups"], strict=True):
-            for param, key in zip(own["params"], group["params"], strict=True):
-                for name, value in loaded["state"].get(key, {}).items():
-                    if not isinstance(value, Tensor):
-                        continue
-                    narrowed = has_master(param.dtype) and value.is_floating_point()
-                    if narrowed or self.state[param].get(name) is value:
-                        self.state[param][name] = value.detach().to(param.device, copy=True)
+        for param, name, value in self._values(loaded):
+            narrowed = has_master(param.dtype) and value.is_floating_point()
+            if narrowed or self.state[param].get(name) is value:
+                self.state[param][name] = value.detach().to(param.device, copy=True)
 
     def _attach(self) -> None:
         """Prepare for steps with the base optimizer, whose state may also be loaded by itself."""
@@ -1011,6 +1030,7 @@ class CRSAM(Optimizer):
             self.restore()
             loaded.clear()
             loaded.update(completed(given, base.param_groups))
+            self._check_state(loaded)
             return loaded
 
         if type(self.base_optimizer).load_state_dict is Optimizer.load_state_dict:  # others need not know of hooks

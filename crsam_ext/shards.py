@@ -25,6 +25,7 @@ __all__ = [
     "Groups",
     "as_shard_of",
     "check_placements",
+    "check_state",
     "flattened",
     "groups_of",
     "is_sharded",
@@ -107,6 +108,23 @@ def check_placements(param: Tensor) -> None:
             f"a parameter of shape {tuple(param.shape)} is placed {param.placements}: a part of a sum on each rank; "
             "redistribute it to Shard or Replicate before making the optimizer"
         )
+
+
+def check_state(name: str, value: Tensor, like: Tensor) -> None:
+    """Raise ValueError where a value of the state is not placed as its parameter is, or another tensor like that."""
+    what = f"state {name!r} of a parameter of shape {tuple(like.shape)}"
+    if is_sharded(value) != is_sharded(like):
+        kind, kind_of_like = (("a DTensor" if is_sharded(x) else "a plain tensor") for x in (value, like))
+        what += f" is {kind}, and the parameter {kind_of_like}"
+    elif not isinstance(value, DTensor) or not isinstance(like, DTensor):
+        return
+    elif value.device_mesh != like.device_mesh:
+        what += f" is on {value.device_mesh}, and the parameter on {like.device_mesh}"
+    elif value.placements != like.placements:
+        what += f" is placed {value.placements}, and the parameter {like.placements}"
+    else:
+        return
+    raise ValueError(f"{what}: load it by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict")
 
 
 def sum_over(parts: Mapping[Groups, Tensor]) -> Tensor:
