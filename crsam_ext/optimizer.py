@@ -25,11 +25,11 @@ from .model_buffers import ModelBuffers
 from .noise import SharedNoise
 from .ops import PASSES, REGULARIZERS, Operators, scalar
 from .parallel import gradients_at
-from .precision import has_master
+from .precision import compute_dtype, has_master
 from .replicas import Pass, Replicas, check_equal, in_several_processes
 from .reuse import DIRECTION, SharpnessDirection
 from .second_difference import SECOND_DIFFERENCE, SecondDifference
-from .shards import check_state, is_sharded
+from .shards import as_shard_of, check_state, is_sharded, local
 from .stats import Stats
 from .step import Located, Step, StepSettings, is_loss
 from .updates import ProvisionalState, Update, update_of
@@ -950,10 +950,33 @@ class CRSAM(Optimizer):
         With intervals, the groups hold "crsam_steps", the number of steps, which decides on the next one; the state of
         a parameter holds its "second_difference" with ``curvature_interval``, its "sharpness_direction" with ``reuse``.
         """
+        self._enter_kept()
         result = super().state_dict()
+        # In the order of the parameters: all ranks gather full tensors in the order in which they find them. (That in
+        # which they were entered depends on the sizes of shards.)
+        order = {key: number for number, key in enumerate(k for g in result["param_groups"] for k in g["params"])}
+        result["state"] = dict(sorted(result["state"].items(), key=lambda item: order.get(item[0], len(order))))
         if type(self.base_optimizer).state_dict is not Optimizer.state_dict:
             result["base_optimizer"] = self.base_optimizer.state_dict()
         return result
+
+    def _enter_kept(self) -> None:
+        """Enter zeros for what is kept for later steps and is not there yet, where a parameter has state.
+
+        A base optimizer may have made its state without a step, and a checkpoint of it lacks what is ours. What is
+        asked for before a checkpoint is loaded must name all that there is in it.
+        """
+        names = [DIRECTION] if self.reuse else []
+        names += [SECOND_DIFFERENCE] if self._kept_difference() is not None else []
+        for group in self.param_groups if names else ():
+            for param in group["params"]:
+                state = self.state.get(param)
+                if not state or not param.requires_grad:
+                    continue
+                for name in names:
+                    if name not in state:
+                        zeros = torch.zeros_like(local(param), dtype=compute_dtype(param.dtype), requires_grad=False)
+                        state[name] = as_shard_of(param, zeros)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, here or of torch's SGD, Adam or AdamW.
