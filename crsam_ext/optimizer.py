@@ -827,10 +827,10 @@ class CRSAM(Optimizer):
     def _finish(self, grad_scaling: tuple[Tensor, Tensor] | None) -> None:
         """Take the last pass of a step of calls, and make the update."""
         if self._step is None:
-            if self.passes > 1 and not self._combined:
-                if self._enters_state():
-                    self._enter_state()
-                    return
+            if not self._combined and (self.passes > 1 or self._is_stateless) and self._enters_state():
+                self._enter_state()
+                return
+            if not self._combined and self.passes > 1:
                 raise RuntimeError(
                     "step() without a closure finishes what first_step() began: call first_step(), or step(closure)"
                 )
@@ -856,6 +856,12 @@ class CRSAM(Optimizer):
                 )
             step.collect(loss, keep=False)
             self._end(step, grad_scale, found_inf)
+
+    @property
+    def _is_stateless(self) -> bool:
+        """Whether there is no state, however many steps there have been: it is asked for in the same way each time."""
+        update = self._update()
+        return not self.state and update.native and not any(update.buffers or ())
 
     def _enters_state(self) -> bool:
         """Whether ``step()`` is only to enter the state: torch.distributed.checkpoint calls it with rates of 0."""

@@ -81,6 +81,18 @@ def test_asking_before_the_first_step_changes_nothing(base, options, form):
         assert_same(model, twin)
 
 
+def test_asking_between_two_that_perturb_changes_nothing():
+    """Without state, torch asks by a step each time; here, where one of a single pass is due, and would be counted."""
+    model, optimizer, step = problem("plain", interval=3)
+    twin, _, step_of_twin = problem("plain", interval=3)
+    for index in range(6):
+        step(index), step_of_twin(index)
+        optimizer.zero_grad()
+        get_optimizer_state_dict(model, optimizer)
+        assert optimizer.stats.steps == index + 1
+        assert_same(model, twin)
+
+
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 def test_the_state_of_no_steps_is_entered(base):
     model, optimizer, _ = problem(base, curvature_interval=2)
@@ -215,12 +227,13 @@ def test_a_step_of_one_pass_is_the_base_optimizers(options):
     assert not any(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
-def test_provisional_state_over_which_a_checkpoint_was_loaded_stays(tmp_path):
+@pytest.mark.parametrize("base", ["sgd", "nadam"])
+def test_provisional_state_over_which_a_checkpoint_was_loaded_stays(base):
     """Written into in place, without a set_state_dict, it counts as well."""
-    model, optimizer, step = problem("nadam")
+    model, optimizer, step = problem(base)
     for index in range(3):
         step(index)
-    resumed, loaded, step_of_resumed = problem("nadam")
+    resumed, loaded, step_of_resumed = problem(base)
     kept = get_optimizer_state_dict(resumed, loaded)["state"]
     resumed.load_state_dict(model.state_dict())
     for name, values in get_optimizer_state_dict(model, optimizer)["state"].items():
