@@ -764,7 +764,8 @@ class FlatParameters:
 
     def anywhere(self, number: Tensor) -> Tensor:
         """The sum of a number over all ranks that have a shard of any parameter."""
-        return sum_over({frozenset().union(*(bucket.groups for bucket in self.buckets)): number})
+        groups = dict.fromkeys(group for bucket in self.buckets for group in bucket.groups)
+        return sum_over({tuple(groups): number})
 
     def constants(self, values: tuple[float, ...]) -> Tensor:
         """Numbers as a float64 tensor on the device of the first bucket, kept: the same ones come step after step."""

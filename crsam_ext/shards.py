@@ -39,8 +39,9 @@ __all__ = [
 #: Of what is sent at once, in bytes: DistributedDataParallel's own default.
 PIECE = 25 * 2**20
 
-#: The process groups of the dimensions of a mesh that shard a parameter; none for one that every rank holds whole.
-Groups = frozenset[Any]
+#: The process groups of the dimensions of a mesh that shard a parameter, in their order, which all ranks have in common;
+#: none for one that every rank holds whole.
+Groups = tuple[Any, ...]
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -89,9 +90,9 @@ def as_shard_of(param: Tensor, shard: Tensor) -> Tensor:
 def groups_of(param: Tensor) -> Groups:
     """The groups over which a sum over the elements of a parameter is to be reduced."""
     if not isinstance(param, DTensor):
-        return frozenset()
+        return ()
     placements = enumerate(param.placements)
-    return frozenset(param.device_mesh.get_group(dim) for dim, placed in placements if not placed.is_replicate())
+    return tuple(param.device_mesh.get_group(dim) for dim, placed in placements if not placed.is_replicate())
 
 
 def replicating_groups(param: Tensor) -> list[Any]:
@@ -131,18 +132,19 @@ def sum_over(parts: Mapping[Groups, Tensor]) -> Tensor:
     """The sum of tensors of one shape, each reduced over its groups: one all-reduce for each group that occurs.
 
     Args:
-        parts: what this rank has of each sum, by the groups over which it is to be reduced.
+        parts: what this rank has of each sum, by the groups over which it is to be reduced; in an order that is the
+            same on all ranks, as they reduce over one group after the other.
     """
     pending = dict(parts)
     for group in dict.fromkeys(group for groups in parts for group in groups):
         rest: dict[Groups, Tensor] = {}
         for groups in [groups for groups in pending if group in groups]:
-            _add(rest, groups - {group}, pending.pop(groups))
+            _add(rest, tuple(g for g in groups if g is not group), pending.pop(groups))
         stacked = torch.stack(list(rest.values()))
         dist.all_reduce(stacked, group=group)
         for groups, reduced in zip(rest, stacked, strict=True):
             _add(pending, groups, reduced)
-    return pending[frozenset()]
+    return pending[()]
 
 
 def _add(sums: dict[Groups, Tensor], groups: Groups, part: Tensor) -> None:

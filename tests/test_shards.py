@@ -1,6 +1,7 @@
 """DTensor parameters on four processes: fully_shard, HSDP, tensor parallelism, replicate() step as one process does."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional as F
 
-from crsam_ext import CRSAM, GradScaler, GraphedStep
+from crsam_ext import CRSAM, GradScaler, GraphedStep, shards
 
 from .ranks import AllReduces, Ranks
 
@@ -96,6 +97,12 @@ PLAN = {
 }
 
 
+@cache
+def mesh_of(*shape, names=None):
+    """Made once in each process: every mesh has process groups of its own."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
 def network_of(kind):
     return Sequence if kind.startswith("tp") else Network
 
@@ -106,10 +113,10 @@ def sharded(kind, size, dtype=torch.float64, **options):
     if kind == "replicate":
         from torch.distributed._composable.replicate_with_fsdp import replicate
 
-        replicate(model, mesh=init_device_mesh("cpu", (size,), mesh_dim_names=("replicate",)))
+        replicate(model, mesh=mesh_of(size, names=("replicate",)))
         return model, rank, size
     if kind.startswith("tp"):
-        mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "tp"))
+        mesh = mesh_of(size // 2, 2, names=("dp", "tp"))
         parallelize_module(model, mesh["tp"], PLAN)
         if kind == "tp":
             return model, 0, 1
@@ -117,7 +124,7 @@ def sharded(kind, size, dtype=torch.float64, **options):
             fully_shard(layer, mesh=mesh["dp"])
         return model, rank // 2, size // 2
     shape = (2, size // 2) if kind == "hsdp" else (size,)
-    options["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    options["mesh"] = mesh_of(*shape, names=("replicate", "shard")[-len(shape) :])
     if kind == "fsdp kept":
         options["reshard_after_forward"] = False
     if kind == "fsdp of 2":
@@ -212,7 +219,7 @@ def test_ranks_without_elements(four, options):
 def with_nothing(rank, size, options):
     alone = nn.Linear(6, 1).double()
     model = copy.deepcopy(alone)
-    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    fully_shard(model, mesh=mesh_of(size))
     assert (local_of(model.weight).numel() > 0) == (rank == 0)
     made, expected = (CRSAM(m.parameters(), **OPTIONS[options]) for m in (model, alone))
     for step in range(STEPS):
@@ -298,6 +305,19 @@ def reductions(rank, size, kind, options):
     with AllReduces() as with_step:
         optimizer.step(closure)
     return with_step.count, of_passes.count
+
+
+def test_groups_are_reduced_over_in_the_order_of_the_meshes(monkeypatch):
+    """Ranks that reduce over their groups in different orders wait for each other."""
+    seen = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: seen.append(group))
+    groups = [object() for _ in range(20)]
+    one = torch.ones(2)
+    total = shards.sum_over({tuple(groups): one, tuple(groups[:5]): one, (): one, (groups[7],): one})
+    assert seen == groups
+    assert total.tolist() == [4, 4]
+    total = shards.sum_over({(groups[3], groups[1]): one, (groups[1],): one})
+    assert seen[20:] == [groups[3], groups[1]]
 
 
 @pytest.mark.parametrize("kind", SHARDED)
@@ -563,14 +583,14 @@ def refused(rank, size, case):
     if case == "made before":
         model = Network()
         optimizer = CRSAM(model.parameters(), **SGD)
-        fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+        fully_shard(model, mesh=mesh_of(size))
         optimizer.step(closure_of(model, 0, rank, size))
     if case == "fsdp1":
         from torch.distributed.fsdp import FullyShardedDataParallel
 
         CRSAM(FullyShardedDataParallel(Network(), device_id=torch.device("cpu")).parameters(), **SGD)
     if case == "partial":
-        mesh = init_device_mesh("cpu", (size,))
+        mesh = mesh_of(size)
         CRSAM([nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))], **SGD)
     model, part, parts = sharded("fsdp", size)
     closure = closure_of(model, 0, part, parts)
@@ -685,7 +705,7 @@ def exchanged(rank, size, options):
             group["params"][index] = torch.empty(1)
             group["params"][index].data_ptr = param.data_ptr()
     addresses = {name: param.data_ptr() for name, param in before.items()}
-    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    fully_shard(model, mesh=mesh_of(size))
     fsdp2_switch_optimizer_parameters(optimizer, {addresses[name]: p for name, p in model.named_parameters()})
     trajectory(model, optimizer, rank, size)
     return max(float((full(p) - q).abs().max()) for p, q in zip(model.parameters(), expected, strict=True))
