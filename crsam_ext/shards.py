@@ -39,8 +39,8 @@ __all__ = [
 #: Of what is sent at once, in bytes: DistributedDataParallel's own default.
 PIECE = 25 * 2**20
 
-#: The process groups of the dimensions of a mesh that shard a parameter, in their order, which all ranks have in common;
-#: none for one that every rank holds whole.
+#: The process groups of the dimensions of a mesh that shard a parameter, in the order of the mesh, which is the same on
+#: all ranks; none for one that every rank holds whole.
 Groups = tuple[Any, ...]
 
 
