@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from ._compat import segment
 from .ops import Direction
@@ -39,6 +37,8 @@ class StateShards:
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        from torch.distributed.device_mesh import DeviceMesh
+
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._mesh = DeviceMesh.from_group(group, device.type)
@@ -61,6 +61,8 @@ class StateShards:
 
     def part(self, slot: Slot, flat: Tensor) -> Tensor:
         """The state of a parameter over its segment of a flat buffer; a DTensor if it is cut."""
+        from torch.distributed.tensor import DTensor, Shard
+
         start, stop = self.owned(slot)
         here = segment(flat, slot.own_offset, stop - start)
         if not self.chunk(slot):

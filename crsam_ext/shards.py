@@ -11,6 +11,7 @@ reshards.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor
 
 __all__ = [
     "PIECE",
@@ -39,6 +39,9 @@ __all__ = [
 #: Of what is sent at once, in bytes: DistributedDataParallel's own default.
 PIECE = 25 * 2**20
 
+# Whoever makes a DTensor has imported it. For all others it would be half a second more, and SymPy.
+_DTENSORS = "torch.distributed.tensor"
+
 #: The process groups of the dimensions of a mesh that shard a parameter, in the order of the mesh, which is the same on
 #: all ranks; none for one that every rank holds whole.
 Groups = tuple[Any, ...]
@@ -46,13 +49,15 @@ Groups = tuple[Any, ...]
 
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a DTensor, of which this rank has a part or, where it is replicated, all."""
-    return isinstance(tensor, DTensor)
+    module = sys.modules.get(_DTENSORS)
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 @torch.no_grad()
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """The shard of a DTensor, sharing its memory; any other tensor as it is."""
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
+    shard: Tensor = tensor.to_local().detach() if is_sharded(tensor) else tensor
+    return shard
 
 
 def flattened(g: Tensor) -> Tensor:
@@ -60,64 +65,66 @@ def flattened(g: Tensor) -> Tensor:
     return g.as_strided((g.numel(),), (1,))
 
 
-def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
+def local_gradient(param: Any, grad: Any) -> Tensor:
     """The shard of a gradient, placed as the parameter is.
 
     Where every rank has computed a part of a sum, as it does for what sequence parallelism replicates, that sum is made
     first, by all ranks of the mesh.
     """
-    if isinstance(param, DTensor) and isinstance(grad, DTensor):
+    if is_sharded(param) and is_sharded(grad):
         if not placed_alike(param, grad):
             grad = grad.redistribute(param.device_mesh, param.placements)
         grad = grad.to_local()
-    return grad.wait() if isinstance(grad, AsyncCollectiveTensor) else grad
+    shard: Tensor = grad.wait() if isinstance(grad, AsyncCollectiveTensor) else grad
+    return shard
 
 
-def placed_alike(param: Tensor, grad: Tensor) -> bool:
+def placed_alike(param: Any, grad: Any) -> bool:
     """Whether two tensors are DTensors of the same placements."""
-    return isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements == param.placements
+    return is_sharded(param) and is_sharded(grad) and bool(grad.placements == param.placements)
 
 
-def as_shard_of(param: Tensor, shard: Tensor) -> Tensor:
+def as_shard_of(param: Any, shard: Tensor) -> Tensor:
     """A tensor of the mesh, placements and shape of a parameter, over the memory of ``shard``; for a DTensor only."""
-    if not isinstance(param, DTensor):
+    if not is_sharded(param):
         return shard
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         shard, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
     )
 
 
-def groups_of(param: Tensor) -> Groups:
+def groups_of(param: Any) -> Groups:
     """The groups over which a sum over the elements of a parameter is to be reduced."""
-    if not isinstance(param, DTensor):
+    if not is_sharded(param):
         return ()
     placements = enumerate(param.placements)
     return tuple(param.device_mesh.get_group(dim) for dim, placed in placements if not placed.is_replicate())
 
 
-def replicating_groups(param: Tensor) -> list[Any]:
+def replicating_groups(param: Any) -> list[Any]:
     """The groups of ranks that have the same shard of a DTensor, for each dimension of its mesh that replicates it."""
-    assert isinstance(param, DTensor)
     placements = enumerate(param.placements)
     return [param.device_mesh.get_group(dim) for dim, placed in placements if placed.is_replicate()]
 
 
-def check_placements(param: Tensor) -> None:
+def check_placements(param: Any) -> None:
     """Raise ValueError for a DTensor that holds parts of a sum."""
-    if isinstance(param, DTensor) and any(placed.is_partial() for placed in param.placements):
+    if is_sharded(param) and any(placed.is_partial() for placed in param.placements):
         raise ValueError(
             f"a parameter of shape {tuple(param.shape)} is placed {param.placements}: a part of a sum on each rank; "
             "redistribute it to Shard or Replicate before making the optimizer"
         )
 
 
-def check_state(name: str, value: Tensor, like: Tensor) -> None:
+def check_state(name: str, value: Any, like: Any) -> None:
     """Raise ValueError where a value of the state is not placed as its parameter is, or another tensor like that."""
     what = f"state {name!r} of a parameter of shape {tuple(like.shape)}"
     if is_sharded(value) != is_sharded(like):
         kind, kind_of_like = (("a DTensor" if is_sharded(x) else "a plain tensor") for x in (value, like))
         what += f" is {kind}, and the parameter {kind_of_like}"
-    elif not isinstance(value, DTensor) or not isinstance(like, DTensor):
+    elif not is_sharded(value):
         return
     elif value.device_mesh != like.device_mesh:
         what += f" is on {value.device_mesh}, and the parameter on {like.device_mesh}"

@@ -5,6 +5,7 @@ import os
 import pickle
 import tempfile
 import traceback
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -62,16 +63,23 @@ class Ranks:
         self._folder.cleanup()
 
 
-class AllReduces(TorchDispatchMode):
-    """Counts the all-reduces within: those of DistributedDataParallel's C++, too."""
+class Collectives(TorchDispatchMode):
+    """Counts the collectives within, by name: those of DistributedDataParallel's C++, too."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.counts = Counter()
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        self.count += "allreduce" in str(function)
+        space, _, name = function._schema.name.partition("::")
+        if space == "c10d":
+            self.counts[name] += 1
         return function(*arguments, **(options or {}))
+
+    @property
+    def count(self):
+        """Of all-reduces."""
+        return sum(count for name, count in self.counts.items() if "allreduce" in name)
 
 
 class Failure:

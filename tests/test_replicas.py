@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crsam_ext import CRSAM, GradScaler, combine_wrapper
 
-from .ranks import AllReduces, Ranks
+from .ranks import Collectives, Ranks
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +82,7 @@ def trained(rank, size, base, options, ddp=(), form="closure", dtype=torch.float
     counts = []
     for step in range(steps):
         closure = closure_of(model, *batch_of(step, rank, dtype))
-        with AllReduces() as counted:
+        with Collectives() as counted:
             if form == "closure":
                 optimizer.step(closure)
             elif form == "list":
@@ -189,7 +189,7 @@ def with_own_hook(rank, size, base, options, ddp, wrapper=None):
         model.register_comm_hook(optimizer, combine_wrapper(wrapper))
     counts = []
     for step in range(STEPS):
-        with AllReduces() as counted:
+        with Collectives() as counted:
             optimizer.step(closure_of(model, *batch_of(step, rank)))
         counts.append(counted.count)
     optimizer.check_replicas()

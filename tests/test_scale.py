@@ -17,7 +17,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, empty
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import crsam_ext
@@ -25,7 +24,7 @@ from crsam_ext import CRSAM
 from crsam_ext.backends.torch import TorchOperators
 from crsam_ext.flat import ALIGNMENT
 
-from .ranks import LIMIT
+from .ranks import LIMIT, Collectives
 
 pytestmark = pytest.mark.slow
 
@@ -106,11 +105,10 @@ def collectives(size, kind, depth, options, sharding):
             lengths.append(tensor.numel())
         return all_reduce(tensor, *arguments, **keywords)
 
-    with CommDebugMode() as mode, mock.patch.object(dist, "all_reduce", spy):
+    with Collectives() as counted, mock.patch.object(dist, "all_reduce", spy):
         run.step()
-    counts = {str(name).split(".")[-1]: count for name, count in mode.get_comm_counts().items()}
     changed = all((p.to_local() != old).all() for p, old in zip(run.model.parameters(), before, strict=True))
-    return counts, lengths, changed and int(run.optimizer.stats.skipped) == 0
+    return dict(counted.counts), lengths, changed and int(run.optimizer.stats.skipped) == 0
 
 
 @pytest.mark.parametrize("depth", [2, 5])

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crsam_ext import CRSAM, GradScaler
 
-from .ranks import AllReduces, Ranks
+from .ranks import Collectives, Ranks
 
 pytestmark = pytest.mark.slow
 
@@ -305,7 +305,7 @@ def test_it_costs_no_other_reduction(four):
 
 def reductions(rank, size):
     model, optimizer = trained(rank, size, {**ADAMW, "shard_state": True}, steps=range(2))
-    with AllReduces() as counted:
+    with Collectives() as counted:
         optimizer.step(closure_of(model, 2, rank, size))
     return counted.count
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from crsam_ext import CRSAM, GradScaler, GraphedStep, shards
 
-from .ranks import AllReduces, Ranks
+from .ranks import Collectives, Ranks
 
 pytestmark = pytest.mark.slow
 
@@ -294,7 +294,7 @@ def reductions(rank, size, kind, options):
     optimizer = CRSAM(groups, **OPTIONS[options])
     closure, passes = closure_of(model, 0, part, parts), optimizer.passes
     optimizer.step(closure)
-    with AllReduces() as of_passes:
+    with Collectives() as of_passes:
         for _ in range(passes):
             optimizer.zero_grad()
             closure()
@@ -302,7 +302,7 @@ def reductions(rank, size, kind, options):
             for param in model.parameters():
                 if isinstance(param.grad, DTensor):
                     param.grad.redistribute(param.device_mesh, param.placements)
-    with AllReduces() as with_step:
+    with Collectives() as with_step:
         optimizer.step(closure)
     return with_step.count, of_passes.count
 
