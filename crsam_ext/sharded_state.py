@@ -12,7 +12,7 @@ every rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -96,7 +96,7 @@ class OwnPlan:
         Column, self._shards = bucket.host.Column, shards
         # For every row: where it lies in which row of the plan, and in the buffers of the state.
         self._places: list[tuple[int, int, int]] = []
-        self._sent: list[tuple[int, int, int, int]] = []  # row of the plan, start there, elements, and those of a chunk
+        self._sent: list[Sent] = []
         self.rows: list[Slot] = []
         spans = []
         for index, row in enumerate(plan.rows):
@@ -108,7 +108,7 @@ class OwnPlan:
                     self._places.append((index, first + start, first + stop))
                     spans.append((slot.own_offset, slot.own_offset + stop - start))
                 if shards.chunk(slot):
-                    self._sent.append((index, first, slot.numel, shards.chunk(slot)))
+                    self._sent.append(Sent(index, first, slot.numel, shards.chunk(slot)))
         self.groups = bucket.host.Groups(slot.group for slot in self.rows)
         self.live = Column(self.of(plan.live))
         self.buffers: dict[str, list[Any]] = {
@@ -131,47 +131,72 @@ class OwnPlan:
     def share(self, rows: Sequence[Tensor]) -> None:
         """Send the own parts of rows of the plan to all ranks, and write those of the others.
 
-        What is sent at once is copied into its place while the next piece is on the way.
+        A piece is copied to its place while the next one is on the way.
 
         Args:
             rows: all of a plan, of one dtype.
         """
-        shards, pending = self._shards, []
+        last: _Piece | None = None
         for sent in _pieces(self._sent, rows[0].element_size() if rows else 1):
-            length = sum(chunk for *_, chunk in sent)
-            own = rows[0].new_zeros(length)
-            offset, copies = 0, []
-            for index, first, numel, chunk in sent:
-                start = min(shards.rank * chunk, numel)
-                stop = min(start + chunk, numel)
-                own[offset : offset + stop - start] = rows[index][first + start : first + stop]
-                copies.append((rows[index][first : first + numel], offset, chunk))
-                offset += chunk
-            everyone = own.new_empty(shards.size * length)
-            work = dist.all_gather_into_tensor(everyone, own, group=shards.group, async_op=True)
-            pending.append((work, everyone.view(shards.size, length), copies))
-        for work, everyone, copies in pending:
-            assert work is not None
-            work.wait()
-            targets, sources = [], []
-            for target, offset, chunk in copies:
-                full, left = divmod(len(target), chunk)
-                targets.append(target[: full * chunk].view(full, chunk))
-                sources.append(everyone[:full, offset : offset + chunk])
-                if left:
-                    targets.append(target[full * chunk :])
-                    sources.append(everyone[full, offset : offset + left])
-            torch._foreach_copy_(targets, sources)
+            piece = self._send(rows, sent)
+            if last is not None:
+                last.receive()
+            last = piece
+        if last is not None:
+            last.receive()
+
+    def _send(self, rows: Sequence[Tensor], sent: list[Sent]) -> _Piece:
+        shards = self._shards
+        own, offset, targets = rows[0].new_zeros(sum(each.chunk for each in sent)), 0, []
+        for row, first, numel, chunk in sent:
+            start = min(shards.rank * chunk, numel)
+            stop = min(start + chunk, numel)
+            own[offset : offset + stop - start] = rows[row][first + start : first + stop]
+            targets.append((rows[row][first : first + numel], offset, chunk))
+            offset += chunk
+        everyone = own.new_empty(shards.size * len(own))
+        work = dist.all_gather_into_tensor(everyone, own, group=shards.group, async_op=True)
+        return _Piece(work, everyone.view(shards.size, len(own)), targets)
 
 
-def _pieces(sent: list[Any], itemsize: int) -> list[list[Any]]:
-    """What is sent, in runs that are sent at once."""
-    pieces: list[list[Any]] = []
+class Sent(NamedTuple):
+    """A parameter whose parts are sent."""
+
+    row: int  #: of the plan
+    first: int  #: element there
+    numel: int
+    chunk: int  #: elements of a rank
+
+
+class _Piece(NamedTuple):
+    """What is sent at once."""
+
+    work: Any
+    everyone: Tensor  # [ranks, elements of each]
+    targets: list[tuple[Tensor, int, int]]  # a parameter, where its chunk begins, and the length of that
+
+    def receive(self) -> None:
+        """Wait for it, and copy it to its place."""
+        self.work.wait()
+        to, of = [], []
+        for target, offset, chunk in self.targets:
+            full, left = divmod(len(target), chunk)
+            to.append(target[: full * chunk].view(full, chunk))
+            of.append(self.everyone[:full, offset : offset + chunk])
+            if left:
+                to.append(target[full * chunk :])
+                of.append(self.everyone[full, offset : offset + left])
+        torch._foreach_copy_(to, of)
+
+
+def _pieces(sent: Sequence[Sent], itemsize: int) -> list[list[Sent]]:
+    """What is sent, in runs of parameters that are sent at once."""
+    pieces: list[list[Sent]] = []
     size = 0
     for each in sent:
-        if not pieces or size + each[-1] * itemsize > PIECE:
+        if not pieces or size + each.numel * itemsize > PIECE:
             pieces.append([])
             size = 0
         pieces[-1].append(each)
-        size += each[-1] * itemsize
+        size += each.numel * itemsize
     return pieces

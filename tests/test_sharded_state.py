@@ -1,5 +1,7 @@
 """shard_state: every rank keeps a part of the base optimizer's state, and the parameters are what they would be."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -9,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from crsam_ext import CRSAM, GradScaler
+from crsam_ext import CRSAM, GradScaler, sharded_state
 
 from .ranks import Collectives, Ranks
 
@@ -109,6 +111,16 @@ def both(rank, size, options, dtype):
     whole, _ = trained(rank, size, OPTIONS[options], dtype)
     shared, _ = trained(rank, size, {**OPTIONS[options], "shard_state": True}, dtype)
     return equal(values(whole), values(shared))
+
+
+def test_in_pieces(four):
+    """Of whole parameters, here of one each."""
+    assert all(four(with_pieces))
+
+
+def with_pieces(rank, size):
+    with mock.patch.object(sharded_state, "PIECE", 100):
+        return both(rank, size, "adamw", torch.float32)
 
 
 def test_on_two_ranks(two):
