@@ -156,21 +156,22 @@ def _groups_of_fully_shard() -> Iterator[Any]:
     states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
     for reference in list(states.values()):
         state = reference()
-        groups = getattr(state, "_fsdp_param_groups", None)
-        yield from [getattr(state, "_fsdp_param_group", None)] if groups is None else groups
+        groups = getattr(state, "_fsdp_param_groups", None)  # in earlier versions one, or none
+        groups = [getattr(state, "_fsdp_param_group", None)] if groups is None else groups
+        yield from (group for group in groups if group is not None)
 
 
 def fully_sharded(params: Iterable[Tensor]) -> list[Any]:
     """Those groups of fully_shard that have one of the parameters; ``is_unsharded`` tells whether one is gathered."""
     wanted = set(map(id, params))
-    groups = [group for group in _groups_of_fully_shard() if group is not None]
+    groups = _groups_of_fully_shard()
     return [group for group in groups if any(id(member.sharded_param) in wanted for member in group.fsdp_params)]
 
 
 def gathered_by_fully_shard() -> set[int]:
     """The identities of the plain parameters that stand for shards in a model while fully_shard has gathered them."""
-    groups = [group for group in _groups_of_fully_shard() if group is not None]
-    gathered = [getattr(member, "_unsharded_param", None) for group in groups for member in group.fsdp_params]
+    members = (member for group in _groups_of_fully_shard() for member in group.fsdp_params)
+    gathered = [getattr(member, "_unsharded_param", None) for member in members]
     return {id(param) for param in gathered if param is not None}
 
 

@@ -269,7 +269,7 @@ class Bucket:
     """All parameters of one device and dtype, and sharded over the same ranks. See the module's docstring.
 
     Attributes:
-        groups: the process groups over which the parameters are sharded.
+        sharded_over: the process groups over which the parameters are sharded.
         slots: in the order in which they lie in memory: by group, small parameters first.
         points: [1 or 2, elements]: what the model reads and, where asked for, w - e beside it.
         live: the first of these.
@@ -298,7 +298,7 @@ class Bucket:
         self.slots: list[Slot] = []
         self.shards = shards
         offset = live_offset = own_offset = 0
-        self.groups = groups_of(first)
+        self.sharded_over = groups_of(first)
         found = [(param, local(param), group) for param, group in members]
         for param, here, group in sorted(found, key=lambda m: (m[2], m[1].numel() >= self.gather_below)):
             stride = torch.empty_like(here, device="meta").stride()  # dense, in the parameter's own order
@@ -387,12 +387,7 @@ class Bucket:
             kept = state.get(slot.param, {})
             for name, view in slot.views.items():
                 if kept.get(name) is not None:
-                    given = kept[name]
-                    if self.shards is not None and is_sharded(view) and not is_sharded(given):
-                        local(view).copy_(self.shards.own_part_of(slot, given))
-                        kept[name] = view
-                    else:
-                        slot.views[name] = kept[name] = self._take_over(name, given, view, moved)
+                    slot.views[name] = kept[name] = self._take_over(slot, name, kept[name], view, moved)
             self._count(slot, kept, layout)
             if kept and slot.views:
                 kept.pop("master_param", None)
@@ -419,7 +414,7 @@ class Bucket:
         self.history = [] if self.steps is None else self.steps.tolist()
         self._plans.clear()
 
-    def _take_over(self, name: str, given: Any, view: Tensor, moved: Mapping[Tensor, int]) -> Tensor:
+    def _take_over(self, slot: Slot, name: str, given: Any, view: Tensor, moved: Mapping[Tensor, int]) -> Tensor:
         """Move a value of the state into the flat buffer that ``view`` is a part of; the tensor that the state holds.
 
         A tensor stays the object that it is, as whoever handed it in may go on reading it.
@@ -430,7 +425,10 @@ class Bucket:
                 f"state {name!r} has shape {tuple(value.shape)} but its parameter has shape {tuple(view.shape)}: "
                 "a parameter that changes shape needs a new optimizer"
             )
-        check_state(name, value, view)
+        if self.shards is not None and is_sharded(view) and not is_sharded(value):
+            value = self.shards.own_part_of(slot, value)
+        else:
+            check_state(name, value, view)
         local(view).copy_(local(value))
         if is_sharded(view):
             return view
@@ -759,12 +757,13 @@ class FlatParameters:
         for bucket, of_bucket in zip(self.buckets, zip(*parts, strict=True), strict=True):
             zeros = torch.zeros(shape, dtype=torch.float64, device=home)
             stacked = torch.stack([zeros if x is None else x.to(home, non_blocking=True) for x in of_bucket])
-            sums[bucket.groups] = sums[bucket.groups] + stacked if bucket.groups in sums else stacked
+            over = bucket.sharded_over
+            sums[over] = sums[over] + stacked if over in sums else stacked
         return list(sum_over(sums).unbind())
 
     def anywhere(self, number: Tensor) -> Tensor:
         """The sum of a number over all ranks that have a shard of any parameter."""
-        groups = dict.fromkeys(group for bucket in self.buckets for group in bucket.groups)
+        groups = dict.fromkeys(group for bucket in self.buckets for group in bucket.sharded_over)
         return sum_over({tuple(groups): number})
 
     def constants(self, values: tuple[float, ...]) -> Tensor:

@@ -1024,12 +1024,12 @@ class CRSAM(Optimizer):
 
     def _check_state(self, loaded: dict[str, Any]) -> None:
         """Raise ValueError for state that is not placed as its parameter is; nothing has been loaded yet."""
+        if self.shard_state:  # there a state is cut, or is to be
+            return
         native = self._update().native
         for param, name, value in self._values(loaded):
             if not value.dim() or value.shape != param.shape:
                 continue
-            if self.shard_state:
-                continue  # there a state is cut, or is to be
             # A wrapped optimizer may place its own as it likes, but not as full tensors: it mixes them with gradients.
             ours = native or name in (SECOND_DIFFERENCE, DIRECTION)
             if ours or is_sharded(param) != is_sharded(value):

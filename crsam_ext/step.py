@@ -721,7 +721,7 @@ class Step:
             by_pass: list[Sequence[Tensor]] = [own.of(of_pass) for of_pass in grads]
             here = own.live if saved is plan.live else own.of(saved)
             self._update.apply(self.operators, own, here, by_pass, c, own.direction(direction), moved=True)
-        if saved is plan.saved and has_master(plan.live[0].dtype):  # the masters are whole on every rank
+        if has_master(plan.live[0].dtype):  # the masters, which are saved, are whole on every rank
             own.share(plan.saved)
             torch._foreach_copy_(list(plan.live), list(plan.saved))
         else:

@@ -310,6 +310,21 @@ def with_torchs_state(rank, size):
     return equal(values(shared), values(whole))
 
 
+def test_a_state_of_another_shape_is_refused(two):
+    for failure in two.attempt(with_another_shape):
+        assert failure.kind == "ValueError"
+        assert "a parameter that changes shape needs a new optimizer" in failure.message
+
+
+def with_another_shape(rank, size):
+    _, torchs = trained(rank, size, ADAMW, steps=range(1))
+    state = torchs.state_dict()
+    state["state"][2]["exp_avg"] = state["state"][2]["exp_avg"][:1]
+    model, optimizer = made(**ADAMW, shard_state=True)
+    optimizer.load_state_dict(state)
+    optimizer.step(closure_of(model, 1, rank, size))
+
+
 def test_it_costs_no_other_reduction(four):
     for count in four(reductions):
         assert count == 1

@@ -163,6 +163,11 @@ def full(tensor):
     return (tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).clone()
 
 
+def apart(model, expected):
+    """The greatest difference between the parameters of a model and those that are expected."""
+    return max(float((full(p) - q).abs().max()) for p, q in zip(model.parameters(), expected, strict=True))
+
+
 def trajectory(model, optimizer, part=0, parts=1, steps=STEPS):
     """All parameters after each step."""
     result = []
@@ -232,7 +237,7 @@ def with_nothing(rank, size, options):
                 return loss
 
             optimizer.step(closure)
-    error = max(float((full(p) - q).abs().max()) for p, q in zip(model.parameters(), alone.parameters(), strict=True))
+    error = apart(model, alone.parameters())
     state = {name: full(x).tolist() for name, x in made.state[model.weight].items()}
     return error, (int(made.stats.skipped), float(made.stats.regularized_norm or 0), sorted(state), state.get("step"))
 
@@ -396,22 +401,34 @@ def with_calls(rank, size, kind, combines):
         else:
             optimizer.third_step()
         optimizer.zero_grad()
-    return max(float((full(p) - q).abs().max()) for p, q in zip(model.parameters(), expected, strict=True))
+    return apart(model, expected)
 
 
-def test_accumulation(four):
-    assert max(four(accumulated)) < ROUNDING
+@pytest.mark.parametrize("reshards_late", [False, True])
+def test_accumulation(four, reshards_late):
+    """set_reshard_after_backward(False) is for micro-batches, between which nothing is perturbed."""
+    assert max(four(accumulated, reshards_late)) < ROUNDING
 
 
-def accumulated(rank, size):
+def accumulated(rank, size, reshards_late):
     model, part, parts = sharded("fsdp", size)
     optimizer = CRSAM(model.parameters(), **SGD)
     alone = Network()
     expected = CRSAM(alone.parameters(), **SGD)
+
+    def micro_batch(step, index):
+        closure = closure_of(model, 2 * step + index, part, parts)
+
+        def run():
+            model.set_reshard_after_backward(not reshards_late or index == 1)
+            return closure()
+
+        return run
+
     for step in range(STEPS):
-        optimizer.step([closure_of(model, 2 * step + i, part, parts) for i in range(2)])
+        optimizer.step([micro_batch(step, index) for index in range(2)])
         expected.step([closure_of(alone, 2 * step + i) for i in range(2)])
-    return max(float((full(p) - q).abs().max()) for p, q in zip(model.parameters(), alone.parameters(), strict=True))
+    return apart(model, alone.parameters())
 
 
 @pytest.mark.parametrize("index", range(3))
@@ -624,30 +641,6 @@ def refused(rank, size, case):
             assert all(map(torch.equal, before, map(local_of, optimizer.param_groups[0]["params"])))
 
 
-def test_the_last_micro_batch_may_reshard(four):
-    """set_reshard_after_backward(False) is for micro-batches, between which nothing is perturbed."""
-    assert max(four(resharding_late)) < ROUNDING
-
-
-def resharding_late(rank, size):
-    model, part, parts = sharded("fsdp", size)
-    optimizer = CRSAM(model.parameters(), **SGD)
-    alone = Network()
-    expected = CRSAM(alone.parameters(), **SGD)
-
-    def keeping(closure, reshards):
-        def run():
-            model.set_reshard_after_backward(reshards)
-            return closure()
-
-        return run
-
-    for step in range(STEPS):
-        optimizer.step([keeping(closure_of(model, 2 * step + i, part, parts), bool(i)) for i in range(2)])
-        expected.step([closure_of(alone, 2 * step + i) for i in range(2)])
-    return max(float((full(p) - q).abs().max()) for p, q in zip(model.parameters(), alone.parameters(), strict=True))
-
-
 @pytest.mark.parametrize("index", range(3))
 def test_an_exception_in_a_forward_leaves_w(four, index):
     """And says what fully_shard needs before it goes on, where Python can add that to an exception."""
@@ -683,7 +676,7 @@ def with_exception(rank, size, index):
     return (
         same,
         notes,
-        max(float((full(p) - q).abs().max()) for p, q in zip(model.parameters(), alone.parameters(), strict=True)),
+        apart(model, alone.parameters()),
     )
 
 
@@ -708,4 +701,4 @@ def exchanged(rank, size, options):
     fully_shard(model, mesh=mesh_of(size))
     fsdp2_switch_optimizer_parameters(optimizer, {addresses[name]: p for name, p in model.named_parameters()})
     trajectory(model, optimizer, rank, size)
-    return max(float((full(p) - q).abs().max()) for p, q in zip(model.parameters(), expected, strict=True))
+    return apart(model, expected)

@@ -10,7 +10,6 @@ clients and local steps, the learning rate of SGD is tuned on a validation split
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -33,7 +32,7 @@ from crsam_ext.training.data import batches, epoch_order
 
 from .analysis import best_rho, mean_and_error
 from .methods import METHODS
-from .runs import evaluate, run_all
+from .runs import evaluate, key_of, run_all
 from .tasks import TASKS, Samples
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -89,8 +88,7 @@ class Config:
 
     @property
     def key(self) -> str:
-        text = json.dumps([VERSION, torch.__version__, asdict(self)], sort_keys=True)
-        return "federated-" + hashlib.sha256(text.encode()).hexdigest()[:20]
+        return "federated-" + key_of(self, VERSION)
 
 
 def split(labels: Tensor, clients: int, seed: int) -> list[Tensor]:

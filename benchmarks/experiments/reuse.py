@@ -9,7 +9,6 @@ minute for each task, also where all its runs are in the cache.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -32,7 +31,7 @@ from crsam_ext.training.data import batches, epoch_order
 
 from .analysis import best_rho, mean_and_error
 from .methods import METHODS, RHOS
-from .runs import evaluate, run_all
+from .runs import evaluate, key_of, run_all
 from .tasks import TASKS, Samples
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -118,8 +117,7 @@ class Config:
 
     @property
     def key(self) -> str:
-        text = json.dumps([VERSION, torch.__version__, asdict(self)], sort_keys=True)
-        return "reuse-" + hashlib.sha256(text.encode()).hexdigest()[:20]
+        return "reuse-" + key_of(self, VERSION)
 
 
 class Run:

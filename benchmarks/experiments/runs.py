@@ -46,8 +46,13 @@ class Config:
 
     @property
     def key(self) -> str:
-        text = json.dumps([VERSION, torch.__version__, asdict(self)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:20]
+        return key_of(self, VERSION)
+
+
+def key_of(config: Any, version: int) -> str:
+    """The name under which a run is cached: another one for each configuration, version of the code, and torch."""
+    text = json.dumps([version, torch.__version__, asdict(config)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def run(config: Config) -> dict[str, Any]:
