@@ -31,10 +31,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from crsam_ext import CRSAM, curvature
-from crsam_ext.training.data import Batch, load
-from crsam_ext.training.loop import Run, create_optimizer, train_epoch
+from crsam_ext.training.data import load
+from crsam_ext.training.measure import Parts
 from crsam_ext.training.models import create_model
 from crsam_ext.training.options import parse
+from crsam_ext.training.steps import Objective, Step, create_optimizer
+
+from .experiments.tasks import Samples
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
@@ -52,7 +55,7 @@ TOLERANCE = 0.1
 SETTINGS = [(128, 1.0), (16, 1.0), (512, 1.0), (128, 1e-3), (128, 1e3)]
 
 
-def half_trained(name: str) -> tuple[nn.Module, Batch]:
+def half_trained(name: str) -> tuple[nn.Module, Samples]:
     """A network after some epochs of SGD, and the samples of the epoch that would come next."""
     command, epochs = NETWORKS[name]
     options = parse([*command.split(), "--optimizer", "sgd", "--schedule", "constant"])
@@ -61,16 +64,19 @@ def half_trained(name: str) -> tuple[nn.Module, Batch]:
     model = create_model(options.model, data.shape, data.classes)
     if "GELU" in name:
         model = nn.Sequential(*(nn.GELU() if isinstance(layer, nn.ReLU) else layer for layer in model))
-    run = Run(CPU, model, create_optimizer(model, options), None)
+    objective = Objective(model, options).train()
+    step = Step(objective, create_optimizer(objective, options), Parts(CPU))
     for epoch in range(epochs):
-        train_epoch(run, options, data.train(epoch), 0, lambda: None)
-    x, y = (torch.cat(parts) for parts in zip(*data.train(epochs), strict=True))
+        for x, y, _ in data.train(epoch, 0):
+            step(x, y)
+    last = list(data.train(epochs, 0))
+    x, y = torch.cat([batch.x for batch in last]), torch.cat([batch.y for batch in last])
     # A copy of its own: the optimizer has laid the parameters into its buffers.
     return copy.deepcopy(model), (x, y)
 
 
 def kappas(
-    model: nn.Module, batch: Batch, rhos: list[float], estimator: str, precision: str, scale: float
+    model: nn.Module, batch: Samples, rhos: list[float], estimator: str, precision: str, scale: float
 ) -> tuple[list[float], list[torch.Tensor]]:
     """kappa for each rho, as the optimizer computes it, and the gradient along which it does."""
     x, y = batch
@@ -93,7 +99,7 @@ def kappas(
 
 
 def errors_of(
-    model: nn.Module, batches: list[Batch], rhos: list[float], precision: str, scale: float
+    model: nn.Module, batches: list[Samples], rhos: list[float], precision: str, scale: float
 ) -> dict[str, list[list[float]]]:
     """Relative errors of kappa: for each estimator, a list over rho of lists over batches."""
     wide = copy.deepcopy(model).double()

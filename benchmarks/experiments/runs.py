@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crsam_ext import CRSAM, curvature
 from crsam_ext.training import checkpoint
 from crsam_ext.training.data import batches, epoch_order
-from crsam_ext.training.loop import step
 
 from .methods import METHODS
 from .tasks import TASKS, Samples
@@ -75,7 +74,13 @@ def run(config: Config) -> dict[str, Any]:
     for epoch in range(config.epochs):
         model.train()
         for x, y in batches(*train, task.batch_size, epoch_order(len(train[0]), config.seed, epoch)):
-            step(model, optimizer, x, y, 0.0, False)
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
         schedule.step()
         if epoch + 1 in config.checkpoints:
             row = {"epoch": epoch + 1} | evaluate(model, test, "test")

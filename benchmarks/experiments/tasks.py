@@ -49,8 +49,8 @@ class Task:
 def images(name: str) -> Splits:
     """mnist1d or digits as crsam-train has them; a fifth of the training samples, chosen once, is for validation."""
     data = load_training_data(parse(["--data", name]), torch.device("cpu"))
-    x, y = (torch.cat(parts) for parts in zip(*data.train(0), strict=True))
-    test = tuple(torch.cat(parts) for parts in zip(*data.test(), strict=True))
+    x, y = (torch.cat(parts) for parts in list(zip(*data.train(0, 0), strict=True))[:2])
+    test = tuple(torch.cat(parts) for parts in list(zip(*data.test(), strict=True))[:2])
     kept = len(x) - len(x) // 5
     return Splits((x[:kept], y[:kept]), (x[kept:], y[kept:]), (test[0], test[1]))
 

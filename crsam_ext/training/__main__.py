@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from .errors import TrainingError
+from .errors import Stopped, TrainingError
 from .options import parse
 from .ranks import started
 
@@ -17,8 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the name of the program; those of the process by default.
 
     Returns:
-        The exit code: 0, 1 when nobody reads the output, 2 after an error that the user can mend, 130 after Ctrl-C. A
-        process that torchrun has started ends with it here: threads of gloo may abort an interpreter that shuts down.
+        The exit code: 0, 1 when nobody reads the output, 2 after an error that the user can mend, 75 after SIGTERM or
+        SIGUSR1, when the run goes on with --resume, 130 after Ctrl-C. A process that torchrun has started ends with it
+        here: threads of gloo may abort an interpreter that shuts down.
     """
     code = _main(argv)
     if started()[1] > 1:
@@ -37,17 +38,19 @@ def _main(argv: Sequence[str] | None) -> int:
         from .loop import run
 
         run(options)
+    except Stopped as stopped:
+        return stopped.status
     except TrainingError as error:
         return _complain(str(error), 2)
     except ModuleNotFoundError as error:
         package = (error.name or str(error)).partition(".")[0]
         return _complain(f"the package {package} is missing: pip install 'crsam_ext[train]'", 2)
     except KeyboardInterrupt:
-        return _complain("interrupted; with --resume it goes on after the last complete epoch", 130)
+        return _complain("interrupted; with --resume it goes on after the last checkpoint", 130)
     except BrokenPipeError:
-        return _complain("nobody reads the output any more; with --resume it goes on after the last complete epoch", 1)
+        return _complain("nobody reads the output any more; with --resume it goes on after the last checkpoint", 1)
     except OSError as error:  # of stdout or stderr: those of files have become a TrainingError
-        return _complain(f"{error}; with --resume it goes on after the last complete epoch", 2)
+        return _complain(f"{error}; with --resume it goes on after the last checkpoint", 2)
     return 0
 
 

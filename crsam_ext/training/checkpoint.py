@@ -1,5 +1,6 @@
-"""Atomic files, random states, and loading checkpoints with checks."""
+"""Atomic files, and loading checkpoints with checks."""
 
+import json
 import os
 import random
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 
 from .errors import TrainingError
 
-FORMAT = "crsam-train 1"
+FORMAT = "crsam-train 2"
 PARTIAL = ".partial"
 
 
@@ -57,7 +58,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise TrainingError(f"there is no run to resume in {path.parent}: {path.name} is missing") from error
+        raise TrainingError(f"there is no checkpoint {path}") from error
     except OSError as error:
         raise TrainingError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file raises whatever the bytes lead the unpickler to
@@ -67,27 +68,9 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The states of all random number generators, in tensors, lists and numbers only."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        device.type: None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(),
-    }
-
-
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Restore what :func:`random_state` returned; a device that the state does not know keeps its own."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state.get(device.type) is not None:
-        torch.get_device_module(device).set_rng_state(state[device.type])
+def as_json(content: Any) -> bytes:
+    """As an indented JSON file."""
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def seed_everything(seed: int) -> None:

@@ -1,71 +1,44 @@
-"""Epochs: train, evaluate, log, save, resume.
+"""The course of a run: epochs of steps, tests, log lines, checkpoints."""
 
-The checkpoint ``last.pt`` is the one truth about a run: it is written before the first epoch and after each, and holds
-the history too. ``log.csv`` is written anew from that history each time, and ``best.pt`` before ``last.pt``. So a run
-that is killed at any moment goes on after its last complete epoch, with every file as if it had never stopped.
-"""
-
-import csv
-import io
-import json
 import math
 import os
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from timm.scheduler.scheduler import Scheduler
-from timm.scheduler.scheduler_factory import create_scheduler_v2
 from timm.utils.model_ema import ModelEmaV3
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from crsam_ext import CRSAM, Scheduled
+from torch import Tensor
 
 from . import checkpoint
 from .data import Batch, Data, load
-from .errors import TrainingError
+from .errors import Stopped, TrainingError
 from .images import named
+from .logs import Logs
+from .measure import Epoch, Parts, correct_in_top, flops_of_pass, peak_tflops
 from .models import create_model
-from .options import SCHEDULED, build_parser, run_config
-from .plot import draw
-from .progress import progress, say, warn
+from .options import image_sizes
+from .progress import Bar, progress, say, warn
+from .randomness import reseed, seed_of
 from .ranks import ALONE, Ranks
+from .schedules import Schedules
+from .state import Run, claim, restore, save, save_best
+from .steps import Objective, Step, create_optimizer
+from .stop import Requests
 
-FILES = ("last.pt", "best.pt", "log.csv", "curves.png", "config.json")
 # A picture takes half a second: after an epoch of at least this many seconds it is drawn at once, else at the end.
 SLOW_EPOCH = 10.0
 
 
-@dataclass
-class Run:
-    """Everything that training changes."""
-
-    device: torch.device
-    model: nn.Module
-    optimizer: CRSAM
-    ema: ModelEmaV3 | None
-    ranks: Ranks = ALONE
-    ddp: nn.Module | None = None  #: the DistributedDataParallel around the model, in several processes
-    history: list[dict[str, Any]] = field(default_factory=list)  #: the rows of log.csv
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The model whose accuracy counts: the moving average where there is one."""
-        return self.model if self.ema is None else self.ema.module
-
-
 def run(options: Namespace) -> None:
-    """Train as the options say, which :func:`crsam_ext.training.options.parse` returned.
+    """Train, or test a checkpoint, as the options say, which :func:`crsam_ext.training.options.parse` returned.
 
     The results go to ``options.output``; nothing is written before the data, the model and the optimizer are there.
 
     Raises:
         TrainingError: something that the user gave cannot be used, or the training diverged.
+        Stopped: a signal has asked for it; the checkpoint is written.
     """
     try:
         _run(options)
@@ -74,39 +47,61 @@ def run(options: Namespace) -> None:
             raise
         raise TrainingError(f"batch norm takes no batch of one sample: give a larger --batch-size ({error})") from error
     except (RuntimeError, MemoryError) as error:
-        if "DataLoader worker" in str(error) and "pid" in str(error):
-            raise TrainingError(
-                f"a process that prepares images has died, perhaps for lack of memory: give fewer --workers ({error})"
-            ) from error
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "t allocate memory" not in str(error):
             raise
         raise TrainingError("there is not enough memory: give a smaller --batch-size, or fewer --workers") from error
 
 
 def _run(options: Namespace) -> None:
-    device = _prepare_device(options)
+    device = prepare_device(options)
     ranks = Ranks.of_torchrun(device)
     data = load(options, device, ranks)
-    state = _start(options, data, device, ranks)
+    if options.evaluate is not None:
+        _evaluate_checkpoint(options, data, device, ranks)
+        return
+    state = start(options, data, device, ranks)
+    requests = Requests(ranks, options.save_minutes)
     if options.resume:
-        _restore(state, options)
+        restore(state, options)
     else:
-        ranks.first(lambda: _claim(options.output, options.overwrite))
-        _save_last(state, options)
-    _save_config(state, options)
-    _save_log(state, options)
+        ranks.first(lambda: claim(options))
+        save(state, options)
+    logs = Logs(options, state.step) if ranks.is_first else None
+    if logs is not None:
+        logs.write_history(state.history)
     state.optimizer.check_replicas()
     try:
-        _train(state, options, data)
-    finally:
-        if state.history:
-            _draw(state, options)
+        with requests.listening():
+            Training(options, data, state, requests, logs).run()
+    except Stopped as stopped:
+        warn(str(stopped))
+        _finish(state, logs)
+        raise
+    except BaseException:
+        _finish(state, logs, alone=True)
+        raise
+    _finish(state, logs)
     state.optimizer.check_replicas()
     _report(state, options)
     ranks.leave()
 
 
-def _prepare_device(options: Namespace) -> torch.device:
+def _finish(state: Run, logs: Logs | None, alone: bool = False) -> None:
+    """Draw the picture and close the files; all processes wait for the one that does, unless one of them failed."""
+    if logs is not None:
+        if state.history:
+            logs.draw(state.history)
+        logs.close()
+    if not alone:
+        state.ranks.leave()
+
+
+def prepare_device(options: Namespace) -> torch.device:
+    """The device of ``--device``, set up as the options say.
+
+    Raises:
+        TrainingError: there is no such device.
+    """
     if options.threads:
         torch.set_num_threads(options.threads)
     name = options.device
@@ -120,309 +115,276 @@ def _prepare_device(options: Namespace) -> torch.device:
         raise TrainingError(f"--device {name}: {str(error).splitlines()[0]}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.deterministic = True
+        if options.amp:
+            torch.set_float32_matmul_precision("high")  # TensorFloat-32 for what autocast leaves
+        torch.backends.cudnn.benchmark = not options.deterministic
+        if options.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
     return device
 
 
-def _start(options: Namespace, data: Data, device: torch.device, ranks: Ranks) -> Run:
+def start(options: Namespace, data: Data, device: torch.device, ranks: Ranks) -> Run:
+    """A run that has taken no step."""
     # After the data: making some of it seeds the global generators.
     checkpoint.seed_everything(options.seed)
-    model = create_model(options.model, data.shape, data.classes).to(device)
+    model = _create_model(options, data).to(device)
+    if options.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     ema = None if options.ema is None else ModelEmaV3(model, decay=options.ema, use_warmup=True)
+    objective = Objective(model, options)
     if options.compile:
-        model.compile()
-    ddp = ranks.ddp(model, device)
-    if not ranks.is_first:  # dropout masks of its own
-        checkpoint.seed_everything(options.seed + 1_000_003 * ranks.rank)
-    optimizer = create_optimizer(ddp or model, options)
-    return Run(device, model, optimizer, ema, ranks, ddp)
+        objective.compile(dynamic=False)
+    trained = ranks.ddp(objective, device) or objective
+    return Run(device, ranks, objective, create_optimizer(trained, options), ema, trained, Epoch(ranks))
 
 
-def create_optimizer(model: nn.Module, options: Namespace) -> CRSAM:
-    """The optimizer of ``--optimizer`` over all parameters of ``model``, which may be a DistributedDataParallel.
-
-    ``sgd`` and ``adamw`` are CRSAM with rho = 0, which runs one pass and is its base: so every optimizer shares one
-    loop, the same clipping, the same skipping of bad steps and the same measurements, and only the method differs.
-    """
-    if options.base == "adamw":
-        base: type[torch.optim.Optimizer] = torch.optim.AdamW
-        arguments = _pick(options, "lr", "weight_decay")
-    else:
-        base = torch.optim.SGD
-        arguments = _pick(options, "lr", "momentum", "nesterov", "weight_decay")
-    if options.optimizer == "crsam":
-        arguments |= _pick(options, "rho", "alpha", "beta", "regularizer", "estimator", "adaptive")
-        arguments |= _pick(options, "interval", "reuse", "curvature_interval")
-    elif options.optimizer == "sam":
-        arguments |= _pick(options, "rho", "adaptive", "interval", "reuse") | {"alpha": 0.0, "beta": 0.0}
-    else:
-        arguments |= {"rho": 0.0, "alpha": 0.0, "beta": 0.0}
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        arguments |= _pick(options, "sync_perturbation")
-    try:
-        return CRSAM(model.parameters(), base, model=model, max_grad_norm=options.max_grad_norm, **arguments)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise TrainingError(str(error).splitlines()[0]) from error
+def _create_model(options: Namespace, data: Data) -> torch.nn.Module:
+    sizes = {data.shape[-1]}
+    if options.image_size is not None:
+        sizes |= {size for _, size in image_sizes(options.image_size)}
+    return create_model(
+        options.model, data.shape, data.classes, options.drop_path, options.head_init_bias, other_sizes=len(sizes) > 1
+    )
 
 
-def _pick(options: Namespace, *names: str) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in names}
-
-
-def create_schedules(optimizer: CRSAM, options: Namespace) -> list[Scheduler]:
-    """timm's schedulers, of the learning rate (``--schedule``) and of what else is not constant.
-
-    Their ``step(epoch)`` sets the option as a function of the epoch alone, so they have no state to save.
-    """
-    schedules = [_schedule(optimizer, options.schedule, options, warmup_epochs=options.warmup_epochs)]
-    for option in SCHEDULED:
-        kind = getattr(options, f"{option}_schedule")
-        if kind != "constant":
-            schedules.append(_schedule(Scheduled(optimizer, option), kind, options, warmup_epochs=0))
-    return schedules
-
-
-def _schedule(optimizer: torch.optim.Optimizer, kind: str, options: Namespace, warmup_epochs: int) -> Scheduler:
-    kinds: dict[str, dict[str, Any]] = {
-        "cosine": {"sched": "cosine"},
-        "linear": {"sched": "poly", "decay_rate": 1.0},
-        "step": {"sched": "step", "decay_epochs": max(1, options.epochs // 3), "decay_rate": 0.1},
-        "constant": {"sched": "step", "decay_epochs": 1, "decay_rate": 1.0},
-    }
-    schedule, _ = create_scheduler_v2(optimizer, num_epochs=options.epochs, warmup_epochs=warmup_epochs, **kinds[kind])
-    return schedule
-
-
-def _train(state: Run, options: Namespace, data: Data) -> None:
-    schedules = create_schedules(state.optimizer, options)
-    done, seen = len(state.history), set[Path]()
-    with progress(options.epochs * data.steps, done * data.steps) as (advance, line):
-        for epoch in range(done, options.epochs):
-            for schedule in schedules:
-                schedule.step(epoch)
-            start = time.perf_counter()
-            row = {"epoch": epoch + 1, "lr": state.optimizer.param_groups[0]["lr"]}
-            row |= train_epoch(state, options, data.train(epoch), epoch * data.steps, advance)
-            broken = data.broken()
-            state.ranks.unify(state.model, None if state.ema is None else state.ema.module)
-            row |= evaluate(state.evaluated, data.test(), state.device, options.amp, state.ranks)
-            row["bad_files"] = len(broken)
-            if not seen.issuperset(broken):
-                warn(f"{len(broken)} training images cannot be read, others took their place: {named(broken)}")
-            seen.update(broken)
-            row["seconds"] = round(time.perf_counter() - start, 3)
-            _save(state, options, row)
-            line(_line(row, options.epochs))
-            if row["seconds"] > SLOW_EPOCH:
-                _draw(state, options)
-
-
-def train_epoch(
-    state: Run, options: Namespace, batches: Iterable[Batch], updates: int, advance: Callable[[], None]
-) -> dict[str, float]:
-    """Train for an epoch.
+class Training:
+    """The steps of a run, from where it is to its end.
 
     Args:
-        updates: optimizer steps taken before this epoch.
-        advance: is called after each step.
-
-    Returns:
-        train_loss and train_accuracy at the weights before each step, the mean grad_norm of the sound steps, and the
-        numbers of skipped steps and of steps whose curvature term was dropped.
-
-    Raises:
-        TrainingError: every step was skipped.
+        state: is trained.
+        requests: what signals ask for.
+        logs: files to write to; None in all processes but one.
     """
-    model, optimizer, stats = (state.ddp or state.model).train(), state.optimizer, state.optimizer.stats
-    before = stats.as_dict()
-    losses: list[Tensor] = []
-    correct: list[Tensor] = []
-    norms: list[Tensor] = []
-    samples = 0.0
-    for x, y in batches:
-        loss, logits = step(model, optimizer, x, y, options.label_smoothing, options.amp)
-        updates += 1
+
+    def __init__(self, options: Namespace, data: Data, state: Run, requests: Requests, logs: Logs | None) -> None:
+        self.options, self.data, self.state, self.requests, self.logs = options, data, state, requests, logs
+        self.schedules = Schedules(state.optimizer, options, data.steps)
+        self.parts = Parts(state.device)
+        self.step = Step(state.trained, state.optimizer, self.parts, options.cuda_graph)
+        self.peak = peak_tflops(state.device, options.peak_tflops, options.amp)
+        self.flops: dict[tuple[int, ...], float | None] = {}  # of a pass, by the shape of a sample
+        self._since = time.perf_counter()  # the last log line
+        self._images = self._gradients = 0  # samples, and samples times passes, since then
+        self._counted = self._counters()
+        self._began = time.perf_counter(), state.step
+
+    def run(self) -> None:
+        """Train to the end, or until a signal asks to stop."""
+        state, steps = self.state, self.data.steps
+        with progress(self.options.epochs, steps, state.step) as bar:
+            while len(state.history) < self.options.epochs:
+                began = time.perf_counter()
+                images = self._steps_of_epoch(len(state.history), bar)
+                self._end_of_epoch(images, began, bar)
+
+    def _steps_of_epoch(self, epoch: int, bar: Bar) -> int:
+        """Train for the rest of an epoch; returns how many samples of all ranks that were."""
+        state, options, steps = self.state, self.options, self.data.steps
+        first = state.step - epoch * steps
+        if first == steps:  # stopped between the last step and the test
+            return 0
+        state.trained.train()
+        images = 0
+        for batch in self.data.train(epoch, first):
+            self.parts.mark("data")
+            self.requests.begin_step()
+            self._take(batch)
+            images += len(batch.x) * state.ranks.size
+            self.requests.end_step()
+            bar.step(state.step)
+            done = state.step - epoch * steps
+            if done % options.log_interval == 0 or done == steps:
+                self._log(epoch, done, batch.x, bar)
+            due = options.save_steps is not None and state.step % options.save_steps == 0
+            if due or self.requests.save or done == steps:
+                self._save()
+                self.requests.raise_if_stopped(state.step)
+            self.parts.mark("other")
+        return images
+
+    def _take(self, batch: Batch) -> None:
+        state, optimizer = self.state, self.state.optimizer
+        self.schedules.set(state.step)
+        # Dropout and the like are a function of the step, so nothing of them has to be saved.
+        reseed(seed_of(self.options.seed, state.step, state.ranks.rank), state.device)
+        self._images += len(batch.x) * state.ranks.size
+        self._gradients += optimizer.passes * len(batch.x) * state.ranks.size
+        self.parts.mark("other")
+        loss, logits = self.step(batch.x, batch.y)
+        state.step += 1
         if state.ema is not None:
-            state.ema.update(model, step=updates)
-        losses.append(loss * len(x))
-        correct.append(_correct(logits, y))
-        if stats.grad_norm is not None:
-            norms.append(stats.grad_norm)
-        samples += len(x)
-        advance()
-    after = stats.as_dict()
-    counts = {name: after[name] - before[name] for name in ("skipped", "curvature_dropped")}
-    if counts["skipped"] == len(losses):
-        raise TrainingError(
-            "the training diverged: every step of the epoch gave a NaN or an infinity; try a lower --lr"
-        )
-    finite = [norm for norm in _numbers(norms) if math.isfinite(norm)]
-    sums = [math.fsum(_numbers(losses)), math.fsum(_numbers(correct)), samples, math.fsum(finite), len(finite)]
-    loss_sum, correct_sum, samples, norm_sum, num_norms = map(math.fsum, zip(*state.ranks.gather(sums), strict=True))
-    return {
-        "train_loss": loss_sum / samples,
-        "train_accuracy": correct_sum / samples,
-        "grad_norm": norm_sum / num_norms if num_norms else math.nan,
-        **counts,
-    }
+            state.ema.update(state.model, step=state.step)
+        state.epoch.add(loss, logits, batch.y, optimizer.stats.grad_norm)
+        state.epoch.bad.update(batch.bad)
 
+    def _fold(self) -> None:
+        """Bring the sums of all ranks, the counters and the files that are bad up to date."""
+        state, epoch = self.state, self.state.epoch
+        epoch.fold()
+        counted = self._counters()
+        for name, value in counted.items():
+            epoch.counts[name] += value - self._counted[name]
+        self._counted = counted
+        epoch.bad = set(state.ranks.union(epoch.bad))
+        new = sorted(epoch.bad - state.bad)
+        state.bad.update(new)
+        if new:
+            warn(f"{len(new)} training images cannot be read, others took their place: {named(new)}")
+        limit = self.options.max_bad_files
+        if limit is not None and len(state.bad) > limit:
+            raise TrainingError(
+                f"{len(state.bad)} training images cannot be read, more than --max-bad-files {limit}: "
+                + named(sorted(state.bad))
+            )
 
-def step(
-    model: nn.Module, optimizer: CRSAM, x: Tensor, y: Tensor, label_smoothing: float, amp: bool
-) -> tuple[Tensor, Tensor]:
-    """One step on a batch; returns the loss (0-dim) and the logits (N, classes) at the weights before it."""
-    outputs: list[Tensor] = []
+    def _counters(self) -> dict[str, int]:
+        stats = self.state.optimizer.stats
+        return {name: int(getattr(stats, name)) for name in ("skipped", "curvature_dropped")}
 
-    def closure() -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            logits = model(x)
-            loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
-        loss.backward()
-        outputs.append(logits.detach())
-        return loss
+    def _save(self) -> None:
+        self._fold()
+        if self.logs is not None:
+            self.logs.sync()
+        save(self.state, self.options)
+        self.requests.saved()
 
-    loss = optimizer.step(closure)
-    return loss.detach(), outputs[0]
+    def _log(self, epoch: int, done: int, x: Tensor, bar: Bar) -> None:
+        state, options = self.state, self.options
+        self._fold()
+        if state.epoch.counts["skipped"] == done:
+            raise TrainingError(
+                "the training diverged: every step of the epoch gave a NaN or an infinity; try a lower --lr"
+            )
+        parts, now = self.parts.seconds(), time.perf_counter()
+        seconds, whole = now - self._since, sum(parts.values())
+        group, ranks = state.optimizer.param_groups[0], state.ranks
+        means = state.epoch.means((done - 1) // options.log_interval * options.log_interval)
+        row: dict[str, Any] = {
+            "step": state.step, "epoch": epoch + 1, "loss": means["loss"], "accuracy": means["accuracy"],
+            "lr": float(group["lr"]), "rho": float(group["rho"]), "grad_norm": means["grad_norm"],
+            "skipped": state.epoch.counts["skipped"], "bad_files": len(state.epoch.bad),
+            "images_per_second": self._images / seconds,
+            "images_per_second_per_device": self._images / seconds / ranks.size,
+            "gradients_per_second": self._gradients / seconds,
+            "data_percent": 100 * parts.get("data", 0.0) / whole,
+            "optimizer_percent": None if "step" in parts else 100 * parts.get("optimizer", 0.0) / whole,
+            "mfu_percent": self._mfu(tuple(x.shape[1:]), self._gradients / seconds / ranks.size),
+            "remaining_seconds": self._remaining(),
+        }  # fmt: skip
+        self._since, self._images, self._gradients = now, 0, 0
+        if self.logs is not None:
+            self.logs.add_step(row)
+        if done % options.log_interval == 0:
+            bar.line(_step_line(row, done, self.data.steps, options.epochs))
+
+    def _mfu(self, shape: tuple[int, ...], passes_per_second: float) -> float | None:
+        """Model FLOPs utilization in percent (Chowdhery et al. 2022), or None where the peak is unknown."""
+        if self.peak is None:
+            return None
+        if shape not in self.flops:
+            self.flops[shape] = flops_of_pass(self.state.model, shape)
+        flops = self.flops[shape]
+        return None if flops is None else 100 * flops * passes_per_second / (self.peak * 1e12)
+
+    def _remaining(self) -> float:
+        began, first = self._began
+        taken, left = self.state.step - first, self.options.epochs * self.data.steps - self.state.step
+        return (time.perf_counter() - began) / taken * left
+
+    def _end_of_epoch(self, images: int, began: float, bar: Bar) -> None:
+        state, options = self.state, self.options
+        number = len(state.history) + 1
+        self._fold()
+        means, group = state.epoch.means(), state.optimizer.param_groups[0]
+        row: dict[str, Any] = {"epoch": number, "lr": float(group["lr"])}
+        row |= {"train_loss": means["loss"], "train_accuracy": means["accuracy"]}
+        row |= {"grad_norm": means["grad_norm"], **state.epoch.counts, "bad_files": len(state.epoch.bad)}
+        row["images_per_second"] = images / (time.perf_counter() - began)
+        if number % options.val_interval == 0 or number == options.epochs:
+            state.ranks.unify(state.model, None if state.ema is None else state.ema.module)
+            row |= evaluate(state.evaluated, state.objective, self.data.test(), state.ranks)
+        row["seconds"] = round(time.perf_counter() - began, 3)
+        state.history.append(row)
+        state.epoch = Epoch(state.ranks)
+        save_best(state, options)
+        self._save()
+        if self.logs is not None:
+            self.logs.add_epoch(state.history, state.step)
+            if row["seconds"] > SLOW_EPOCH:
+                self.logs.draw(state.history)
+        bar.line(_epoch_line(row, options.epochs))
+        self.parts.seconds()
+        self._since = time.perf_counter()
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], device: torch.device, amp: bool, ranks: Ranks = ALONE
+    model: torch.nn.Module, objective: Objective, batches: Iterable[Batch], ranks: Ranks = ALONE
 ) -> dict[str, float]:
-    """The mean cross-entropy and the accuracy (0 to 1) over the batches of all ranks: test_loss and test_accuracy."""
+    """Test a model: the mean loss, and the accuracies (0 to 1) in the first and the first five, over all ranks."""
     model.eval()
-    losses, correct, samples = [], [], 0
-    for x, y in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+    sums: list[Tensor] = []
+    for x, y, *_ in batches:
+        with objective.autocast(x.device):
             logits = model(x)
-            losses.append(F.cross_entropy(logits, y, reduction="sum"))
-        correct.append(_correct(logits, y))
-        samples += len(x)
-    sums = [math.fsum(_numbers(losses)), math.fsum(_numbers(correct)), samples]
-    loss_sum, correct_sum, total = map(math.fsum, zip(*ranks.gather(sums), strict=True))
-    return {"test_loss": loss_sum / total, "test_accuracy": correct_sum / total}
+            loss = objective.loss_to_test(logits, y).double() * len(y)
+        top1, top5 = (correct_in_top(logits, y, k).double() for k in (1, 5))
+        sums.append(torch.stack([loss, top1, top5, loss.new_full((), len(y))]))
+    columns = torch.stack(sums).T.tolist() if sums else [[]] * 4
+    gathered = ranks.gather([math.fsum(column) for column in columns])
+    loss_sum, correct, correct5, samples = map(math.fsum, zip(*gathered, strict=True))
+    return {"test_loss": loss_sum / samples, "test_accuracy": correct / samples, "test_top5": correct5 / samples}
 
 
-def _correct(logits: Tensor, y: Tensor) -> Tensor:
-    labels = y if y.ndim == 1 else y.argmax(1)
-    return (logits.argmax(1) == labels).sum()
-
-
-def _numbers(values: list[Tensor]) -> list[float]:
-    """0-dim tensors as numbers, with one transfer: inside an epoch nothing waits for the device."""
-    return torch.stack(values).tolist() if values else []
-
-
-def _claim(output: Path, overwrite: bool) -> None:
-    """Make the output folder; in one that holds files, begin anew only where that was asked for."""
+def _evaluate_checkpoint(options: Namespace, data: Data, device: torch.device, ranks: Ranks) -> None:
+    saved = ranks.first(lambda: checkpoint.load(options.evaluate))
+    model = _create_model(options, data).to(device)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        used = any(path.suffix != checkpoint.PARTIAL for path in output.iterdir())
-        if used and not overwrite:
-            raise TrainingError(f"{output} is not empty: give --resume, --overwrite or another --output")
-        for name in FILES:
-            (output / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise TrainingError(f"--output {output}: {error.strerror}") from error
+        model.load_state_dict(saved.get("ema") or saved["model"])
+    except (RuntimeError, KeyError) as error:
+        raise TrainingError(f"{options.evaluate} does not fit the model {options.model} on this data") from error
+    row = evaluate(model, Objective(model, options), data.test(), ranks)
+    say(
+        f"test loss {row['test_loss']:.4f}  accuracy {row['test_accuracy']:.2%}  top-5 {row['test_top5']:.2%}  "
+        f"of {options.evaluate}"
+    )
+    ranks.leave()
 
 
-def _restore(state: Run, options: Namespace) -> None:
-    path = options.output / "last.pt"
-    saved = state.ranks.first(lambda: checkpoint.load(path))
-    config, defaults = run_config(options), build_parser()
-    for name, value in config.items():
-        before = saved["config"].get(name, defaults.get_default(name))  # of an option that came later
-        if before != value:
-            flag = "--" + name.replace("_", "-")
-            raise TrainingError(f"cannot resume with {flag} {value}: {options.output} was started with {flag} {before}")
-    try:
-        state.model.load_state_dict(saved["model"])
-        state.optimizer.load_state_dict(saved["optimizer"])
-        if state.ema is not None:
-            state.ema.module.load_state_dict(saved["ema"])
-        states = saved["random"] if isinstance(saved["random"], list) else [saved["random"]]
-        if state.ranks.rank < len(states):
-            checkpoint.set_random_state(states[state.ranks.rank], state.device)
-        state.history = saved["history"]
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(f"{path} does not fit this model and optimizer") from error
+def _step_line(row: dict[str, Any], done: int, steps: int, epochs: int) -> str:
+    def percent(name: str) -> str:
+        return "–" if row[name] is None else f"{row[name]:.0f} %"
 
-
-def _save(state: Run, options: Namespace, row: dict[str, Any]) -> None:
-    best = all(row["test_accuracy"] > earlier["test_accuracy"] for earlier in state.history)
-    state.history.append(row)
-    if best:
-        names = ("epoch", "test_accuracy")
-        best_state = {"config": run_config(options), "model": state.evaluated.state_dict()} | {
-            name: row[name] for name in names
-        }
-        if state.ranks.is_first:
-            checkpoint.save(options.output / "best.pt", best_state)
-    _save_last(state, options)
-    _save_log(state, options)
-
-
-def _save_last(state: Run, options: Namespace) -> None:
-    random_states = state.ranks.gather(checkpoint.random_state(state.device))
-    if not state.ranks.is_first:
-        return
-    saved = {
-        "config": run_config(options),
-        "history": state.history,
-        "model": state.model.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
-        "ema": None if state.ema is None else state.ema.module.state_dict(),
-        "random": random_states,
-    }
-    checkpoint.save(options.output / "last.pt", saved)
-
-
-LOG_COLUMNS = (
-    "epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
-    "seconds", "grad_norm", "skipped", "curvature_dropped", "bad_files",
-)  # fmt: skip
-
-
-def _save_config(state: Run, options: Namespace) -> None:
-    if not state.ranks.is_first:
-        return
-    text = json.dumps(run_config(options), indent=2) + "\n"
-    checkpoint.write(options.output / "config.json", lambda file: file.write(text.encode()))
-
-
-def _save_log(state: Run, options: Namespace) -> None:
-    if not state.ranks.is_first:
-        return
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, LOG_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(state.history)
-    checkpoint.write(options.output / "log.csv", lambda file: file.write(text.getvalue().encode()))
-
-
-def _draw(state: Run, options: Namespace) -> None:
-    if not state.ranks.is_first:
-        return
-    kind = options.data.partition(":")[0]
-    title = f"{options.model} on {kind}, {options.optimizer}, seed {options.seed}"
-
-    def content(file: IO[bytes]) -> None:
-        draw(file, state.history, title)
-
-    checkpoint.write(options.output / "curves.png", content)
-
-
-def _line(row: dict[str, Any], epochs: int) -> str:
     return (
-        f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}  lr {row['lr']:.4g}  "
-        f"train loss {row['train_loss']:.4f}  accuracy {row['train_accuracy']:.2%}  "
-        f"test loss {row['test_loss']:.4f}  accuracy {row['test_accuracy']:.2%}  {row['seconds']:.1f} s"
+        f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}  batch {done:{len(str(steps))}}/{steps}  "
+        f"loss {row['loss']:.4f}  lr {row['lr']:.4g}  rho {row['rho']:.4g}  "
+        f"{row['images_per_second']:.0f} images/s  {row['gradients_per_second']:.0f} gradients/s  "
+        f"data {percent('data_percent')}  optimizer {percent('optimizer_percent')}  MFU {percent('mfu_percent')}  "
+        f"skipped {row['skipped']}  bad files {row['bad_files']}  left {_clock(row['remaining_seconds'])}"
     )
 
 
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _epoch_line(row: dict[str, Any], epochs: int) -> str:
+    line = (
+        f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}  lr {row['lr']:.4g}  "
+        f"train loss {row['train_loss']:.4f}  accuracy {row['train_accuracy']:.2%}  "
+    )
+    if "test_loss" in row:
+        line += f"test loss {row['test_loss']:.4f}  accuracy {row['test_accuracy']:.2%}  top-5 {row['test_top5']:.2%}  "
+    return f"{line}{row['seconds']:.1f} s"
+
+
 def _report(state: Run, options: Namespace) -> None:
-    best = max(state.history, key=lambda row: row["test_accuracy"])
+    best = max((row for row in state.history if "test_accuracy" in row), key=lambda row: row["test_accuracy"])
     say(
         f"test accuracy {state.history[-1]['test_accuracy']:.2%} "
         f"(best {best['test_accuracy']:.2%} in epoch {best['epoch']}); curves in {options.output / 'curves.png'}"
+        + (f"; {len(state.bad)} training images could not be read" if state.bad else "")
     )

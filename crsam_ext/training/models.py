@@ -7,6 +7,7 @@ WRN-28-10 (Zagoruyko and Komodakis 2016), PyramidNet-110 with basic blocks and a
 import difflib
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import timm
 import torch
@@ -179,24 +180,42 @@ MODELS: dict[str, Callable[[Sequence[int], int], nn.Module]] = {
 }
 
 
-def create_model(name: str, shape: Sequence[int], classes: int) -> nn.Module:
+def create_model(
+    name: str,
+    shape: Sequence[int],
+    classes: int,
+    drop_path: float | None = None,
+    head_bias: float | None = None,
+    other_sizes: bool = False,
+) -> nn.Module:
     """Create a model on the CPU, randomly initialized from the global random state.
 
     Args:
         name: one of :data:`MODELS`, or a model of timm (never with pretrained weights).
         shape: of one sample, without the batch dimension: (length,) or (channels, height, width).
         classes: size of the output.
+        drop_path: rate of stochastic depth, of models of timm.
+        head_bias: initial bias of the last layer.
+        other_sizes: whether it is to take images of other sizes, too.
 
     Raises:
-        TrainingError: the name is unknown, or the model does not take samples of this shape.
+        TrainingError: the name is unknown, or the model does not take samples of this shape or these options.
     """
     if name not in MODELS and not timm.is_model(name):
         raise TrainingError(f"--model {name} is unknown{_suggestion(name)}")
+    if drop_path is not None and name in MODELS:
+        raise TrainingError(f"--drop-path is for models of timm, not for {name}")
+    model: nn.Module
     try:
         if name in MODELS:
             model = MODELS[name](shape, classes)
         else:
-            model = timm.create_model(name, num_classes=classes, in_chans=shape[0])
+            model = timm.create_model(  # type: ignore[assignment]
+                name,
+                num_classes=classes,
+                in_chans=shape[0],
+                **_options_of_timm(name, shape[-1], other_sizes, drop_path),
+            )
         with torch.no_grad():
             outputs = model.eval()(torch.zeros(2, *shape))
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
@@ -204,7 +223,22 @@ def create_model(name: str, shape: Sequence[int], classes: int) -> nn.Module:
         raise TrainingError(f"--model {name} does not take samples of shape {tuple(shape)}: {reason}") from error
     if outputs.shape != (2, classes):
         raise TrainingError(f"--model {name} is no classifier: its output has the shape {tuple(outputs.shape)}")
+    if head_bias is not None:
+        head: Any = model.get_classifier() if hasattr(model, "get_classifier") else list(model.modules())[-1]
+        if getattr(head, "bias", None) is None:
+            raise TrainingError(f"--head-init-bias: the last layer of {name} has no bias")
+        nn.init.constant_(head.bias, head_bias)
     return model
+
+
+def _options_of_timm(name: str, size: int, other_sizes: bool, drop_path: float | None) -> dict[str, Any]:
+    options: dict[str, Any] = {} if drop_path is None else {"drop_path_rate": drop_path}
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if config is not None and config.fixed_input_size:
+        options["img_size"] = size
+        if other_sizes:
+            options["dynamic_img_size"] = True
+    return options
 
 
 def _suggestion(name: str) -> str:

@@ -1,6 +1,6 @@
 """The picture of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from matplotlib.axes import Axes
@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 TRAIN, TEST = "#8d99ae", "#d1495b"
 
 
-def draw(file: IO[bytes], history: Sequence[dict[str, Any]], title: str) -> None:
+def draw(file: IO[bytes], history: Sequence[Mapping[str, Any]], title: str) -> None:
     """Draw the loss and the accuracy over the epochs, as PNG.
 
     Args:
@@ -31,11 +31,11 @@ def draw(file: IO[bytes], history: Sequence[dict[str, Any]], title: str) -> None
     figure.savefig(file, format="png")
 
 
-def _curves(axes: Axes, history: Sequence[dict[str, Any]], quantity: str, scale: float) -> None:
-    epochs = [row["epoch"] for row in history]
+def _curves(axes: Axes, history: Sequence[Mapping[str, Any]], quantity: str, scale: float) -> None:
     marker = "o" if len(history) == 1 else None
     for split, color in (("train", TRAIN), ("test", TEST)):
-        values = [scale * row[f"{split}_{quantity}"] for row in history]
+        known = [(row["epoch"], scale * row[name]) for row in history if (name := f"{split}_{quantity}") in row]
+        epochs, values = [epoch for epoch, _ in known], [value for _, value in known]
         axes.plot(epochs, values, color=color, linewidth=2, marker=marker, label=split)
     axes.set_xlabel("epoch")
     axes.grid(color="#e5e5e5", linewidth=0.8)
@@ -44,8 +44,10 @@ def _curves(axes: Axes, history: Sequence[dict[str, Any]], quantity: str, scale:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _mark_best(axes: Axes, history: Sequence[dict[str, Any]]) -> None:
-    best = max(history, key=lambda row: row["test_accuracy"])
+def _mark_best(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+    best = max((row for row in history if "test_accuracy" in row), key=lambda row: row["test_accuracy"], default=None)
+    if best is None:
+        return
     percent = 100 * best["test_accuracy"]
     label = f"best: {percent:.2f} % in epoch {best['epoch']}"
     axes.plot([best["epoch"]], [percent], "o", color=TEST, markersize=7, markerfacecolor="white", label=label)

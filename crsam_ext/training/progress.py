@@ -1,7 +1,7 @@
 """What a run shows while it works: a bar on a terminal, plain lines elsewhere."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -29,11 +29,32 @@ def say(line: str, console: Console | None = None) -> None:
     (console or Console()).print(line, soft_wrap=True, highlight=False, markup=False)
 
 
+class Bar:
+    """The progress of a run: the epoch, the batch within it, and all steps."""
+
+    def __init__(self, bar: Progress, epochs: int, steps: int, done: int) -> None:
+        self._bar, self._epochs, self._steps = bar, epochs, steps
+        self._task = bar.add_task(self._text(done), total=epochs * steps, completed=done)
+
+    def step(self, done: int) -> None:
+        """So many steps are taken."""
+        self._bar.update(self._task, completed=done, description=self._text(done))
+
+    def line(self, text: str) -> None:
+        """Print a line above the bar."""
+        say(text, self._bar.console)
+
+    def _text(self, done: int) -> str:
+        epoch = min(done // self._steps, self._epochs - 1)
+        return f"epoch {epoch + 1}/{self._epochs}  batch {done - epoch * self._steps}/{self._steps}"
+
+
 @contextmanager
-def progress(total: int, completed: int) -> Iterator[tuple[Callable[[], None], Callable[[str], None]]]:
-    """Show the progress of ``total`` steps; yields two functions, one to advance a step and one to print a line."""
+def progress(epochs: int, steps: int, done: int) -> Iterator[Bar]:
+    """Show the progress of ``epochs`` of ``steps`` each, of which ``done`` steps are taken."""
     console = Console()
-    columns = (TextColumn("training"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )  # fmt: skip
     with Progress(*columns, console=console, disable=is_quiet() or not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=total, completed=completed)
-        yield lambda: bar.advance(task), lambda line: say(line, console)
+        yield Bar(bar, epochs, steps, done)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -99,7 +100,11 @@ class Ranks:
         """A DistributedDataParallel around the model; None in a run of one process."""
         if self.size == 1:
             return None
-        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        # Running statistics are those of a rank's own samples until :meth:`unify`, and not sent in each pass.
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.14
+        devices: Any = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, **{name: False})
 
     def unify(self, *models: nn.Module | None) -> None:
         """Give all processes the same running statistics: the means over them."""

@@ -1,0 +1,137 @@
+"""What a run leaves behind to be read: CSV files, the picture, lines on the terminal, TensorBoard, Weights & Biases.
+
+``steps.csv`` has a row for each log line and grows; ``log.csv`` has one for each epoch and is written anew from the
+history in the checkpoint. A run that goes on first cuts from ``steps.csv`` what its checkpoint does not know.
+"""
+
+import csv
+import io
+import math
+import os
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from . import checkpoint
+from .errors import TrainingError
+from .options import full_config
+from .plot import draw
+
+#: Columns that no two runs share.
+TIMES = (
+    "seconds", "images_per_second", "images_per_second_per_device", "gradients_per_second", "data_percent",
+    "optimizer_percent", "mfu_percent", "remaining_seconds",
+)  # fmt: skip
+STEP_COLUMNS = (
+    "step", "epoch", "loss", "accuracy", "lr", "rho", "grad_norm", "skipped", "bad_files", "images_per_second",
+    "images_per_second_per_device", "gradients_per_second", "data_percent", "optimizer_percent", "mfu_percent",
+    "remaining_seconds",
+)  # fmt: skip
+EPOCH_COLUMNS = (
+    "epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "test_top5", "seconds",
+    "images_per_second", "grad_norm", "skipped", "curvature_dropped", "bad_files",
+)  # fmt: skip
+
+
+class Logs:
+    """The files of a run, written by one of its processes.
+
+    Args:
+        options: the options, with the folder ``output``.
+        step: steps that the run has taken: rows of later ones are cut off.
+    """
+
+    def __init__(self, options: Namespace, step: int) -> None:
+        self._options, self._path = options, options.output / "steps.csv"
+        rows = [] if step == 0 else _rows_until(self._path, step)
+        write_csv(self._path, STEP_COLUMNS, rows)
+        self._file: IO[str] = open(self._path, "a", newline="", encoding="utf-8")  # noqa: SIM115, as long as the run
+        self._writer = csv.DictWriter(self._file, STEP_COLUMNS, lineterminator="\n")
+        text = checkpoint.as_json(full_config(options))
+        checkpoint.write(options.output / "config.json", lambda file: file.write(text))
+        self._board, self._wandb = _tensorboard(options, step), _wandb(options)
+
+    def add_step(self, row: Mapping[str, Any]) -> None:
+        """Append a row of steps.csv."""
+        try:
+            self._writer.writerow(row)
+            self._file.flush()
+        except OSError as error:
+            raise TrainingError(f"cannot write {self._path}: {error.strerror}") from error
+        self._send("step", row, int(row["step"]))
+
+    def add_epoch(self, history: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Write log.csv, of whose rows the last is new."""
+        self.write_history(history)
+        self._send("epoch", history[-1], step)
+
+    def write_history(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Write log.csv."""
+        write_csv(self._options.output / "log.csv", EPOCH_COLUMNS, history)
+
+    def sync(self) -> None:
+        """Have steps.csv on the disk before a checkpoint that counts on it."""
+        os.fsync(self._file.fileno())
+
+    def draw(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Draw the curves."""
+        o = self._options
+        title = f"{o.model} on {o.data.partition(':')[0]}, {o.optimizer}, seed {o.seed}"
+        checkpoint.write(o.output / "curves.png", lambda file: draw(file, history, title))
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _send(self, prefix: str, row: Mapping[str, Any], step: int) -> None:
+        values = {f"{prefix}/{k}": float(v) for k, v in row.items() if v not in ("", None) and math.isfinite(float(v))}
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a whole CSV file, atomically."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    checkpoint.write(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def _rows_until(path: Path, step: int) -> list[dict[str, str]]:
+    """The complete rows of steps that were taken: the last line may be half a row."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except OSError:  # the user has removed it
+        return []
+    rows = csv.DictReader(line for line in lines if line.endswith("\n"))
+    return [row for row in rows if int(row["step"]) <= step]
+
+
+def _tensorboard(options: Namespace, step: int) -> Any:
+    if not options.tensorboard:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(options.output / "tensorboard"), purge_step=step + 1 if step else None)
+
+
+def _wandb(options: Namespace) -> Any:
+    if options.wandb is None:
+        return None
+    try:
+        import wandb
+    except ImportError as error:
+        raise TrainingError("--wandb needs the package wandb: pip install wandb") from error
+    name = options.output.name
+    return wandb.init(
+        project=options.wandb, name=name, id=name, resume="allow", dir=options.output, config=full_config(options)
+    )

@@ -1,0 +1,101 @@
+"""Stopping when somebody asks for it: signals, and the step after which all processes of a run stop or save."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .errors import RESUME_ME, Stopped
+from .ranks import Ranks
+
+_NOTHING, _SAVE, _STOP, _INTERRUPT = range(4)
+_SIGNALS = {
+    name: request
+    for name, request in (("SIGTERM", _STOP), ("SIGUSR1", _STOP), ("SIGINT", _INTERRUPT))
+    if hasattr(signal, name)
+}
+
+
+class Requests:
+    """What the processes of a run are asked for; after each step all of them know the same.
+
+    A request of one process reaches the others by a reduction on the CPU, which runs while the step does. So it costs
+    no time, and takes effect after the running step or the one after it.
+
+    Args:
+        ranks: the processes.
+        save_minutes: minutes between two saves; None for never.
+    """
+
+    def __init__(self, ranks: Ranks, save_minutes: float | None) -> None:
+        self._ranks, self._period = ranks, math.inf if save_minutes is None else 60 * save_minutes
+        self._own, self._saved = _NOTHING, time.monotonic()
+        self._group: Any = dist.new_group(backend="gloo") if ranks.size > 1 else None
+        self._work: Any = None
+        self._flag = torch.zeros((), dtype=torch.int64)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, the signals are requests; a second SIGINT acts at once."""
+        before = {}
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self._own = max(self._own, _SIGNALS[signal.Signals(number).name])
+            if number == signal.SIGINT:
+                signal.signal(number, signal.default_int_handler)
+
+        for name in _SIGNALS:
+            before[name] = signal.signal(getattr(signal, name), handle)
+        try:
+            yield
+        except Stopped:
+            for name in _SIGNALS:  # torchrun sends SIGTERM to all when one has ended, also to the one that still writes
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+            raise
+        finally:
+            if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
+                for name, handler in before.items():
+                    signal.signal(getattr(signal, name), handler)
+
+    def begin_step(self) -> None:
+        """Call before a step."""
+        if self._own == _NOTHING and self._ranks.is_first and time.monotonic() - self._saved > self._period:
+            self._own = _SAVE
+        if self._group is not None:
+            self._flag.fill_(self._own)
+            self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group, async_op=True)
+
+    def end_step(self) -> None:
+        """Call after a step; the properties then tell what all processes are to do."""
+        if self._group is None:
+            self._flag.fill_(self._own)
+        else:
+            self._work.wait()
+
+    @property
+    def save(self) -> bool:
+        """Whether a checkpoint is to be written."""
+        return self._flag.item() != _NOTHING
+
+    def saved(self) -> None:
+        """A checkpoint is written."""
+        self._saved = time.monotonic()
+        if self._own == _SAVE:
+            self._own = _NOTHING
+
+    def raise_if_stopped(self, step: int) -> None:
+        """Raise what ends the run, if it is to stop.
+
+        Raises:
+            Stopped: it is.
+        """
+        flag = self._flag.item()
+        if flag in (_STOP, _INTERRUPT):
+            status = RESUME_ME if flag == _STOP else 130
+            raise Stopped(f"stopped after step {step}, as asked; with --resume it goes on from there", status)
