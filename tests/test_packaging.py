@@ -46,14 +46,16 @@ def distribution(wheel):
     return metadata.PathDistribution(zipfile.Path(wheel) / f"{name}-{version}.dist-info")
 
 
-def test_wheel_holds_every_module_and_nothing_else(wheel):
+def test_wheel_holds_every_module_and_recipe_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "crsam_ext").rglob("*.py")}
     kernels = {f"crsam_ext/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "triton_kernels").rglob("*.py")}
+    recipes = {path.relative_to(ROOT).as_posix() for path in (ROOT / "crsam_ext").rglob("*.yaml")}
 
+    assert "crsam_ext/training/recipes/resnet50-gsam-90.yaml" in recipes
     assert {"crsam_ext/training/__main__.py", "crsam_ext/triton_kernels/__init__.py"} <= modules | kernels
-    assert packed == modules | kernels | {"crsam_ext/py.typed", "crsam_ext/_build.py"}
+    assert packed == modules | kernels | recipes | {"crsam_ext/py.typed", "crsam_ext/_build.py"}
 
 
 def test_wheel_needs_only_torch(distribution):
