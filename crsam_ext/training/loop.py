@@ -18,7 +18,7 @@ from .images import named
 from .logs import Logs
 from .measure import Epoch, Parts, correct_in_top, flops_of_pass, peak_tflops
 from .models import create_model
-from .options import image_sizes
+from .options import image_sizes, key_and_value
 from .progress import Bar, progress, say, warn
 from .randomness import reseed, seed_of
 from .ranks import ALONE, Ranks
@@ -144,7 +144,13 @@ def _create_model(options: Namespace, data: Data) -> torch.nn.Module:
     if options.image_size is not None:
         sizes |= {size for _, size in image_sizes(options.image_size)}
     return create_model(
-        options.model, data.shape, data.classes, options.drop_path, options.head_init_bias, other_sizes=len(sizes) > 1
+        options.model,
+        data.shape,
+        data.classes,
+        options.drop_path,
+        options.head_init_bias,
+        other_sizes=len(sizes) > 1,
+        kwargs=dict(map(key_and_value, options.model_kwargs or ())),
     )
 
 

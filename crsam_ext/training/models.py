@@ -187,6 +187,7 @@ def create_model(
     drop_path: float | None = None,
     head_bias: float | None = None,
     other_sizes: bool = False,
+    kwargs: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Create a model on the CPU, randomly initialized from the global random state.
 
@@ -197,14 +198,15 @@ def create_model(
         drop_path: rate of stochastic depth, of models of timm.
         head_bias: initial bias of the last layer.
         other_sizes: whether it is to take images of other sizes, too.
+        kwargs: further arguments of models of timm.
 
     Raises:
         TrainingError: the name is unknown, or the model does not take samples of this shape or these options.
     """
     if name not in MODELS and not timm.is_model(name):
         raise TrainingError(f"--model {name} is unknown{_suggestion(name)}")
-    if drop_path is not None and name in MODELS:
-        raise TrainingError(f"--drop-path is for models of timm, not for {name}")
+    if name in MODELS and (drop_path is not None or kwargs):
+        raise TrainingError(f"--drop-path and --model-kwargs are for models of timm, not for {name}")
     model: nn.Module
     try:
         if name in MODELS:
@@ -214,7 +216,8 @@ def create_model(
                 name,
                 num_classes=classes,
                 in_chans=shape[0],
-                **_options_of_timm(name, shape[-1], other_sizes, drop_path),
+                **_options_of_timm(name, shape, other_sizes, drop_path),
+                **(kwargs or {}),
             )
         with torch.no_grad():
             outputs = model.eval()(torch.zeros(2, *shape))
@@ -231,11 +234,11 @@ def create_model(
     return model
 
 
-def _options_of_timm(name: str, size: int, other_sizes: bool, drop_path: float | None) -> dict[str, Any]:
+def _options_of_timm(name: str, shape: Sequence[int], other_sizes: bool, drop_path: float | None) -> dict[str, Any]:
     options: dict[str, Any] = {} if drop_path is None else {"drop_path_rate": drop_path}
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
     if config is not None and config.fixed_input_size:
-        options["img_size"] = size
+        options["img_size"] = tuple(shape[1:])
         if other_sizes:
             options["dynamic_img_size"] = True
     return options

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -164,6 +165,29 @@ def _image_sizes(text: str) -> str:
 _image_sizes.__name__ = "list of image sizes, such as 224 or 160,192@0.75"
 
 
+def key_and_value(text: str) -> tuple[str, Any]:
+    """What ``KEY=VALUE`` says; the value is read as JSON, or is the text itself.
+
+    Raises:
+        ValueError: the text has another form.
+    """
+    key, equals, value = text.partition("=")
+    if not key.isidentifier() or not equals:
+        raise ValueError(f"{text} is not of the form KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _key_and_value(text: str) -> str:
+    key_and_value(text)
+    return text
+
+
+_key_and_value.__name__ = "KEY=VALUE"
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The options of ``crsam-train``. Unset options are ``None`` here; :func:`parse` fills them in."""
     parser = _Parser(
@@ -195,6 +219,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--skip-bad-val", action=flag, help="leave out validation images that cannot be read, which is an error else")
     add("--model", help="mlp, cnn, cifar_resnet18, wrn28_10, pyramidnet110 or any model of timm")
     add("--drop-path", type=number(0, 1), help="rate of stochastic depth of models of timm")
+    add(
+        "--model-kwargs",
+        type=_key_and_value,
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="further arguments of models of timm, such as global_pool=avg class_token=false",
+    )
     add("--head-init-bias", type=float, help="initial bias of the classifier, such as -10 with --bce-loss")
     add(
         "--image-size",
@@ -319,6 +350,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     base = optimizer if optimizer in ("sgd", "adamw") else options.base or configured.base or "sgd"
     chosen = {"optimizer": optimizer, "base": base, "data": kind}
     _refuse_idle_options(options, chosen)
+    if options.warmup_steps is not None or options.warmup_epochs is not None:
+        configured.warmup_steps = configured.warmup_epochs = None  # one stands for the other
     for name, value in vars(configured).items():
         if getattr(options, name) is None and not _is_idle(name, chosen):
             setattr(options, name, value)
@@ -339,7 +372,7 @@ def _configured(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
     elif options.config:
         from . import recipes
 
-        config, source = recipes.read(options.config), "--config"
+        config, source = recipes.read(options.config), f"--config {' '.join(options.config)}"
     else:
         return parser.parse_args([])
     arguments: list[str] = []

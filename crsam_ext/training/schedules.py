@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from crsam_ext import CRSAM, Scheduled
 
+from .errors import TrainingError
 from .options import SCHEDULED
 
 
@@ -30,12 +31,17 @@ class Schedules:
     Args:
         optimizer: whose groups hold the peaks, or, where its state was loaded, held them at the beginning.
         steps_per_epoch: how many steps are an epoch.
+
+    Raises:
+        TrainingError: the warm-up is as long as the run.
     """
 
     def __init__(self, optimizer: CRSAM, options: Namespace, steps_per_epoch: int) -> None:
         total = options.epochs * steps_per_epoch
         warmup = options.warmup_steps or round(options.warmup_epochs * steps_per_epoch)
-        self._schedulers = [_scheduler(optimizer, options.schedule, total, min(warmup, total - 1), options.min_lr)]
+        if warmup >= total:
+            raise TrainingError(f"the warm-up of {warmup} steps must be shorter than the run of {total} steps")
+        self._schedulers = [_scheduler(optimizer, options.schedule, total, warmup, options.min_lr)]
         self._optimizer, self._options, self._proportional = optimizer, options, False
         for option in SCHEDULED:
             kind = getattr(options, f"{option}_schedule")
