@@ -26,7 +26,8 @@ GSAM_RESNET = {
 GSAM_VIT = {
     **IMAGENET, **NOT_TUNED, "scale": [0.05, 1.0], "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3,
     "epochs": 300, "batch_size": 4096, "image_size": "224", "val_image_size": 224, "bce_loss": True,
-    "head_init_bias": -10.0, "model_kwargs": ["global_pool=avg", "class_token=false", "fc_norm=false"], "optimizer": "crsam", "base": "adamw", "lr": 3e-3, "min_lr": 3e-3 / 100,
+    "head_init_bias": -10.0, "model_kwargs": ["global_pool=avg", "class_token=false", "fc_norm=false"],
+    "optimizer": "crsam", "base": "adamw", "lr": 3e-3, "min_lr": 3e-3 / 100,
     "weight_decay": 0.3, "decay_of": "matrices", "max_grad_norm": 1.0, "schedule": "linear", "warmup_steps": 10_000,
     "warmup_epochs": 0.0, "rho": 0.6, "rho_schedule": "proportional",
 }  # fmt: skip

@@ -76,6 +76,8 @@ def _check(name: str, value: object, options: dict[str, argparse.Action]) -> Non
         fits, wanted = isinstance(value, bool), "true or false"
     elif isinstance(nargs, int):
         fits, wanted = isinstance(value, list) and len(value) == nargs, f"a list of {nargs} values"
+    elif nargs == "+":
+        fits, wanted = isinstance(value, list) and len(value) > 0, "a list"
     else:  # YAML reads an unquoted no, off, yes or on as a truth value
         fits, wanted = isinstance(value, str | int | float) and not isinstance(value, bool), "a number or text"
     if not fits:
