@@ -1,0 +1,550 @@
+"""``crsam-train prepare``: shrink a folder of images once, so that every epoch reads and decodes less.
+
+=======================  ===========================================================================================
+``train.tar``,           the images as ``CLASS/NAME.jpg``, in the order of the source; or folders ``train`` and ``val``
+``val.tar``
+``manifest-train.csv``,  for each image its name, its bytes before and after, and the SHA-256 of its content; for one
+``manifest-val.csv``     that could not be read, the name of the source only
+``manifest.json``        options, versions, classes in order, and for each split the counts, the bytes, and the SHA-256
+                         of its list; it is written last: where it is, all is complete
+``options.json``         while the work goes on: what is being made
+=======================  ===========================================================================================
+
+A list holds the name and the hash of each image, so the hash of the list stands for all names and contents; it is the
+same for tar files and folders. A list is also the journal: images are listed once they are stored, and a run that goes
+on cuts off what is not listed. Its result has the same bytes as that of a run in one piece.
+"""
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import tarfile
+import time
+import warnings
+from argparse import Namespace
+from collections import Counter, defaultdict
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, Any
+
+import PIL
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, features
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.data import DataLoader, Dataset
+
+from .checkpoint import PARTIAL, write
+from .errors import TrainingError
+from .images import Sample, find, named
+from .options import _Parser, integer
+from .progress import say, warn
+from .ranks import started
+
+FORMAT = "crsam-train prepare 1"
+SPLITS = ("train", "val")
+
+_BATCH = 16  # images that a worker hands over at a time
+_COMMIT = 1.0  # seconds between entries in the list: what a run that is killed may have to do again
+_METADATA = 4096  # bytes in a JPEG that is left as it is: a profile of sRGB has 3 kB, a thumbnail more
+_COLUMNS = ("name", "source_bytes", "bytes", "sha256")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prepare a folder as the command line says.
+
+    Args:
+        argv: the arguments that follow ``prepare``.
+
+    Returns:
+        The exit code: 0, 130 after Ctrl-C, 143 after SIGTERM.
+
+    Raises:
+        TrainingError: the options, the source or the target cannot be used, or too many files cannot be read.
+    """
+    options = _parse(argv)
+    if started()[1] > 1:
+        raise TrainingError("prepare starts its own --workers: start it once, without torchrun")
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        line = _prepare(options)
+    except KeyboardInterrupt as interrupt:
+        warn("interrupted; started again, it goes on where it was")
+        return 128 + (signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT)
+    except OSError as error:
+        raise TrainingError(f"cannot write {error.filename or options.target}: {error.strerror or error}") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    say(line)
+    return 0
+
+
+def shrink(path: Path, size: int, quality: int) -> tuple[int, bytes | None]:
+    """The bytes of an image file, and the image as JPEG with a short side of at most ``size``; None if it is broken.
+
+    A JPEG that is small, upright, RGB or grey, and has little metadata is left as it is. All else becomes RGB without
+    metadata, turned as EXIF says. Transparency and colour profiles are ignored, as they are when images are read.
+
+    Args:
+        path: of the image.
+        size: the limit, in pixels; smaller images keep their size.
+        quality: of the JPEG, from 1 to 100.
+
+    Raises:
+        TrainingError: it has more than 8 bits a channel, or too many pixels.
+        MemoryError: there is not enough for its pixels.
+    """
+    content = b""
+    try:
+        content = path.read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of many pixels, of palettes with transparency, of damaged EXIF
+            with Image.open(io.BytesIO(content)) as image:
+                if image.mode[0] in "IF":
+                    raise TrainingError(f"{path} has more than 8 bits a channel (mode {image.mode}): convert it to 8")
+                if _fits(image, size):
+                    image.load()  # it may be cut off
+                    return len(content), content
+                return len(content), _jpeg(image, size, quality)
+    except Image.DecompressionBombError as error:
+        raise TrainingError(f"{path}: {error}") from error
+    except (TrainingError, MemoryError):
+        raise
+    except Exception:  # what Pillow raises depends on the format, and on where it breaks
+        return len(content), None
+
+
+def member_names(names: Iterable[str]) -> dict[str, str]:
+    """The names of the prepared files of a class: NAME.png becomes NAME.jpg.
+
+    Files that would share a name get theirs with .jpg at its end: a.png and a.gif become a.png.jpg and a.gif.jpg. So
+    does a file that would then share one of these.
+    """
+    names, whole = set(names), set[str]()
+    while True:
+        members = {name: f"{name if name in whole else Path(name).stem}.jpg" for name in names}
+        taken = Counter(members.values())
+        shared = {name for name, member in members.items() if taken[member] > 1} - whole
+        if not shared:
+            return members
+        whole |= shared
+
+
+def _parse(argv: Sequence[str]) -> Namespace:
+    parser = _Parser(
+        prog="crsam-train prepare",
+        description="Shrink a folder of images once: as JPEG, upright, without metadata. What is interrupted goes on "
+        "when it is started again, and ends with the same bytes.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="holds train/ and val/, and these a folder for each class")
+    add("target", type=Path, metavar="TARGET", help="a new folder, for --data tar:TARGET or folder:TARGET")
+    add("--size", type=integer(1), default=256, help="of the short side in pixels; smaller ones stay (default: 256)")
+    add("--quality", type=integer(1, 100), default=90, help="of the JPEG files (default: 90)")
+    add("--to", choices=("tar", "folder"), default="tar", help="train.tar and val.tar, or folders (default: tar)")
+    add("--workers", type=integer(0), default=os.cpu_count() or 1, help="processes, or 0 (default: one for each CPU)")
+    add(
+        "--max-bad-files",
+        type=integer(0),
+        default=100,
+        help="end at more files that cannot be read, of train and val together; they are left out (default: 100)",
+    )
+    add("--overwrite", action="store_true", help="replace a TARGET that is complete, or was made with other options")
+    return parser.parse_args(argv)
+
+
+def _prepare(options: Namespace) -> str:
+    """Prepare both splits, and say in one line what there is now."""
+    target = options.target.resolve()
+    for folder in (options.source, *(options.source / split for split in SPLITS)):  # each may be a link
+        source = folder.resolve()
+        if source.is_relative_to(target) or target.is_relative_to(source):
+            raise TrainingError(f"SOURCE {options.source} and TARGET {options.target} must not lie within each other")
+    found = find(options.source, "SOURCE")
+    splits = dict(zip(SPLITS, map(_with_members, found[:2]), strict=True))
+    classes = {label: path.parent.name for path, label in found[0]}
+    names = sha256()
+    for split in SPLITS:
+        for path, _ in splits[split]:
+            names.update(os.fsencode(f"{split}/{path.parent.name}/{path.name}") + b"\0")
+    identity = {
+        "format": FORMAT,
+        "size": options.size,
+        "quality": options.quality,
+        "to": options.to,
+        "classes": list(classes.values()),
+        "source_sha256": names.hexdigest(),  # of the names of the files
+        "pillow": PIL.__version__,
+        "libjpeg": features.version("jpg"),
+    }
+    if _claim(target, identity, options.overwrite):
+        return f"{options.target} is complete; nothing to do"
+
+    begin, results, read, bad = time.perf_counter(), {}, 0, 0
+    for split in SPLITS:
+        results[split], done = _prepare_split(split, splits[split], target, options, bad)
+        read, bad = read + done, bad + len(results[split]["bad_files"])
+    rate = read / (time.perf_counter() - begin)
+    _write_json(target / "manifest.json", identity | {"splits": results})
+    (target / "options.json").unlink()
+
+    counts, before, after = (
+        sum(split[key] for split in results.values()) for key in ("images", "source_bytes", "bytes")
+    )
+    line = (
+        f"{counts} images, {_gigabytes(before)} before, {_gigabytes(after)} after, {rate:.0f} images/s, {bad} bad files"
+    )
+    missing = len(results["val"]["bad_files"])
+    return f"{line}: {missing} of val, which are missing from every test" if missing else line
+
+
+def _with_members(samples: Sequence[Sample]) -> list[tuple[Path, str]]:
+    """The files, each with the name CLASS/NAME.jpg that it gets."""
+    classes = defaultdict(list)
+    for path, _ in samples:
+        classes[path.parent].append(path.name)
+    members = {folder: member_names(names) for folder, names in classes.items()}
+    return [(path, f"{path.parent.name}/{members[path.parent][path.name]}") for path, _ in samples]
+
+
+def _claim(target: Path, identity: dict[str, Any], overwrite: bool) -> bool:
+    """Make the folder ready to begin or to go on, and return whether there is nothing left to do."""
+    manifest, begun = target / "manifest.json", target / "options.json"
+    target.mkdir(parents=True, exist_ok=True)
+    others = {path.name for path in target.iterdir()} - {begun.name + PARTIAL}
+    complete = manifest.exists()
+    made = _read_json(manifest if complete else begun) if complete or begun.exists() else {}
+    if made.get("format") == FORMAT:
+        # Another Pillow may write other bytes: what is begun cannot go on with it, what is complete can be used.
+        keys = identity.keys() - ({"pillow", "libjpeg"} if complete else set())
+        changed = sorted(key for key in keys if made.get(key) != identity[key])
+        if changed and not overwrite:
+            raise TrainingError(
+                f"{target} was made with other {', '.join(changed)}: give another TARGET, or --overwrite to replace it"
+            )
+        if complete and not overwrite:
+            begun.unlink(missing_ok=True)  # killed between these two files
+            return True
+        if not changed and not complete:
+            return False
+        _write_json(begun, {"format": FORMAT})  # if it is killed here, it is of other options
+        manifest.unlink(missing_ok=True)
+        for split in SPLITS:
+            _list_of(target, split).unlink(missing_ok=True)
+            for name in (split, f"{split}.tar"):
+                for path in (target / name, target / (name + PARTIAL)):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    elif others:
+        raise TrainingError(f"{target} holds what prepare has not made: give a new folder")
+    _write_json(begun, identity)
+    return False
+
+
+def _prepare_split(
+    split: str, files: Sequence[tuple[Path, str]], target: Path, options: Namespace, bad_before: int
+) -> tuple[dict[str, Any], int]:
+    """Prepare one split, from where it was on; returns its part of the manifest, and how many files it has read."""
+    final = target / (f"{split}.tar" if options.to == "tar" else split)
+    partial = final.with_name(final.name + PARTIAL)
+    if final.exists():  # killed in the next split: the list is checked, and there is nothing to read
+        os.replace(final, partial)
+    listing, header = _list_of(target, split), _row(_COLUMNS)
+    result: dict[str, Any] = {"images": 0, "source_bytes": 0, "bytes": 0, "bad_files": []}
+    classes: set[str] = set()  # that have an image
+
+    def count(name: str, source_bytes: int | str, size: int | str, digest: str) -> None:
+        if digest:
+            result["images"] += 1
+            result["source_bytes"] += int(source_bytes)
+            result["bytes"] += int(size)
+            classes.add(name.partition("/")[0])
+        else:
+            result["bad_files"].append(name)
+
+    with open(listing, "a+b") as entries, (_Tar if options.to == "tar" else _Folder)(partial) as storage:
+        entries.seek(0)
+        if entries.read(len(header)) != header:
+            entries.truncate(0)
+            entries.write(header)
+            entries.flush()
+        done, position = 0, len(header)
+        for row in _listed(listing, files, storage):
+            done, position = done + 1, position + len(_row(row))
+            count(*row)
+        entries.truncate(position)
+        storage.begin()
+
+        rows: list[bytes] = []
+        left, committed = files[done:], time.monotonic()
+        with closing(_shrunk(split, len(files), [path for path, _ in left], options)) as shrunk:
+            for (path, member), (source_bytes, image) in zip(left, shrunk, strict=True):
+                if isinstance(image, TrainingError):
+                    raise image
+                if image is None:
+                    warn(f"{path} cannot be read and is left out")
+                    entry: tuple[str, int | str, int | str, str] = (_source_name(path), "", "", "")
+                else:
+                    storage.add(member, image)
+                    entry = (member, source_bytes, len(image), sha256(image).hexdigest())
+                count(*entry)
+                bad = bad_before + len(result["bad_files"])
+                if bad > options.max_bad_files:
+                    raise TrainingError(
+                        f"{bad} files cannot be read, more than --max-bad-files {options.max_bad_files}: with a higher "
+                        f"limit it goes on; once they are mended, delete {options.target} and start again"
+                    )
+                rows.append(_row(entry))
+                if time.monotonic() - committed >= _COMMIT:
+                    _commit(storage, entries, rows)
+                    committed = time.monotonic()
+        _commit(storage, entries, rows)
+    lost = sorted({member.partition("/")[0] for _, member in files} - classes) if split == "train" else []
+    if lost:
+        raise TrainingError(f"no training image can be read of class {named(lost)}")
+    os.replace(partial, final)
+    hashed = sha256()
+    with open(listing, "rb") as content:
+        while part := content.read(2**20):
+            hashed.update(part)
+    return result | {"sha256": hashed.hexdigest()}, len(left)
+
+
+def _shrunk(
+    split: str, total: int, left: list[Path], options: Namespace
+) -> Generator[tuple[int, bytes | TrainingError | None], None, None]:
+    """What becomes of each file that is left, in order, made by worker processes."""
+    console = Console()
+    columns = (TextColumn(split), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    task = bar.add_task("", total=total, completed=total - len(left))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of more workers than CPUs
+            # The workers are forked here, before the bar has a thread.
+            batches = iter(
+                DataLoader(
+                    _Shrink(options.size, options.quality),
+                    batch_size=_BATCH,
+                    sampler=left,  # the keys of a map-style data set are free
+                    num_workers=min(options.workers, -(-len(left) // _BATCH)),
+                    collate_fn=list,
+                    worker_init_fn=_ignore_signals,
+                )
+            )
+        with bar:
+            for batch in batches:
+                yield from batch
+                bar.advance(task, len(batch))
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"a process that prepares images has died, perhaps for lack of memory: give fewer --workers ({error})"
+        ) from error
+
+
+class _Shrink(Dataset[Any]):
+    """What :func:`shrink` makes of a file. The files are not kept here: of a million, each worker would get a copy."""
+
+    def __init__(self, size: int, quality: int) -> None:
+        self._size, self._quality = size, quality
+
+    def __getitem__(self, path: Any) -> tuple[int, bytes | TrainingError | None]:
+        try:
+            return shrink(path, self._size, self._quality)
+        except TrainingError as error:  # raised here, it would arrive with a traceback in its message
+            return 0, error
+        except MemoryError:
+            return 0, TrainingError(f"there is not enough memory for {path}: give fewer --workers")
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM often reach all processes of a job: the first of them ends the others."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _fits(image: Image.Image, size: int) -> bool:
+    return (
+        isinstance(image, JpegImagePlugin.JpegImageFile)
+        and image.format == "JPEG"  # or several pictures in one file
+        and image.mode in ("RGB", "L")
+        and min(image.size) <= size
+        and sum(len(content) for _, content in image.applist) <= _METADATA
+        and _orientation(image) == 1
+    )
+
+
+def _jpeg(image: Image.Image, size: int, quality: int) -> bytes:
+    width, height = image.size
+    box, short = None, min(width, height)
+    if short > size:
+        width, height = (max(1, round(side * size / short)) for side in (width, height))
+        # The decoder shrinks by 2, 4 or 8, and a box filter by any integer, both with aliases; as they leave Lanczos to
+        # shrink by at least 2, it removes what lies above half of the frequencies that remain, and so most of these.
+        drafted = image.draft(None, (2 * width, 2 * height))
+        box = drafted[1] if drafted else None
+    shrunk = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=2.0)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = _orientation(image)
+    shrunk.info = {"exif": exif.tobytes()}  # and nothing else, such as a comment
+    content = io.BytesIO()
+    ImageOps.exif_transpose(shrunk).save(content, "JPEG", quality=quality)
+    return content.getvalue()
+
+
+def _orientation(image: Image.Image) -> int:
+    """What EXIF says, from 1 to 8; 1 where it says nothing that can be read."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF does not make the pixels worse
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+class _Tar:
+    """An uncompressed tar file in GNU's format, which is a function of names and contents."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._end = open(path, "a+b"), 0  # noqa: SIM115, it is a context manager itself
+        self._size = path.stat().st_size
+
+    def __enter__(self) -> "_Tar":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            # Two blocks of zeros, and more to a whole record, as tar has it.
+            self._file.write(bytes(1024 + -(self._end + 1024) % tarfile.RECORDSIZE))
+            self.flush()
+        self._file.close()
+
+    def holds(self, name: str, size: int) -> bool:
+        """Whether the next member, which is of this name and size, is there as a whole."""
+        end = self._end + len(_tar_header(name, size)) + size + -size % tarfile.BLOCKSIZE
+        if end > self._size:
+            return False
+        self._end = end
+        return True
+
+    def begin(self) -> None:
+        """Cut off what has not been asked for."""
+        self._file.truncate(self._end)
+
+    def add(self, name: str, content: bytes) -> None:
+        """Append a member."""
+        member = _tar_header(name, len(content)) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
+        self._end += len(member)
+        self._file.write(member)
+
+    def flush(self) -> None:
+        """Return when all is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+class _Folder:
+    """A folder with the methods of :class:`_Tar`. Its files are not synchronized one by one, which takes hours."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.mkdir(exist_ok=True)
+
+    def __enter__(self) -> "_Folder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def holds(self, name: str, size: int) -> bool:
+        """Whether there is such a file; after a loss of power, some may be empty."""
+        path = self._path / name
+        return path.is_file() and path.stat().st_size == size
+
+    def begin(self) -> None:
+        """Files that are there but not listed are written again."""
+
+    def add(self, name: str, content: bytes) -> None:
+        """Write a file."""
+        path = self._path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+
+    def flush(self) -> None:
+        """Each file has been handed to the system."""
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)  # of time 0, user and group 0
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+def _listed(
+    listing: Path, files: Sequence[tuple[Path, str]], storage: _Tar | _Folder
+) -> Iterator[tuple[str, str, str, str]]:
+    """The entries of a list up to the first that is cut off, or whose image is not there."""
+    size = listing.stat().st_size
+    with open(listing, newline="", encoding="utf-8", errors="surrogateescape") as text, suppress(csv.Error, ValueError):
+        rows = csv.reader(text)
+        position = len(_row(next(rows)))
+        for (path, member), row in zip(files, rows, strict=False):
+            name, source_bytes, length, digest = row
+            position += len(_row(row))
+            expected = member if digest else _source_name(path)
+            if position > size or name != expected or (digest and not storage.holds(name, int(length))):
+                return
+            yield name, source_bytes, length, digest
+
+
+def _commit(storage: _Tar | _Folder, entries: IO[bytes], rows: list[bytes]) -> None:
+    """List images, after they are stored."""
+    storage.flush()
+    entries.write(b"".join(rows))
+    entries.flush()
+    os.fsync(entries.fileno())
+    rows.clear()
+
+
+def _row(values: Iterable[object]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerow(values)
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def _source_name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+def _list_of(target: Path, split: str) -> Path:
+    return target / f"manifest-{split}.csv"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What is in a file of this program; nothing, if another has written it."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write(path, lambda file: file.write(f"{json.dumps(content, indent=2)}\n".encode()))
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+class _Terminated(KeyboardInterrupt):
+    pass
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
