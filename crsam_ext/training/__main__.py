@@ -32,7 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     _make_streams_robust()
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        if arguments[:1] == ["prepare"]:
+            from .prepare import main as prepare
+
+            return prepare(arguments[1:])
         options = parse(argv)
         # Not at the top: the help and mistakes in the options need none of the packages that training needs.
         from .loop import run
