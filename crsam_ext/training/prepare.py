@@ -399,12 +399,12 @@ def _jpeg(image: Image.Image, size: int, quality: int) -> bytes:
 
 
 def _orientation(image: Image.Image) -> int:
-    """What EXIF says, from 1 to 8; 1 where it says nothing that can be read."""
+    """What EXIF says, from 1 to 8; 1 where it says nothing, 0 where it says something else, which turns nothing."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF does not make the pixels worse
-        return 1
-    return value if value in range(1, 9) else 1
+    except Exception:
+        return 0
+    return value if value in range(1, 9) else 0
 
 
 class _Tar:

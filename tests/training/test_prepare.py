@@ -217,6 +217,17 @@ def test_damaged_exif_is_no_orientation(tmp_path):
     assert opened(shrunk(jpeg(exif=b"Exif\0\0nonsense" + bytes(50)))(tmp_path)).size == (60, 40)
 
 
+@pytest.mark.parametrize(("size", "expected"), [(40, (60, 40)), (256, (150, 100))])
+@pytest.mark.parametrize("orientation", [0, 9])
+def test_an_orientation_that_is_none_is_dropped(orientation, size, expected, tmp_path):
+    """From small files too: readers differ in what they make of it."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image = opened(shrunk(jpeg(exif=exif.tobytes()), size)(tmp_path))
+    assert image.size == expected
+    assert "exif" not in image.info
+
+
 @pytest.mark.parametrize("content", [jpeg()[:3000], b"", b"<html>404</html>", jpeg()[:100]])
 @pytest.mark.parametrize("size", [40, 256])
 def test_broken_files(content, size, tmp_path):
