@@ -1,9 +1,14 @@
 """Data sets, and the batches of an epoch.
 
-The small sets are kept whole on the device, in tensors that batches are cut from. CIFAR and folders of images go
-through timm's loaders. Nothing is ever downloaded.
+The small sets are kept whole on the device, in tensors that batches are cut from. Images come from processes that read,
+decode and augment them. Nothing is ever downloaded.
+
+An epoch of training is a permutation of the samples, cut into batches; of each, a process takes the part that its rank
+stands for. What is random in a batch is a function of the seed and its place. So an epoch can begin at any step, with
+any number of processes and workers, and its batches are the same.
 """
 
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -12,61 +17,94 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from .augment import Augmentation, Mixing, Normalization, centre_crop, random_resized_crop, random_shift
 from .errors import TrainingError
+from .loader import PREFETCH, Answer, Images, Pool, Request, Source
+from .options import image_sizes
 from .progress import warn
-from .ranks import ALONE, Ranks, Share
+from .randomness import seed_of
+from .ranks import ALONE, Ranks
 
-Batch = tuple[Tensor, Tensor]
+
+class Batch(NamedTuple):
+    """Samples of one step, on the device."""
+
+    x: Tensor  #: float32 (N, *shape)
+    y: Tensor  #: int64 (N,), or, in training with mixup or cutmix, float32 (N, classes)
+    bad: tuple[str, ...] = ()  #: training files among them that could not be read, and were replaced
 
 
 class Data(NamedTuple):
-    """A classification problem.
+    """A classification problem."""
 
-    Samples are float32 (N, *shape), labels int64 (N,), or, in training with mixup, float32 (N, classes).
-    """
-
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  #: of a sample to test, without the batch dimension
     classes: int
     steps: int  #: batches in an epoch of training
-    train: Callable[[int], Iterable[Batch]]  #: the training batches of an epoch, counted from 0; this process's part
+    train: Callable[[int, int], Iterable[Batch]]  #: of an epoch, from a step on, both from 0; this process's part
     test: Callable[[], Iterable[Batch]]  #: the test samples that are this process's, in order
-    broken: Callable[[], list[Path]] = list  #: the training files that the last epoch could not read
 
 
 def load(options: Namespace, device: torch.device, ranks: Ranks = ALONE) -> Data:
     """Load the data set of ``--data`` and lay its batches out on ``device``, of which ``ranks`` take parts.
 
+    Sets ``options.decoder`` to the decoder that is used, where there is one.
+
     Raises:
         TrainingError: there is no such data at the path given, or it cannot be used.
     """
-    ranks.part(options.batch_size)
-    kind, _, path = options.data.partition(":")
+    part = ranks.part(options.batch_size)
+    if (options.mixup or options.cutmix) and part % 2:
+        flag = "--mixup" if options.mixup else "--cutmix"
+        raise TrainingError(f"{flag} pairs samples: {part} of --batch-size {options.batch_size} in each process is odd")
+    kind, _, rest = options.data.partition(":")
+    if options.decoder:
+        from .decoding import choose
+
+        options.decoder = choose(options.decoder)
     if kind == "digits":
         data = _tensor_data(_digits(), options, device, ranks)
     elif kind == "mnist1d":
         data = _tensor_data(_mnist1d(), options, device, ranks)
-    elif kind == "folder":
-        data = _folder_data(Path(path), options, device, ranks)
+    elif kind in CIFAR:
+        data = _cifar_data(Path(rest), kind, options, device, ranks)
+    elif kind == "synthetic":
+        data = _synthetic_data(int(rest), options, device, ranks)
+    elif kind == "synthetic-jpeg":
+        data = _jpeg_data(int(rest), options, device, ranks)
     else:
-        data = _cifar_data(Path(path), kind, options, device, ranks)
+        data = _file_data(Path(rest), kind == "tar", options, device, ranks)
     if not data.steps:
         raise TrainingError(f"--batch-size {options.batch_size} is more than there are training samples")
-    return _with_mixup(data, options.mixup) if options.mixup else data
+    return _with_mixing(data, options) if options.mixup or options.cutmix else data
 
 
-def batches(
-    x: Tensor, y: Tensor, batch_size: int, order: Tensor, drop_last: bool = False, ranks: Ranks = ALONE
-) -> Iterator[Batch]:
-    """Cut (x, y) into batches in ``order``, an int64 tensor of indices; the last may be smaller, or is dropped.
+def rate(data: Data, device: torch.device, seconds: float, workers: int = 0) -> float:
+    """The images that this process gets from ``data.train`` in a second, if it does nothing else with them.
 
-    Of each, this process gets its share.
+    Args:
+        data: what is measured, over as many epochs as it takes.
+        device: where the batches are.
+        seconds: to measure for, at least one batch.
+        workers: of ``data``. What they prepare while they start is not counted.
     """
-    stop = len(order) - len(order) % batch_size if drop_last else len(order)
-    for indices in order[:stop].to(x.device).split(batch_size):
-        own = ranks.share(indices)
-        yield x[own], y[own]
+
+    def synchronize() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    epochs = (data.train(epoch, 0) for epoch in range(2**31))
+    batches = (batch for epoch in epochs for batch in epoch)
+    for _ in range(1 + PREFETCH * workers):
+        next(batches)
+    synchronize()
+    images, start = 0, time.perf_counter()
+    for batch in batches:
+        images += len(batch.x)
+        if time.perf_counter() - start >= seconds:
+            break
+    synchronize()
+    return images / (time.perf_counter() - start)
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
@@ -77,6 +115,15 @@ def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed((seed + 1_000_003 * epoch) % 2**32))
 
 
+def _parts(order: Tensor, batch_size: int, ranks: Ranks, first: int = 0) -> Iterator[Tensor]:
+    """This process's parts of the batches that an order is cut into, from batch ``first`` on. The last may be smaller,
+    and a part of it empty: that is left out."""
+    for indices in order[first * batch_size :].split(batch_size):
+        own = ranks.share(indices)
+        if len(own):
+            yield own
+
+
 def _tensor_data(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor], options: Namespace, device: torch.device, ranks: Ranks
 ) -> Data:
@@ -85,14 +132,19 @@ def _tensor_data(
     alone = size % batch_size == 1 < batch_size and ranks.size == 1
     if alone:
         warn("the last batch of an epoch would be a single sample, which batch norm cannot take: it is left out")
-    drop_last = alone or options.mixup > 0 or ranks.size > 1
+    drop_last = alone or options.mixup > 0 or options.cutmix > 0 or ranks.size > 1
+    used = size - size % batch_size if drop_last else size
 
-    def train(epoch: int) -> Iterator[Batch]:
-        return batches(x, y, batch_size, epoch_order(size, options.seed, epoch), drop_last, ranks)
+    def train(epoch: int, first: int) -> Iterator[Batch]:
+        order = epoch_order(size, options.seed, epoch)[:used].to(device)
+        for own in _parts(order, batch_size, ranks, first):
+            yield Batch(x[own], y[own])
 
-    test = partial(batches, x_test, y_test, batch_size, torch.arange(len(x_test)), ranks=ranks)
-    steps = size // batch_size if drop_last else -(-size // batch_size)
-    return Data(tuple(x.shape[1:]), 10, steps, train, test)
+    def test() -> Iterator[Batch]:
+        for own in _parts(torch.arange(len(x_test), device=device), batch_size, ranks):
+            yield Batch(x_test[own], y_test[own])
+
+    return Data(tuple(x.shape[1:]), 10, -(-used // batch_size), train, test)
 
 
 def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -130,9 +182,27 @@ CIFAR = {
 }
 
 
+class _Pixels:
+    """Images that are in memory, as torchvision's CIFAR has them."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._pixels, self._labels = torch.from_numpy(dataset.data), torch.tensor(dataset.targets)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def pixels(self, index: int) -> Tensor | None:
+        return self._pixels[index]
+
+
 def _cifar_data(root: Path, kind: str, options: Namespace, device: torch.device, ranks: Ranks) -> Data:
     from timm.data.dataset_factory import create_dataset
-    from torchvision.transforms import RandomCrop
 
     folder, mean, std = CIFAR[kind]
     try:
@@ -141,108 +211,159 @@ def _cifar_data(root: Path, kind: str, options: Namespace, device: torch.device,
         raise TrainingError(
             f"--data {options.data}: the folder {root / folder} is missing, incomplete or damaged"
         ) from error
-    classes, preprocessing = len(train_set.classes), {"mean": mean, "std": std, "crop_pct": 1.0}
-    data = _image_data(train_set, test_set, classes, options, device, ranks, **preprocessing)
-    # In place of timm's crop of random size, which comes first: CIFAR's images are padded and cropped, never scaled.
-    train_set.transform.transforms[0] = RandomCrop(options.image_size, padding=4)
-    return data
+    sources = _Pixels(train_set), _Pixels(test_set)
+    augment = Augmentation(random_shift, options.auto_augment, mean, "bilinear")
+    images = Images(*sources, augment, _whole, options.seed)
+    normalization = _normalization(options, mean, std, device, ranks)
+    return _image_data(images, len(train_set.classes), options, normalization, device, ranks)
 
 
-def _folder_data(root: Path, options: Namespace, device: torch.device, ranks: Ranks) -> Data:
-    from .images import ImageFiles, find, named
-
-    train_files, val_files, classes = find(root, f"--data {options.data}")
-    train_set, test_set = ImageFiles(train_files, replaces=True), ImageFiles(val_files, replaces=False)
-    data = _image_data(train_set, test_set, classes, options, device, ranks)
-
-    def refuse_broken() -> None:
-        broken = ranks.union(test_set.broken())
-        if broken:
-            raise TrainingError(
-                f"{len(broken)} of {len(test_set)} validation images cannot be read: {named(broken)}"
-                + ("" if options.skip_bad_val else "; --skip-bad-val leaves them out")
-            )
-
-    def train(epoch: int) -> Iterator[Batch]:
-        train_set.forget()
-        yield from _from_workers(data.train(epoch))
-
-    def test() -> Iterator[Batch]:
-        yield from _from_workers(data.test())
-        refuse_broken()
-
-    # Before hours of training, and not after the first epoch.
-    for _ in _from_workers(data.test()):
-        pass
-    broken = ranks.union(test_set.broken())
-    if options.skip_bad_val and 0 < len(broken) < len(test_set):
-        warn(f"{len(broken)} of {len(test_set)} validation images cannot be read and are left out: {named(broken)}")
-        test_set.leave_out(broken)
-        data = _image_data(train_set, test_set, classes, options, device, ranks)
-    refuse_broken()
-    return data._replace(train=train, test=test, broken=lambda: ranks.union(train_set.broken()))
+def _whole(pixels: Tensor, size: int) -> Tensor:
+    return pixels
 
 
-def _from_workers(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches of a loader, and the errors of its workers without their tracebacks."""
-    try:
-        yield from batches
-    except TrainingError as error:
-        raise TrainingError(str(error).strip().splitlines()[-1].rpartition("TrainingError: ")[2]) from error
+def _file_data(root: Path, is_tar: bool, options: Namespace, device: torch.device, ranks: Ranks) -> Data:
+    from .images import find
+
+    # Read by one process: another might see a file more, and number what comes after it differently.
+    train, val, classes = ranks.first(lambda: find(root, f"--data {options.data}", is_tar, options.decoder))
+    return _augmented_data(train, val, classes, options, device, ranks)
+
+
+def _jpeg_data(classes: int, options: Namespace, device: torch.device, ranks: Ranks) -> Data:
+    from .synthetic import PER_CLASS, Jpegs
+
+    train, val = (Jpegs(classes, PER_CLASS[split], options.decoder) for split in ("train", "val"))
+    return _augmented_data(train, val, classes, options, device, ranks)
+
+
+def _augmented_data(
+    train: Source, val: Source, classes: int, options: Namespace, device: torch.device, ranks: Ranks
+) -> Data:
+    """Images of any size, augmented as ImageNet's are."""
+    crop = partial(random_resized_crop, scale=tuple(options.scale), interpolation=options.interpolation)
+    augment = Augmentation(crop, options.auto_augment, options.mean, options.interpolation)
+    to_test = partial(centre_crop, crop_pct=options.crop_pct, interpolation=options.interpolation)
+    images = Images(train, val, augment, to_test, options.seed)
+    normalization = _normalization(options, options.mean, options.std, device, ranks)
+    return _image_data(images, classes, options, normalization, device, ranks)
+
+
+def _normalization(
+    options: Namespace, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, ranks: Ranks
+) -> Normalization:
+    return Normalization(options, mean, std, device, ranks.rank * ranks.part(options.batch_size))
+
+
+def _size_of(options: Namespace, epoch: int) -> int:
+    """The side of training images in an epoch."""
+    sizes = image_sizes(options.image_size)
+    return [size for fraction, size in sizes if fraction <= epoch / options.epochs][-1]
 
 
 def _image_data(
-    train_set: Dataset[Any],
-    test_set: Dataset[Any],
-    classes: int,
-    options: Namespace,
-    device: torch.device,
-    ranks: Ranks,
-    **preprocessing: Any,
+    images: Images, classes: int, options: Namespace, normalization: Normalization, device: torch.device, ranks: Ranks
 ) -> Data:
-    from timm.data.loader import create_loader
+    pool = Pool(images, options.workers, options.data_timeout, device.type == "cuda")
+    size, batch_size = len(images.train), options.batch_size
+    steps = size // batch_size
+    test_size = options.val_image_size or int(options.image_size)
 
-    shape = (3, options.image_size, options.image_size)
-    make: Callable[..., DataLoader[Batch]] = partial(
-        create_loader,
-        input_size=shape,
-        batch_size=ranks.part(options.batch_size),
-        num_workers=options.workers,
-        # Workers that outlive an epoch would carry random states that no checkpoint holds.
-        persistent_workers=False,
-        pin_memory=device.type == "cuda",
-        device=device,
-        **preprocessing,
-    )
-    try:
-        train_loader = make(
-            train_set,
-            is_training=True,
-            color_jitter=None,
-            auto_augment=options.auto_augment,
-            distributed=ranks.size > 1,
+    def train(epoch: int, first: int) -> Iterator[Batch]:
+        order, side = epoch_order(size, options.seed, epoch)[: steps * batch_size], _size_of(options, epoch)
+        requests = (Request(epoch, side, own.tolist()) for own in _parts(order, batch_size, ranks, first))
+        for step, answer in enumerate(pool.answers(requests), first):
+            x = normalization.erase(normalization(answer.pixels), epoch, step)
+            yield Batch(x, answer.labels.to(device, non_blocking=True), tuple(answer.bad))
+
+    def to_test(order: Tensor) -> Iterator[Answer]:
+        return pool.answers(Request(None, test_size, own.tolist()) for own in _parts(order, batch_size, ranks))
+
+    readable = _readable(to_test, images.val, options, ranks)
+
+    def test() -> Iterator[Batch]:
+        bad: list[str] = []
+        for answer in to_test(readable):
+            bad += answer.bad
+            yield Batch(normalization(answer.pixels), answer.labels.to(device, non_blocking=True))
+        _refuse(ranks.union(bad), len(readable), options)
+
+    return Data((3, test_size, test_size), classes, steps, train, test)
+
+
+def _readable(to_test: Callable[[Tensor], Iterator[Answer]], val: Source, options: Namespace, ranks: Ranks) -> Tensor:
+    """The indices of the validation images that can be read. Before hours of training, and not after the first epoch.
+
+    Raises:
+        TrainingError: there are others, and they are not to be left out.
+    """
+    from .images import named
+
+    order = torch.arange(len(val))
+    if options.data.partition(":")[0] not in ("folder", "tar"):
+        return order  # it has been read already, or made
+    bad = ranks.union(name for answer in to_test(order) for name in answer.bad)
+    if options.skip_bad_val and 0 < len(bad) < len(val):
+        warn(f"{len(bad)} of {len(val)} validation images cannot be read and are left out: {named(bad)}")
+        gone = set(bad)
+        return torch.tensor([index for index in order.tolist() if val.name(index) not in gone])
+    _refuse(bad, len(val), options)
+    return order
+
+
+def _refuse(bad: list[str], count: int, options: Namespace) -> None:
+    """Raise a TrainingError if validation images are bad."""
+    from .images import named
+
+    if bad:
+        raise TrainingError(
+            f"{len(bad)} of {count} validation images cannot be read: {named(bad)}"
+            + ("" if options.skip_bad_val else "; --skip-bad-val leaves them out")
         )
-    except (AssertionError, KeyError, ValueError) as error:
-        raise TrainingError(f"--auto-augment {options.auto_augment}: timm has no such policy") from error
-    test_loader = make(test_set if ranks.size == 1 else Share(test_set, ranks))
-
-    def train(epoch: int) -> Iterable[Batch]:
-        if ranks.size > 1:  # the order is a function of seed and epoch, and each process takes its part
-            sampler: Any = train_loader.sampler
-            sampler.seed = options.seed
-            sampler.set_epoch(epoch)
-        return train_loader
-
-    return Data(shape, classes, len(train_loader), train, lambda: test_loader)
 
 
-def _with_mixup(data: Data, alpha: float) -> Data:
-    from timm.data.mixup import Mixup
+_SYNTHETIC_BATCHES = 4  # that are on the device, and used in turn
 
-    mixup = Mixup(mixup_alpha=alpha, label_smoothing=0.0, num_classes=data.classes)
 
-    def train(epoch: int) -> Iterator[Batch]:
-        for x, y in data.train(epoch):
-            yield mixup(x, y)
+def _synthetic_data(classes: int, options: Namespace, device: torch.device, ranks: Ranks) -> Data:
+    """Random pixels on the device: what a step costs if images cost nothing."""
+    from .synthetic import PER_CLASS
+
+    batch_size = options.batch_size
+    steps = classes * PER_CLASS["train"] // batch_size
+    normalization = _normalization(options, options.mean, options.std, device, ranks)
+    kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def pixels(size: int) -> list[tuple[Tensor, Tensor]]:
+        if size not in kept:
+            generator = torch.Generator().manual_seed(seed_of(options.seed, size))
+            shape = (batch_size, size, size, 3)
+            kept[size] = []
+            for _ in range(min(steps, _SYNTHETIC_BATCHES)):
+                x = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+                y = torch.randint(classes, (batch_size,), generator=generator)
+                kept[size].append((ranks.share(x).to(device), ranks.share(y).to(device)))
+        return kept[size]
+
+    def train(epoch: int, first: int) -> Iterator[Batch]:
+        for step in range(first, steps):
+            x, y = pixels(_size_of(options, epoch))[step % _SYNTHETIC_BATCHES]
+            yield Batch(normalization.erase(normalization(x), epoch, step), y)
+
+    def test() -> Iterator[Batch]:
+        for number, own in enumerate(_parts(torch.arange(classes * PER_CLASS["val"]), batch_size, ranks)):
+            x, y = pixels(options.val_image_size)[number % min(steps, _SYNTHETIC_BATCHES)]
+            yield Batch(normalization(x[: len(own)]), y[: len(own)])
+
+    return Data((3, options.val_image_size, options.val_image_size), classes, steps, train, test)
+
+
+def _with_mixing(data: Data, options: Namespace) -> Data:
+    mixing = Mixing(options, data.classes)
+
+    def train(epoch: int, first: int) -> Iterator[Batch]:
+        for step, batch in enumerate(data.train(epoch, first), first):
+            x, y = mixing(batch.x, batch.y, epoch, step)
+            yield batch._replace(x=x, y=y)
 
     return data._replace(train=train)

@@ -1,129 +1,154 @@
-"""Folders of images: which files are the data, and what happens to those that cannot be read.
+"""Folders of images, and tar files of such folders: which files are the data.
 
 ==============================  ====================================================================================
 ``train/CLASS/FILE``            an image, if Pillow opens files with its ending; sorted, the folders number the classes
+``train.tar``                   the same, of its members CLASS/FILE; all may be in one folder, or begin with ./
 other files, hidden folders     are left out, and named on stderr
 folders within a class          are refused: which of the two levels is the class?
 a class of ``val/`` alone       is refused; one of ``train/`` alone is named on stderr
 more than 8 bits a channel,     is refused when it is read: nothing says which range of values is black to white
 more pixels than Pillow allows
-broken training files           the next readable file takes their place; named on stderr, counted in ``log.csv``
+broken training files           the next readable file takes their place; named, counted as ``bad_files``
 broken validation files         are refused before the training begins, or left out with ``--skip-bad-val``
 ==============================  ====================================================================================
 """
 
+import errno
 import os
 import re
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import Dataset
+from torch import Tensor
 
+from .decoding import decode
 from .errors import TrainingError
 from .progress import warn
 
-Sample = tuple[Path, int]  # file and class
+_Array = NDArray[np.integer[Any]]
 
 _NAMED = 5  # files that a line names; of more it gives the number
+# Of the system, and not of the file.
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 
-class ImageFiles(Dataset[Any]):
-    """Images and their classes. What its workers find broken, the process that reads the batches knows too.
+class Entry(NamedTuple):
+    """Something in a folder. ``place`` is where a member of a tar file has its bytes: offset and size."""
+
+    name: str
+    is_folder: bool = False
+    place: tuple[int, int] = (0, 0)
+
+
+class Files:
+    """The images of a split, and their classes.
+
+    Names and places are in a few arrays: Python objects, one for each file, would be copied into every process that
+    counts references to them.
 
     Args:
-        samples: the files.
-        replaces: whether the next readable file takes the place of one that is broken.
-
-    Attributes:
-        transform: of an image, set by timm's ``create_loader``.
+        root: the folder that the names are relative to, or the tar file.
+        classes: the files of each class, in the order of the classes' numbers.
+        decoder: ``pillow`` or ``torchcodec``.
     """
 
-    transform: Callable[[Image.Image], Any]
-
-    def __init__(self, samples: Sequence[Sample], replaces: bool) -> None:
-        self.samples, self._replaces = list(samples), replaces
-        self._broken = torch.zeros(len(samples), dtype=torch.bool).share_memory_()
+    def __init__(self, root: Path, classes: Iterable[tuple[str, Sequence[Entry]]], decoder: str = "pillow") -> None:
+        self.root, self.decoder = str(root), decoder
+        self.in_tar = not root.is_dir()
+        names = bytearray()
+        ends: list[_Array] = [np.zeros(1, np.int64)]
+        labels: list[_Array] = []
+        places: list[_Array] = []
+        for label, (folder, files) in enumerate(classes):
+            paths = [os.fsencode(f"{folder}/{file.name}") for file in files]
+            ends.append(np.cumsum([len(path) for path in paths], dtype=np.int64) + len(names))
+            names += b"".join(paths)
+            labels.append(np.full(len(paths), label, np.int32))
+            places.append(np.array([file.place for file in files if self.in_tar], np.int64).reshape(-1, 2))
+        self._names = np.frombuffer(bytes(names), np.uint8)
+        self._ends, self._labels, self._places = (np.concatenate(arrays) for arrays in (ends, labels, places))
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self._labels)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        for offset in range(len(self)):
-            here = (index + offset) % len(self)
-            path, label = self.samples[here]
-            image = read(path)
-            if image is not None:
-                return self.transform(image), label
-            self._broken[here] = True
-            if not self._replaces:
-                return self.transform(Image.new("RGB", (256, 256))), label
-        raise TrainingError(f"none of the {len(self)} training images can be read")
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the names, classes and places take."""
+        return sum(array.nbytes for array in (self._names, self._ends, self._labels, self._places))
 
-    def forget(self) -> None:
-        """Forget what was found broken."""
-        self._broken.zero_()
+    def label(self, index: int) -> int:
+        """The class of a file."""
+        return int(self._labels[index])
 
-    def broken(self) -> list[Path]:
-        """The files that were found broken since."""
-        return [self.samples[index][0] for index in self._broken.nonzero().flatten().tolist()]
+    def name(self, index: int) -> str:
+        """The path of a file; below that of the tar file for a member."""
+        start, end = self._ends[index : index + 2]
+        return f"{self.root}/{os.fsdecode(self._names[start:end].tobytes())}"
 
-    def leave_out(self, paths: Iterable[Path]) -> None:
-        """Leave files out from now on."""
-        gone = set(paths)
-        self.samples = [sample for sample in self.samples if sample[0] not in gone]
-        self._broken = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
+    def pixels(self, index: int) -> Tensor | None:
+        """The pixels of a file, uint8 (height, width, 3); None if it is broken or missing.
 
+        Raises:
+            TrainingError: it cannot be used, or the system is short of something.
+        """
+        name = self.name(index)
+        try:
+            data = self._read(index, name)
+        except OSError as error:
+            if error.errno in _SHORTAGES:
+                raise TrainingError(f"cannot read {name}: {error.strerror}") from error
+            return None
+        return decode(data, name, self.decoder)
 
-def read(path: Path) -> Image.Image | None:
-    """The image in a file, as RGB; None if it is broken.
-
-    Raises:
-        TrainingError: it has more than 8 bits a channel, or too many pixels.
-        MemoryError: there is not enough for its pixels.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of many pixels, of palettes with transparency
-            with Image.open(path) as image:
-                if image.mode[0] in "IF":
-                    raise TrainingError(f"{path} has more than 8 bits a channel (mode {image.mode}): convert it to 8")
-                return image.convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise TrainingError(f"{path}: {error}") from error
-    except (TrainingError, MemoryError):
-        raise
-    except Exception:  # what Pillow raises depends on the format, and on where it breaks
-        return None
+    def _read(self, index: int, name: str) -> bytes:
+        if self.in_tar:
+            offset, size = self._places[index].tolist()
+            return os.pread(_opened(self.root), size, offset)
+        with open(name, "rb") as file:
+            return file.read()
 
 
-def find(root: Path, option: str) -> tuple[list[Sample], list[Sample], int]:
-    """Training and validation files below ``root``, and the number of classes.
+@lru_cache
+def _opened(path: str) -> int:
+    """A descriptor of a file that stays open. Processes may share it: reads that say where they begin move nothing."""
+    return os.open(path, os.O_RDONLY)
+
+
+def find(root: Path, option: str, is_tar: bool = False, decoder: str = "pillow") -> tuple[Files, Files, int]:
+    """Training and validation files below ``root``, or in its tar files, and the number of classes.
 
     Raises:
         TrainingError: beginning with ``option``, that there is no such data, or that it cannot be used.
     """
+    places = [root / (f"{split}.tar" if is_tar else split) for split in ("train", "val")]
     try:
-        train, val = (_classes(root / split, option) for split in ("train", "val"))
+        train, val = (_classes(place, _members(place, option) if is_tar else _folder(place, option), option)
+                      for place in places)  # fmt: skip
     except OSError as error:
         raise TrainingError(f"{option}: cannot read {error.filename}: {error.strerror}") from error
     empty = [name for name, files in train.items() if not files]
     if empty or not train:
-        raise TrainingError(f"{option}: 0 images in {root / 'train'}, class {named(empty) if empty else 'none'}")
+        raise TrainingError(f"{option}: 0 images in {places[0]}, class {named(empty) if empty else 'none'}")
     unknown = [name for name, files in val.items() if name not in train and files]
     if unknown:
-        raise TrainingError(f"{option}: {root / 'val'} has classes that {root / 'train'} lacks: {named(unknown)}")
+        raise TrainingError(f"{option}: {places[1]} has classes that {places[0]} lacks: {named(unknown)}")
     if not any(val.values()):
-        raise TrainingError(f"{option}: 0 images in {root / 'val'}")
+        raise TrainingError(f"{option}: 0 images in {places[1]}")
     lacking = [name for name in train if not val.get(name)]
     if lacking:
-        warn(f"{root / 'val'} has no images of {named(lacking)}")
-    numbers = {name: number for number, name in enumerate(train)}
-    samples = [[(file, numbers[name]) for name in numbers for file in split.get(name, ())] for split in (train, val)]
-    return samples[0], samples[1], len(numbers)
+        warn(f"{places[1]} has no images of {named(lacking)}")
+    splits = [
+        Files(place, ((name, split.get(name, ())) for name in train), decoder)
+        for place, split in zip(places, (train, val), strict=True)
+    ]
+    return splits[0], splits[1], len(train)
 
 
 def named(things: Sequence[Any]) -> str:
@@ -132,37 +157,90 @@ def named(things: Sequence[Any]) -> str:
     return names if len(things) <= _NAMED else f"{names} and {len(things) - _NAMED} more"
 
 
-def _classes(folder: Path, option: str) -> dict[str, list[Path]]:
-    """The images in each class folder, both in natural order."""
-    if not folder.is_dir():
-        raise TrainingError(f"{option}: there is no folder {folder}")
+Tree = Iterable[tuple[str, Iterable[Entry] | None]]  # the names at the top, and what is in those that are folders
+
+
+def _classes(place: Path, tree: Tree, option: str) -> dict[str, list[Entry]]:
+    """The images of each class, both in natural order."""
     endings = {ending for ending, format in Image.registered_extensions().items() if format in Image.OPEN}
-    classes: dict[str, list[Path]] = {}
+    classes: dict[str, list[Entry]] = {}
     ignored: list[str] = []
-    for entry in _sorted(folder):
-        if not entry.is_dir() or _is_hidden(entry.name):
-            ignored.append(entry.name)
+    for name, inside in sorted(tree, key=lambda item: _natural(item[0])):
+        if inside is None or _is_hidden(name):
+            ignored.append(name)
             continue
-        files = classes[entry.name] = []
-        for inner in _sorted(entry.path):
-            if _is_hidden(inner.name):
-                ignored.append(f"{entry.name}/{inner.name}")
-            elif inner.is_dir():
+        files = classes[name] = []
+        for entry in sorted(inside, key=lambda entry: _natural(entry.name)):
+            if _is_hidden(entry.name):
+                ignored.append(f"{name}/{entry.name}")
+            elif entry.is_folder:
                 raise TrainingError(
-                    f"{option}: {inner.path} is a folder within a class: images belong into the folder of their class"
+                    f"{option}: {place}/{name}/{entry.name} is a folder within a class: images belong into the folder "
+                    "of their class"
                 )
-            elif Path(inner.name).suffix.lower() in endings:
-                files.append(Path(inner.path))
+            elif os.path.splitext(entry.name)[1].lower() in endings:
+                files.append(entry)
             else:
-                ignored.append(f"{entry.name}/{inner.name}")
+                ignored.append(f"{name}/{entry.name}")
     if ignored:
-        warn(f"left out of {folder}: {named(ignored)}")
+        warn(f"left out of {place}: {named(ignored)}")
     return classes
 
 
-def _sorted(folder: str | Path) -> list[os.DirEntry[str]]:
+def _folder(folder: Path, option: str) -> Tree:
+    if not folder.is_dir():
+        raise TrainingError(f"{option}: there is no folder {folder}")
     with os.scandir(folder) as entries:
-        return sorted(entries, key=lambda entry: _natural(entry.name))
+        return [(entry.name, _inside(entry.path) if entry.is_dir() else None) for entry in entries]
+
+
+def _inside(folder: str) -> Iterator[Entry]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            yield Entry(entry.name, entry.is_dir())
+
+
+def _members(path: Path, option: str) -> Tree:
+    """The files in a tar file, as in the folder that it would unpack to."""
+    if not path.is_file():
+        raise TrainingError(f"{option}: there is no file {path}")
+    with path.open("rb") as file:
+        if file.read(6).startswith(_COMPRESSED):
+            raise TrainingError(f"{option}: {path} is compressed: images are read in place, so uncompress it")
+    tree: dict[str, Any] = {}  # a folder is a dictionary, a file the place of its bytes
+    ignored: list[str] = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                *folders, name = [part for part in member.name.split("/") if part != "."] or [""]
+                is_file = member.isreg() and not member.issparse()
+                if not (is_file or member.isdir()):
+                    ignored.append(member.name)
+                    continue
+                inside = tree
+                for folder in folders:
+                    inside = inside.setdefault(folder, {})
+                if is_file:
+                    inside[name] = (member.offset_data, member.size)
+                elif name:
+                    inside.setdefault(name, {})
+    except (tarfile.TarError, TypeError, AttributeError) as error:  # or a file that is said to be a folder
+        raise TrainingError(f"{option}: {path} is no tar file, or is damaged: {error}") from error
+    if ignored:
+        warn(f"left out of {path}, links or other than files: {named(ignored)}")
+    shown = [name for name in tree if not _is_hidden(name)]
+    around = tree[shown[0]] if len(shown) == 1 else None
+    if isinstance(around, dict) and any(isinstance(inside, dict) for inside in around.values()):
+        tree.pop(shown[0])
+        tree |= around
+    return [(name, _listed(inside) if isinstance(inside, dict) else None) for name, inside in tree.items()]
+
+
+def _listed(folder: dict[str, Any]) -> list[Entry]:
+    return [
+        Entry(name, True) if isinstance(inside, dict) else Entry(name, False, inside) for name, inside in folder.items()
+    ]
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset, Subset
 
 from .errors import TrainingError
 
@@ -93,8 +92,9 @@ class Ranks:
         return batch_size // self.size
 
     def share(self, samples: Tensor) -> Tensor:
-        """Those of some samples that are this process's."""
-        return samples[self.rank :: self.size]
+        """Those of some samples that are this process's: a slice; those of all ranks in turn are all."""
+        start, stop = (len(samples) * rank // self.size for rank in (self.rank, self.rank + 1))
+        return samples[start:stop]
 
     def ddp(self, model: nn.Module, device: torch.device) -> nn.Module | None:
         """A DistributedDataParallel around the model; None in a run of one process."""
@@ -117,18 +117,3 @@ class Ranks:
 
 
 ALONE = Ranks()  # a run of one process
-
-
-class Share(Subset[Any]):
-    """The samples of a data set that are this process's, every one in the share of just one process."""
-
-    def __init__(self, dataset: Dataset[Any], ranks: Ranks) -> None:
-        super().__init__(dataset, range(ranks.rank, len(dataset), ranks.size))  # type: ignore[arg-type]
-
-    @property
-    def transform(self) -> Any:
-        return self.dataset.transform  # type: ignore[attr-defined]
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:  # timm's loaders set it
-        self.dataset.transform = transform  # type: ignore[attr-defined]

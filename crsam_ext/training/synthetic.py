@@ -1,0 +1,57 @@
+"""Images made of random numbers, to measure with: JPEG files that workers decode, or tensors on the device."""
+
+import io
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from .decoding import decode
+
+PER_CLASS = {"train": 100, "val": 10}  # images
+_VARIANTS = 4  # of the pictures of a class
+_PALETTES = 8  # classes whose pictures differ
+
+
+class Jpegs:
+    """JPEG files of 500×375 pixels and some 60 kB, as ImageNet's mostly are, in the memory of each process.
+
+    A class has four pictures, and every eighth class the same, so a process encodes 32 and decodes ever after.
+
+    Args:
+        classes: number of classes.
+        per_class: images of each.
+        decoder: ``pillow`` or ``torchcodec``.
+    """
+
+    def __init__(self, classes: int, per_class: int, decoder: str = "pillow") -> None:
+        self._size, self._per_class, self._decoder = classes * per_class, per_class, decoder
+
+    def __len__(self) -> int:
+        return self._size
+
+    def label(self, index: int) -> int:
+        """The class of an image."""
+        return index // self._per_class
+
+    def name(self, index: int) -> str:
+        """What messages call an image."""
+        return f"synthetic image {index}"
+
+    def pixels(self, index: int) -> Tensor | None:
+        """Its pixels, uint8 (375, 500, 3)."""
+        data = picture(self.label(index) % _PALETTES, index % self._per_class % _VARIANTS)
+        return decode(data, self.name(index), self._decoder)
+
+
+@lru_cache(_PALETTES * _VARIANTS)
+def picture(palette: int, variant: int) -> bytes:
+    """A JPEG of smooth colours under fine grain, a function of the arguments alone."""
+    generator = np.random.default_rng((palette, variant))
+    colours = Image.fromarray(generator.integers(256, size=(6, 8, 3), dtype=np.uint8))
+    smooth = np.asarray(colours.resize((500, 375), Image.Resampling.BICUBIC), np.float32)
+    grain = generator.normal(0, 6, size=(375, 500, 1))
+    file = io.BytesIO()
+    Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=92)
+    return file.getvalue()
