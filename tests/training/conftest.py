@@ -2,6 +2,7 @@
 
 import csv
 import pickle
+import shutil
 from hashlib import sha256
 
 import numpy as np
@@ -104,3 +105,37 @@ def image_folder(tmp_path):
             pixels = generator.integers(256, size=(40, 48, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{index}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def photographs():
+    """Photographs that packages ship, by name: RGB, 640×427 twice and 512×600."""
+    from matplotlib import get_data_path
+    from sklearn.datasets import load_sample_image
+
+    images = {name: Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower")}
+    with Image.open(f"{get_data_path()}/sample_data/grace_hopper.jpg") as image:
+        return images | {"hopper": image.convert("RGB")}
+
+
+@pytest.fixture(scope="session")
+def photograph_crops(photographs, tmp_path_factory):
+    """A folder in the layout of ImageNet: JPEGs of 200×160, parts of three photographs, which are the classes."""
+    root = tmp_path_factory.mktemp("crops")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 5)):
+        for name, image in photographs.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                left, top = (
+                    int(generator.integers(side - part)) for side, part in zip(image.size, (200, 160), strict=True)
+                )
+                image.crop((left, top, left + 200, top + 160)).save(folder / f"{index}.JPEG", quality=92)
+    return root
+
+
+@pytest.fixture
+def jpeg_folder(photograph_crops, tmp_path):
+    """The same, to be changed."""
+    return shutil.copytree(photograph_crops, tmp_path / "jpegs")

@@ -2,11 +2,9 @@
 
 import os
 import shutil
-import signal
-import struct
 import subprocess
 import sys
-import zlib
+import tarfile
 from contextlib import nullcontext
 from importlib import import_module
 
@@ -16,17 +14,16 @@ import torch
 from PIL import Image
 
 from crsam_ext.training import images
-from crsam_ext.training.data import load
+from crsam_ext.training.data import epoch_order, load
 from crsam_ext.training.errors import TrainingError
+from crsam_ext.training.loader import Images, Request
 from crsam_ext.training.options import parse
 
 pytestmark = pytest.mark.slow
 
-RUN = "--model test_resnet --image-size 32 --batch-size 8 --epochs 1"
 
-
-def load_data(folder, more=""):
-    options = parse(f"--data folder:{folder} --image-size 32 --batch-size 8 --workers 0 {more}".split())
+def load_data(folder, more="", workers=0, kind="folder"):
+    options = parse(f"--data {kind}:{folder} --image-size 32 --batch-size 8 --workers {workers} {more}".split())
     return load(options, torch.device("cpu"))
 
 
@@ -64,7 +61,7 @@ def test_what_is_no_data_is_left_out_and_named(stray, split, image_folder, capsy
     name = stray if stray.startswith("ape/.h") or "/" not in stray else stray.removesuffix("/0.png")
     assert capsys.readouterr().err == f"crsam-train: left out of {image_folder / split}: {name}\n"
     assert (data.classes, data.steps) == (expected.classes, expected.steps)
-    assert sum(len(y) for _, y in data.test()) == sum(len(y) for _, y in expected.test())
+    assert sum(len(batch.y) for batch in data.test()) == sum(len(batch.y) for batch in expected.test())
 
 
 def test_many_files_that_are_left_out_are_counted(image_folder, capsys):
@@ -83,7 +80,7 @@ def test_endings(ending, image_folder):
     data = load_data(image_folder)
     assert data.classes == 4
     assert data.steps == 4
-    assert sorted(y for _, labels in data.test() for y in labels.tolist()) == [1, 1, 2, 2, 2, 3]
+    assert sorted(label for batch in data.test() for label in batch.y.tolist()) == [1, 1, 2, 2, 2, 3]
 
 
 def test_classes_are_numbered_in_natural_order(tmp_path):
@@ -91,8 +88,9 @@ def test_classes_are_numbered_in_natural_order(tmp_path):
         for split in ("train", "val"):
             picture(tmp_path / split / name / "0.png")
     train, val, count = images.find(tmp_path, "--data")
-    assert [(path.parent.name, label) for path, label in train] == [("1", 0), ("9", 1), ("10", 2)]
-    assert [label for _, label in val] == [0, 1, 2]
+    names = [str(tmp_path / split / name / "0.png") for split in ("train", "val") for name in ("1", "9", "10")]
+    assert [files.name(index) for files in (train, val) for index in range(3)] == names
+    assert [files.label(index) for files in (train, val) for index in range(3)] == [0, 1, 2, 0, 1, 2]
     assert count == 3
 
 
@@ -112,7 +110,7 @@ def test_the_order_is_a_function_of_the_names(names, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(images.os, "scandir", scan)
             train, _, _ = images.find(tmp_path, "--data")
-        numbered.append([path.parent.name for path, _ in train])
+        numbered.append([train.name(index).split("/")[-2] for index in range(2)])
     assert numbered == [list(names)] * 2
 
 
@@ -184,30 +182,22 @@ def test_folders_that_are_refused(harm, image_folder):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mode", ["I;16", "bomb"])
-def test_training_images_that_are_refused(mode, workers, image_folder, crsam_train, here, capsys):
+def test_training_images_that_are_refused(mode, workers, image_folder):
     """When they are read: in one line, also from a worker."""
+    path = image_folder / "train" / "ape" / "0.png"
     if mode == "bomb":
-        Image.new("1", (20_000, 20_000)).save(image_folder / "train" / "ape" / "0.png")
+        Image.new("1", (20_000, 20_000)).save(path)
     else:
-        picture(image_folder / "train" / "ape" / "0.png", mode)
-    assert crsam_train(f"--data folder:{image_folder} {RUN} --workers {workers} --output out") == 2
-    *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"crsam-train: {image_folder}/train/ape/0.png")
-    assert "Traceback" not in line
+        picture(path, mode)
+    data = load_data(image_folder, workers=workers)
+    with pytest.raises(TrainingError, match=f"^{path}.*") as refusal:
+        list(data.train(0, 0))
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_class_that_validation_lacks_is_named(image_folder, capsys):
     load_data(image_folder)
     assert f"{image_folder / 'val'} has no images of ape\n" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK"])
-def test_modes_are_made_rgb(mode, tmp_path):
-    path = tmp_path / ("0.png" if mode != "CMYK" else "0.tif")
-    picture(path, mode)
-    image = images.read(path)
-    assert image.mode == "RGB"
-    assert len(np.unique(np.asarray(image))) > {"1": 1, "P": 4}.get(mode, 50)
 
 
 # Files that are broken -----------------------------------------------------------------------------------------------
@@ -236,97 +226,75 @@ def other_format(path):
 breaks = pytest.mark.parametrize("harm", [cut, nothing, html, no_pixels, other_format], ids=lambda f: f.__name__)
 
 
+def bad_files(data, epoch=0):
+    return [name for batch in data.train(epoch, 0) for name in batch.bad]
+
+
 @breaks
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_training_files(harm, workers, image_folder, crsam_train, here, capsys, read_log):
-    for index in (0, 3):
-        harm(image_folder / "train" / "bee" / f"{index}.png")
-    assert crsam_train(f"--data folder:{image_folder} {RUN} --workers {workers} --output out") == 0
-    files = ", ".join(str(image_folder / "train" / "bee" / f"{index}.png") for index in (0, 3))
-    said = f"crsam-train: 2 training images cannot be read, others took their place: {files}\n"
-    assert said in capsys.readouterr().err
-    assert [row["bad_files"] for row in read_log(here / "out")] == ["2"]
+def test_broken_training_files(harm, workers, image_folder):
+    """Each is named in the batch that it would have been in."""
+    paths = [image_folder / "train" / "bee" / f"{index}.png" for index in (0, 3)]
+    for path in paths:
+        harm(path)
+    data = load_data(image_folder, workers=workers)
+    order = epoch_order(24, 0, 0).tolist()
+    expected = [[str(path) for index, path in zip((8, 11), paths, strict=True) if index in order[start : start + 8]]
+                for start in (0, 8, 16)]  # fmt: skip
+    assert [sorted(batch.bad) for batch in data.train(0, 0)] == expected
+    assert [sorted(batch.bad) for batch in data.train(0, 1)] == expected[1:]
+    assert sorted(bad_files(data, 1)) == sorted(map(str, paths))
+
+
+def test_a_missing_file_is_broken(image_folder):
+    data = load_data(image_folder)
+    path = image_folder / "train" / "bee" / "3.png"
+    path.unlink()
+    assert bad_files(data) == [str(path)]
 
 
 def test_broken_files_are_replaced_by_the_next_readable_ones(image_folder):
     for index in (6, 7):
         html(image_folder / "train" / "cat" / f"{index}.png")
-    train, _, _ = images.find(image_folder, "--data")
-    data_set = images.ImageFiles(train, replaces=True)
-    data_set.transform = lambda image: image.tobytes()
-    expected = [data_set[index] for index in range(len(data_set))]
-    assert expected[-1] == expected[-2] == expected[0]  # the next one after the last is the first
-    assert data_set.broken() == [image_folder / "train" / "cat" / f"{index}.png" for index in (6, 7)]
-    data_set.forget()
-    assert data_set.broken() == []
-
-
-def test_the_same_files_are_bad_for_any_number_of_workers(image_folder, crsam_train, here, read_log, read_state):
-    html(image_folder / "train" / "cat" / "5.png")
-    for workers in (1, 2):
-        command = f"--data folder:{image_folder} {RUN} --epochs 2 --workers {workers} --output {workers}"
-        assert crsam_train(command) == 0
-    first, second = (read_log(here / name) for name in ("1", "2"))
-    assert [row["bad_files"] for row in first] == [row["bad_files"] for row in second] == ["1", "1"]
-
-
-@pytest.mark.parametrize(
-    "error", [RuntimeError, NotImplementedError, AttributeError, KeyError, struct.error, zlib.error]
-)
-def test_whatever_pillow_raises_the_file_is_broken(error, tmp_path, monkeypatch):
-    """AVIF raises RuntimeError, BLP NotImplementedError, SPIDER AttributeError, and so on."""
-    picture(tmp_path / "0.png")
-
-    def fails(*_):
-        raise error
-
-    monkeypatch.setattr(Image.Image, "convert", fails)
-    assert images.read(tmp_path / "0.png") is None
-
-
-def test_memory_that_is_short_is_no_broken_file(tmp_path, monkeypatch):
-    picture(tmp_path / "0.png")
-
-    def fails(*_):
-        raise MemoryError
-
-    monkeypatch.setattr(Image.Image, "convert", fails)
-    with pytest.raises(MemoryError):
-        images.read(tmp_path / "0.png")
+    train, val, _ = images.find(image_folder, "--data")
+    data_set = Images(train, val, lambda pixels, size: pixels, lambda pixels, size: pixels, seed=0)
+    answer = data_set[Request(0, 32, list(range(24)))]
+    assert answer.pixels[23].equal(answer.pixels[22])
+    assert answer.pixels[23].equal(answer.pixels[0])  # the next one after the last is the first
+    assert len({pixels.numpy().tobytes() for pixels in answer.pixels}) == 22
+    assert answer.labels.tolist() == 8 * [0] + 8 * [1] + 6 * [2] + [0, 0]
+    assert answer.bad == [str(image_folder / "train" / "cat" / f"{index}.png") for index in (6, 7)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_no_training_file_can_be_read(workers, image_folder, crsam_train, here, capsys):
+def test_no_training_file_can_be_read(workers, image_folder):
     for path in (image_folder / "train").rglob("*.png"):
         html(path)
-    assert crsam_train(f"--data folder:{image_folder} {RUN} --workers {workers} --output out") == 2
-    assert capsys.readouterr().err.endswith("crsam-train: none of the 24 training images can be read\n")
+    data = load_data(image_folder, workers=workers)
+    with pytest.raises(TrainingError, match=r"^none of the 24 training images can be read$"):
+        bad_files(data)
 
 
 @breaks
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_validation_files_are_refused_before_the_training(
-    harm, workers, image_folder, crsam_train, here, capsys
-):
+def test_broken_validation_files_are_refused_before_the_training(harm, workers, image_folder):
     path = image_folder / "val" / "cat" / "1.png"
     harm(path)
-    assert crsam_train(f"--data folder:{image_folder} {RUN} --workers {workers} --output out") == 2
-    message = f"1 of 5 validation images cannot be read: {path}; --skip-bad-val leaves them out\n"
-    assert capsys.readouterr().err.endswith(f"crsam-train: {message}")
-    assert not (here / "out").exists()
+    message = f"^1 of 5 validation images cannot be read: {path}; --skip-bad-val leaves them out$"
+    with pytest.raises(TrainingError, match=message):
+        load_data(image_folder, workers=workers)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_validation_files_are_left_out_when_asked(workers, image_folder, crsam_train, here, capsys, read_log):
+def test_broken_validation_files_are_left_out_when_asked(workers, image_folder, capsys):
     """They count neither as right nor as wrong, and no other image counts twice."""
-    command = f"--data folder:{image_folder} {RUN} --workers {workers} --skip-bad-val --output"
     html(image_folder / "val" / "cat" / "1.png")
-    assert crsam_train(f"{command} one") == 0
+    (one,) = load_data(image_folder, "--skip-bad-val", workers).test()
     assert "1 of 5 validation images cannot be read and are left out" in capsys.readouterr().err
     (image_folder / "val" / "cat" / "1.png").unlink()
-    assert crsam_train(f"{command} other") == 0
-    one, other = (read_log(here / name)[0] for name in ("one", "other"))
-    assert (one["test_loss"], one["test_accuracy"]) == (other["test_loss"], other["test_accuracy"])
+    (other,) = load_data(image_folder, "--skip-bad-val", workers).test()
+    assert one.x.equal(other.x)
+    assert one.y.tolist() == other.y.tolist() == [1, 1, 2, 2]
 
 
 def test_all_validation_files_are_broken(image_folder):
@@ -344,6 +312,131 @@ def test_a_validation_file_that_breaks_later(image_folder):
     html(image_folder / "val" / "cat" / "1.png")
     with pytest.raises(TrainingError, match="1 of 5 validation images cannot be read"):
         list(data.test())
+
+
+def test_names_that_are_not_utf8(image_folder):
+    path = os.fsencode(image_folder / "train" / "ape") + b"/\xe4\xff.png"
+    os.rename(image_folder / "train" / "ape" / "0.png", path)
+    data = load_data(image_folder)
+    assert bad_files(data) == []
+    os.unlink(path)
+    assert bad_files(data) == [os.fsdecode(path)]
+
+
+# Tar files -----------------------------------------------------------------------------------------------------------
+
+
+def packed(folder, around=".", **options):
+    """Puts the two halves of a folder in tar files beside them."""
+    for split in ("train", "val"):
+        with tarfile.open(folder / f"{split}.tar", "w", **options) as tar:
+            if around:
+                tar.add(folder / split, around.format(split))
+            else:  # members that begin with neither ./ nor a folder
+                for inside in (folder / split).iterdir():
+                    tar.add(inside, inside.name)
+    return folder
+
+
+def same(one, other):
+    assert (one.shape, one.classes, one.steps) == (other.shape, other.classes, other.steps)
+    for batches in zip((*one.train(0, 0), *one.test()), (*other.train(0, 0), *other.test()), strict=True):
+        assert batches[0].x.equal(batches[1].x)
+        assert batches[0].y.equal(batches[1].y)
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+@pytest.mark.parametrize("around", [".", "{}", "./{}", ""])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_tar_file_is_the_folder_that_is_in_it(workers, around, format, image_folder):
+    if format != tarfile.USTAR_FORMAT:
+        long = image_folder / "train" / "ape" / f"{'long' * 60}.png"
+        (image_folder / "train" / "ape" / "0.png").rename(long)
+    expected = load_data(image_folder)
+    packed(image_folder, around, format=format)
+    same(load_data(image_folder, workers=workers, kind="tar"), expected)
+
+
+@pytest.mark.parametrize("stray", [".ipynb_checkpoints/0.png", "preview.png", "__MACOSX/0.png", "notes.txt",
+                                   "ape/.hidden.png", "ape/notes.txt", "ape/.thumbnails/0.png"])  # fmt: skip
+@pytest.mark.parametrize("around", [".", "{}"])
+def test_what_is_no_data_is_left_out_of_a_tar_file_and_named(around, stray, image_folder, capsys):
+    path = image_folder / "train" / stray
+    if path.suffix == ".png":
+        picture(path)
+    else:
+        path.write_text("nothing")
+    expected = load_data(image_folder)
+    before = capsys.readouterr().err
+    same(load_data(packed(image_folder, around), kind="tar"), expected)
+    assert capsys.readouterr().err == before.replace("/train:", "/train.tar:").replace("/val has", "/val.tar has")
+
+
+def test_links_in_a_tar_file_are_left_out_and_named(image_folder, capsys):
+    (image_folder / "train" / "ape" / "9.png").symlink_to("0.png")
+    data = load_data(packed(image_folder), kind="tar")
+    assert f"left out of {image_folder}/train.tar, links or other than files: ./ape/9.png\n" in capsys.readouterr().err
+    assert data.steps == 3
+
+
+def test_broken_files_in_a_tar_file(image_folder):
+    for split in ("train", "val"):
+        html(image_folder / split / "bee" / "1.png")
+    packed(image_folder)
+    with pytest.raises(TrainingError, match=f"1 of 5 .*: {image_folder}/val.tar/bee/1.png; --skip-bad-val"):
+        load_data(image_folder, kind="tar")
+    data = load_data(image_folder, "--skip-bad-val", kind="tar")
+    assert bad_files(data) == [f"{image_folder}/train.tar/bee/1.png"]
+    assert sum(len(batch.y) for batch in data.test()) == 4
+
+
+def no_tar(folder):
+    (folder / "train.tar").unlink()
+    return f"there is no file {folder}/train.tar"
+
+
+def compressed(kind):
+    def compress(folder):
+        with tarfile.open(folder / "train.tar", f"w:{kind}") as tar:
+            tar.add(folder / "train", ".")
+        return f"{folder}/train.tar is compressed: images are read in place, so uncompress it"
+
+    return compress
+
+
+def no_archive(folder):
+    html(folder / "val.tar")
+    return f"{folder}/val.tar is no tar file, or is damaged"
+
+
+def shortened(folder):
+    with (folder / "train.tar").open("r+b") as file:
+        file.truncate(50_000)  # within a file
+    return f"{folder}/train.tar is no tar file, or is damaged: "
+
+
+def without_classes(folder):
+    with tarfile.open(folder / "train.tar", "w") as tar:
+        tar.add(folder / "train" / "ape" / "0.png", "0.png")
+    return f"0 images in {folder}/train.tar, class none"
+
+
+@pytest.mark.parametrize("harm", [no_tar, compressed("gz"), compressed("bz2"), compressed("xz"), no_archive, shortened,
+                                  without_classes])  # fmt: skip
+def test_tar_files_that_are_refused(harm, image_folder):
+    message = harm(packed(image_folder))
+    with pytest.raises(TrainingError, match=f"^--data tar:{image_folder}: {message}"):
+        load_data(image_folder, kind="tar")
+
+
+@pytest.mark.parametrize("harm", [only_in_val, nested, nested_in_val, empty_class, empty_val, empty_train,
+                                  sixteen_bits, floats, integers, bomb])  # fmt: skip
+def test_what_is_refused_in_a_folder_is_refused_in_a_tar_file(harm, image_folder):
+    message = harm(image_folder)
+    for old, new in (("train lacks", "train.tar lacks"), ("val has", "val.tar has"), ("train,", "train.tar,")):
+        message = message.replace(old, new)
+    with pytest.raises(TrainingError, match=message):
+        load_data(packed(image_folder), kind="tar")
 
 
 # Streams and disks ---------------------------------------------------------------------------------------------------
@@ -410,7 +503,7 @@ def test_a_terminal_that_knows_ascii_only(tmp_path):
 def test_a_last_batch_of_one(batch_size, steps, capsys):
     options = parse(["--data", "digits", "--batch-size", str(batch_size)])
     data = load(options, torch.device("cpu"))
-    sizes = [len(y) for _, y in data.train(0)]
+    sizes = [len(batch.y) for batch in data.train(0, 0)]
     assert len(sizes) == data.steps == steps
     assert 1 not in sizes
     assert ("it is left out" in capsys.readouterr().err) == (1437 % batch_size == 1)
@@ -436,19 +529,3 @@ def test_not_enough_memory(crsam_train, here, capsys, monkeypatch):
             said = capsys.readouterr().err
             assert said.startswith("crsam-train: there is not enough memory")
             assert said.count("\n") == 1
-
-
-def test_a_worker_that_is_killed(image_folder, crsam_train, here, capsys, monkeypatch):
-    """As a system without memory does it."""
-
-    class Killed(images.ImageFiles):
-        def __getitem__(self, index):
-            if self._replaces:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().__getitem__(index)
-
-    monkeypatch.setattr(images, "ImageFiles", Killed)
-    assert crsam_train(f"--data folder:{image_folder} {RUN} --workers 2 --output out") == 2
-    *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("crsam-train: a process that prepares images has died")
-    assert "fewer --workers" in line
