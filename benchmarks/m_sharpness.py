@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 from crsam_ext import CRSAM
 from crsam_ext.training import checkpoint
-from crsam_ext.training.data import batches, epoch_order
+from crsam_ext.training.data import epoch_order
 
 from .experiments.runs import evaluate
-from .experiments.tasks import TASKS
+from .experiments.tasks import TASKS, batches
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = {"SAM": {"alpha": 0.0, "beta": 0.0}, "CR-SAM": {"alpha": 0.5, "beta": 0.1}}

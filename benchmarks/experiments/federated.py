@@ -28,12 +28,12 @@ from torch.nn import functional as F
 
 from crsam_ext import CRSAM
 from crsam_ext.training import checkpoint
-from crsam_ext.training.data import batches, epoch_order
+from crsam_ext.training.data import epoch_order
 
 from .analysis import best_rho, mean_and_error
 from .methods import METHODS
 from .runs import evaluate, key_of, run_all
-from .tasks import TASKS, Samples
+from .tasks import TASKS, Samples, batches
 
 RESULTS = Path(__file__).parents[1] / "results"
 VERSION = 1  # to be raised when a change of the code changes what a run computes

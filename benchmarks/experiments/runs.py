@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from crsam_ext import CRSAM, curvature
 from crsam_ext.training import checkpoint
-from crsam_ext.training.data import batches, epoch_order
+from crsam_ext.training.data import epoch_order
 
 from .methods import METHODS
-from .tasks import TASKS, Samples
+from .tasks import TASKS, Samples, batches
 
 #: Part of the name of a cached run: to be raised when a change of the code changes what a run computes.
 VERSION = 1

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crsam_ext.reuse import DIRECTION
-from crsam_ext.training.data import batches, epoch_order
+from crsam_ext.training.data import epoch_order
 
 from .reuse import RESULTS, Config, Run, length
-from .tasks import TASKS
+from .tasks import TASKS, batches
 
 INTERVAL = 20
 AGES = (1, 2, 5, 10, 19)

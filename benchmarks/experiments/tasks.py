@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -43,6 +43,15 @@ class Task:
     base_options: dict[str, Any] = field(default_factory=lambda: SGD)
     share: float = 1.0  #: of the samples at which curvature is measured: less where each has many labels
     ablation: bool = False  #: whether all methods are compared, or the base, SAM and CR-SAM only
+
+
+def batches(
+    x: torch.Tensor, y: torch.Tensor, batch_size: int, order: torch.Tensor, drop_last: bool = False
+) -> Iterator[Samples]:
+    """Cut (x, y) into batches in ``order``, an int64 tensor of indices; the last may be smaller, or is dropped."""
+    stop = len(order) - len(order) % batch_size if drop_last else len(order)
+    for indices in order[:stop].split(batch_size):
+        yield x[indices], y[indices]
 
 
 @cache

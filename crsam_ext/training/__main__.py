@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     code = _main(argv)
     if started()[1] > 1:
+        if "crsam_ext.training.loader" in sys.modules:
+            sys.modules["crsam_ext.training.loader"].kill_all()
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()

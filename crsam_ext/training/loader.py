@@ -248,5 +248,6 @@ def _kill(processes: Iterable[BaseProcess], owner: int) -> None:
 
 # Before those of multiprocessing, which was imported earlier.
 @atexit.register
-def _kill_all() -> None:
+def kill_all() -> None:
+    """End all workers: what leaves the interpreter by ``os._exit`` calls it first."""
     _kill(list(_ALL_PROCESSES), _OWNER)

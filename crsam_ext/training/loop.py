@@ -15,6 +15,7 @@ from . import checkpoint
 from .data import Batch, Data, load
 from .errors import Stopped, TrainingError
 from .images import named
+from .loader import explained
 from .logs import Logs
 from .measure import Epoch, Parts, correct_in_top, flops_of_pass, peak_tflops
 from .models import create_model
@@ -47,6 +48,10 @@ def run(options: Namespace) -> None:
             raise
         raise TrainingError(f"batch norm takes no batch of one sample: give a larger --batch-size ({error})") from error
     except (RuntimeError, MemoryError) as error:
+        # PyTorch raises for a worker that has died wherever the main process happens to be.
+        mended = explained(error) if isinstance(error, RuntimeError) else None
+        if mended is not None:
+            raise mended from error
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "t allocate memory" not in str(error):
             raise
         raise TrainingError("there is not enough memory: give a smaller --batch-size, or fewer --workers") from error
@@ -212,8 +217,10 @@ class Training:
     def _take(self, batch: Batch) -> None:
         state, optimizer = self.state, self.state.optimizer
         self.schedules.set(state.step)
-        # Dropout and the like are a function of the step, so nothing of them has to be saved.
-        reseed(seed_of(self.options.seed, state.step, state.ranks.rank), state.device)
+        # Dropout and the like are a function of the step, so nothing of them has to be saved. Seeds of images and
+        # batches are made of three and four numbers.
+        epoch, step = divmod(state.step, self.data.steps)
+        reseed(seed_of(self.options.seed, epoch, step, state.ranks.rank, 0), state.device)
         self._images += len(batch.x) * state.ranks.size
         self._gradients += optimizer.passes * len(batch.x) * state.ranks.size
         self.parts.mark("other")

@@ -207,12 +207,12 @@ def create_model(
         raise TrainingError(f"--model {name} is unknown{_suggestion(name)}")
     if name in MODELS and (drop_path is not None or kwargs):
         raise TrainingError(f"--drop-path and --model-kwargs are for models of timm, not for {name}")
-    model: nn.Module
+    model: Any
     try:
         if name in MODELS:
             model = MODELS[name](shape, classes)
         else:
-            model = timm.create_model(  # type: ignore[assignment]
+            model = timm.create_model(
                 name,
                 num_classes=classes,
                 in_chans=shape[0],
@@ -231,6 +231,7 @@ def create_model(
         if getattr(head, "bias", None) is None:
             raise TrainingError(f"--head-init-bias: the last layer of {name} has no bias")
         nn.init.constant_(head.bias, head_bias)
+    assert isinstance(model, nn.Module)
     return model
 
 

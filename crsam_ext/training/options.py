@@ -104,7 +104,7 @@ _FORMS = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` whose errors are one line, without the usage in front."""
 
     def error(self, message: str) -> NoReturn:
@@ -190,7 +190,7 @@ _key_and_value.__name__ = "KEY=VALUE"
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of ``crsam-train``. Unset options are ``None`` here; :func:`parse` fills them in."""
-    parser = _Parser(
+    parser = Parser(
         prog="crsam-train",
         description="Train an image classifier with CR-SAM, SAM or their base optimizer.",
         epilog="Unset options take the defaults of the data set; config.json in the output folder holds them all.",

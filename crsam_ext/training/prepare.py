@@ -40,8 +40,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from .checkpoint import PARTIAL, write
 from .errors import TrainingError
-from .images import Sample, find, named
-from .options import _Parser, integer
+from .images import find, named
+from .options import Parser, integer
 from .progress import say, warn
 from .ranks import started
 
@@ -135,7 +135,7 @@ def member_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _parse(argv: Sequence[str]) -> Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="crsam-train prepare",
         description="Shrink a folder of images once: as JPEG, upright, without metadata. What is interrupted goes on "
         "when it is started again, and ends with the same bytes.",
@@ -166,8 +166,9 @@ def _prepare(options: Namespace) -> str:
         if source.is_relative_to(target) or target.is_relative_to(source):
             raise TrainingError(f"SOURCE {options.source} and TARGET {options.target} must not lie within each other")
     found = find(options.source, "SOURCE")
-    splits = dict(zip(SPLITS, map(_with_members, found[:2]), strict=True))
-    classes = {label: path.parent.name for path, label in found[0]}
+    samples = [[(Path(files.name(index)), files.label(index)) for index in range(len(files))] for files in found[:2]]
+    splits = dict(zip(SPLITS, map(_with_members, samples), strict=True))
+    classes = {label: path.parent.name for path, label in samples[0]}
     names = sha256()
     for split in SPLITS:
         for path, _ in splits[split]:
@@ -203,7 +204,7 @@ def _prepare(options: Namespace) -> str:
     return f"{line}: {missing} of val, which are missing from every test" if missing else line
 
 
-def _with_members(samples: Sequence[Sample]) -> list[tuple[Path, str]]:
+def _with_members(samples: Sequence[tuple[Path, int]]) -> list[tuple[Path, str]]:
     """The files, each with the name CLASS/NAME.jpg that it gets."""
     classes = defaultdict(list)
     for path, _ in samples:

@@ -104,7 +104,7 @@ class Ranks:
         known = inspect.signature(DistributedDataParallel.__init__).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.14
         devices: Any = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, **{name: False})
+        return DistributedDataParallel(model, device_ids=devices, **{name: False})  # type: ignore[arg-type]
 
     def unify(self, *models: nn.Module | None) -> None:
         """Give all processes the same running statistics: the means over them."""
