@@ -1,4 +1,4 @@
-"""The optimizer: groups, options and state, and the order in which the operators are called."""
+"""The optimizer: its parameter groups, options and state, and the calls that make up a step."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CRSAM"]
 
-# What a copy or a pickle of the optimizer leaves behind: it is made again when needed. (A scheduler puts a function
-# named ``step`` on the instance, which refers to that very instance.)
+# Attributes that copies and pickles leave out; they are rebuilt on demand. (``step`` is a function that a scheduler
+# sets on the instance; it refers to that instance.)
 _TRANSIENT = (
     "operators", "replicas", "_flat", "_step", "_last_loss", "_combined", "_provisional", "_direction", "step",
 )  # fmt: skip
@@ -51,107 +51,161 @@ _ADDED_OPTIONS = (
     "compile", "flatten",
 )  # fmt: skip
 
-# In the groups of an optimizer with intervals: how many steps it has taken or skipped.
+# Key in the groups of an optimizer with intervals: the number of steps taken or skipped.
 _STEPS = "crsam_steps"
 
 
 class CRSAM(Optimizer):
-    r"""Curvature regularized sharpness-aware minimization (Wu, Luo, Wunsch, AAAI 2024, arXiv 2312.13555).
+    r"""Implements CR-SAM: sharpness-aware minimization with curvature regularization.
+
+    A step computes the gradient at the weights w, and then at w + e and at w - e, where the perturbation e points along
+    the first gradient and has length ``rho``. It combines the three into a regularized gradient that favors flat
+    minima, and the base optimizer updates w with that gradient.
 
     .. math::
-        \begin{aligned}
-        e &= \rho\, g_0 / (\|g_0\| + \varepsilon), \quad g_0 = \nabla L(w),
-            \quad g_+ = \nabla L(w + e), \quad g_- = \nabla L(w - e) \\
-        \hat g &= g_+ + a\,(g_+ + g_- - 2 g_0) + b\,(g_+ - g_-) \\
-        w &\leftarrow \text{base optimizer}(w, \hat g)
-        \end{aligned}
+       \begin{aligned}
+            &\rule{120mm}{0.4pt}                                                                          \\
+            &\textbf{input}: \: w_0 \text{ (params)}, \: L(w) \text{ (loss)},
+                \: \rho \text{ (rho)}, \: \alpha \text{ (alpha)}, \: \beta \text{ (beta)},                \\
+            &\hspace{13mm} r \text{ (max\_regularizer\_ratio)}, \: c \text{ (max\_grad\_norm)}            \\
+            &\rule{120mm}{0.4pt}                                                                          \\
+            &\textbf{for} \: t = 1 \: \textbf{to} \: \ldots \: \textbf{do}                                \\
+            &\hspace{5mm} w \leftarrow w_{t-1}, \quad g_0 \leftarrow \nabla L(w)                          \\
+            &\hspace{5mm} \textbf{if} \: \textit{adaptive}                                                \\
+            &\hspace{10mm} e \leftarrow \rho \, w^2 g_0 \, / \, (\| \, |w| \, g_0 \| + 10^{-12})          \\
+            &\hspace{5mm} \textbf{else}                                                                   \\
+            &\hspace{10mm} e \leftarrow \rho \, g_0 \, / \, (\| g_0 \| + 10^{-12})                        \\
+            &\hspace{5mm} g_+ \leftarrow \nabla L(w + e), \quad g_- \leftarrow \nabla L(w - e)            \\
+            &\hspace{5mm} d_1 \leftarrow g_+ - g_-, \quad d_2 \leftarrow g_+ + g_- - 2 g_0                \\
+            &\hspace{5mm} \textbf{if} \: \textit{regularizer} = \text{"log"}                              \\
+            &\hspace{10mm} \kappa \leftarrow L(w + e) + L(w - e) - 2 L(w), \quad
+                \sigma \leftarrow L(w + e) - L(w - e)                                                     \\
+            &\hspace{10mm} a \leftarrow \alpha / \kappa \: \textbf{if} \: \kappa > 0 \: \textbf{else} \: 0, \quad
+                b \leftarrow \beta / \sigma \: \textbf{if} \: \sigma > 0 \: \textbf{else} \: 0            \\
+            &\hspace{5mm} \textbf{else}                                                                   \\
+            &\hspace{10mm} a \leftarrow \alpha, \quad b \leftarrow \beta                                  \\
+            &\hspace{5mm} s \leftarrow \min(1, \: r \, \| g_+ \| \, / \, \| a \, d_2 + b \, d_1 \|)       \\
+            &\hspace{5mm} \hat g \leftarrow g_+ + s \, (a \, d_2 + b \, d_1)                              \\
+            &\hspace{5mm} \textbf{if} \: c \neq \text{None}                                               \\
+            &\hspace{10mm} \hat g \leftarrow \min(1, \: c \, / \, (\| \hat g \| + 10^{-6})) \: \hat g     \\
+            &\hspace{5mm} w_t \leftarrow \text{base optimizer}(w, \hat g)                                 \\
+            &\rule{120mm}{0.4pt}                                                                          \\
+            &\textbf{return} \: w_t                                                                       \\
+            &\rule{120mm}{0.4pt}                                                                          \\
+       \end{aligned}
 
-    ``alpha = beta = 0`` is SAM and takes two passes; ``rho = 0`` is the base optimizer and takes one.
+    Norms are taken over all parameters of all groups. In a group with ``maximize=True``, the sign of e is reversed.
+    ``alpha = beta = 0`` is SAM (Foret et al., ICLR 2021), which takes two passes instead of three; ``rho = 0`` is the
+    base optimizer, which takes one. A step with a NaN or Inf in a gradient is skipped: it changes neither parameters
+    nor state. CR-SAM is described in `CR-SAM: Curvature Regularized Sharpness-Aware Minimization
+    <https://arxiv.org/abs/2312.13555>`_ (Wu, Luo, Wunsch, AAAI 2024).
 
     Args:
-        params: parameters, named parameters or group dictionaries, as for any torch optimizer.
-        base_optimizer: a class or an instance of :class:`torch.optim.Optimizer`. SGD, Adam and AdamW are computed here,
-            on flat state; any other optimizer receives :math:`\hat g` as the gradient at w. Options of the same name
-            (RMSprop has an ``alpha``) are CRSAM's here: give such a base optimizer as an instance to set its own.
-        rho: radius of the perturbation. Per group, as are alpha, beta and adaptive.
-        alpha: weight of the curvature term; default 0.1 for the linear and 0.01 for the log regularizer.
-        beta: weight of the gradient-norm term; default 0.01.
-        gamma: another name of alpha, the one that the authors' code uses. (In a group, a base optimizer's own gamma
-            comes first.)
-        regularizer: "linear", a = alpha and b = beta, as the authors' code computes it; or "log", the regularizer
-            :math:`\alpha \log \mathrm{Tr}\nabla^2 L + \beta \log\|\nabla L\|` of the paper, a = alpha / kappa and
-            b = beta / sigma, see :meth:`crsam_ext.ops.Operators.coefficients`.
-        estimator: where the log regularizer takes kappa and sigma from: "gradient" (no cancellation, no losses needed)
-            or "loss". On three small networks (``benchmarks/finite_differences.py``, batches of 128) kappa from
-            gradients is within 10 % of the exact value for rho from 0.01 to 0.1, in float32 and under bf16 autocast;
-            kappa from losses for 0.01 to 0.2 in float32, but under bf16 autocast only near 0.2: its rounding error
-            grows as 1/rho², that from gradients as 1/rho.
-        adaptive: perturb as ASAM does (Kwon et al., ICML 2021):
-            :math:`e = \rho\, w^2 g_0 / (\||w| g_0\| + \varepsilon)`.
-        max_grad_norm: clip :math:`\hat g` to this norm.
-        max_regularizer_ratio: cap the norm of :math:`a d_2 + b d_1` at this multiple of :math:`\|g_+\|`; default 1 for
-            the log regularizer, whose weights are unbounded near kappa = 0, and no cap for the linear one.
-        interval: perturb in every ``interval``-th step only, beginning with the first; the others take one pass, and
-            are the base optimizer's.
-        reuse: in the steps between, add to the gradient what the last perturbation has added to its own,
-            :math:`\hat g = g_0 + \omega h` with :math:`h = \hat g - g_0` of that step and
-            :math:`\omega = \min(0.9^j, \|g_0\| / 2\|h\|)` if it was j steps ago, see :mod:`crsam_ext.reuse`. h is kept
-            in the state.
-        curvature_interval: of the steps that perturb, take the pass at w - e in every ``curvature_interval``-th only;
-            the others take two passes, and :math:`d_2` from the last step that had three, which is kept for them.
-            (Not with ``estimator="loss"``, which needs the loss at w - e.)
-        model: if given, everything that a forward changes in its buffers (running statistics, observers, vectors of
-            spectral norm) follows the first pass only. In ``step(closure)`` every pass starts from the buffers that the
-            first one found; in calls, the later passes start from those that it left. A DistributedDataParallel also
-            hands over when gradients are reduced: once a step, see :mod:`crsam_ext.replicas`. :attr:`model` can be set
-            until the first step.
-        sync_perturbation: with a DistributedDataParallel as ``model``: False, every rank perturbs with the e of its own
-            batch; True, all with the e of the whole one, for a second all-reduce a step; or a process group, in which
-            the ranks (of one node, say) share theirs.
-        shard_state: with a DistributedDataParallel as ``model`` and SGD, Adam or AdamW: every rank keeps the base
-            optimizer's state of a part of each parameter, updates that part, and sends it to the others, see
-            :mod:`crsam_ext.sharded_state`. The parameters are to the bit what they would be without.
-        replay_rng: give every pass of ``step(closure)`` the same random numbers (dropout masks, for instance): those of
-            the global generators of torch, Python's ``random`` and ``numpy.random``, see
+        params: parameters, named parameters, or dictionaries of parameter groups, as for any torch optimizer. A group
+            may set its own ``rho``, ``alpha``, ``beta`` and ``adaptive``.
+        base_optimizer: class or instance of :class:`torch.optim.Optimizer` (default: SGD). SGD, Adam and AdamW run
+            fused on flat state; any other optimizer finds :math:`\hat g` in ``p.grad`` and takes its own step. Where an
+            option of the base optimizer has the name of an option of CRSAM (RMSprop has an ``alpha``), a keyword
+            argument sets that of CRSAM; to set that of the base optimizer, pass an instance.
+        rho: radius of the perturbation, finite and at least 0 (default: 0.1). The papers use 0.05 for SAM and 0.5 for
+            ASAM on CIFAR-10.
+        alpha: weight of the curvature term, finite and at least 0 (default: 0.1 with ``regularizer="linear"``, 0.01
+            with ``"log"``).
+        beta: weight of the gradient-norm term, finite and at least 0 (default: 0.01).
+        gamma: another name for ``alpha``, as in the authors' code (default: None). In a group, ``gamma`` sets the
+            option of that name of the base optimizer if there is one.
+        regularizer: "linear" (default) uses alpha and beta as weights, like the authors' code. "log" is the regularizer
+            of the paper, :math:`\alpha \log \mathrm{Tr} \nabla^2 L + \beta \log \|\nabla L\|`, and divides them by
+            kappa and sigma, see :meth:`crsam_ext.ops.Operators.coefficients`.
+        estimator: how the log regularizer computes kappa and sigma. "gradient" (default) uses inner products of e with
+            the gradients: it needs no losses, and its rounding error grows as 1/rho. "loss" uses the losses, as in the
+            algorithm above; its rounding error grows as 1/rho². On three small networks with batches of 128
+            (``benchmarks/finite_differences.py``), kappa from gradients is within 10 % of the exact value for rho from
+            0.01 to 0.1, in float32 and under bfloat16 autocast. Kappa from losses is so for rho from 0.01 to 0.2 in
+            float32, but under bfloat16 autocast only near 0.2.
+        adaptive: if True, perturb each weight in proportion to its magnitude, as ASAM does (Kwon et al., ICML 2021)
+            (default: False).
+        max_grad_norm: clip :math:`\hat g` to this norm, greater than 0; None does not clip (default: None).
+        max_regularizer_ratio: limit the norm of :math:`a \, d_2 + b \, d_1` to this multiple of :math:`\|g_+\|`, at
+            least 0 (default: 1 with ``regularizer="log"``, whose weights grow without bound as kappa goes to 0;
+            infinity with ``"linear"``).
+        interval: perturb only in every ``interval``-th step, beginning with the first, an integer of at least 1
+            (default: 1). The other steps take one pass and use :math:`\hat g = g_0`.
+        reuse: with ``interval`` greater than 1, add the sharpness direction of the last perturbed step to the gradient
+            of the steps between (default: False): :math:`\hat g = g_0 + \omega h`, where :math:`h = \hat g - g_0` comes
+            from j steps ago and :math:`\omega = \min(0.9^j, \|g_0\| / 2\|h\|)`. The state holds h: memory of one more
+            gradient. See :mod:`crsam_ext.reuse`.
+        curvature_interval: among the steps that perturb, compute the gradient at w - e only in every
+            ``curvature_interval``-th, an integer of at least 1 (default: 1). The others take two passes and use
+            :math:`d_2` of the last step that took three; the state holds it. It must be 1 with ``estimator="loss"``,
+            which needs the loss at w - e.
+        model: the model whose parameters are optimized (default: None). If given, buffers that the forward changes
+            (running statistics of batch norm, quantization observers, vectors of spectral norm) are updated by the
+            first pass only. In ``step(closure)`` every pass starts from the buffers as they were before the step; with
+            :meth:`first_step`, :meth:`second_step` and :meth:`third_step`, the later passes start from those that the
+            first pass left. If the model is a DistributedDataParallel, gradients are reduced once per step, see
+            :mod:`crsam_ext.replicas`. The attribute :attr:`model` can also be set later, before the first step.
+        sync_perturbation: with a DistributedDataParallel as ``model``: False (default) perturbs each rank along the
+            gradient of its own batch. True perturbs all ranks along the gradient of the global batch, which costs a
+            second all-reduce per step. A process group averages the gradient at w over its ranks only, for instance
+            those of one node.
+        shard_state: with a DistributedDataParallel as ``model`` and SGD, Adam or AdamW: shard the state of the base
+            optimizer over the ranks (default: False). Each rank updates its shard of the parameters and sends it to the
+            others; the resulting parameters are bitwise the same. See :mod:`crsam_ext.sharded_state`.
+        replay_rng: if True (default), every pass of ``step(closure)`` draws the same random numbers, for instance the
+            same dropout masks, from the global generators of torch, Python's ``random`` and ``numpy.random``. See
             :class:`crsam_ext.noise.RandomState`.
-        stochastic_rounding: round perturbed float16 and bfloat16 parameters up or down at random, so that the model
-            moves by e on average: rounded to nearest, most bfloat16 parameters do not move at all. (w itself is kept
-            in float32 and rounded to nearest, either way.)
-        backend: "cuda", "triton", "torch", or "auto" for the first that is available.
-        compile: run the torch backend through ``torch.compile``.
-        flatten: move parameters into flat buffers, those that own their memory alone. A parameter stays where it is if
-            its memory is shared, mapped, part of something larger, or held by another tensor; with False, all stay.
-        **base_kwargs: lr, momentum and whatever else the base optimizer takes.
+        stochastic_rounding: if True, round perturbed float16 and bfloat16 parameters up or down at random, so that the
+            model moves by e on average (default: False). With rounding to nearest, most bfloat16 parameters do not move
+            at all. w itself is kept in float32 and is always rounded to nearest.
+        backend: "cuda", "triton" or "torch"; "auto" (default) takes the first of these that is available.
+        compile: if True, run the torch backend through ``torch.compile`` (default: False).
+        flatten: if True (default), move parameters into flat buffers. A parameter that does not own its memory alone
+            stays where it is: one whose memory is shared, memory-mapped, part of a larger tensor, or held by another
+            tensor. If False, all parameters stay.
+        **base_kwargs: arguments of the base optimizer, such as ``lr``, ``momentum`` and ``weight_decay``.
 
     Raises:
-        ValueError, TypeError, RuntimeError: for arguments that make no sense, saying which; for an unavailable backend.
+        ValueError: if an argument is out of range, if two arguments exclude each other, or if ``model`` is a DeepSpeed
+            engine or a FullyShardedDataParallel.
+        TypeError: if an argument is unknown or has the wrong type, or if ZeroRedundancyOptimizer or Horovod constructs
+            CRSAM.
+        RuntimeError: if ``backend`` is unavailable.
 
     Example::
 
+        import torch
+        from crsam_ext import CRSAM
+
+        model = torch.nn.Linear(20, 5)
+        x, y = torch.randn(64, 20), torch.randint(5, (64,))
         optimizer = CRSAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9, model=model)
 
         def closure():
-            loss = criterion(model(x), y)
+            loss = torch.nn.functional.cross_entropy(model(x), y)
             loss.backward()
             return loss
 
-        loss = optimizer.step(closure)
+        loss = optimizer.step(closure)  # calls the closure at w, w + e and w - e; returns the loss at w
 
     Note:
-        From the first step on, parameters lie in flat buffers (:mod:`crsam_ext.flat`), and ``p.grad`` holds
-        :math:`g_0` between steps. Holders of a parameter's memory that torch does not know of, such as raw pointers or
-        another process's view of CUDA memory, need ``flatten=False``; so does a storage that is resized later. A
-        wrapped base optimizer costs one synchronisation a step: whether to call it is decided on the device.
+        The first step moves the parameters into flat buffers (:mod:`crsam_ext.flat`). Set ``flatten=False`` if the
+        memory of a parameter is referred to by something that torch does not know of, such as a raw pointer or another
+        process, or if the storage of a parameter is resized later.
+
+    Note:
+        Between steps, ``p.grad`` holds :math:`g_0`. A base optimizer other than SGD, Adam and AdamW costs one device
+        synchronization per step, because the host must know whether the step is skipped.
     """
 
     operators: Operators
-    _flat: FlatParameters | None  # where parameters and state are, once there has been a step
-    # A step is in progress from step(closure) or first_step() to the update or combine(); then _step holds it, and
-    # _step.collected says which pass is due. After combine(), until the next step begins, _combined is set.
+    _flat: FlatParameters | None  # the flat buffers; None before the first step
+    # A step is in progress from step(closure) or first_step() until the update or combine(). _step then holds it, and
+    # _step.collected tells which pass is due. _combined is set from combine() until the next step begins.
     _step: Step | None
     _combined: bool
-    _last_loss: Any  # of the pass that step() will end, which takes no such argument
-    _step_supports_amp_scaling = True  # torch's GradScaler leaves scale and found_inf to the step
+    _last_loss: Any  # loss given to the last first/second/third_step call; step() has no argument for it
+    _step_supports_amp_scaling = True  # torch's GradScaler then leaves unscaling and skipping to the step
 
     def __init__(
         self,
@@ -182,15 +236,17 @@ class CRSAM(Optimizer):
     ) -> None:
         if is_part_of_zero():
             raise TypeError(
-                "ZeroRedundancyOptimizer(params, CRSAM) would perturb the parameters of each rank by themselves: "
-                "make it CRSAM(params, ZeroRedundancyOptimizer(params, SGD))"
+                "ZeroRedundancyOptimizer(params, CRSAM) would perturb each rank's parameters separately: "
+                "use CRSAM(params, ZeroRedundancyOptimizer(params, SGD))"
             )
         if type(self).__module__.startswith("horovod"):
-            raise TypeError("Horovod counts the backwards of a step: use DistributedDataParallel")
+            raise TypeError(
+                "Horovod expects one backward per step, but CRSAM takes several: use DistributedDataParallel"
+            )
         _check_choice("regularizer", regularizer, tuple(REGULARIZERS))
         _check_choice("estimator", estimator, ("gradient", "loss"))
         if gamma is not None and alpha is not None:
-            raise TypeError("gamma is another name of alpha: give one of them")
+            raise TypeError("gamma is another name of alpha: give only one of them")
         alpha = gamma if alpha is None else alpha
         if alpha is None:
             alpha = REGULARIZERS[regularizer].alpha
@@ -205,9 +261,13 @@ class CRSAM(Optimizer):
             for name, value in (("interval", interval), ("curvature_interval", curvature_interval))
         )
         if curvature_interval > 1 and estimator == "loss":
-            raise ValueError('curvature_interval leaves out losses that estimator="loss" needs: use "gradient"')
+            raise ValueError(
+                'curvature_interval > 1 leaves out losses that estimator="loss" needs: use estimator="gradient"'
+            )
         if reuse and interval == 1:
-            raise ValueError("reuse=True is about the steps between two that perturb: there are none with interval=1")
+            raise ValueError(
+                "reuse=True applies to the steps between two perturbed steps, and there are none with interval=1"
+            )
         self.interval, self.curvature_interval, self.reuse = interval, curvature_interval, reuse
         self.regularizer, self.estimator = regularizer, estimator
         self.max_grad_norm, self.max_regularizer_ratio = max_grad_norm, max_regularizer_ratio
@@ -218,7 +278,7 @@ class CRSAM(Optimizer):
         self._requested_backend = backend
         self.sync_perturbation, self.shard_state = sync_perturbation, shard_state
         self.model = model
-        backends.load(backend, compile=compile)  # what is asked for in vain is said first
+        backends.load(backend, compile=compile)  # fail early if the backend is unavailable
 
         self._own = {"rho": rho, "alpha": alpha, "beta": 0.01 if beta is None else beta, "adaptive": adaptive}
         base, own_groups = make_base(params, base_optimizer, base_kwargs, self._own.keys())
@@ -230,29 +290,30 @@ class CRSAM(Optimizer):
         self._check_sharing_state(self._update())
         self._attach()
 
-    # What the optimizer is -------------------------------------------------------------------------------------------
+    # Attributes -------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
-        """For each parameter its state: that of the base optimizer."""
+        """The state of each parameter: the base optimizer's own ``state``."""
         return self.base_optimizer.state
 
     @state.setter
     def state(self, state: defaultdict[Tensor, Any]) -> None:
-        if hasattr(self, "base_optimizer"):  # torch's constructor comes first, with an empty one
+        if hasattr(self, "base_optimizer"):  # torch's constructor sets an empty state before there is a base
             self.base_optimizer.state = state
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of the base optimizer, with our options; our own list where the two share names of options.
+        """The groups of the base optimizer, with CRSAM's options added.
 
-        With ``interval`` or ``curvature_interval``, "crsam_steps" in each is the number of steps taken or skipped.
+        If the base optimizer has an option of the same name, CRSAM keeps a list of its own. With ``interval`` or
+        ``curvature_interval``, each group has a "crsam_steps": the number of steps taken or skipped.
         """
         if self._separate is not None:
             return self._counting(self._separate.groups)
         groups = self.base_optimizer.param_groups
         for group in groups:
-            if not group.keys() >= self._own.keys():  # it was handed to the base optimizer
+            if not group.keys() >= self._own.keys():  # added through the base optimizer
                 group.update({**self._own, **group})
         return self._counting(groups)
 
@@ -264,7 +325,7 @@ class CRSAM(Optimizer):
             self.base_optimizer.param_groups = groups
 
     def _counting(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """``groups``; where intervals decide on the next step, with the count that they go by."""
+        """Return ``groups``, with the step count written into each if an interval greater than 1 uses it."""
         if max(self.interval, self.curvature_interval) > 1:
             for group in groups:
                 group[_STEPS] = self.stats.steps
@@ -277,18 +338,19 @@ class CRSAM(Optimizer):
 
     @property
     def model(self) -> torch.nn.Module | None:
-        """The model, for its buffers and its replicas. It can be set until the first step: trainers wrap models late.
+        """The model whose buffers and replicas are handled. It can be set before the first step, after wrapping it.
 
         Raises:
-            RuntimeError: when it is set after that.
-            ValueError, TypeError: for a model that cannot be stepped with, saying what to use instead.
+            RuntimeError: if it is set after the first step.
+            ValueError: if it is a DeepSpeed engine or a FullyShardedDataParallel, or if it is not a
+                DistributedDataParallel and ``sync_perturbation`` or ``shard_state`` needs one.
         """
         return self._model
 
     @model.setter
     def model(self, model: torch.nn.Module | None) -> None:
         if self.stats.steps or getattr(self, "_step", None) is not None:
-            raise RuntimeError("model can be set until the first step only")
+            raise RuntimeError("model can only be set before the first step")
         refusal = _refusal(model)
         if refusal is not None:
             raise ValueError(refusal)
@@ -296,11 +358,11 @@ class CRSAM(Optimizer):
         self.model_buffers = None if model is None else ModelBuffers(model)
         self.replicas = self._replicas_of(model)
         if self.replicas is None and self.sync_perturbation is not False:
-            raise ValueError("sync_perturbation is about ranks: give a DistributedDataParallel as model=")
+            raise ValueError("sync_perturbation needs several ranks: give a DistributedDataParallel as model=")
         if self.replicas is None and self.shard_state:
             raise ValueError(
-                "shard_state=True is about the ranks of a DistributedDataParallel: give that as model= (the state of "
-                "parameters that are sharded themselves, by fully_shard, is so already)"
+                "shard_state=True is about the ranks of a DistributedDataParallel: give that as model= (fully_shard "
+                "already shards the state along with the parameters)"
             )
 
     def _replicas_of(self, model: torch.nn.Module | None) -> Replicas | None:
@@ -308,26 +370,30 @@ class CRSAM(Optimizer):
         return Replicas(inner, self.sync_perturbation) if isinstance(inner, DistributedDataParallel) else None
 
     def follow_wrapper(self, wrapper: Any) -> None:
-        """Make a DistributedDataParallel the ``model``, if it is around the one that was given; trainers wrap late."""
+        """Replace ``model`` by ``wrapper`` if ``wrapper.module`` is ``model``, because trainers wrap models late.
+
+        Otherwise this is a no-op. Errors as for :attr:`model`.
+        """
         if self._model is not None and getattr(wrapper, "module", None) is self._model:
             self.model = wrapper
 
     @property
     def passes(self) -> int:
-        """How many passes the next step takes, or the one in progress: 3, 2 where alpha = beta = 0, 1 where rho = 0.
+        """Number of passes of the step in progress or, between steps, of the next one.
 
-        With ``interval`` and ``curvature_interval`` it differs from step to step.
+        It is 3, or 2 if alpha = beta = 0, or 1 if rho = 0. With ``interval`` and ``curvature_interval`` it varies from
+        step to step.
         """
         return self._calls if self._perturbs and self.stats.steps % self.interval == 0 else 1
 
     @property
     def pass_index(self) -> int:
-        """The pass that is running, or comes next: 0 at w, 1 at w + e, 2 at w - e. Metrics belong to pass 0."""
+        """Index of the pass that is running or comes next: 0 at w, 1 at w + e, 2 at w - e. Log metrics in pass 0."""
         return 0 if self._step is None else self._step.collected
 
     @property
     def _calls(self) -> int:
-        """How many of first_step, second_step, third_step make a step."""
+        """How many of first_step, second_step and third_step make up a step."""
         return PASSES if self._curved and self.stats.steps // self.interval % self.curvature_interval == 0 else 2
 
     @property
@@ -339,26 +405,26 @@ class CRSAM(Optimizer):
         return any(_nonzero(group[name]) for group in self.param_groups for name in ("alpha", "beta"))
 
     def capture_blocker(self) -> str | None:
-        """Why steps cannot be captured in a CUDA graph; None if they can."""
+        """Return why steps cannot be captured in a CUDA graph, or None if they can."""
         devices = sorted(map(str, self._devices()))
         if len(devices) != 1 or not devices[0].startswith("cuda"):
             return f"the parameters are on {', '.join(devices)}, not on one CUDA device"
         if in_several_processes() or self._is_sharded:
-            return "its gradients or sums are reduced over several processes"
+            return "gradients or norms are reduced over several processes"
         if self.backend not in ("cuda", "triton"):
-            return f"backend {self.backend!r} reads numbers on the host; use cuda or triton"
+            return f"backend {self.backend!r} reads numbers on the host; use backend cuda or triton"
         if not self._update().native:
-            return f"whether {type(self.base_optimizer).__name__} makes its step is decided on the host"
+            return f"the host decides whether {type(self.base_optimizer).__name__} takes its step"
         return None
 
     @property
     def in_place(self) -> bool:
-        """Whether parameters and state are where the last step left them: the next one finds them by address."""
+        """Whether parameters and state are still in the memory where the last step left them."""
         return self._flat is not None and self._flat.matches(self.param_groups, self.state, self._update())
 
     @property
     def state_is_complete(self) -> bool:
-        """Whether the state holds all that the last step used."""
+        """Whether ``state`` holds everything that the last step used."""
         return self._flat is not None and self._flat.published
 
     def __repr__(self) -> str:
@@ -371,11 +437,11 @@ class CRSAM(Optimizer):
         return f"{head}(base_optimizer={base}, regularizer={self.regularizer}, backend={backend},{groups}"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as for any torch optimizer; it may have its own rho, alpha (or gamma), beta and adaptive.
+        """Add a group, as with any torch optimizer. It may set rho, alpha (or gamma), beta and adaptive.
 
         Raises:
-            ValueError: for a rho, alpha or beta that is negative or not finite, and for parameters that are complex,
-                not floating point, expanded, or no plain tensors.
+            ValueError: if rho, alpha or beta is negative or not finite, or if a parameter is complex, not floating
+                point, expanded, or not a plain tensor.
         """
         if isinstance(param_group, dict):
             if "gamma" in param_group and "gamma" not in self.defaults:
@@ -383,26 +449,25 @@ class CRSAM(Optimizer):
             for name, default in self._own.items():
                 value = param_group.setdefault(name, default)
                 if name != "adaptive" and not isinstance(value, Tensor) and not 0 <= value < math.inf:
-                    raise ValueError(f"{name} must be a finite number that is not negative, but is {value}")
+                    raise ValueError(f"{name} must be finite and at least 0, but is {value}")
         super().add_param_group(param_group)
         gathered = gathered_by_fully_shard()
         try:
             for param in param_group["params"]:
                 if id(param) in gathered:
                     raise ValueError(
-                        f"a parameter of shape {tuple(param.shape)} is one that fully_shard has gathered for a "
-                        "forward, and will free: call model.reshard() and take model.parameters() again"
+                        f"a parameter of shape {tuple(param.shape)} was gathered by fully_shard for a forward and "
+                        "will be freed: call model.reshard(), then take model.parameters() again"
                     )
                 if param.requires_grad:
                     check_parameter(param)
                 if is_sharded(param) and self.stochastic_rounding:
                     raise ValueError(
-                        "stochastic_rounding rounds where parameters are perturbed, and each rank in its own way; "
-                        "sharded ones are rounded when they are gathered: leave param_dtype=None in "
-                        "MixedPrecisionPolicy, and use torch.autocast"
+                        "stochastic_rounding=True does not apply to sharded parameters, which are rounded when they "
+                        "are gathered: keep param_dtype=None in MixedPrecisionPolicy, and use torch.autocast"
                     )
         except ValueError:
-            self.param_groups.pop()  # what is refused does not stay
+            self.param_groups.pop()  # a rejected group must not remain registered
             raise
         self._sync()
 
@@ -420,44 +485,45 @@ class CRSAM(Optimizer):
     ) -> Any:
         """Take a step.
 
-        Args:
-            closure: computes the loss of the batch, calls ``backward()`` on it and returns it. It is called once for
-                each pass, at w, w + e and w - e, with gradients cleared and the same random numbers. It may return
-                anything; ``estimator="loss"`` needs a loss, which is a tensor of one element or a number. A list of
-                closures accumulates the gradients of its micro-batches: every pass calls them all, and each returns a
-                loss, or all return None. Without a closure, the step that ``first_step`` or ``combine`` began is
-                finished.
-            parallel: the model, to compute the gradients at w + e and w - e at once, by ``torch.func.vmap``, on twice
-                the memory for activations; a step of fewer passes is as without. The closure only returns the loss
-                and leaves ``backward()`` to the step. Hooks on gradients do not see the two; random numbers, which
-                ``vmap`` would draw anew, are refused unless ``replay_rng`` is off.
-            sync_perturbation: of a list of closures. True: all share the perturbation of the sum of their gradients;
-                False: each has its own (m-sharpness, Foret et al., ICLR 2021, section 4.1, m being the micro-batch),
-                and their regularized gradients are added.
-            grad_scaling: what the closure multiplied its losses with, 0-dim, and a 0-dim tensor that becomes 1 if the
-                step is skipped, else 0: :class:`crsam_ext.GradScaler` gives them.
-            noise: replays the random numbers, those of the global generators by default. A CUDA graph has its own.
-        Returns:
-            What the closure returned at w (a tensor without its graph), of several the sum; None without a closure.
-        Raises:
-            RuntimeError: if no gradient was computed, a gradient is sparse, a step is in progress already, or torch's
-                own GradScaler was given a closure; with ``parallel``, if the loss draws random numbers.
-            TypeError: if ``parallel`` is no module, is a DistributedDataParallel, or comes with a list of closures;
-                if a closure in a list returns something other than a loss.
-            ValueError: if ``estimator="loss"`` needs a loss and the closure returned none.
+        An exception in the closure propagates, after the parameters have been restored to w, bit for bit.
 
-        Whatever the closure raises passes through, after the parameters are bit for bit w again.
+        Args:
+            closure: computes the loss of the batch, calls ``backward()`` on it and returns it. Every pass clears the
+                gradients and calls the closure once, at w, w + e and w - e, with the same random numbers. The closure
+                may return anything, but ``estimator="loss"`` needs a loss: a tensor of one element or a number. A list
+                of closures accumulates the gradients of micro-batches: every pass calls all of them, and either each
+                returns a loss or each returns None. Without a closure, finish the step that ``first_step`` or
+                ``combine`` began.
+            parallel: the model. The gradients at w + e and w - e are then computed together, by ``torch.func.vmap``,
+                which doubles the memory of activations. A step of one or two passes is not affected. The closure must
+                return the loss without calling ``backward()``. Hooks on gradients are not called in these two passes.
+                With ``replay_rng=True``, the loss must not draw random numbers, because ``vmap`` would draw new ones.
+            sync_perturbation: applies to a list of closures. If True, all micro-batches share the perturbation along
+                the sum of their gradients. If False, each has its own (m-sharpness with the micro-batch as m, Foret et
+                al., ICLR 2021, section 4.1), and their regularized gradients are added.
+            grad_scaling: two 0-dim tensors, which :class:`crsam_ext.GradScaler` passes: the scale of the losses, and a
+                tensor that is set to 1 if the step is skipped and to 0 otherwise.
+            noise: replays the random numbers; by default those of the global generators. GraphedStep passes its own.
+        Returns:
+            What the closure returned at w, with a tensor detached; the sum of the losses for a list of closures; None
+            without a closure.
+        Raises:
+            RuntimeError: if no gradient was computed, a gradient is sparse, a step is already in progress, or torch's
+                own GradScaler was given a closure; with ``parallel``, if the loss draws random numbers.
+            TypeError: if ``parallel`` is not a module, is a DistributedDataParallel, or is combined with a list of
+                closures; if a closure in a list returns something other than a loss.
+            ValueError: if ``estimator="loss"`` needs a loss and the closure returned none.
         """
         if closure is None:
             return self._finish(grad_scaling)
         if self._step is not None:
             raise RuntimeError(f"step(closure) called in the middle of a step: {self._due()}")
         if hasattr(self, "found_inf"):
-            raise RuntimeError("torch's GradScaler takes no closure: use crsam_ext.GradScaler")
+            raise RuntimeError("torch's GradScaler does not support closures: use crsam_ext.GradScaler")
         loss_of: Any = closure
         if parallel is not None:
             if in_several_processes() or self._is_sharded:
-                raise TypeError("parallel= evaluates a model without what reduces its gradients: step without it")
+                raise TypeError("parallel= does not reduce gradients over processes: call step() without parallel=")
             closure = _with_backward(closure, parallel)
         closures = _accumulating(closure, self._locally)
         if not sync_perturbation and self.passes > 1:
@@ -471,13 +537,13 @@ class CRSAM(Optimizer):
     def _take_passes(
         self, step: Step, closure: Callable[[], Any], noise: SharedNoise | None, parallel: tuple[Any, Any] | None
     ) -> Any:
-        """Take all passes of a step that was begun; returns what the closure returned at w.
+        """Take all passes of a step that has begun, and return what the closure returned at w.
 
         Args:
             step: the step.
             closure: computes gradients.
-            noise: replays the random numbers, those of the global generators by default.
-            parallel: the model and the function of the loss, where the points w + e and w - e are evaluated at once.
+            noise: replays the random numbers; by default those of the global generators.
+            parallel: the model and the closure that returns the loss, if w + e and w - e are evaluated together.
         """
         passes = step.passes
         if passes == 1 or not self.replay_rng:
@@ -487,7 +553,7 @@ class CRSAM(Optimizer):
         if passes > 1 and self.model_buffers is not None:
             self.model_buffers.begin()
 
-        def run() -> Any:  # what is returned here must not stay alive during the next pass: it may hold a graph
+        def run() -> Any:  # the value may hold a graph, so drop it before the next pass
             with self.no_sync():
                 value = _with_gradients(closure)
             step.collect(value, keep=False)
@@ -496,7 +562,7 @@ class CRSAM(Optimizer):
         result = None
         for index in range(passes):
             if index == 0:
-                self._clear_gradients()  # later, they were taken
+                self._clear_gradients()  # later passes find them cleared by collect()
                 result = run()
             else:
                 if noise is not None:
@@ -505,8 +571,8 @@ class CRSAM(Optimizer):
             if parallel is not None and passes == PASSES:
                 if noise is not None and noise.drawn:
                     raise RuntimeError(
-                        "the loss draws random numbers (dropout?), and vmap would draw others: "
-                        "step without parallel=, or set replay_rng=False"
+                        "the loss draws random numbers (dropout?), and vmap would draw different ones: "
+                        "call step() without parallel=, or set replay_rng=False"
                     )
                 points = gradients_at(step.move_apart(), *parallel, step.flat)
                 step.flat.follow()
@@ -522,12 +588,12 @@ class CRSAM(Optimizer):
     def _step_in_parts(
         self, closures: Any, grad_scaling: tuple[Tensor, Tensor] | None, noise: SharedNoise | None
     ) -> Any:
-        """A step in which every closure has a perturbation of its own, and the regularized gradients are added."""
+        """Take a step that perturbs each closure separately and adds the regularized gradients."""
         if callable(closures):
-            raise TypeError("sync_perturbation=False is about a list of closures: there is one")
+            raise TypeError("sync_perturbation=False needs a list of closures, but was given a single closure")
         if self.replicas is not None or self.curvature_interval > 1 or self.reuse:
             raise ValueError(
-                "sync_perturbation=False goes with none of DistributedDataParallel, curvature_interval and reuse"
+                "sync_perturbation=False cannot be combined with DistributedDataParallel, curvature_interval and reuse"
             )
         params = [param for group in self.param_groups for param in group["params"]]
         total: dict[Tensor, Tensor] = {}
@@ -553,44 +619,47 @@ class CRSAM(Optimizer):
         return loss
 
     def first_step(self, zero_grad: bool = False, loss: Any = None) -> None:
-        """After ``backward()`` at w: save w and move the parameters to w + e.
+        """Save w and move the parameters to w + e, after ``backward()`` at w.
 
         Args:
-            zero_grad: clear the gradients. Otherwise they stay in ``p.grad``, which costs a copy of them.
-            loss: the loss of this pass, needed where the log regularizer has ``estimator="loss"``.
+            zero_grad: if True, clear the gradients. If False, they stay in ``p.grad``, which costs a copy.
+            loss: the loss of this pass; required with ``regularizer="log", estimator="loss"``.
         Raises:
-            RuntimeError: if another call is due, no gradient was computed, or ``interval`` makes this step one of a
-                single pass, which ``step()`` finishes: see :attr:`passes`.
+            RuntimeError: if another call is due, if no gradient was computed, or if ``interval`` gives this step a
+                single pass. Call only ``step()`` in such a step, see :attr:`passes`.
+            ValueError: if the loss is required and missing.
         """
         if self._step is not None:
             raise RuntimeError(f"first_step() called in the middle of a step: {self._due()}")
         if self.stats.steps % self.interval:
             raise RuntimeError(
-                f"interval={self.interval} leaves this step one pass: call step() instead of first_step() where "
-                "optimizer.passes is 1"
+                f"with interval={self.interval} this step has one pass: when optimizer.passes is 1, call step() "
+                "instead of first_step()"
             )
         with self._restoring():
             self._begin(self._calls)
             self._call(zero_grad, loss)
 
     def second_step(self, zero_grad: bool = False, loss: Any = None) -> None:
-        """After ``backward()`` at w + e: move to w - e; in a step of two passes, update w instead.
+        """Move the parameters to w - e or, in a step of two passes, update w, after ``backward()`` at w + e.
 
-        Arguments and errors as for :meth:`first_step`.
+        Arguments and errors are those of :meth:`first_step`.
         """
         self._require("second_step", 1)
         self._call(zero_grad, loss)
 
     def third_step(self, zero_grad: bool = False, loss: Any = None) -> None:
-        """After ``backward()`` at w - e: update w. Arguments and errors as for :meth:`first_step`."""
+        """Update w, after ``backward()`` at w - e. Arguments and errors are those of :meth:`first_step`."""
         self._require("third_step", 2)
         self._call(zero_grad, loss)
 
     def no_sync(self) -> AbstractContextManager[Any]:
-        """In which forward and backward of a pass are run, in the form of calls: reduced in the last pass only.
+        """Return a context manager for the forward and backward of a pass, so that only the last pass is reduced.
 
-        With a DistributedDataParallel as ``model`` it is that one's ``no_sync()`` in all other passes; it does nothing
-        in the last, and without such a model. (Without it, too, gradients stay local; DDP copies them in vain.)
+        Use it with :meth:`first_step`, :meth:`second_step` and :meth:`third_step` if ``model`` is a
+        DistributedDataParallel. It is the model's own ``no_sync()`` in all passes but the last; in the last pass, or
+        without such a model, it is a no-op. If it is left out, the gradients of the earlier passes still stay local,
+        but DDP copies them needlessly.
 
         Example::
 
@@ -606,7 +675,7 @@ class CRSAM(Optimizer):
         return self.replicas.context(self.next_pass()[0])
 
     def next_pass(self) -> tuple[Pass, Step | None]:
-        """What happens to the gradients of the pass that is running or comes next, and the step in progress."""
+        """Return how the gradients of the current or next pass are treated, and the step in progress, if any."""
         if self._step is not None:
             return self._step.kind, self._step
         if self.replicas is None:
@@ -616,17 +685,17 @@ class CRSAM(Optimizer):
         return self.replicas.kind(0, passes, self._settings().weights_known(passes, keeps)), None
 
     def _locally(self) -> AbstractContextManager[Any]:
-        """In which a micro-batch is run that is not the last of its pass."""
+        """Return the context manager for every micro-batch of a pass but the last."""
         return nullcontext() if self.replicas is None else self.replicas.ddp.no_sync()
 
     def check_replicas(self) -> None:
-        """See whether all ranks hold the same parameters, to the bit: one all-reduce of a checksum of each.
+        """Check that all ranks hold bitwise equal parameters, by one all-reduce of a checksum of each.
 
-        Of the ranks of the DistributedDataParallel that is ``model``, else of all; of a DTensor, of the ranks that hold
-        the same shard. Nothing where there is one process.
+        This compares the ranks of the DistributedDataParallel that is ``model``, or all ranks without one. The shards
+        of a DTensor are compared over the ranks that hold the same shard. With one process it is a no-op.
 
         Raises:
-            RuntimeError: on all ranks, if they do not, naming the first that differs.
+            RuntimeError: on all ranks, if a parameter differs. The message names the first one.
         """
         if not in_several_processes():
             return
@@ -637,21 +706,22 @@ class CRSAM(Optimizer):
         check_equal(params, names, None if self.replicas is None else self.replicas.group)
 
     def give_loss(self, loss: Any) -> None:
-        """Give the loss of the last pass where ``step()`` ends a step of calls: it takes no argument for it."""
+        """Set the loss of the last pass, for a step that ``step()`` finishes: it has no argument for a loss."""
         self._last_loss = loss
 
     @torch.no_grad()
     def combine(self, loss: Any = None, grad_scale: Tensor | float | None = None) -> None:
-        r"""Instead of the last of these calls: go back to w, with :math:`\hat g` in ``p.grad``; ``step()`` follows.
+        r"""Restore w and write :math:`\hat g` into ``p.grad``, after ``backward()`` in the last pass.
 
-        In between, whatever is usually done to a gradient can be done to it: clip it, look at it, unscale it.
+        Call it in place of the last of :meth:`first_step`, :meth:`second_step` and :meth:`third_step`, and then
+        ``step()``. In between, the gradient can be clipped, inspected or unscaled like any other gradient.
 
         Args:
             loss: the loss of this pass.
-            grad_scale: what the losses were multiplied with before ``backward()``; :math:`\hat g` still is. Needed for
-                the log regularizer only, whose kappa and sigma have the units of the loss.
+            grad_scale: the loss scale, if the losses were scaled before ``backward()``. :math:`\hat g` remains scaled.
+                Only the log regularizer needs it, because its kappa and sigma have the units of the loss.
         Raises:
-            RuntimeError: if another call is due, or no gradient was computed.
+            RuntimeError: if another call is due, or if no gradient was computed.
         """
         step = self._step
         if step is None or step.collected != step.passes - 1:
@@ -663,7 +733,7 @@ class CRSAM(Optimizer):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Abandon the step in progress, if there is one: the parameters are bit for bit w again."""
+        """Abandon the step in progress, if any, and restore the parameters to w, bit for bit."""
         if self._step is not None:
             self._step.restore()
             self._step = None
@@ -671,19 +741,19 @@ class CRSAM(Optimizer):
     def _begin(
         self, passes: int, combined: bool = False, num_points: int = 1, counted: bool = True, is_sum: bool = False
     ) -> Step:
-        """Begin a step; arguments as for :class:`crsam_ext.step.Step`."""
+        """Begin a step; the arguments are those of :class:`crsam_ext.step.Step`."""
         self._combined = False
         if self._provisional.drop(self.state) and self._flat is not None:
             self._flat.recount(self.state)
         self._sync()
         params = (param for group in self.param_groups for param in group["params"])
         if not any(param.requires_grad or param.grad is not None for param in params):
-            raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
+            raise RuntimeError("no parameter requires a gradient, so there is nothing to optimize")
         replicas = None if combined else self.replicas
         if replicas is None and passes == PASSES and self._settings().needs_losses and in_several_processes():
             raise ValueError(
-                'estimator="loss" knows the losses of this rank only: use estimator="gradient" or, for means over the '
-                "ranks of a DistributedDataParallel, give that as model="
+                'estimator="loss" knows only the losses of this rank: use estimator="gradient", or give the '
+                "DistributedDataParallel as model= to average the losses over its ranks"
             )
         if replicas is not None:
             replicas.prepare(self)
@@ -712,7 +782,7 @@ class CRSAM(Optimizer):
         return self._difference if self.curvature_interval > 1 and self._curved else None
 
     def _kept_direction(self, passes: int) -> SharpnessDirection | None:
-        """What a step of so many passes makes for later ones, or goes on with; None where nothing is perturbed."""
+        """Return the direction h if a step of so many passes writes or reads it, else None."""
         between = self.stats.steps % self.interval > 0
         return self._direction if self.reuse and (passes > 1) != between and self._perturbs else None
 
@@ -720,19 +790,19 @@ class CRSAM(Optimizer):
         direction, age = self._kept_direction(passes), self.stats.steps % self.interval
         if direction is not None:
             direction.begin_step(age)
-        elif self.reuse and age == 0:  # a perturbation was due, and rho is 0: h would be taken for a new one
+        elif self.reuse and age == 0:  # a perturbation is due but rho is 0: an old h must not count as new
             for state in self.state.values():
                 if DIRECTION in state:
                     state[DIRECTION].zero_()
         return direction
 
     def prepare_replay(self, device: torch.device) -> None:
-        """Call before a CUDA graph captures or repeats the next step: what only the host knows is put on the device."""
+        """Copy the numbers that only the host knows to the device, before a CUDA graph captures or replays a step."""
         if self.reuse:
             self._direction.prepare_replay(self.stats.steps % self.interval, device)
 
     def _signature(self, passes: int) -> dict[str, Any]:
-        """What must be the same on all ranks of the model: how a step is made, and of what."""
+        """Return everything about a step that must be the same on all ranks of the model."""
         groups = {
             f"{name} of group {index}": value
             for index, group in enumerate(self.param_groups)
@@ -753,17 +823,17 @@ class CRSAM(Optimizer):
         }
 
     def _locate(self, num_points: int) -> Located:
-        """Parameters and state where they are now, and the update with the options that there are now."""
+        """Find parameters and state in their current memory, and the update with the current options."""
         update, flat = self._update(), self._flat
         if flat is not None:
             num_points = max(num_points, flat.num_points)
         if flat is None or flat.num_points < num_points or not flat.matches(self.param_groups, self.state, update):
             operators = self._load_operators()
-            if operators.name != self.operators.name:  # the parameters have moved to another kind of device
+            if operators.name != self.operators.name:  # the parameters moved to another type of device
                 self.operators = operators
             self._check_sharing_state(update)
             moved = {} if flat is None else flat.moved()
-            self._flat = flat = None  # whatever it holds of parameters in place must not count as another holder
+            self._flat = flat = None  # drop its references: they would make parameters count as shared
             flat = FlatParameters(
                 self.param_groups,
                 self.state,
@@ -776,36 +846,36 @@ class CRSAM(Optimizer):
                 self.replicas.group if self.shard_state and self.replicas is not None else None,
             )
             if not flat.buckets:
-                raise RuntimeError("no parameter requires a gradient: there is nothing to optimize")
+                raise RuntimeError("no parameter requires a gradient, so there is nothing to optimize")
             if flat.is_sharded and self.replicas is not None:
                 raise RuntimeError(
-                    "DistributedDataParallel has parameters that are DTensors: use fully_shard on a mesh of two "
-                    "dimensions, replicas and shards, instead"
+                    "DistributedDataParallel has parameters that are DTensors: use fully_shard on a two-dimensional "
+                    "mesh of replicas and shards instead"
                 )
             self._flat = flat
         flat.begin_step()
         return Located(flat, update, self.operators, self.param_groups, self.state)
 
     def _check_sharing_state(self, update: Update) -> None:
-        """Raise ValueError if ranks are to share a state that is not made here."""
+        """Raise ValueError if the state is to be sharded and the base optimizer updates it itself."""
         if self.shard_state and not update.native:
             name = type(self.base_optimizer).__name__
             raise ValueError(
-                "shard_state=True is for SGD, Adam and AdamW (without amsgrad), whose updates are made here: for "
+                "shard_state=True supports only SGD, Adam and AdamW (without amsgrad): for "
                 f"{name}, use CRSAM(params, ZeroRedundancyOptimizer(params, {name}))"
             )
 
     @contextmanager
     def _restoring(self) -> Iterator[None]:
-        """Restore the parameters if anything goes wrong within."""
+        """Restore the parameters if the body raises an exception."""
         try:
             yield
         except BaseException as error:
             self.restore()
             if self._flat is not None and self._flat.is_gathered and hasattr(error, "add_note"):  # from Python 3.11 on
                 error.add_note(
-                    "CRSAM has restored the parameters. fully_shard needs model.reset_iter_state() before it can go on "
-                    "after an exception in a forward or backward."
+                    "CRSAM has restored the parameters. After an exception in a forward or backward, fully_shard needs "
+                    "model.reset_iter_state() before the next forward."
                 )
             raise
 
@@ -816,24 +886,22 @@ class CRSAM(Optimizer):
         if step.collected < step.passes - 1:
             with self._restoring():
                 step.collect(loss, keep=not zero_grad)
-                # In calls, a GradScaler looks at the gradients of the last pass only.
+                # Between calls, a GradScaler checks only the gradients of the last pass.
                 step.move(show_overflow=True)
         else:
             self.give_loss(loss)
-            self.step()  # through the public method: hooks and schedulers watch it
+            self.step()  # the public method, because hooks and schedulers wrap it
             if zero_grad:
                 self._clear_gradients()
 
     def _finish(self, grad_scaling: tuple[Tensor, Tensor] | None) -> None:
-        """Take the last pass of a step of calls, and make the update."""
+        """Collect the last pass of a step made of calls, and update w."""
         if self._step is None:
             if not self._combined and (self.passes > 1 or self._is_stateless) and self._enters_state():
                 self._enter_state()
                 return
             if not self._combined and self.passes > 1:
-                raise RuntimeError(
-                    "step() without a closure finishes what first_step() began: call first_step(), or step(closure)"
-                )
+                raise RuntimeError("step() without a closure only finishes a step: call first_step(), or step(closure)")
             self._begin(1, combined=self._combined)
         step = self._step
         assert step is not None
@@ -846,32 +914,32 @@ class CRSAM(Optimizer):
         with self._restoring():
             if found_inf is not None and grad_scaling is None and step.reduces_late:
                 raise RuntimeError(
-                    "torch's GradScaler decides on each rank by itself, before gradients are reduced: "
+                    "torch's GradScaler checks the gradients of each rank before they are reduced: "
                     "use crsam_ext.GradScaler"
                 )
             if found_inf is not None and grad_scale is None and step.passes > 1:
                 raise RuntimeError(
-                    "unscale_() was called in the middle of a step, whose earlier gradients are scaled: "
-                    "call combine() before it, or clip with max_grad_norm"
+                    "unscale_() was called in the middle of a step, while its earlier gradients are still scaled: "
+                    "call combine() before unscale_(), or clip with max_grad_norm"
                 )
             step.collect(loss, keep=False)
             self._end(step, grad_scale, found_inf)
 
     @property
     def _is_stateless(self) -> bool:
-        """Whether there is no state, however many steps there have been: it is asked for in the same way each time."""
+        """Whether the optimizer never has any state, so that an empty one does not mean that no step was taken."""
         update = self._update()
         return not self.state and update.native and not any(update.buffers or ())
 
     def _enters_state(self) -> bool:
-        """Whether ``step()`` is only to enter the state: torch.distributed.checkpoint calls it with rates of 0."""
+        """Whether ``step()`` must only create the state: torch.distributed.checkpoint calls it with an lr of 0."""
         rates = [group.get("lr", 1.0) for group in self.param_groups]
         on_host = not any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates)
         params = (param for group in self.param_groups for param in group["params"])
         return on_host and not any(map(float, rates)) and any(param.grad is not None for param in params)
 
     def _enter_state(self) -> None:
-        """Enter the state of parameters that have a gradient, as it is before the first step; nothing else changes."""
+        """Create the initial state of all parameters that have a gradient; change nothing else."""
         self._sync()
         flat, update, *_ = self._locate(1)
 
@@ -892,10 +960,10 @@ class CRSAM(Optimizer):
             self._difference.publish(self.state)
 
     def _end(self, step: Step, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Make the update with the gradients that the step has collected; it is over."""
+        """Update w with the gradients that the step has collected, and end the step."""
         step.update(grad_scale, found_inf)
         self._step = None
-        # For a scheduler that watches the base optimizer, whose own step() need not have been called.
+        # A scheduler may be attached to the base optimizer, whose own step() may not have been called.
         mark_stepped(self.base_optimizer)
 
     def _due(self) -> str:
@@ -905,24 +973,24 @@ class CRSAM(Optimizer):
 
     def _require(self, call: str, collected: int) -> None:
         if self._step is None:
-            sam = " (in a step of two passes, second_step() makes the update)" if call == "third_step" else ""
+            sam = " (in a step of two passes, second_step() updates w)" if call == "third_step" else ""
             raise RuntimeError(f"{call}() called outside a step: first_step() is due{sam}")
         if self._step.collected != collected:
             raise RuntimeError(f"{call}() called out of order: {self._due()}")
 
     def train(self) -> None:
-        """Put the base optimizer into training mode, if it has one, as schedule-free optimizers do.
+        """Call ``train()`` of the base optimizer, if it has one, as schedule-free optimizers do.
 
-        Nothing happens in the middle of a step, which was begun in training mode.
+        In the middle of a step this is a no-op, because the step began in training mode.
         """
         if self._step is None and hasattr(self.base_optimizer, "train"):
             self._call_base("train")
 
     def eval(self) -> None:
-        """Put the base optimizer into evaluation mode, if it has one, as schedule-free optimizers do.
+        """Call ``eval()`` of the base optimizer, if it has one, as schedule-free optimizers do.
 
         Raises:
-            RuntimeError: in the middle of a step, because it moves the parameters.
+            RuntimeError: in the middle of a step, because ``eval()`` of the base optimizer moves the parameters.
         """
         if hasattr(self.base_optimizer, "eval"):
             if self._step is not None:
@@ -930,18 +998,18 @@ class CRSAM(Optimizer):
             self._call_base("eval")
 
     def _call_base(self, method: str) -> None:
-        """Call a method of the base optimizer, with our options before and its own changes of them after."""
+        """Call a method of the base optimizer, and synchronize the options with it before and after."""
         self._sync()
         getattr(self.base_optimizer, method)()
         self._sync()
 
     def _sync(self) -> None:
-        """Bring our groups and those of the base optimizer in line, where they are separate."""
+        """Synchronize our groups with those of the base optimizer, if they are separate."""
         if self._separate is not None and hasattr(self, "base_optimizer"):
             self._separate.sync()
 
     def _update(self) -> Update:
-        """How the base optimizer's update is made, with the options that the groups have now."""
+        """Return the update of the base optimizer, with the current options of the groups."""
         return update_of(self.base_optimizer, self.param_groups, lambda: self._call_base("step"))
 
     def _clear_gradients(self) -> None:
@@ -951,15 +1019,16 @@ class CRSAM(Optimizer):
     # State -----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any torch optimizer, and "base_optimizer" where that has a form of its own.
+        """Return the state dict, in the format of any torch optimizer.
 
-        With intervals, the groups hold "crsam_steps", the number of steps, which decides on the next one; the state of
-        a parameter holds its "second_difference" with ``curvature_interval``, its "sharpness_direction" with ``reuse``.
+        It has an extra entry "base_optimizer" if the base optimizer overrides ``state_dict``. With an interval greater
+        than 1, each group has a "crsam_steps", the number of steps so far. The state of a parameter has a
+        "second_difference" with ``curvature_interval`` greater than 1, and a "sharpness_direction" with ``reuse``.
         """
         self._enter_kept()
         result = super().state_dict()
-        # In the order of the parameters: all ranks gather full tensors in the order in which they find them. (That in
-        # which they were entered depends on the sizes of shards.)
+        # Sort by parameter: ranks gather full tensors in the order of this dictionary, so it must be the same on all of
+        # them. The order of insertion depends on the sizes of shards.
         order = {key: number for number, key in enumerate(k for g in result["param_groups"] for k in g["params"])}
         result["state"] = dict(sorted(result["state"].items(), key=lambda item: order.get(item[0], len(order))))
         if type(self.base_optimizer).state_dict is not Optimizer.state_dict:
@@ -967,10 +1036,10 @@ class CRSAM(Optimizer):
         return result
 
     def _enter_kept(self) -> None:
-        """Enter zeros for what is kept for later steps and is not there yet, where a parameter has state.
+        """Add zeros for a missing second difference or sharpness direction to every parameter that has state.
 
-        A base optimizer may have made its state without a step, and a checkpoint of it lacks what is ours. What is
-        asked for before a checkpoint is loaded must name all that there is in it.
+        They are missing if the base optimizer created its state without a step of CRSAM. The state dict that a
+        checkpoint is loaded into must name everything that the checkpoint contains.
         """
         names = [DIRECTION] if self.reuse else []
         names += [SECOND_DIFFERENCE] if self._kept_difference() is not None else []
@@ -985,12 +1054,13 @@ class CRSAM(Optimizer):
                         state[name] = as_shard_of(param, zeros)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, here or of torch's SGD, Adam or AdamW.
+        """Load a state dict of CRSAM, or of torch's SGD, Adam or AdamW.
 
-        Options that the groups of ``state_dict`` lack (rho, say) stay as they are.
+        Options that are missing in the groups of ``state_dict``, such as rho, keep their values.
 
         Raises:
-            ValueError: for full tensors where parameters are DTensors; torch.distributed.checkpoint loads those.
+            ValueError: if the state has full tensors for parameters that are DTensors; use
+                torch.distributed.checkpoint to load those.
         """
         loaded: dict[str, Any] = {}
         counts: list[int] = []
@@ -1004,7 +1074,7 @@ class CRSAM(Optimizer):
         self.restore()
         if self.replicas is not None:
             self.replicas.forget()
-        hook = self.register_load_state_dict_pre_hook(complete)  # the last to run: after the user's own
+        hook = self.register_load_state_dict_pre_hook(complete)  # runs last, after the user's own hooks
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -1014,7 +1084,7 @@ class CRSAM(Optimizer):
         self._difference = SecondDifference()
         self._own_state(loaded)
         base = self.base_optimizer
-        if type(base).load_state_dict is not Optimizer.load_state_dict:  # it knows best what its state is made of
+        if type(base).load_state_dict is not Optimizer.load_state_dict:  # then it loads its own state
             shared = self._separate is None
             theirs = [
                 {**new, **({} if shared else {k: old[k] for k in self._own if k in old})}
@@ -1023,30 +1093,32 @@ class CRSAM(Optimizer):
             base.load_state_dict(loaded.get("base_optimizer", {**loaded, "param_groups": theirs}))
 
     def _check_state(self, loaded: dict[str, Any]) -> None:
-        """Raise ValueError for state that is not placed as its parameter is; nothing has been loaded yet."""
-        if self.shard_state:  # there a state is cut, or is to be
+        """Raise ValueError if a state tensor is not placed like its parameter; called before anything is loaded."""
+        if self.shard_state:  # a full state is sharded when it is loaded
             return
         native = self._update().native
         for param, name, value in self._values(loaded):
             if not value.dim() or value.shape != param.shape:
                 continue
-            # A wrapped optimizer may place its own as it likes, but not as full tensors: it mixes them with gradients.
+            # A wrapped optimizer may choose placements, but not full tensors, which it would mix with sharded
+            # gradients.
             ours = native or name in (SECOND_DIFFERENCE, DIRECTION)
             if ours or is_sharded(param) != is_sharded(value):
                 check_state(name, value, param)
 
     def _values(self, loaded: dict[str, Any]) -> Iterator[tuple[Tensor, str, Tensor]]:
-        """The tensors of a state that is loaded: for which parameter, and under which name."""
-        for own, group in zip(self.param_groups, loaded["param_groups"], strict=False):  # torch compares their lengths
+        """Yield the tensors of a loaded state: the parameter, the name and the tensor of each."""
+        for own, group in zip(self.param_groups, loaded["param_groups"], strict=False):  # torch compares the lengths
             for param, key in zip(own["params"], group["params"], strict=False):
                 for name, value in loaded["state"].get(key, {}).items():
                     if isinstance(value, Tensor):
                         yield param, name, value
 
     def _own_state(self, loaded: dict[str, Any]) -> None:
-        """Own the tensors of a state that was just loaded: training does not write into a checkpoint.
+        """Copy the tensors of a state that was just loaded, so that training does not write into a checkpoint.
 
-        torch also casts floating state to the parameter's dtype; ours is float32 where that is float16 or bfloat16.
+        torch casts floating state to the dtype of the parameter. For float16 and bfloat16 parameters, undo that: their
+        state is float32.
         """
         for param, name, value in self._values(loaded):
             narrowed = has_master(param.dtype) and value.is_floating_point()
@@ -1054,7 +1126,7 @@ class CRSAM(Optimizer):
                 self.state[param][name] = value.detach().to(param.device, copy=True)
 
     def _attach(self) -> None:
-        """Prepare for steps with the base optimizer, whose state may also be loaded by itself."""
+        """Connect to the base optimizer: its ``load_state_dict`` may also be called directly."""
         loaded: dict[str, Any] = {}
 
         def complete(base: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
@@ -1064,7 +1136,7 @@ class CRSAM(Optimizer):
             self._check_state(loaded)
             return loaded
 
-        if type(self.base_optimizer).load_state_dict is Optimizer.load_state_dict:  # others need not know of hooks
+        if type(self.base_optimizer).load_state_dict is Optimizer.load_state_dict:  # an override may not call hooks
             self.base_optimizer.register_load_state_dict_pre_hook(complete)
             self.base_optimizer.register_load_state_dict_post_hook(lambda _: self._own_state(loaded))
         self._sync()
@@ -1090,7 +1162,7 @@ class CRSAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {k: v for k, v in attributes_of(self).items() if k not in _TRANSIENT}
-        # torch's __getstate__ of the base optimizer leaves attributes behind that its class has added.
+        # torch's __getstate__ of the base optimizer leaves out attributes that its class has added.
         return {**kept, "_base_attributes": attributes_of(self.base_optimizer)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -1103,7 +1175,7 @@ class CRSAM(Optimizer):
             self._reset()
             return
         attributes = state.pop("_base_attributes", {})
-        # Pickles of earlier versions hold what are properties now, and lack what has been added since.
+        # Pickles of earlier versions contain what are properties now, and lack what was added later.
         groups, _ = state.pop("param_groups", None), state.pop("state", None)
         base = state["base_optimizer"]
         shares_names = bool(state["_own"].keys() & base.defaults.keys())
@@ -1124,17 +1196,17 @@ class CRSAM(Optimizer):
 
 
 def _refusal(model: Any) -> str | None:
-    """Why a step cannot be made with a model; None where it can."""
+    """Return why CRSAM cannot train a model, or None if it can."""
     home = type(model).__module__.partition(".")[0]
     if home == "deepspeed":
-        return "DeepSpeed's engine takes no closure and frees gradients in its step: use DistributedDataParallel"
+        return "DeepSpeed's engine takes no closure, and its step frees the gradients: use DistributedDataParallel"
     if type(model).__name__ == "FullyShardedDataParallel":
-        return "FullyShardedDataParallel moves parameters in every pass: use torch.distributed.fsdp.fully_shard"
+        return "FullyShardedDataParallel moves the parameters in every pass: use torch.distributed.fsdp.fully_shard"
     return None
 
 
 def _with_gradients(closure: Callable[[], Any]) -> Any:
-    """What the closure returns; a tensor without its graph, so that it does not live on while the next one is made."""
+    """Call the closure and return its value. A tensor is detached, which frees its graph before the next pass."""
     with torch.enable_grad():
         value = closure()
     return value.detach() if isinstance(value, Tensor) else value
@@ -1143,7 +1215,7 @@ def _with_gradients(closure: Callable[[], Any]) -> Any:
 def _accumulating(
     closures: Callable[[], Any] | Sequence[Callable[[], Any]], locally: Callable[[], AbstractContextManager[Any]]
 ) -> Callable[[], Any]:
-    """One closure that calls them all, but the last within ``locally()``, and returns the sum of what they return."""
+    """Return one closure that calls all, all but the last within ``locally()``, and returns the sum of the losses."""
     if callable(closures):
         return closures
     if not closures or not all(map(callable, closures)):
@@ -1156,11 +1228,11 @@ def _accumulating(
                 loss = part()
             if loss is not None and not is_loss(loss):
                 raise TypeError(
-                    "a closure in a list must return its loss, a tensor of one element or a number, or None, but "
+                    "a closure in a list must return its loss (a tensor of one element or a number) or None, but "
                     f"returned a {type(loss).__name__}"
                 )
             if index and (loss is None) != (total is None):
-                raise TypeError("of a list of closures, all must return a loss, or all None")
+                raise TypeError("in a list of closures, all must return a loss, or all None")
             loss = loss.detach() if isinstance(loss, Tensor) else loss
             total = loss if total is None else total + loss
         return total
@@ -1169,16 +1241,16 @@ def _accumulating(
 
 
 def _with_backward(closure: Any, model: Any) -> Callable[[], Any]:
-    """A closure that calls ``backward()`` on the loss of one that does not."""
+    """Return a closure that also calls ``backward()`` on the loss that ``closure`` returns."""
     if not isinstance(model, torch.nn.Module) or isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        raise TypeError(f"parallel= takes the model, but was given a {type(model).__name__}")
+        raise TypeError(f"parallel= takes the model itself, but was given a {type(model).__name__}")
     if not callable(closure):
-        raise TypeError("with parallel=, step() takes one closure")
+        raise TypeError("with parallel=, step() takes one closure, not a list")
 
     def with_backward() -> Any:
         loss = closure()
         if not isinstance(loss, Tensor) or not loss.requires_grad:
-            raise TypeError("with parallel=, the closure returns the loss and leaves backward() to the step")
+            raise TypeError("with parallel=, the closure must return the loss and leave backward() to the step")
         loss.backward()
         return loss
 
@@ -1201,5 +1273,5 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _nonzero(value: float | Tensor) -> bool:
-    """Whether a hyper-parameter can be nonzero: a tensor may change on its device, so it is not asked."""
+    """Whether a hyperparameter may be nonzero. A tensor counts as nonzero, because reading it would synchronize."""
     return isinstance(value, Tensor) or value != 0

@@ -199,7 +199,7 @@ def test_what_is_refused():
     before = [p.detach().clone() for p in model.parameters()]
     for error, match, given, module in (
         (RuntimeError, "draws random numbers", loss_of, model),
-        (TypeError, "leaves backward", lambda: closure().item(), model),
+        (TypeError, "leave backward", lambda: closure().item(), model),
         (TypeError, "takes one closure", [loss_of], model),
         (TypeError, "takes the model", loss_of, model.parameters()),
     ):

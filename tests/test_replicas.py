@@ -1018,7 +1018,7 @@ def refusals(rank, size):
             alone.step(closure, parallel=model.module)
     assert "CUDA" in optimizer.capture_blocker()  # what comes first on a CPU
     optimizer.step(closure)
-    with pytest.raises(RuntimeError, match="until the first step"):
+    with pytest.raises(RuntimeError, match="before the first step"):
         optimizer.model = model
     with pytest.raises(ValueError, match="DistributedDataParallel as model="):
         CRSAM(Network().parameters(), lr=0.1, sync_perturbation=True)

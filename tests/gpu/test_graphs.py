@@ -133,7 +133,7 @@ def test_what_cannot_be_captured():
     weight = nn.Parameter(torch.ones(3, device="cuda"))
     for options, why in (
         ({"backend": "torch"}, "backend 'torch' reads numbers on the host"),
-        ({"base_optimizer": torch.optim.RMSprop}, "RMSprop makes its step is decided on the host"),
+        ({"base_optimizer": torch.optim.RMSprop}, "the host decides whether RMSprop takes its step"),
     ):
         with pytest.raises(ValueError, match=why):
             GraphedStep(CRSAM([weight], lr=0.1, **options), lambda: None)
