@@ -1,4 +1,4 @@
-"""One step: its passes, what happens between them, and the update."""
+"""One step: its passes, the perturbations between them, and the update."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
     from .sharded_state import OwnPlan
 
-Rows = list[list[Sequence[Tensor]]]  # bucket, pass, row: of the gradients
+Rows = list[list[Sequence[Tensor]]]  # gradients, by bucket, pass and row
 
 __all__ = ["Located", "Step", "StepSettings", "is_loss"]
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What decides how a step is made, besides the options of the groups; see :class:`crsam_ext.CRSAM`."""
+    """The options of a step that are not per group; see :class:`crsam_ext.CRSAM`."""
 
     regularizer: str
     estimator: str
@@ -45,12 +45,12 @@ class StepSettings:
 
     @property
     def needs_losses(self) -> bool:
-        """Whether a step of three passes needs their losses."""
+        """Whether a step of three passes needs the losses of the passes."""
         return self.measures and self.estimator == "loss"
 
     @property
     def measures(self) -> bool:
-        """Whether the weights of the regularizer's terms depend on kappa and sigma."""
+        """Whether the coefficients a and b depend on kappa and sigma."""
         return REGULARIZERS[self.regularizer].measures
 
     @property
@@ -59,9 +59,10 @@ class StepSettings:
         return self.max_regularizer_ratio < math.inf
 
     def weights_known(self, passes: int, keeps: bool) -> bool:
-        """Whether the weights of the regularized gradient are known before the last pass.
+        """Whether the weights of the passes in the regularized gradient are known before the last pass.
 
-        Not where they depend on all gradients, nor where the step ``keeps`` something that is made of each of these.
+        They are not if they depend on all gradients. ``keeps`` tells that the step keeps a second difference or a
+        direction, which also needs all gradients; then the result is False.
         """
         if keeps:
             return False
@@ -69,7 +70,7 @@ class StepSettings:
 
 
 class Located(NamedTuple):
-    """What a step works on, where it was found when the first pass was over."""
+    """The objects that a step works on, as they were found after the first pass."""
 
     flat: FlatParameters
     update: Update
@@ -79,37 +80,38 @@ class Located(NamedTuple):
 
 
 class Step:
-    """One step in progress: the gradients of its passes so far, and what to do with them.
+    """One step in progress. It holds the gradients of the passes so far.
 
     The order of calls is ``collect, move`` (to w + e), ``collect, move`` (to w - e), ``collect``, and ``update`` or
-    ``combine``; with fewer passes, moves are left out, and ``collect, move_apart, add, add`` evaluates both points at
-    once. ``restore`` may come at any time instead.
+    ``combine``. With fewer passes, moves are left out. ``collect, move_apart, add, add`` evaluates w + e and w - e
+    together. ``restore`` may be called at any time instead.
 
-    Parameters and state are looked for when the first pass is collected, since its forward may still move them:
+    Parameters and state are located when the first pass is collected, because its forward may still move them, as
     ``flatten_parameters()`` of recurrent layers does.
 
     Args:
-        settings: how it is made.
-        locate: finds parameters, state and options, given how many points will be evaluated at once.
-        stats: takes the measurements.
-        model_buffers: of the model, if they follow the first pass.
-        passes: how many there will be, 1 to 3.
-        counted: whether the step enters the measurements; not if it is a part of another one, or finishes one that
-            :meth:`combine` has counted.
-        is_sum: whether the gradient of its one pass is a sum of regularized ones.
-        difference: of earlier steps, where the third of their passes is not always taken.
-        direction: of the last step that has perturbed, where steps of one pass go on with it.
-        num_points: how many points will be evaluated at once.
-        replicas: of the model, if what the step is made of is reduced over them.
+        settings: the options that are not per group.
+        locate: finds parameters, state and options, given how many points are evaluated together.
+        stats: receives the measurements.
+        model_buffers: the buffers of the model, if only the first pass may change them.
+        passes: number of passes, 1 to 3.
+        counted: whether the step is recorded in ``stats``. It is not if it is a part of another step, or if it finishes
+            a step that :meth:`combine` has recorded.
+        is_sum: whether the gradient of its one pass is a sum of regularized gradients.
+        difference: the second difference that is kept between steps, if not every step takes the third pass.
+        direction: the sharpness direction of the last perturbed step, if steps of one pass reuse it.
+        num_points: number of points that are evaluated together.
+        replicas: the replicas of the model, if gradients are reduced over them.
 
     Attributes:
-        flat: the parameters.
-        losses: for each pass so far its loss, a detached tensor or a number; None if it gave something else.
-        grads: for each pass so far, for each bucket and slot, its gradient in the parameter's own layout.
+        flat: the flat buffers of the parameters.
+        losses: for each pass so far its loss, a detached tensor or a number; None if the closure returned something
+            else.
+        grads: for each pass so far, by bucket and slot, the gradient in the layout of its parameter.
     """
 
     flat: FlatParameters
-    home: torch.device  # where the few numbers are kept that belong to all parameters
+    home: torch.device  # the device of the numbers that concern all parameters
     _adaptive: list[bool]
     _maximizes: list[bool]
 
@@ -129,35 +131,35 @@ class Step:
         replicas: Replicas | None = None,
     ) -> None:
         self.replicas = replicas
-        self._combined = False  # whether the hook has made the regularized gradient of that of the last pass
+        self._combined = False  # whether the hook of DDP has computed the regularized gradient
         self._numbers: tuple[Tensor, Tensor] | None = None  # see _hook_numbers()
-        self._combined_gram: dict[int, Tensor] = {}  # by bucket of the hook, its part of the Gram matrix
-        # Squared, [groups], of the regularized gradient, where it was reduced, or is to be clipped in a single pass.
+        self._combined_gram: dict[int, Tensor] = {}  # by index of DDP's bucket, its part of the Gram matrix
+        # [groups], the squared norm of the regularized gradient, if it was reduced or is clipped in a single pass.
         self._reduced_norm: Tensor | None = None
-        self._added: list[Direction | None] = []  # for each plan, what is added to the gradient of the one pass
-        self._decided: Coefficients | None = None  # what was decided from all gradients, before it was reduced
+        self._added: list[Direction | None] = []  # for each plan, the direction added to the gradient of a single pass
+        self._decided: Coefficients | None = None  # computed from all gradients before the reduction
         self.settings, self._locate, self._stats, self._model_buffers = settings, locate, stats, model_buffers
         self.passes, self.difference, self.direction, self.num_points = passes, difference, direction, num_points
         self.counted, self.is_sum = counted, is_sum
         self.losses: list[Any] = []
         self.grads: list[list[Gradients]] = []
         self._given: list[list[tuple[bool, ...]]] = []  # pass, bucket, slot: whether there is a gradient
-        self._active: list[tuple[bool, ...]] = []  # bucket, slot: what the plans below are for
+        self._active: list[tuple[bool, ...]] = []  # bucket, slot: the participants of the plans below
         self._active_plans: list[Plan] = []
         self._gathered: dict[tuple[Any, ...], list[Sequence[Tensor]]] = {}
         self._squared_norms: list[Tensor] = []
         self._gram: Tensor | None = None
-        self._scale: Tensor | None = None  # of the perturbation, once there is one
-        self._undo: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []  # copying second into first gives w back
-        self._written: list[Plan] = []  # whose mirrors may differ from their parameters
+        self._scale: Tensor | None = None  # of the perturbation; None before the first move
+        self._undo: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []  # copying the second into the first restores w
+        self._written: list[Plan] = []  # plans whose mirrors may differ from their parameters
 
     @property
     def collected(self) -> int:
-        """How many passes have been collected, a guessed one included."""
+        """Number of passes collected, including an extrapolated g-."""
         return len(self.grads)
 
     def collect(self, loss: Any, keep: bool) -> None:
-        """Take over the gradients that autograd left in this pass; ``keep`` leaves them in ``p.grad`` as well."""
+        """Take the gradients of this pass out of ``p.grad``; with ``keep``, leave a copy there."""
         if self.collected:
             self.flat.follow()
         else:
@@ -173,8 +175,8 @@ class Step:
             return
         if kind is Pass.MEAN and self.replicas.owns_hook and not self.replicas.was_called():
             raise RuntimeError(
-                f"the gradients of pass {index + 1} were to be reduced, but its backward was in no_sync(): use "
-                "optimizer.no_sync(), which leaves out the passes that are reduced"
+                f"the gradients of pass {index + 1} must be reduced, but its backward ran in no_sync(): use "
+                "optimizer.no_sync(), which does not disable the reduction in that pass"
             )
         self.replicas.begin_pass()
         if index == 0 and kind is Pass.LOCAL and self.replicas.shares_e is not None:
@@ -183,7 +185,7 @@ class Step:
 
     @property
     def kind(self) -> Pass:
-        """What happens to the gradients of the pass that is running, or comes next."""
+        """How the gradients of the current or next pass are treated."""
         return self._kind_of(self.collected)
 
     def _kind_of(self, index: int) -> Pass:
@@ -193,7 +195,7 @@ class Step:
         return self.replicas.kind(index, self.passes, known)
 
     def add(self, loss: Any, grads: list[Gradients]) -> None:
-        """Enter the next pass: its loss and, for each bucket and slot, its gradient in the parameter's own layout."""
+        """Add the next pass: its loss and, by bucket and slot, its gradients in the layout of the parameters."""
         index = self.collected
         given = [
             bucket.all_active if isinstance(of_bucket, self.host.Column) else tuple(g is not None for g in of_bucket)
@@ -201,14 +203,13 @@ class Step:
         ]
         if not any(map(any, given)):
             raise RuntimeError(
-                f"pass {index + 1} left no gradient in any parameter: has loss.backward() been called? Was the "
-                "optimizer made before fully_shard(), or of parameters that it had gathered? Make it after, and after "
-                "model.reshard()"
+                f"pass {index + 1} left no gradient in any parameter: call loss.backward() in every pass. With "
+                "fully_shard, create the optimizer after fully_shard() and, if a forward has run, after model.reshard()"
             )
         for earlier in self.grads:
             if any(map(self.host.share_memory, grads, earlier)):
                 raise RuntimeError(
-                    f"pass {index + 1} wrote a gradient into the memory of an earlier pass's, which is lost: "
+                    f"pass {index + 1} overwrote a gradient of an earlier pass, in the same memory: "
                     "leave p.grad to autograd, give each pass its own tensor, or call first_step(zero_grad=False)"
                 )
         if not is_loss(loss):
@@ -225,8 +226,8 @@ class Step:
     def move(self, show_overflow: bool = False) -> None:
         """Move the parameters to w + e, or from there to w - e.
 
-        With ``show_overflow``, to NaN instead if the last gradient holds a NaN or an infinity: so will the next one.
-        (An overflow in g0 shows in any case: e is not finite.)
+        With ``show_overflow``, move to NaN instead if the last gradient has a NaN or Inf, so that the next gradient has
+        one too. (An overflow in g0 always shows, because it makes e NaN or Inf.)
         """
         self.flat.check_resharded()
         adaptive, stochastic = self._adaptive, self.settings.stochastic_rounding
@@ -253,13 +254,13 @@ class Step:
                     plan.live, plan.saved, grads, plan.groups, uphill, adaptive, sign, self._undo, stochastic
                 )
                 self._wrote(plan)
-        # Autocast keeps low-precision copies of the weights until its outermost context ends: they are stale now.
+        # Autocast caches low-precision copies of the weights until its outermost context exits; they are stale now.
         torch.clear_autocast_cache()
         if self._model_buffers is not None:
             self._model_buffers.rewind()
 
     def move_apart(self) -> dict[Tensor, Tensor]:
-        """Move the parameters to w + e and write w - e beside them; both, [2, *its shape], for each that was moved."""
+        """Move the parameters to w + e and write w - e beside them. Return both, [2, *shape], by parameter."""
         self.move()
         plans = self._plans(self._given[0])
         adaptive, stochastic = self._adaptive, self.settings.stochastic_rounding
@@ -283,18 +284,18 @@ class Step:
         return self._scale
 
     def update(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-        """Make the update of w with the gradients of all passes.
+        """Update w with the gradients of all passes.
 
         Args:
-            grad_scale: 0-dim, what all gradients were multiplied with.
-            found_inf: 0-dim, not 0 if the step is to be skipped whatever the gradients are; 1 afterwards if it was.
+            grad_scale: 0-dim, the loss scale: the factor in all gradients.
+            found_inf: 0-dim. If it is not 0, the step is skipped. It is set to 1 if the step was skipped, else to 0.
         """
         if grad_scale is not None:
             grad_scale = grad_scale.to(self.home, torch.float64, non_blocking=True)
         for bucket in self.flat.buckets:
             bucket.pull_state()
         plans, rows = self._finish(grad_scale, found_inf)
-        self._return_gradients()  # may be refused, and then nothing has been written
+        self._return_gradients()  # may raise, so it comes before anything is written
         steps = self._counted(plans)
         c = self._coefficients(plans, rows, steps, grad_scale, found_inf, self.settings.max_grad_norm)
         self._keep(plans, c, grad_scale)
@@ -309,7 +310,7 @@ class Step:
         self._record(c, grad_scale)
 
     def combine(self, grad_scale: Tensor | None = None) -> None:
-        """Go back to w, with the regularized gradient in ``p.grad``: ``grad_scale`` times it, as the gradients were."""
+        """Restore w and write the regularized gradient, which is still scaled by ``grad_scale``, into ``p.grad``."""
         if grad_scale is not None:
             grad_scale = grad_scale.to(self.home, torch.float64, non_blocking=True)
         for bucket in self.flat.buckets:
@@ -330,15 +331,15 @@ class Step:
         self._record(c, grad_scale)
 
     def _finish(self, grad_scale: Tensor | None, found_inf: Tensor | None = None) -> tuple[list[Plan], Rows]:
-        """Plans and rows of a step of which all passes are there; all w are saved that will be written.
+        """Return the plans and rows of a step whose passes are complete, after saving every w that will be written.
 
-        Over replicas, the rows are those of one gradient: the regularized one, reduced.
+        If the regularized gradient is reduced over replicas, the rows have only that gradient.
         """
         reduces = self._reduces
         if self.passes == 2 and self.difference is not None:
             self.add(None, self.difference.descent(self.state, self.flat.buckets, self.grads, grad_scale))
         if self._combined:
-            active = self._given[-1]  # of all replicas
+            active = self._given[-1]  # on any replica
         else:
             active = [_either(masks) for masks in zip(*self._given, strict=True)]
             if reduces:
@@ -356,16 +357,16 @@ class Step:
 
     @property
     def _reduces(self) -> bool:
-        """Whether the regularized gradient is to be reduced, rather than those of all passes, or nothing."""
+        """Whether the regularized gradient is reduced, instead of the gradients of all passes or none."""
         return self.replicas is not None and self._kind_of(self.passes - 1) is not Pass.MEAN
 
     @property
     def reduces_late(self) -> bool:
-        """Whether the gradient is reduced when all passes have been collected, rather than in the last."""
+        """Whether the gradient is reduced after all passes have been collected, instead of during the last one."""
         return self._reduces and self.kind is not Pass.COMBINED
 
     def _keep(self, plans: Sequence[Plan], c: Coefficients, grad_scale: Tensor | None) -> None:
-        """Keep what later steps need of this one."""
+        """Keep the second difference and the direction for later steps."""
         mean_of = None if self._reduced_norm is None or self.replicas is None else self.replicas.mean_of
         if self.passes == PASSES and self.difference is not None:
             self.difference.keep(self.state, self.flat.buckets, self.grads, c.ok, grad_scale, mean_of)
@@ -378,11 +379,11 @@ class Step:
     # Over replicas ---------------------------------------------------------------------------------------------------
 
     def combine_bucket(self, bucket: GradBucket, factor: float) -> None:
-        """Make the regularized gradient of the last pass's, in a bucket of DistributedDataParallel.
+        """Replace the gradients of the last pass by the regularized gradient, in a bucket of DistributedDataParallel.
 
         Args:
-            bucket: of which all gradients of the last pass are there.
-            factor: what the regularized gradient is multiplied with.
+            bucket: a bucket that has all its gradients of the last pass.
+            factor: the factor by which the regularized gradient is multiplied.
         """
         number, weights_of_passes = self._hook_numbers(factor)
         if self.passes < PASSES:
@@ -395,7 +396,7 @@ class Step:
         laid_out: list[tuple[Tensor, Tensor]] = []
         for param, last in zip(bucket.parameters(), bucket.gradients(), strict=True):
             found = self.flat.find(param)
-            if found is None:  # another optimizer's
+            if found is None:  # a parameter of another optimizer
                 last.mul_(number.to(last))
                 continue
             index, slot = found
@@ -417,13 +418,13 @@ class Step:
             last.copy_(values)
 
     def _hook_numbers(self, factor: float) -> tuple[Tensor, Tensor]:
-        """The factor and the weights of the passes, the same for all buckets of a pass."""
+        """Return the factor and the weights of the passes, which are the same for all buckets of a pass."""
         if self._numbers is None:
             self._numbers = self._factor(factor), pass_weights(*self._alpha_beta())
         return self._numbers
 
     def _factor(self, factor: float, found_inf: Tensor | None = None) -> Tensor:
-        """A factor, 0-dim, that is NaN where something has overflowed that the gradients do not show."""
+        """Return ``factor`` as a 0-dim tensor, or NaN after an overflow that the last gradients may not show."""
         number = self.flat.constants((factor,))[0]
         for norm in self._squared_norms:
             number = number + 0.0 * norm.sum()
@@ -432,7 +433,7 @@ class Step:
         return number
 
     def _active_anywhere(self, active: list[tuple[bool, ...]]) -> list[tuple[bool, ...]]:
-        """Which parameters take part on any replica."""
+        """Return which parameters have a gradient on any replica."""
         assert self.replicas is not None
         if not self.replicas.ddp.find_unused_parameters:
             return active
@@ -441,7 +442,7 @@ class Step:
         return [tuple(bool(next(anywhere)) for _ in mask) for mask in active]
 
     def _reduce(self, plans: Sequence[Plan], rows: Rows, grad_scale: Tensor | None, found_inf: Tensor | None) -> Rows:
-        """Make the regularized gradient of each plan's rows, and its mean over the replicas."""
+        """Compute the regularized gradient of each plan, and average it over the replicas."""
         replicas = self.replicas
         assert replicas is not None
         factor, complete = self._factor(1 / replicas.size, found_inf), self.collected == PASSES
@@ -471,7 +472,7 @@ class Step:
         return [[of_plan] for of_plan in reduced]
 
     def _decide(self, plans: Sequence[Plan], rows: Rows, grad_scale: Tensor | None) -> Coefficients:
-        """The weights of the regularized gradient, alike on all replicas: from the means of what they depend on.
+        """Compute the weights of the regularized gradient from averages over the replicas, so that all agree on them.
 
         kappa and sigma are means over the replicas, and the norms in the cap are root mean squares.
         """
@@ -480,7 +481,7 @@ class Step:
         assert scale is not None
         gram = self._gram = self._gram_of(plans, rows)
         numbers = gram.clone()
-        numbers[:, 6:] *= scale[:, None]  # each has an e of its own
+        numbers[:, 6:] *= scale[:, None]  # each replica has its own e
         losses = self._losses() if self.settings.needs_losses else ()
         numbers = replicas.mean_(torch.cat([numbers.flatten(), *(x.reshape(1) for x in losses)]))
         means = numbers[gram.numel() :].unbind()
@@ -501,7 +502,7 @@ class Step:
         )
 
     def _return_gradients(self) -> None:
-        """Put g0 into ``p.grad``."""
+        """Write g0 into ``p.grad``."""
         for bucket, first in zip(self.flat.buckets, self.grads[0], strict=True):
             if bucket.takes_gradients:
                 self.host.set_gradients(bucket.params, first)
@@ -515,7 +516,7 @@ class Step:
     def _record(self, c: Coefficients, grad_scale: Tensor | None) -> None:
         if not self.counted:
             return
-        # Only a plain e is a multiple of g0, and only then, or where nothing was perturbed, the norm is that of g0.
+        # Without ASAM, e is a multiple of g0. Only then, or without a perturbation, is the first norm that of g0.
         weighted = self._scale is not None and any(self._adaptive)
         scale, norm = (None, None) if weighted else (self._scale, self._squared_norms[0])
         if self.is_sum:
@@ -527,7 +528,7 @@ class Step:
             self.replicas.end_step()
 
     def restore(self) -> None:
-        """Abandon the step: the parameters are bit for bit w again."""
+        """Abandon the step and restore the parameters to w, bit for bit."""
         if self.replicas is not None:
             self.replicas.abandon_step()
         if self._scale is None:
@@ -544,19 +545,19 @@ class Step:
         self._leave()
 
     def _leave(self) -> None:
-        """What is to be done wherever parameters come back from a perturbation."""
+        """Clean up after the parameters have returned from a perturbation."""
         torch.clear_autocast_cache()
         if self._model_buffers is not None:
             self._model_buffers.end()
 
     def _plans(self, active: list[tuple[bool, ...]]) -> list[Plan]:
-        if active != self._active:  # mostly, all passes have the same
+        if active != self._active:  # usually all passes have the same participants
             self._active = active
             self._active_plans = [bucket.plan(mask) for bucket, mask in zip(self.flat.buckets, active, strict=True)]
         return self._active_plans
 
     def _rows(self, plans: Sequence[Plan], index: int) -> list[Sequence[Tensor]]:
-        """The gradients of a pass as rows of each bucket, gathered once for each set of participants."""
+        """Return the gradients of a pass as rows of each bucket. They are gathered once per set of plans."""
         key = (index, *plans)
         if key not in self._gathered:
             grads = self.grads[index]
@@ -564,13 +565,13 @@ class Step:
         return self._gathered[key]
 
     def _save_late(self, active: list[tuple[bool, ...]]) -> None:
-        """Save w of parameters that were not moved: without a gradient in the first pass, or all in a single pass."""
+        """Save w of the parameters that were not moved: those without g0, or all of them in a single pass."""
         moved = self._scale is not None
         for bucket, mask, first in zip(self.flat.buckets, active, self._given[0], strict=True):
             if moved and mask == first:
                 continue
             late = tuple(a and not (moved and given) for a, given in zip(mask, first, strict=True))
-            # In a single pass, w is where the parameters are, unless there is a master.
+            # In a single pass, the parameters are w themselves, unless they have a master.
             if any(late) and (moved or bucket.has_master):
                 plan = bucket.plan(late)
                 if not plan.rows:
@@ -591,10 +592,10 @@ class Step:
         found_inf: Tensor | None = None,
         max_grad_norm: float | None = None,
     ) -> Coefficients:
-        """The weights of the update.
+        """Compute the weights of the passes in the update.
 
-        From the Gram matrix, where it costs little, or where log form, clip or cap need it. Otherwise the norms of the
-        three gradients show whether the step is sound.
+        Use the Gram matrix if the backend computes it cheaply, or if the log regularizer, the clip or the cap need it.
+        Otherwise only the norms of the gradients are computed, to detect a NaN or Inf.
         """
         settings, reduced = self.settings, self._reduced_norm is not None
         complete = self.collected == PASSES and not reduced
@@ -612,7 +613,7 @@ class Step:
                 self._squared_norms += self.flat.totals(parts, (len(self.groups),))
             if self.passes == 1 and self.direction is not None:
                 self._added = self.direction.added(self.operators, self.flat, plans, self._squared_norms[0], grad_scale)
-                if clips:  # the norm of g0 shows whether it is sound; this one also how long the update is
+                if clips:  # the clip needs the norm of the sum
                     self._reduced_norm = self._squared_norm(plans, [r[0] for r in rows], unweighted, self._added)
         norms = self._squared_norms if self._reduced_norm is None else [self._reduced_norm]
         if found_inf is not None:
@@ -640,7 +641,7 @@ class Step:
             max_grad_norm=max_grad_norm,
         )
         decided = self._decided
-        if decided is not None:  # with the gradients of all replicas, before they were reduced
+        if decided is not None:  # from the gradients of all replicas, see _decide()
             c = decided._replace(factor=c.factor, ok=c.ok)
             self._stats.counters(self.home).add_(torch.where(c.ok, self._events, 0))
         return c
@@ -662,19 +663,19 @@ class Step:
         return alpha, beta
 
     def _counted(self, plans: Sequence[Plan]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Step counters and participants of each bucket whose update is made here."""
+        """Yield the step counters and the participants of each bucket that has step counters."""
         for bucket, plan in zip(self.flat.buckets, plans, strict=True):
             if bucket.steps is not None and plan.slots:
                 yield bucket.steps, plan.mask
 
     def _losses(self) -> tuple[Tensor, Tensor, Tensor]:
         if len(set(self._maximizes)) > 1:
-            raise ValueError('estimator="loss" needs one objective: set maximize alike in all groups')
+            raise ValueError('estimator="loss" needs one objective: set the same maximize in all groups')
         at_w, ascent, descent = (_on(self.home, self.losses) * (-1.0 if self._maximizes[0] else 1.0)).unbind()
         return at_w, ascent, descent
 
     def _apply(self, plans: Sequence[Plan], rows: Rows, c: Coefficients) -> bool:
-        """Make the update of every bucket; whether the base optimizer has its state now."""
+        """Update every bucket. Return whether the base optimizer has its state now."""
         update, moved = self._update, self._scale is not None
         added = self._added or [None] * len(plans)
         for bucket, plan, grads, direction in zip(self.flat.buckets, plans, rows, added, strict=True):
@@ -690,7 +691,7 @@ class Step:
                 else:
                     self._update_own(own, plan, saved, grads, c, direction)
                 self._wrote(plan)
-            # The flag is read in the first step of a plan only, and where it matters.
+            # bool(c.ok) synchronizes, but only until the plan is published and only if the state shows steps.
             if update.native and not plan.published and (not update.shows_steps or bool(c.ok)):
                 bucket.publish(plan, self.state)
 
@@ -716,24 +717,24 @@ class Step:
         c: Coefficients,
         direction: Direction | None,
     ) -> None:
-        """Update what this rank has the state of, and exchange it; arguments as for :meth:`Update.apply`."""
+        """Update the shard whose state this rank has, and exchange it; arguments are those of :meth:`Update.apply`."""
         if own.rows:
             by_pass: list[Sequence[Tensor]] = [own.of(of_pass) for of_pass in grads]
             here = own.live if saved is plan.live else own.of(saved)
             self._update.apply(self.operators, own, here, by_pass, c, own.direction(direction), moved=True)
-        if has_master(plan.live[0].dtype):  # the masters, which are saved, are whole on every rank
+        if has_master(plan.live[0].dtype):  # every rank has the full masters in ``saved``
             own.share(plan.saved)
             torch._foreach_copy_(list(plan.live), list(plan.saved))
         else:
             own.share(plan.live)
 
     def _wrote(self, plan: Plan) -> None:
-        """Call when an operator has written the parameters of a plan."""
+        """Copy mirrors back and mark the parameters of a plan as written, after an operator wrote them."""
         plan.push()
         self.host.mark_written(plan.params)
 
     def _weights(self, plan: Plan, rows: Sequence[Tensor]) -> list[Tensor | None]:
-        """Those of ``rows`` whose group is adaptive."""
+        """Return ``rows``, with None for those whose group is not adaptive."""
         if not any(self._adaptive):
             return plan.unweighted
         return [w if self._adaptive[g] else None for w, g in zip(rows, plan.groups, strict=True)]
@@ -754,17 +755,17 @@ class Step:
         weights: Sequence[Sequence[Tensor | None]],
         directions: Sequence[Direction | None] = (),
     ) -> list[Tensor | None]:
-        """The squared norm of the rows of each bucket; None where there are none."""
+        """Return the squared norm of the rows of each bucket, or None for a bucket without rows."""
         return [
             self.operators.grad_norm(r, plan.groups, len(self.groups), w, d) if r else None
             for plan, r, w, d in zip(plans, rows, weights, directions or [None] * len(plans), strict=True)
         ]
 
     def _vector(self, values: Sequence[Any]) -> Tensor:
-        """Numbers or 0-dim tensors as one float64 tensor on the home device."""
+        """Return numbers or 0-dim tensors as one float64 tensor on the home device."""
         if not any(isinstance(v, Tensor) for v in values):
             return self.flat.constants(tuple(values))
-        # A number beside tensors is kept on the device as well: a CUDA graph does not capture a copy from the host.
+        # A number next to tensors is cached on the device too, because a CUDA graph must not copy it from the host.
         return _on(self.home, [v if isinstance(v, Tensor) else self.flat.constants((v,)) for v in values])
 
 
@@ -774,12 +775,12 @@ def is_loss(value: Any) -> bool:
 
 
 def _on(device: torch.device, values: Sequence[Any]) -> Tensor:
-    """Numbers or tensors of one element as one float64 tensor."""
+    """Return numbers or tensors of one element as one float64 tensor."""
     columns = [scalar(value).to(device, torch.float64, non_blocking=True) for value in values]
     return torch.stack([column.reshape(()) for column in columns])
 
 
 def _either(masks: Sequence[tuple[bool, ...]]) -> tuple[bool, ...]:
-    """Where one of the masks is true."""
+    """Return the elementwise or of the masks."""
     first, *others = masks
     return first if all(mask == first for mask in others) else tuple(map(any, zip(*masks, strict=True)))
