@@ -1,4 +1,4 @@
-"""Mixed precision in float16."""
+"""Mixed precision with float16: a GradScaler that takes closures."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ __all__ = ["GradScaler"]
 
 
 class GradScaler(torch.amp.GradScaler):
-    """torch's :class:`torch.amp.GradScaler`, whose ``step`` takes closures for :class:`crsam_ext.CRSAM`.
+    """A :class:`torch.amp.GradScaler` whose ``step`` takes closures for :class:`crsam_ext.CRSAM`.
 
-    The scale cancels in the perturbation, and the update takes it out of the gradient without a pass of its own. An
-    overflow in any pass skips the step and lowers the scale. Clip with ``max_grad_norm``: it means unscaled gradients.
+    The loss scale cancels in the perturbation, and is divided out of the gradient inside the fused update. An overflow
+    in any pass skips the step, and ``update()`` lowers the scale. To clip, use ``max_grad_norm``, which is a bound on
+    the norm of the unscaled gradient.
 
     Example::
 
@@ -34,16 +35,18 @@ class GradScaler(torch.amp.GradScaler):
     """
 
     def step(self, optimizer: Optimizer, closure: Any = None, **options: Any) -> Any:
-        """Take a step, or with no closure the last part of one in calls; for another optimizer as torch's does.
+        """Take a step. For an optimizer other than CRSAM, do what torch's GradScaler does.
 
         Args:
-            optimizer: whose gradients are scaled.
-            closure: as for :meth:`crsam_ext.CRSAM.step`; it calls ``scaler.scale(loss).backward()``.
-            options: ``parallel`` and ``sync_perturbation``, likewise.
+            optimizer: the optimizer.
+            closure: as for :meth:`crsam_ext.CRSAM.step`, except that it calls ``scaler.scale(loss).backward()``.
+                Without a closure, finish the step that ``first_step`` or ``combine`` began.
+            options: ``parallel`` and ``sync_perturbation``, as for :meth:`crsam_ext.CRSAM.step`.
         Returns:
             What the closure returned at w.
         Raises:
-            RuntimeError: if ``unscale_`` or ``step`` has been called for this optimizer since the last ``update``.
+            RuntimeError: if a closure is given and ``unscale_`` or ``step`` has been called for this optimizer since
+                the last ``update``. Other errors are those of :meth:`crsam_ext.CRSAM.step`.
         """
         if not self._enabled or not isinstance(optimizer, CRSAM):
             return super().step(optimizer) if closure is None else super().step(optimizer, closure)

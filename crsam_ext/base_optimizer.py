@@ -1,4 +1,4 @@
-"""The base optimizer: how it is made, and how its parameter groups and ours are one."""
+"""The base optimizer: its construction, and the parameter groups that it shares with CRSAM."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ __all__ = ["SeparateGroups", "completed", "groups_of", "make_base"]
 def make_base(
     params: Any, base: type[Optimizer] | Optimizer, kwargs: dict[str, Any], own: Set[str]
 ) -> tuple[Optimizer, list[dict[str, Any]] | None]:
-    """The base optimizer over ``params``, with its own checks of its own arguments.
+    """Construct the base optimizer over ``params``, or check the instance that was given.
 
+    Args:
+        params: parameters or groups.
+        base: class or instance of the base optimizer.
+        kwargs: arguments of the class.
+        own: names of CRSAM's options.
     Returns:
-        The base optimizer, and None if its groups are to be shared. But RMSprop has an ``alpha`` of its own and
-        Adadelta a ``rho``: then the groups without them, for CRSAM.
+        The base optimizer, and None if CRSAM can share its groups. If the two have options of the same name (RMSprop
+        has an ``alpha``, Adadelta a ``rho``), separate groups for CRSAM, which lack those options of the base.
+    Raises:
+        TypeError: if an argument is unknown, or if arguments are given with an instance.
+        ValueError: if the instance has other parameters, or evaluates the loss within its step.
     """
     given: list[dict[str, Any]] = []
     if isinstance(base, type) and issubclass(base, Optimizer):
@@ -27,23 +35,25 @@ def make_base(
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
             for name in kwargs.keys() - accepted.keys():
                 raise TypeError(f"unexpected keyword argument {name!r}: neither CRSAM nor {base.__name__} takes it")
-        if not isinstance(params, (Tensor, str, set)):  # torch's own errors say best what is wrong with these
+        if not isinstance(params, (Tensor, str, set)):  # torch rejects these with its own errors
             params = given = groups_of(params, "gamma" in accepted)
             params = [{k: v for k, v in group.items() if k not in own & accepted.keys()} for group in given]
         made = base(params, **kwargs)
     elif isinstance(base, Optimizer):
         if kwargs:
-            raise TypeError(f"{', '.join(kwargs)} given with an instance of {type(base).__name__}: set them there")
+            raise TypeError(
+                f"{', '.join(kwargs)} given with an instance of {type(base).__name__}: pass them to its constructor"
+            )
         wanted = {id(p) for group in base.param_groups for p in group["params"]}
         members = [p for group in groups_of(params, "gamma" in base.defaults) for p in group["params"]]
         if {id(p[1] if isinstance(p, tuple) else p) for p in members} != wanted:
-            raise ValueError("params are not the parameters of the base optimizer that was given")
+            raise ValueError("params are not the parameters of the base optimizer: give the same parameters to both")
         made = base
     else:
         raise TypeError(f"base_optimizer must be a class or an instance of torch.optim.Optimizer, but is {base!r}")
     closure = inspect.signature(made.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(f"{type(made).__name__} evaluates the loss within its step and cannot be a base optimizer")
+        raise ValueError(f"{type(made).__name__} evaluates the loss within its step, so it cannot be a base optimizer")
     clash = own & made.defaults.keys()
     if not clash:
         return made, None
@@ -54,7 +64,12 @@ def make_base(
 
 
 def groups_of(params: Any, gamma_is_the_bases: bool) -> list[dict[str, Any]]:
-    """``params`` as a list of groups, in each every tensor once: a tied parameter is one parameter."""
+    """Return ``params`` as a list of groups without duplicates: a tied parameter is one parameter.
+
+    Args:
+        params: parameters, named parameters or groups.
+        gamma_is_the_bases: whether ``gamma`` in a group is the base optimizer's option, and not another name of alpha.
+    """
     items = list(params)
     groups = [dict(group) for group in items] if items and isinstance(items[0], dict) else [{"params": items}]
     for group in groups if items else ():
@@ -67,23 +82,23 @@ def groups_of(params: Any, gamma_is_the_bases: bool) -> list[dict[str, Any]]:
 
 
 class SeparateGroups:
-    """Our groups beside those of a base optimizer with options of our names; otherwise, the two share theirs.
+    """Separate groups for CRSAM, if the base optimizer has options of the same names. Otherwise the two share groups.
 
     Args:
-        groups: ours, with our options.
+        groups: CRSAM's groups, with its options.
         base: the base optimizer.
-        own: our options and their defaults.
+        own: CRSAM's options and their defaults.
     """
 
     def __init__(self, groups: list[dict[str, Any]], base: Optimizer, own: dict[str, Any]) -> None:
         self.groups, self._base, self._own = groups, base, own
-        self._synced: list[tuple[list[Tensor], dict[str, Any]]] = []  # parameters and options, as they were last time
+        self._synced: list[tuple[list[Tensor], dict[str, Any]]] = []  # parameters and options after the last sync()
 
     def sync(self) -> None:
-        """Bring our groups and those of the base optimizer in line.
+        """Synchronize our groups and those of the base optimizer.
 
-        What was changed since the last time, on either side, is changed on the other: options, groups added, groups
-        removed. Where both sides have changed an option, ours counts. A group is known by its list of parameters.
+        Changes on either side since the last call (options, added groups, removed groups) are applied to the other. If
+        both sides changed an option, ours wins. A group is identified by its list of parameters.
         """
         ours, base = self.groups, self._base
         theirs = base.param_groups
@@ -113,7 +128,7 @@ class SeparateGroups:
 
 
 def completed(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """A state dict whose groups have all options of ``groups``: those that they lack stay as they are."""
+    """Return the state dict ``given``, with options missing in its groups filled in from ``groups``."""
     pairs = zip(groups, given["param_groups"], strict=False)
     filled = [{**{k: v for k, v in own.items() if k != "params"}, **group} for own, group in pairs]
     return {**given, "param_groups": filled + given["param_groups"][len(filled) :]}

@@ -1,4 +1,4 @@
-"""The buffers of a model during a step: every pass finds the same ones, and the first pass decides what is left."""
+"""The buffers of a model during a step: every pass sees the same values, and only the first pass changes them."""
 
 from __future__ import annotations
 
@@ -10,49 +10,49 @@ from torch.nn.parameter import is_lazy
 
 __all__ = ["ModelBuffers", "Snapshot"]
 
-_Held = list[tuple[nn.Module, dict[str, Tensor | None]]]  # for each module its buffers, the tensors themselves
+_Held = list[tuple[nn.Module, dict[str, Tensor | None]]]  # the modules and their buffers (references, not copies)
 
 
 class ModelBuffers:
-    """Whatever a forward changes in the buffers of a model: running statistics of normalization layers, the vectors of
-    spectral norm, the ranges of quantization observers.
+    """Undoes the changes that the later passes of a step make to the buffers of a model.
 
-    Works on the buffers rather than on ``momentum`` or ``track_running_stats`` of known layers: exact for every layer
-    and every library, and invisible to ``torch.compile``. The model is traversed in each step, so layers may be added
-    and replaced. A buffer that a forward replaces by another tensor is put back as well.
+    Such buffers are the running statistics of normalization layers, the vectors of spectral norm, and the ranges of
+    quantization observers. This works on the buffers, not on ``momentum`` or ``track_running_stats`` of known layers,
+    so it is exact for every layer of every library and does not trigger recompilation. The model is traversed in each
+    step, so layers may be added and replaced. If a forward replaces a buffer by another tensor, that is undone too.
 
     Args:
-        model: its buffers are looked after.
+        model: the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._before, self._after = Snapshot(model), Snapshot(model)
 
     def begin(self) -> None:
-        """Call before the first pass: the other passes will start from these buffers."""
+        """Take a snapshot from which the other passes will start. Call before the first pass."""
         self._before.take()
 
     def rewind(self) -> None:
-        """Call before each of the other passes.
+        """Restore the buffers from which the other passes start. Call before each of these.
 
-        Where :meth:`begin` was not called, they start from the buffers that the first pass left.
+        If :meth:`begin` was not called, they start from the buffers that the first pass left.
         """
         if not self._after.taken:
             self._after.take()
         (self._before if self._before.taken else self._after).put()
 
     def end(self) -> None:
-        """Call after the step, or when it is abandoned: the buffers are what the first pass left."""
+        """Restore the buffers that the first pass left. Call after the step, or when it is abandoned."""
         if self._after.taken:
             self._after.put()
         self._before.taken = self._after.taken = False
 
 
 class Snapshot:
-    """The buffers of a model at one moment. Its memory is kept for the next time.
+    """A snapshot of the buffers of a model. Its memory is reused by the next one.
 
     Args:
-        model: of which :meth:`take` and :meth:`put` are.
+        model: the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -62,7 +62,7 @@ class Snapshot:
         self.taken = False
 
     def take(self) -> None:
-        """Remember the buffers as they are now."""
+        """Copy the current buffers."""
         held = [(module, dict(module._buffers)) for module in _modules(self._model)]
         if not _same(held, self._held) or not self._fits():
             groups: dict[object, dict[int, Tensor]] = {}
@@ -76,7 +76,7 @@ class Snapshot:
                 torch._foreach_copy_(values, buffers)
 
     def put(self) -> None:
-        """Make the buffers what they were: the same tensors, under the same names, with the same values."""
+        """Restore the buffers: the same tensors, under the same names, with the same values."""
         for module, buffers in self._held:
             if not _same([(module, module._buffers)], [(module, buffers)]):
                 module._buffers.clear()
@@ -84,7 +84,7 @@ class Snapshot:
         with torch.no_grad():
             for written, values in self._copies:
                 for buffer, value in zip(written, values, strict=True):
-                    if not _alike(buffer, value):  # resized in place, as an observer does with its first batch
+                    if not _alike(buffer, value):  # resized in place, as observers do in their first batch
                         buffer.data = torch.empty_like(value)
                 torch._foreach_copy_(written, values)
 
@@ -93,7 +93,7 @@ class Snapshot:
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a model. Faster than ``modules()``, which puts together every name."""
+    """Yield the modules of a model. This is faster than ``modules()``, which builds every name."""
     seen: set[int] = set()
     stack = [model]
     while stack:

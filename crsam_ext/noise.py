@@ -1,4 +1,4 @@
-"""The random numbers of a step: all passes draw the same ones."""
+"""The random numbers of a step: all passes draw the same numbers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["RandomState", "SharedNoise"]
 
 
 class _Generator:
-    """A global generator of random numbers, whose state is read only where it has changed.
+    """A global random number generator, whose state is read only if it has changed.
 
     Args:
-        get_state, set_state: its functions.
-        mark: a value that changes with the state, and takes less time, given the last state; None where only the state
-            tells.
+        get_state, set_state: functions that read and set the state.
+        mark: given the last state, returns a value that is cheaper to read than the state and changes with it, or None
+            if there is no such value.
     """
 
     def __init__(
@@ -57,13 +57,14 @@ def _numpy(module: Any) -> _Generator:
 
 
 class RandomState:
-    """The states of the global random number generators at one moment.
+    """A snapshot of the global random number generators.
 
-    These are the generators of torch, on the CPU and on ``devices``, of Python's ``random``, and of ``numpy.random``.
-    Any other generator, such as a ``torch.Generator`` or ``numpy.random.default_rng()``, belongs to whoever made it.
+    It covers the generators of torch, on the CPU and on ``devices``, Python's ``random``, and ``numpy.random`` if it
+    has been imported. It does not cover other generators, such as a ``torch.Generator`` or
+    ``numpy.random.default_rng()``.
 
     Args:
-        devices: whose generators are included; the CPU's always is.
+        devices: devices whose generators are included; that of the CPU always is.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
@@ -75,34 +76,34 @@ class RandomState:
                 self._generators.append(_Generator(partial(get_state, device), partial(set_state, device=device)))
         self._generators.append(_python())
         numpy_random = sys.modules.get("numpy.random")
-        if numpy_random is not None:  # nobody can draw from a module that was not imported
+        if numpy_random is not None:  # if it was not imported, no number was drawn from it
             self._generators.append(_numpy(numpy_random))
         self.states = self.now()
 
     def now(self) -> list[Any]:
-        """The present states of the generators."""
+        """Return the current states of the generators."""
         return [generator.get_state() for generator in self._generators]
 
     def set(self, states: Sequence[Any], which: Sequence[bool] | None = None) -> None:
-        """Set the generators to ``states``, all or those that ``which`` selects."""
+        """Set all generators, or those that ``which`` selects, to ``states``."""
         pairs = zip(self._generators, states, strict=True)
         for generator, state in pairs if which is None else compress(pairs, which):
             generator.set_state(state)
 
     def restore(self) -> None:
-        """Set all generators back."""
+        """Set all generators to the states of the snapshot."""
         self.set(self.states)
 
 
 class SharedNoise:
     """Replays the random numbers of the first pass in the other passes.
 
-    Every pass then has the same dropout masks; otherwise the finite differences would measure the masks. What is
-    replayed is a :class:`RandomState`. The global generators are one for all threads: a thread that draws from them
-    while a step runs sees some numbers twice.
+    Every pass then has the same dropout masks. With different masks, the finite differences would measure the masks.
+    The generators of a :class:`RandomState` are replayed. They are shared by all threads: a thread that draws from them
+    during a step sees some numbers twice.
 
     Args:
-        devices: of the parameters.
+        devices: devices of the parameters.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
@@ -112,20 +113,20 @@ class SharedNoise:
 
     @property
     def drawn(self) -> bool:
-        """Whether any random numbers have been drawn."""
+        """Whether any random numbers have been drawn since the start."""
         return not all(map(_equal, self._before.now(), self._before.states))
 
     def repeat(self) -> None:
-        """Begin another pass: go back to the state before the first."""
+        """Begin another pass: restore the state before the first pass."""
         if self._after is None:
             self._after = self._before.now()
-            # Setting a state of Python's or NumPy's takes up to 0.1 ms, and few models draw from them.
+            # Setting the state of Python's or NumPy's generator takes up to 0.1 ms, and few models draw from them.
             pairs = zip(self._after, self._before.states, strict=True)
             self._used = [isinstance(now, Tensor) or not _equal(now, before) for now, before in pairs]
         self._before.set(self._before.states, self._used)
 
     def end(self) -> None:
-        """End the last pass: go on from the state after the first."""
+        """End the last pass: set the state after the first pass."""
         if self._after is not None:
             self._before.set(self._after, self._used)
 
@@ -136,6 +137,6 @@ def _equal(x: Any, y: Any) -> bool:
         return True
     if isinstance(x, Tensor):
         return torch.equal(x, y)
-    if isinstance(x, dict):  # NumPy's, which holds an array
+    if isinstance(x, dict):  # the state of NumPy, which contains an array
         return all(_equal(x[key], y[key]) for key in x)
     return bool(x.tobytes() == y.tobytes()) if hasattr(x, "tobytes") else bool(x == y)

@@ -1,20 +1,20 @@
-"""The sharpness direction: what a perturbation adds to the gradient, kept for the steps between perturbations.
+"""The sharpness direction h, which a perturbation adds to the gradient, reused in the steps between perturbations.
 
-A step that perturbs ends with ghat, and leaves h = ghat - g0 behind. With v = g0/|g0| and the Hessian H at w, SAM's h
-is rho H v + O(rho^2): it changes as slowly as the curvature and the direction of the gradient do. A step between does
-without a perturbation, and takes
+A step that perturbs computes the regularized gradient ghat and keeps h = ghat - g0. With v = g0/|g0| and the Hessian H
+at w, the h of SAM is rho H v + O(rho^2), so it changes as slowly as the curvature and the direction of the gradient. A
+step between perturbations takes one pass and uses
 
     ghat = g0 + omega h,    omega = min(DECAY^j, MAX_RATIO |g0| / |h|),  j steps after the perturbation
 
-(LookSAM, Liu et al., CVPR 2022, keeps the part of h that is orthogonal to g0.) An old h is wrong in one respect: it
-does not change with the parameters. It pushes them the same way in every step, and nothing pushes back but g0. Two
-bounds keep that in check, and either alone has failed:
+(LookSAM, Liu et al., CVPR 2022, keeps the part of h that is orthogonal to g0.) An old h does not change with the
+parameters: it pushes them in the same direction in every step, and only g0 pushes back. Two bounds limit this. In
+experiments, neither was sufficient alone:
 
-- Where |h| is a multiple of |g0|, as it is near a minimum, the push ends far away. With |omega h| <= |g0| / 2, ghat is
-  within 30 degrees of g0, so that a step between goes downhill on its own batch, whatever h is.
-- Gradients of batches average out over steps, and h does not. The weights add up to less than 1 / (1 - DECAY) = 10.
+- Near a minimum, |h| is a multiple of |g0|, and the push would move the parameters far away. With
+  |omega h| <= |g0| / 2, ghat is within 30 degrees of g0, so every step is a descent step on its own batch for any h.
+- The gradients of batches average out over steps, but h does not. The weights add up to less than 1 / (1 - DECAY) = 10.
 
-docs/reuse.md has what both do, and other guards.
+docs/reuse.md describes the effect of both bounds and of alternatives.
 """
 
 from __future__ import annotations
@@ -29,41 +29,41 @@ from .ops import Direction, Operators
 
 __all__ = ["DECAY", "DIRECTION", "MAX_RATIO", "SharpnessDirection"]
 
-#: Its name in the state of a parameter.
+#: Key of the direction in the state of a parameter.
 DIRECTION = "sharpness_direction"
 
-#: The weight of h is at most this to the power of its age.
+#: The weight of h is at most DECAY to the power of the age of h.
 DECAY = 0.9
 
-#: The norm of what is added to a gradient is at most this multiple of the gradient's.
+#: The norm of omega h is at most this multiple of the norm of the gradient.
 MAX_RATIO = 0.5
 
 
 class SharpnessDirection:
-    """The direction h of the last step that perturbed, in a flat buffer of every bucket, and its norm.
+    """The direction h of the last perturbed step, in a flat buffer of every bucket, and its norm.
 
-    It is kept in the compute dtype, and belongs to losses that are not scaled.
+    It is stored in the compute dtype, without the loss scale.
     """
 
     def __init__(self) -> None:
-        # [groups], of h as it is in the buffers; None where it was loaded. One tensor: CUDA graphs know its address.
+        # [groups], of h in the buffers; None if h was loaded. Always the same tensor, because CUDA graphs read it.
         self._squared_norm: Tensor | None = None
         self._age = 0
         self._decays: dict[tuple[int, torch.device], Tensor] = {}  # by age
-        self._replayed: Tensor | None = None  # the decay that a CUDA graph reads
+        self._replayed: Tensor | None = None  # the decay, in the tensor that a CUDA graph reads
 
     def begin_step(self, age: int) -> None:
-        """Call before a step; ``age`` is how many steps ago h was made, 0 in one that makes it."""
+        """Begin a step; ``age`` is the number of steps since h was computed, 0 in a step that computes it."""
         self._age = age
 
     def prepare_replay(self, age: int, device: torch.device) -> None:
-        """Call before a CUDA graph captures or repeats a step: it reads the decay from the same tensor each time."""
+        """Write the decay into the tensor that CUDA graphs read, before a step is captured or replayed."""
         if self._replayed is None:
             self._replayed = torch.empty((), dtype=torch.float64, device=device)
         self._replayed.fill_(DECAY**age)
 
     def _decay(self, device: torch.device) -> Tensor:
-        """0-dim, on the device without a launch."""
+        """Return the decay, 0-dim on the device, cached by age to avoid a kernel launch."""
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             assert self._replayed is not None
             return self._replayed
@@ -81,13 +81,13 @@ class SharpnessDirection:
         squared_norm: Tensor,
         grad_scale: Tensor | None,
     ) -> list[Direction | None]:
-        """What is added to the gradients of each plan in a step between.
+        """Return h and its weight omega for each plan, in a step of one pass.
 
         Args:
-            operators: compute it.
-            flat, plans: of the parameters.
-            squared_norm: [groups], of g0.
-            grad_scale: 0-dim, what g0 was multiplied with.
+            operators: the operators of the backend.
+            flat, plans: buffers and plans of the parameters.
+            squared_norm: [groups], the squared norm of g0.
+            grad_scale: 0-dim, the loss scale of g0.
         """
         if self._squared_norm is None or len(self._squared_norm) != len(squared_norm):
             self._squared_norm = self._measure(operators, flat, squared_norm)
@@ -106,17 +106,17 @@ class SharpnessDirection:
         ok: Tensor,
         mean_of: Callable[[list[Tensor]], None] | None,
     ) -> None:
-        """Make h of the gradients of a step that has perturbed.
+        """Compute h from the gradients of a perturbed step.
 
-        Of a parameter that takes no part in it, and of all if the step is skipped, h is 0.
+        h is 0 for parameters that take no part in the step, and for all parameters if the step is skipped.
 
         Args:
-            operators: compute it.
-            flat, plans: of the parameters.
-            grads: for each plan and each of the two or three passes its rows.
+            operators: the operators of the backend.
+            flat, plans: buffers and plans of the parameters.
+            grads: rows of the gradients, by plan and pass (two or three passes).
             pass_weights, ok: see :class:`crsam_ext.ops.Coefficients`.
-            factor: 0-dim, what h is multiplied with.
-            mean_of: makes tensors their means over the replicas.
+            factor: 0-dim, the factor by which h is multiplied.
+            mean_of: replaces tensors by their means over the replicas.
         """
         written: list[Tensor] = []
         for bucket, plan, by_pass in zip(flat.buckets, plans, grads, strict=True):
@@ -124,7 +124,7 @@ class SharpnessDirection:
                 bucket.buffers[DIRECTION].zero_()
             if plan.rows:
                 rows = plan.buffers[DIRECTION]
-                three = [*by_pass, by_pass[-1]][:3]  # of two passes, the weights of the differences are 0
+                three = [*by_pass, by_pass[-1]][:3]  # in a step of two passes, the third weight is 0
                 operators.fd_direction_(rows, three, plan.groups, pass_weights, factor, ok)
                 written += rows
         if mean_of is not None:
@@ -138,7 +138,7 @@ class SharpnessDirection:
 
     @staticmethod
     def _measure(operators: Operators, flat: FlatParameters, groups: Tensor) -> Tensor:
-        """[groups], the squared norm of h: of all of it, whatever takes part in a step."""
+        """Return the squared norm of h, [groups], over all parameters, including those that take no part in a step."""
         norms: list[Tensor | None] = []
         for bucket in flat.buckets:
             parts = {group: part for group, part in bucket.of_groups(bucket.buffers[DIRECTION]).items() if len(part)}

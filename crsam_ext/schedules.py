@@ -1,4 +1,4 @@
-"""Schedules of rho, alpha and beta, by the schedulers that exist for the learning rate."""
+"""Schedules of rho, alpha and beta, with any scheduler of the learning rate."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ __all__ = ["Scheduled"]
 
 
 class Scheduled(Optimizer):
-    """An optimizer whose learning rate, as a scheduler sees it, is another of its options.
+    """A view of an optimizer for a scheduler, which presents another option as the learning rate.
 
-    So every scheduler of ``torch.optim.lr_scheduler``, and of timm, schedules that option; where it is a tensor, in
-    place.
+    With it, every scheduler of ``torch.optim.lr_scheduler`` or timm can schedule that option. If the option is a
+    tensor, it is changed in place.
 
     Args:
-        optimizer: any optimizer. Only the scheduler is given this view of it.
-        option: name of a number in all its groups, such as "rho", "alpha" or "weight_decay".
+        optimizer: any optimizer. Pass this view only to the scheduler.
+        option: name of a numeric option that all groups have, such as "rho", "alpha" or "weight_decay".
     Raises:
-        ValueError: if a group has no such option.
+        ValueError: if a group does not have the option.
 
     Example::
 
@@ -32,7 +32,7 @@ class Scheduled(Optimizer):
         ]
     """
 
-    # The scheduler of the learning rate warns where it comes before the optimizer; one warning is enough.
+    # Silences the warning about calling the scheduler first, which the scheduler of the learning rate already gives.
     _opt_called = True
 
     def __init__(self, optimizer: Optimizer, option: str) -> None:
@@ -45,11 +45,11 @@ class Scheduled(Optimizer):
 
     @property
     def param_groups(self) -> list[MutableMapping[str, Any]]:  # type: ignore[override]
-        """The optimizer's groups, as they are now."""
+        """Views of the current groups of the optimizer."""
         return [_Group(group, self.option) for group in self.optimizer.param_groups]
 
     def __getstate__(self) -> dict[str, Any]:
-        # A scheduler puts a function named ``step`` on the instance, which refers to that very instance.
+        # A scheduler sets a function named ``step`` on the instance, which refers to that instance.
         return {name: value for name, value in vars(self).items() if name != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -61,20 +61,20 @@ class Scheduled(Optimizer):
 
 def _refusing(name: str) -> Callable[..., NoReturn]:
     def method(self: Scheduled, *args: Any, **kwargs: Any) -> NoReturn:
-        raise RuntimeError(f"this is a view for a scheduler: call {name}() of the optimizer itself")
+        raise RuntimeError(f"Scheduled is only a view for a scheduler: call {name}() of the optimizer itself")
 
-    method.__name__, method.__doc__ = name, "Raise RuntimeError: this is the optimizer's own business."
+    method.__name__, method.__doc__ = name, "Raise RuntimeError, because only the optimizer itself has this method."
     return method
 
 
-# All that an optimizer does, whichever methods torch's has: step(), state_dict(), hooks and so on.
+# Refuse all public methods of torch's Optimizer: step(), state_dict(), hooks and so on.
 for _name, _member in vars(Optimizer).items():
     if not _name.startswith("_") and isinstance(_member, FunctionType):
         setattr(Scheduled, _name, _refusing(_name))
 
 
 class _Group(MutableMapping[str, Any]):
-    """The parameters and the option of a group; "lr" is the option, "initial_lr" its initial value, and so on."""
+    """A view of a group with only the parameters and the option: "lr" is the option, "initial_lr" its initial value."""
 
     def __init__(self, group: dict[str, Any], option: str) -> None:
         self._group, self._option = group, option

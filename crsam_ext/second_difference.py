@@ -1,4 +1,4 @@
-"""The second difference that a step keeps for those after it."""
+"""The second difference d2, which a step keeps for later steps."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .shards import as_shard_of, local
 
 __all__ = ["SECOND_DIFFERENCE", "SecondDifference"]
 
-#: Its name in the state of a parameter.
+#: Key of the second difference in the state of a parameter.
 SECOND_DIFFERENCE = "second_difference"
 
 State = Mapping[Tensor, Mapping[str, Any]]
 
 
 class SecondDifference:
-    """The second difference of the last step that had all three gradients, for steps that leave out the third.
+    """The second difference of the last step with three passes, for steps that take only two.
 
-    There d2 = g+ + g- - 2 g0 is taken to be what it was, and so the gradient at w - e is g0 - (g+ - g0) + d2. It is
-    kept in the state of the parameter, in the compute dtype, and belongs to losses that are not scaled.
+    Those steps assume that d2 = g+ + g- - 2 g0 has not changed, which gives the gradient at w - e as
+    g0 - (g+ - g0) + d2. d2 is stored in the state of the parameter, in the compute dtype, without the loss scale.
     """
 
     def __init__(self) -> None:
-        # Of parameters without a state so far: many optimizers make theirs only where there is none at all.
+        # For parameters without state: many optimizers create theirs only if the state is empty.
         self._unpublished: dict[Tensor, Tensor] = {}
 
     def keep(
@@ -40,15 +40,15 @@ class SecondDifference:
         grad_scale: Tensor | None,
         mean_of: Callable[[list[Tensor]], None] | None = None,
     ) -> None:
-        """Take d2 of a step; :meth:`publish` follows when the base optimizer has made its state.
+        """Store d2 of a step. Call :meth:`publish` after the base optimizer has created its state.
 
         Args:
-            state: of the optimizer.
-            buckets: of the parameters.
-            grads: for each of the three passes and each bucket, its gradients.
-            ok: 0-dim bool, False on the device if the step is skipped: then nothing is taken.
-            grad_scale: 0-dim, what the gradients were multiplied with.
-            mean_of: makes tensors their means over the replicas: what is kept is the same on all.
+            state: state of the optimizer.
+            buckets: buckets of the parameters.
+            grads: for each of the three passes, the gradients by bucket.
+            ok: 0-dim bool on the device, False if the step is skipped; d2 then keeps its value.
+            grad_scale: 0-dim, the loss scale of the gradients.
+            mean_of: replaces tensors by their means over the replicas, so that d2 is the same on all.
         """
         for slots, (g0, gp, gm) in _complete(buckets, grads):
             new = torch._foreach_add(torch._foreach_sub(gp, g0), torch._foreach_sub(gm, g0))
@@ -64,13 +64,13 @@ class SecondDifference:
                 torch.where(here, d2, old, out=old)
 
     def enter(self, buckets: Sequence[Bucket]) -> None:
-        """Take zeros for every parameter: what counts as d2 until there has been one."""
+        """Store zeros for every parameter, the initial value of d2."""
         for bucket in buckets:
             for slot in bucket.slots:
                 self._unpublished.setdefault(slot.param, torch.zeros_like(slot.view(bucket.saved)))
 
     def publish(self, state: MutableMapping[Tensor, Any]) -> None:
-        """Enter what was kept into the state."""
+        """Move d2 of parameters that had no state into their state."""
         for param, d2 in self._unpublished.items():
             state[param].setdefault(SECOND_DIFFERENCE, as_shard_of(param, d2))
         self._unpublished.clear()
@@ -82,7 +82,7 @@ class SecondDifference:
         grads: Sequence[Sequence[Gradients]],
         grad_scale: Tensor | None,
     ) -> list[Gradients]:
-        """The gradient at w - e, for each bucket, of a step that has the other two; arguments as for :meth:`keep`."""
+        """Return the extrapolated gradient at w - e, by bucket, of a step of two passes; see :meth:`keep`."""
         guess: dict[Slot, Tensor] = {}
         for slots, (g0, gp) in _complete(buckets, grads):
             kept = [self._of(state, slot.param) for slot in slots]
@@ -103,7 +103,7 @@ class SecondDifference:
 def _complete(
     buckets: Sequence[Bucket], grads: Sequence[Sequence[Gradients]]
 ) -> Iterator[tuple[list[Slot], list[list[Tensor]]]]:
-    """For each bucket the slots with a gradient in every pass, and for each pass these gradients, in compute dtype."""
+    """Yield, for each bucket, the slots with a gradient in every pass and, by pass, the gradients in compute dtype."""
     for bucket, *by_pass in zip(buckets, *grads, strict=True):
         pairs = zip(bucket.slots, zip(*by_pass, strict=True), strict=True)
         found = {slot: of_slot for slot, of_slot in pairs if all(g is not None for g in of_slot)}

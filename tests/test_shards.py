@@ -571,18 +571,18 @@ def drifted(rank, size):
 
 REFUSED = {
     "kept gathered": ("RuntimeError", "leave set_reshard_after_backward(True) in place"),
-    "made before": ("RuntimeError", "Was the optimizer made before fully_shard()"),
+    "made before": ("RuntimeError", "create the optimizer after fully_shard()"),
     "gathered": (
         "ValueError",
-        "is one that fully_shard has gathered for a forward, and will free: call model.reshard()",
+        "was gathered by fully_shard for a forward and will be freed: call model.reshard()",
     ),
-    "stochastic_rounding": ("ValueError", "leave param_dtype=None in MixedPrecisionPolicy, and use torch.autocast"),
+    "stochastic_rounding": ("ValueError", "keep param_dtype=None in MixedPrecisionPolicy, and use torch.autocast"),
     "losses": ("ValueError", 'use estimator="gradient"'),
-    "parallel": ("TypeError", "step without it"),
+    "parallel": ("TypeError", "call step() without parallel="),
     "fsdp1": ("ValueError", "use torch.distributed.fsdp.fully_shard"),
     "partial": ("ValueError", "redistribute it to Shard or Replicate before making the optimizer"),
     "graph": ("ValueError", "this step cannot be captured in a CUDA graph"),
-    "shard_state": ("ValueError", "is so already"),
+    "shard_state": ("ValueError", "already shards the state"),
     "plain state": ("ValueError", "and the parameter a DTensor: load it by torch.distributed.checkpoint.state_dict"),
 }
 
