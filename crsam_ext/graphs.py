@@ -1,4 +1,4 @@
-"""A whole step in a CUDA graph: three forward and backward passes and all kernels between them are one launch."""
+"""A step as a CUDA graph: one launch replays all forward and backward passes and the kernels between them."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from .optimizer import CRSAM
 
 __all__ = ["GraphedStep"]
 
-# What schedulers change. As tensors on the device, they are read anew by each replay.
+# Options that schedulers change. As tensors on the device, every replay reads their current values.
 _SCHEDULED = ("lr", "rho", "alpha", "beta")
 
 
 class GraphedStep:
     """``optimizer.step(closure)``, captured in a CUDA graph and replayed.
 
-    Every call makes one step. The first are ordinary ones; then one is captured, for each number of passes that occurs.
-    In the groups, ``lr``, ``rho``, ``alpha`` and ``beta`` become tensors on the device, unless they are 0, so that
-    schedulers go on working, those that assign numbers too. After a change of other options, and when one of these four
-    is no longer 0, an ordinary step follows, and the next one is captured anew. After parameters were moved or state
-    was loaded, all ordinary steps come first again.
+    Every call takes one step. The first ``warmup`` steps run eagerly; then a step is captured, once per number of
+    passes (see :attr:`crsam_ext.CRSAM.passes`). ``lr``, ``rho``, ``alpha`` and ``beta`` of the groups become tensors on
+    the device, unless they are 0, so schedulers keep working, even those that assign numbers. After a change of any
+    other option, or if one of these four changes from 0, one step runs eagerly and the next one is captured again. If
+    parameters are moved or state is loaded, the warmup starts again.
 
     Args:
-        optimizer: around SGD, Adam or AdamW, with backend "cuda" or "triton", all parameters on one CUDA device.
-        closure: as for :meth:`crsam_ext.CRSAM.step`. It reads its batch from tensors that stay where they are, may not
-            synchronise with the host, and runs in Python only while a step is not replayed; so do hooks.
-        warmup: how many ordinary steps come first, at least one.
+        optimizer: a CRSAM with SGD, Adam or AdamW as its base optimizer, backend "cuda" or "triton", and all parameters
+            on one CUDA device.
+        closure: as for :meth:`crsam_ext.CRSAM.step`. It must read the batch from the same tensors in every step and
+            must not synchronize with the host. A replay does not run its Python code, nor that of hooks.
+        warmup: number of eager steps before the capture, at least 1 (default: 3).
     Raises:
-        ValueError: for an optimizer that cannot be captured, saying why.
+        ValueError: if the step cannot be captured, with the reason, or if ``warmup`` is less than 1.
 
     Example::
 
         x, y = torch.empty(256, 3, 224, 224, device="cuda"), torch.empty(256, dtype=torch.long, device="cuda")
-        step = GraphedStep(optimizer, closure)  # of x and y
+        step = GraphedStep(optimizer, closure)  # the closure reads x and y
         for images, labels in loader:
             x.copy_(images)
             y.copy_(labels)
@@ -58,10 +59,10 @@ class GraphedStep:
         self._forget()
 
     def __call__(self) -> Any:
-        """Make a step.
+        """Take a step.
 
         Returns:
-            What the closure returned at w; a tensor is overwritten by the next step.
+            What the closure returned at w. If it is a tensor, the next step overwrites it.
         """
         optimizer = self.optimizer
         self._options_to_device()
@@ -71,8 +72,8 @@ class GraphedStep:
         graph = self._graphs.get(passes)
         optimizer.prepare_replay(self.device)
         if graph is None or graph.baked != baked:
-            # An ordinary step enters the state, and puts the numbers on the device that a captured one with the same
-            # options reads there.
+            # An eager step creates the state, and copies to the device the numbers that a captured step with the same
+            # options reads.
             count, last = self._ordinary.get(passes, (0, None))
             if not optimizer.state_is_complete or count < self.warmup or last != baked:
                 self._ordinary[passes] = count + 1, baked
@@ -91,7 +92,7 @@ class GraphedStep:
 
     def _forget(self) -> None:
         self._graphs: dict[int, _Graph] = {}  # for each number of passes
-        # Likewise, how many steps were not replayed, and the options of the last of them.
+        # For each number of passes, how many eager steps there were, and the options of the last one.
         self._ordinary: dict[int, tuple[int, Any]] = {}
 
     def _options_to_device(self) -> None:
@@ -107,7 +108,7 @@ class GraphedStep:
                 group[name] = tensor
 
     def _baked(self) -> Any:
-        """All options, a tensor by its identity: a graph holds numbers, and reads tensors anew in each replay."""
+        """Return all options that a graph contains: numbers by value, tensors by identity, as replays read them."""
         optimizer = self.optimizer
         groups = [
             {
@@ -148,10 +149,10 @@ class _Graph:
 
 
 class _GraphNoise(SharedNoise):
-    """:class:`crsam_ext.noise.SharedNoise` of a graph: a state of the generator for each pass, which go in step.
+    """:class:`crsam_ext.noise.SharedNoise` for a graph: one generator state per pass, advanced in lockstep.
 
-    A graph knows the states of a generator by identity; each counts what was drawn from it, and a replay begins where
-    the last one ended.
+    A graph identifies the states of a generator by their objects. Each state counts the numbers drawn from it, and a
+    replay starts where the last one ended.
     """
 
     def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device, passes: int) -> None:
@@ -171,7 +172,7 @@ class _GraphNoise(SharedNoise):
         self._generator.graphsafe_set_state(self._states[0])
 
     def align(self) -> None:
-        """Before a replay: others may have drawn from the generator since the last."""
+        """Set all states to the first, before a replay: other code may have drawn from the generator since the last."""
         first = self._states[0].get_state()
         for state in self._states[1:]:
             state.set_state(first)

@@ -1,4 +1,4 @@
-"""The gradients at w + e and w - e at once, on one device, by ``torch.func.vmap``."""
+"""The gradients at w + e and w - e, computed together on one device by ``torch.func.vmap``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class _Loss(nn.Module):
-    """The loss as a module, so that ``functional_call`` can exchange the model's parameters while it is computed."""
+    """The loss as a module, so that ``functional_call`` can replace the parameters of the model."""
 
     def __init__(self, model: nn.Module, closure: Callable[[], Any]) -> None:
         super().__init__()
@@ -31,25 +31,27 @@ class _Loss(nn.Module):
 def gradients_at(
     points: Mapping[Tensor, Tensor], model: nn.Module, closure: Callable[[], Tensor], flat: FlatParameters
 ) -> list[tuple[Tensor, list[Gradients]]]:
-    """Losses and gradients at several points, evaluated together.
+    """Compute losses and gradients at several points together.
 
     Args:
-        points: for each parameter its values at all points, [points, *its shape].
-        model: to which the parameters belong.
+        points: for each parameter its values at all points, [points, *shape].
+        model: the model that has these parameters.
         closure: computes the loss of the batch by calling ``model``, without ``backward()``.
-        flat: where the parameters lie.
+        flat: the flat buffers of the parameters.
     Returns:
-        For each point the loss (0-dim), and the gradient for each bucket and slot, laid out as the parameter.
+        For each point the loss (0-dim) and, by bucket and slot, the gradients in the layout of the parameters.
     Raises:
-        ValueError: for a parameter of the optimizer that is none of the model's.
+        ValueError: if a parameter of the optimizer does not belong to the model.
     """
     names: dict[Tensor, str] = {param: f"model.{name}" for name, param in model.named_parameters()}
     for param in points:
         if param not in names:
-            raise ValueError(f"a parameter of shape {tuple(param.shape)} is none of the model's given as parallel=")
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} does not belong to the model given as parallel="
+            )
     loss = _Loss(model, closure)
     parameters = {names[param]: values for param, values in points.items()}
-    # Each point moves running statistics of its own, which are thrown away: they follow the first pass only.
+    # Each point updates its own copy of the running statistics, which is discarded: only the first pass counts.
     count = len(next(iter(points.values())))
     statistics = {
         f"model.{name}": buffer.expand(count, *buffer.shape).clone()

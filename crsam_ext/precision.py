@@ -1,4 +1,4 @@
-"""The dtypes that parameters may have, and how each is computed with."""
+"""The dtypes that parameters may have, and the dtype in which each is computed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["PRECISIONS", "Precision", "compute_dtype", "has_master"]
 
 @dataclass(frozen=True)
 class Precision:
-    """How rows of a dtype are computed with."""
+    """How rows of a dtype are computed."""
 
-    #: In which dtype: for narrow parameters a wider one, in which they have a master copy too.
+    #: The dtype of the computation. For 16-bit parameters it is wider, and they have a master copy in it.
     compute: torch.dtype
-    #: Binary digits of the significand after the first; of narrow dtypes, for their stochastic rounding.
+    #: Explicit bits of the significand; only for 16-bit dtypes, for stochastic rounding.
     digits: int = 0
-    #: The exponent of the smallest normal number, as float32 stores it, biased by 127; likewise.
+    #: The exponent of the smallest normal number, with the bias of float32 (127); only for 16-bit dtypes.
     smallest_exponent: int = 0
 
 
@@ -30,10 +30,10 @@ PRECISIONS = {
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which rows of ``dtype`` are computed: float64 for float64, float32 for all others."""
+    """Return the dtype in which rows of ``dtype`` are computed: float64 for float64, else float32."""
     return PRECISIONS[dtype].compute
 
 
 def has_master(dtype: torch.dtype) -> bool:
-    """Whether parameters of ``dtype`` have a master copy, in which w is kept from step to step."""
+    """Whether parameters of ``dtype`` have a master copy, which holds w between steps."""
     return dtype in PRECISIONS and PRECISIONS[dtype].compute != dtype

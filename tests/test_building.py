@@ -206,7 +206,7 @@ def with_gpu(monkeypatch, major, minor):
 
 def test_extension_is_missing(monkeypatch):
     monkeypatch.setattr(extension, "find_spec", lambda name: None)
-    assert extension.why_missing() == "the CUDA extension is missing; install crsam_ext from its sources"
+    assert extension.why_missing() == "the CUDA extension is missing: install crsam_ext from source"
     assert cuda.why_unavailable() == extension.why_missing()
 
 
@@ -223,14 +223,14 @@ def test_extension_does_not_load(built, monkeypatch):
         raise ImportError("undefined symbol: _ZN3c10\nand more")
 
     monkeypatch.setattr(extension, "load", fails)
-    assert extension.why_missing() == "the extension does not load, build it again: undefined symbol: _ZN3c10"
+    assert extension.why_missing() == "the extension cannot be loaded, rebuild it: undefined symbol: _ZN3c10"
 
 
 @pytest.mark.parametrize("name", ["version", "torch"])
 def test_extension_of_another_version(name, built):
     built(**{name: "0.0.1"})
     own = {"version": __version__, "torch": torch.__version__}[name]
-    reason = f"the extension was built for {name} 0.0.1, not {own}: build it again"
+    reason = f"the extension was built for {name} 0.0.1, not {own}: rebuild it"
     assert extension.why_missing() == cuda.why_unavailable() == reason
 
 

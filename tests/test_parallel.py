@@ -206,7 +206,7 @@ def test_what_is_refused():
         with pytest.raises(error, match=match):
             optimizer.step(given, parallel=module)
     model.eval()
-    with pytest.raises(ValueError, match=r"shape \(32, 20\) is none of the model's"):
+    with pytest.raises(ValueError, match=r"shape \(32, 20\) does not belong to the model"):
         optimizer.step(loss_of, parallel=other)
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
 
