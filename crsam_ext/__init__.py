@@ -1,4 +1,4 @@
-"""CR-SAM for PyTorch: curvature regularized sharpness-aware minimization, fused over flat parameter buffers."""
+"""CR-SAM for PyTorch: sharpness-aware minimization with curvature regularization, fused over flat parameter buffers."""
 
 from .amp import GradScaler
 from .backends import available_backends

@@ -1,4 +1,4 @@
-"""CR-SAM with Hugging Face Accelerate, on scikit-learn's digits: micro-batches, bfloat16, save and restore.
+"""CR-SAM with Hugging Face Accelerate on scikit-learn's digits: micro-batches, bfloat16, checkpoints.
 
 torchrun --nproc-per-node 2 examples/accelerate_digits.py    in several processes
 """
@@ -18,7 +18,7 @@ from crsam_ext import CRSAM
 
 
 def main(mixed_precision="no", micro_batches=2, epochs=10):
-    """Train for half of the epochs, restore what was saved there, and train on; returns model and optimizer."""
+    """Train; in the middle, save a checkpoint and load it. Return the model and the optimizer."""
     torch.manual_seed(0)
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=True)
     images, labels = load_digits(return_X_y=True)
@@ -31,7 +31,7 @@ def main(mixed_precision="no", micro_batches=2, epochs=10):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
     loader = DataLoader(train, 64, shuffle=True)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
-    optimizer.optimizer.follow_wrapper(model)  # in several processes, a DistributedDataParallel
+    optimizer.optimizer.follow_wrapper(model)  # several processes: prepare() made a DDP
 
     with tempfile.TemporaryDirectory() as own:
         (folder,) = broadcast_object_list([own])
@@ -48,7 +48,7 @@ def main(mixed_precision="no", micro_batches=2, epochs=10):
 
                     return closure
 
-                # Every pass needs all micro-batches, so they are accumulated here and not outside.
+                # Every pass needs all micro-batches, so the step accumulates them, not Accelerate.
                 parts = zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True)
                 optimizer.step([closure_of(part, target, len(x)) for part, target in parts])
             schedule.step()

@@ -1,4 +1,6 @@
-"""CR-SAM in several processes, on scikit-learn's digits: one all-reduce a step, and checkpoints for any number of them.
+"""CR-SAM with DistributedDataParallel on scikit-learn's digits: one all-reduce per step, and distributed checkpoints.
+
+A checkpoint can be loaded by any number of processes.
 
 torchrun --nproc-per-node 2 examples/ddp_digits.py
 """
@@ -17,11 +19,11 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, rand
 
 from crsam_ext import CRSAM
 
-BATCH = 64  # of all processes together
+BATCH = 64  # global batch size, over all processes
 
 
 def make(device):
-    """A model on this process's device, and its optimizer."""
+    """Return a model on the device of this process, and its optimizer."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10)).to(device)
     ddp = DistributedDataParallel(network)
@@ -29,7 +31,7 @@ def make(device):
 
 
 def train(model, optimizer, data, device, epochs):
-    """Train for some epochs; every process takes its part of each batch, and perturbs with its gradient."""
+    """Train for some epochs. Every process takes its part of each batch, and perturbs along its own gradient."""
     sampler = DistributedSampler(data)
     loader = DataLoader(data, BATCH // dist.get_world_size(), sampler=sampler, drop_last=True)
     for epoch in epochs:
@@ -47,7 +49,7 @@ def train(model, optimizer, data, device, epochs):
 
 
 def main(folder):
-    """Train for half of the epochs, save, load into a new model and optimizer, and train on; returns the accuracy."""
+    """Train for half of the epochs, save, load into a new model and optimizer, train on. Return the accuracy."""
     if torch.cuda.is_available():
         device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
         torch.cuda.set_device(device)

@@ -1,4 +1,4 @@
-"""CR-SAM on scikit-learn's handwritten digits: a whole training loop, in a few seconds on a CPU."""
+"""CR-SAM on scikit-learn's handwritten digits: a complete training loop, which takes a few seconds on a CPU."""
 
 import torch
 from sklearn.datasets import load_digits

@@ -1,4 +1,4 @@
-"""CR-SAM of a model that fully_shard has sharded, on scikit-learn's digits; checkpoints for any number of processes.
+"""CR-SAM with fully_shard on scikit-learn's digits. A checkpoint can be loaded by any number of processes.
 
 torchrun --nproc-per-node 2 examples/fully_shard_digits.py
 """
@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, rand
 
 from crsam_ext import CRSAM
 
-BATCH = 64  # of all processes together
+BATCH = 64  # global batch size, over all processes
 
 
 def make(device):
-    """A model of which each process holds a part, and its optimizer."""
+    """Return a model whose parameters are sharded over all processes, and its optimizer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)).to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -32,7 +32,7 @@ def make(device):
 
 
 def train(model, optimizer, data, device, epochs):
-    """Train for some epochs; all processes perturb with the gradient of the whole batch."""
+    """Train for some epochs. All processes perturb along the gradient of the global batch."""
     sampler = DistributedSampler(data)
     loader = DataLoader(data, BATCH // dist.get_world_size(), sampler=sampler, drop_last=True)
     for epoch in epochs:
@@ -49,7 +49,7 @@ def train(model, optimizer, data, device, epochs):
 
 
 def main(folder):
-    """Train for half of the epochs, save, load into a new model and optimizer, and train on; returns the accuracy."""
+    """Train for half of the epochs, save, load into a new model and optimizer, train on. Return the accuracy."""
     if torch.cuda.is_available():
         device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
         torch.cuda.set_device(device)

@@ -1,4 +1,4 @@
-"""CR-SAM in Lightning, on scikit-learn's digits: automatic optimization, a schedule, a checkpoint, resuming."""
+"""CR-SAM in Lightning on scikit-learn's digits: automatic optimization, a schedule, resuming from a checkpoint."""
 
 import argparse
 import tempfile
@@ -23,7 +23,7 @@ class Digits(L.LightningModule):
     def training_step(self, batch, batch_idx):
         x, y = batch
         logits = self.net(x)
-        if self.optimizers().pass_index == 0:  # this method runs once for each pass, metrics want the one at w
+        if self.optimizers().pass_index == 0:  # this method runs once per pass; log the pass at w
             self.log("train_accuracy", (logits.argmax(1) == y).float().mean(), on_step=False, on_epoch=True)
         return F.cross_entropy(logits, y)
 
@@ -37,7 +37,7 @@ class Digits(L.LightningModule):
 
 
 def main(precision="32-true", epochs=10, **options):
-    """Train for half of the epochs, and go on from a checkpoint; returns the Trainer and the model."""
+    """Train for half of the epochs, then resume from a checkpoint. Return the Trainer and the model."""
     L.seed_everything(0)
     images, labels = load_digits(return_X_y=True)
     data = TensorDataset(torch.tensor(images / 16).float(), torch.tensor(labels))

@@ -1,4 +1,4 @@
-"""CR-SAM with tensor parallelism within fully_shard, on scikit-learn's digits.
+"""CR-SAM with tensor parallelism and fully_shard on scikit-learn's digits.
 
 torchrun --nproc-per-node 4 examples/tensor_parallel_digits.py
 """
@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, rand
 
 from crsam_ext import CRSAM
 
-BATCH = 64  # of all processes together
+BATCH = 64  # global batch size, over all processes
 
 
 class Network(nn.Module):
-    """Input (N, 64), output (N, 10)."""
+    """A network with one residual block: input (N, 64), output (N, 10)."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +30,7 @@ class Network(nn.Module):
 
 
 def main(epochs=10):
-    """Train, each two processes with a half of two layers; returns the accuracy."""
+    """Train, with two layers split over pairs of processes. Return the accuracy."""
     if torch.cuda.is_available():
         device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -46,7 +46,7 @@ def main(epochs=10):
     images, labels = load_digits(return_X_y=True)
     data = TensorDataset(torch.tensor(images / 16).float(), torch.tensor(labels))
     data, test = random_split(data, [0.8, 0.2], torch.Generator().manual_seed(0))
-    # Processes that share the layers share the batch.
+    # The two processes of a pair take the same batch.
     sampler = DistributedSampler(data, mesh["data"].size(), mesh["data"].get_local_rank())
     loader = DataLoader(data, BATCH // mesh["data"].size(), sampler=sampler, drop_last=True)
     for epoch in range(epochs):

@@ -1,4 +1,4 @@
-"""CR-SAM in a loop of one's own with timm's scheduler and weight average, torchmetrics and TensorBoard, on digits."""
+"""CR-SAM in a custom training loop with timm's scheduler and weight average, torchmetrics and TensorBoard."""
 
 import argparse
 
@@ -17,7 +17,7 @@ from crsam_ext.integrations.tensorboard import write_stats
 
 
 def main(epochs=4, folder="runs/timm_digits"):
-    """Train; returns model, average, optimizer and metrics."""
+    """Train. Return the model, its weight average and the optimizer."""
     torch.manual_seed(0)
     images, labels = load_digits(return_X_y=True)
     images, labels = torch.tensor(images / 16).float().view(-1, 1, 8, 8), torch.tensor(labels)
@@ -38,7 +38,7 @@ def main(epochs=4, folder="runs/timm_digits"):
             for batch in train[torch.randperm(len(train))].split(64):
 
                 def closure(batch=batch):
-                    """Forward and backward; runs once for each pass, and metrics belong to the one at w."""
+                    """Run forward and backward. This is called once per pass; metrics take the pass at w."""
                     logits = model(images[batch])
                     if optimizer.pass_index == 0:
                         accuracy.update(logits, labels[batch])
@@ -47,7 +47,7 @@ def main(epochs=4, folder="runs/timm_digits"):
                     return loss
 
                 optimizer.step(closure)
-                average.update(model)  # after the step: never of perturbed weights
+                average.update(model)  # after the step, when the weights are not perturbed
                 for name, metric in measured.items():
                     metric.update(getattr(optimizer.stats, name))  # stays on the device
             write_stats(writer, optimizer)

@@ -1,4 +1,4 @@
-"""CR-SAM with Hugging Face's Trainer: a small ResNet, made from a configuration, on scikit-learn's digits."""
+"""CR-SAM with Hugging Face's Trainer: a small ResNet, built from a configuration, on scikit-learn's digits."""
 
 import argparse
 import tempfile
@@ -25,7 +25,7 @@ class Digits(Dataset):
 
 
 def main(bf16=False, epochs=4, folder=None, resume=False, **options):
-    """Train, and return the Trainer."""
+    """Train and return the Trainer."""
     set_seed(0)
     train, test = random_split(Digits(), [0.8, 0.2])
     config = ResNetConfig(
@@ -42,7 +42,7 @@ def main(bf16=False, epochs=4, folder=None, resume=False, **options):
         trainer = CRSAMTrainer(
             model, arguments, train_dataset=train, eval_dataset=test,
             compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(1) == p.label_ids).mean())},
-            optimizers=(optimizer, None),  # the Trainer makes the schedule
+            optimizers=(optimizer, None),  # the Trainer creates the schedule
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
         print(f"test accuracy {trainer.evaluate()['eval_accuracy']:.2%}")

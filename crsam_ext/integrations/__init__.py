@@ -1,1 +1,1 @@
-"""What other libraries need to train with CRSAM; a module imports its library when it is itself imported."""
+"""Integrations with other libraries. Each module imports its library, so import only the modules that you need."""

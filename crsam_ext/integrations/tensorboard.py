@@ -1,4 +1,4 @@
-"""For TensorBoard: write what the optimizer measured."""
+"""TensorBoard: write the measurements of the optimizer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ __all__ = ["write_stats"]
 
 
 def write_stats(writer: SummaryWriter, optimizer: CRSAM, step: int | None = None, prefix: str = "crsam/") -> None:
-    """Write ``optimizer.stats`` of the last step as scalars, with one synchronisation.
+    """Write ``optimizer.stats`` of the last step as scalars. Synchronizes with the device once.
 
     Args:
-        writer: where to.
-        optimizer: whose.
-        step: number of the step; how many the optimizer has taken if None.
-        prefix: of the tags.
+        writer: the writer.
+        optimizer: the optimizer.
+        step: number of the step; None (default) takes the number of steps of the optimizer.
+        prefix: prefix of the tags (default: "crsam/").
     """
     step = optimizer.stats.steps if step is None else step
     for tag, value in optimizer.stats.scalars(prefix).items():

@@ -1,4 +1,4 @@
-"""For Hugging Face transformers: a Trainer that takes the passes of a step."""
+"""Hugging Face transformers: a Trainer that takes all passes of a step."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ __all__ = ["CRSAMTrainer"]
 
 
 class CRSAMTrainer(Trainer):
-    """Hugging Face's Trainer with CRSAM as its optimizer: forward and backward of a batch once for each pass.
+    """Hugging Face's Trainer for CRSAM, which runs forward and backward of a batch once per pass.
 
-    Give it ``optimizers=(optimizer, None)``, or ``optimizer_cls_and_kwargs=(CRSAM, {...})``, which divides parameters
-    into those with and without weight decay, but takes the key ``model`` for itself. The reported loss is that at w.
-    The Trainer's ``max_grad_norm`` clips the regularized gradient, as CRSAM's own does with less work. In several
-    processes an optimizer with ``model=`` reduces gradients once a step: the Trainer's DistributedDataParallel becomes
-    that model. Whether the replicas are equal is seen in the first step and at the end of the training.
+    Pass it ``optimizers=(optimizer, None)`` or ``optimizer_cls_and_kwargs=(CRSAM, {...})``. The second form applies
+    weight decay only to the parameters that Hugging Face selects, and reserves the key ``model``. The reported loss is
+    that at w. The Trainer's ``max_grad_norm`` clips the regularized gradient; CRSAM's own does the same at a lower
+    cost. In several processes, if the optimizer has a ``model``, the DistributedDataParallel of the Trainer replaces
+    it, so that gradients are reduced once per step. The Trainer checks that the replicas are equal in the first step
+    and at the end of training.
 
     Raises:
-        TypeError: in the first step, for another optimizer.
-        ValueError: then, for gradient accumulation: every pass needs the whole batch.
+        TypeError: in the first step, if the optimizer is not CRSAM.
+        ValueError: in the first step, if gradient accumulation is on: every pass needs the whole batch.
     """
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """All passes of a batch but the update, which the Trainer's own ``optimizer.step()`` makes."""
+        """Take all passes of a batch. The Trainer then calls ``optimizer.step()``, which updates w."""
         optimizer = self._crsam()
         if optimizer.stats.steps == 0:
             optimizer.follow_wrapper(model)
@@ -53,23 +54,25 @@ class CRSAMTrainer(Trainer):
         if noise is not None:
             noise.end()
         scaler = self.accelerator.scaler
-        if calls and (self.args.max_grad_norm or scaler is not None):  # which act on the regularized gradient
+        if calls and (self.args.max_grad_norm or scaler is not None):  # both act on the regularized gradient
             optimizer.combine(last, None if scaler is None else scaler.get_scale())
         else:
             optimizer.give_loss(last)
         return loss
 
     def train(self, *arguments: Any, **options: Any) -> Any:
-        """As the Trainer does; then see whether the replicas are equal."""
+        """Train as the Trainer does, then check that the replicas are equal."""
         result = super().train(*arguments, **options)
         self._crsam().check_replicas()
         return result
 
     def _crsam(self) -> CRSAM:
         wrapped = self.optimizer
-        optimizer = getattr(wrapped, "optimizer", wrapped)  # Accelerate's wrapper has no first_step
+        optimizer = getattr(wrapped, "optimizer", wrapped)  # unwrap Accelerate's wrapper, which has no first_step
         if not isinstance(optimizer, CRSAM):
             raise TypeError(f"CRSAMTrainer needs CRSAM as its optimizer, but has {type(optimizer).__name__}")
         if self.args.gradient_accumulation_steps != 1:
-            raise ValueError("gradient_accumulation_steps must be 1: every pass needs the whole batch")
+            raise ValueError(
+                "gradient_accumulation_steps must be 1, because every pass needs the whole batch: use larger batches"
+            )
         return optimizer

@@ -1,7 +1,7 @@
-"""How a base optimizer's update is made: on flat state for SGD, Adam and AdamW, by the optimizer itself otherwise.
+"""The updates of base optimizers: fused on flat state for SGD, Adam and AdamW; any other optimizer takes its own step.
 
-An :class:`Update` is what the rest of the package knows of a base optimizer: its options of each group, the names of
-its state, and how it is applied.
+An :class:`Update` describes a base optimizer to the rest of the package: its options per group, the names of its state,
+and how it is applied.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _NATIVE: dict[type[Optimizer], type[RuleUpdate]] = {
 
 
 def update_of(base: Optimizer, groups: Sequence[Mapping[str, Any]], step: Callable[[], None]) -> Update:
-    """The update of a base optimizer, with the options that the groups have now.
+    """Return the update of a base optimizer, with the current options of the groups.
 
     Args:
         base: the base optimizer.
-        groups: parameter groups.
-        step: has the base optimizer make a step with the gradients in ``p.grad``.
+        groups: the parameter groups.
+        step: calls ``step()`` of the base optimizer, with the gradients in ``p.grad``.
     """
     native = _NATIVE.get(type(base))
     if native is None or any(group.get("amsgrad") or group.get("differentiable") for group in groups):

@@ -1,4 +1,4 @@
-"""torch.optim.Adam and AdamW."""
+"""The update of torch.optim.Adam and AdamW."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["AdamOptions", "AdamUpdate"]
 
 @dataclass(frozen=True)
 class AdamOptions(Options):
-    """One parameter group's options of :class:`torch.optim.Adam` or, with ``decoupled_weight_decay``, AdamW."""
+    """Options of a parameter group of :class:`torch.optim.Adam` or, with ``decoupled_weight_decay``, AdamW."""
 
     rule = "adam"
     state = ("exp_avg", "exp_avg_sq")
@@ -31,7 +31,7 @@ class AdamOptions(Options):
 
 
 class AdamUpdate(RuleUpdate):
-    """``exp_avg``, ``exp_avg_sq`` and ``step`` are the state."""
+    """The update of Adam and AdamW, with the state ``exp_avg``, ``exp_avg_sq`` and ``step``."""
 
     group_options = AdamOptions
     counts_steps = True

@@ -1,4 +1,4 @@
-"""torch.optim.SGD."""
+"""The update of torch.optim.SGD."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["SGDOptions", "SGDUpdate"]
 
 @dataclass(frozen=True)
 class SGDOptions(Options):
-    """One parameter group's options of :class:`torch.optim.SGD`."""
+    """Options of a parameter group of :class:`torch.optim.SGD`."""
 
     rule = "sgd"
     state = ("momentum_buffer",)
@@ -33,14 +33,14 @@ class SGDOptions(Options):
 
 
 class SGDUpdate(RuleUpdate):
-    """``momentum_buffer`` is the state of a group with momentum."""
+    """The update of SGD, with the state ``momentum_buffer`` in groups with momentum."""
 
     group_options = SGDOptions
 
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
         super().__init__(groups)
         self.buffers = [SGDOptions.state if group["momentum"] else () for group in groups]
-        # torch's first momentum is the gradient itself, undamped: it matters whether there has been one.
+        # In torch, dampening does not apply to the first momentum, so the update depends on whether there is one yet.
         self.shows_steps = any(group["momentum"] and group["dampening"] for group in groups)
 
     def steps_taken(self, state: Mapping[str, Any]) -> float:

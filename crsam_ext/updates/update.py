@@ -1,4 +1,4 @@
-"""What an update is."""
+"""The interface of an update."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["RuleUpdate", "Update"]
 
 
 class Update(StateLayout, ABC):
-    """The update of a base optimizer, for a step: its options of each group, its state, and how it is applied."""
+    """The update of a base optimizer in one step: its options per group, its state, and how it is applied."""
 
-    #: Whether the update is computed here, on flat state.
+    #: Whether the operators of this package compute the update, on flat state.
     native: ClassVar[bool] = True
 
     @abstractmethod
@@ -35,21 +35,21 @@ class Update(StateLayout, ABC):
         """Update the parameters of a plan.
 
         Args:
-            operators: compute it.
+            operators: the operators of the backend.
             plan: the rows of parameters and state.
-            saved: rows of w.
+            saved: the rows of w.
             grads: for each pass the rows of its gradient.
             c: the weights of the gradients.
-            direction: is added to the gradient, where there is one pass.
-            moved: whether the parameters were perturbed, and are not w.
+            direction: the direction that is added to the gradient in a step of one pass, or None.
+            moved: whether the parameters were perturbed, so that they differ from w.
         """
 
     def finish(self, ok: Tensor, give_gradients: Callable[[], None]) -> bool:
-        """Do what is left when all plans are updated.
+        """Complete the update after all plans have been applied.
 
         Args:
-            ok: 0-dim bool, False where the step is skipped.
-            give_gradients: makes the regularized gradient ``p.grad``.
+            ok: 0-dim bool, False if the step is skipped.
+            give_gradients: writes the regularized gradient into ``p.grad``.
         Returns:
             Whether ``p.grad`` was written.
         """
@@ -57,13 +57,13 @@ class Update(StateLayout, ABC):
 
 
 class RuleUpdate(Update):
-    """An update that the operators make, by one of their rules.
+    """An update that the operators compute, by one of their rules.
 
     Args:
-        groups: parameter groups.
+        groups: the parameter groups.
     """
 
-    #: The options of a group, which name the rule and its state.
+    #: The class of the options of a group, which names the rule and its state.
     group_options: ClassVar[type[Options]]
 
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Any other optimizer: it makes its update itself, with the regularized gradient in ``p.grad``."""
+"""The update of any other optimizer, which takes its own step with the regularized gradient in ``p.grad``."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def combine(
     c: Coefficients,
     direction: Direction | None = None,
 ) -> None:
-    """Write w into the parameters, and the regularized gradient over that of the last pass, whose rows may change."""
-    if operators.host.repeats_memory(grads[-1]):  # one tensor is the gradient of two parameters
+    """Write w into the parameters, and the regularized gradient into the rows of the last pass or a copy of them."""
+    if operators.host.repeats_memory(grads[-1]):  # two parameters have the same tensor as gradient
         grads[-1] = [g.clone() for g in grads[-1]]
     operators.combine_(plan.live, saved, grads, plan.groups, c, direction)
 
 
 class WrappedUpdate(Update):
-    """It owns its state, of which nothing is flat.
+    """The update of an optimizer that owns its state. None of that state is flat.
 
     Args:
-        step: has the optimizer make its step.
+        step: calls ``step()`` of the optimizer.
     """
 
     native = False
@@ -54,14 +54,14 @@ class WrappedUpdate(Update):
         moved: bool,
     ) -> None:
         if not moved and c.factor is None and direction is None:
-            return  # the gradient is what it is, and w where it is
-        if not moved:  # combine_ writes over the gradient of the last pass, which p.grad will hold
+            return  # p.grad and the parameters already have the right values
+        if not moved:  # combine_ overwrites the last gradient, which p.grad must keep
             grads[0] = [g.clone() for g in grads[0]]
-        assert not isinstance(plan, OwnPlan)  # whose state is another optimizer's
+        assert not isinstance(plan, OwnPlan)  # the state is not sharded here
         combine(operators, plan, saved, grads, c, direction)
 
     def finish(self, ok: Tensor, give_gradients: Callable[[], None]) -> bool:
-        if not bool(ok):  # the one synchronisation: nobody can undo what the optimizer has done
+        if not bool(ok):  # synchronizes, because the step of the optimizer cannot be undone
             return False
         give_gradients()
         self._step()
@@ -69,24 +69,24 @@ class WrappedUpdate(Update):
 
 
 class ProvisionalState:
-    """The state that an optimizer of any kind has made without a step of training, for whoever asks for its state.
+    """State that was created before the first step of training, because a checkpoint needs a state to load into.
 
-    Only a wrapped optimizer knows what its state is, and makes it in a step. So it takes one, with rates of 0; when
-    training begins, what that has left is removed, unless a checkpoint was loaded over it. So is a state that shows by
-    its presence that there has been a step.
+    A wrapped optimizer creates its state in its first step, so it takes a step with an lr of 0. When training begins,
+    the state created by that step is removed, unless a checkpoint was loaded into it. The same applies to a native
+    state whose presence shows that a step was taken.
     """
 
     def __init__(self) -> None:
-        # For each key of the state that was made the value, and its tensors in the versions that were made.
+        # By key of the state: the value, and its tensors with their versions at creation.
         self._made: dict[Any, tuple[Any, list[tuple[Tensor, int]]]] = {}
 
     def make(self, state: MutableMapping[Any, Any], groups: Sequence[dict[str, Any]], step: Callable[[], None]) -> None:
-        """Have the state made; parameters and options stay as they are.
+        """Create the state by calling ``step``, then restore parameters and options.
 
         Args:
-            state: of the optimizer.
-            groups: its parameter groups.
-            step: makes the state.
+            state: the state of the optimizer.
+            groups: the parameter groups.
+            step: creates the state.
         """
         before = set(state)
         options = [dict(group) for group in groups]
@@ -101,7 +101,7 @@ class ProvisionalState:
         self._made = {key: (value, _versions(value)) for key, value in state.items() if key not in before}
 
     def drop(self, state: MutableMapping[Any, Any]) -> bool:
-        """Remove from the state what was made; returns whether any of it stays, as a checkpoint was loaded over it."""
+        """Remove the created state. Return whether any of it remains because a checkpoint was loaded into it."""
         stays = False
         for key, (value, versions) in self._made.items():
             if state.get(key) is value and all(x._version == version for x, version in versions):
@@ -113,9 +113,9 @@ class ProvisionalState:
 
 
 def _versions(value: Any) -> list[tuple[Tensor, int]]:
-    """The tensors of a value of the state, and what shows whether someone writes into them.
+    """Return the tensors of a state value and their versions, which change with every write.
 
-    Of a DTensor that is its shard, into which torch.distributed.checkpoint writes.
+    For a DTensor it is its local shard, into which torch.distributed.checkpoint writes.
     """
     values = value.values() if isinstance(value, dict) else (value,)
     shards = [local(x) for x in values if isinstance(x, Tensor)]
