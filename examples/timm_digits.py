@@ -1,4 +1,4 @@
-"""CR-SAM in a custom training loop with timm's scheduler and weight average, torchmetrics and TensorBoard."""
+"""CR-SAM in a custom loop on scikit-learn's digits, with timm's scheduler and average, torchmetrics and TensorBoard."""
 
 import argparse
 
