@@ -103,26 +103,27 @@ class CRSAM(Optimizer):
     Args:
         params: parameters, named parameters, or dictionaries of parameter groups, as for any torch optimizer. A group
             may set its own ``rho``, ``alpha``, ``beta`` and ``adaptive``.
-        base_optimizer: class or instance of :class:`torch.optim.Optimizer` (default: SGD). SGD, Adam and AdamW run
-            fused on flat state; any other optimizer finds :math:`\hat g` in ``p.grad`` and takes its own step. Where an
-            option of the base optimizer has the name of an option of CRSAM (RMSprop has an ``alpha``), a keyword
-            argument sets that of CRSAM; to set that of the base optimizer, pass an instance.
-        rho: radius of the perturbation, finite and at least 0 (default: 0.1). The papers use 0.05 for SAM and 0.5 for
-            ASAM on CIFAR-10.
+        base_optimizer: class or instance of :class:`torch.optim.Optimizer` (default: SGD). SGD, Adam and AdamW (without
+            ``amsgrad``) run fused on flat state; any other optimizer takes its own step, with :math:`\hat g` in
+            ``p.grad``. If the base optimizer and CRSAM have an option of the same name (RMSprop has an ``alpha``), the
+            keyword argument sets that of CRSAM. To set that of the base optimizer, pass an instance.
+        rho: radius of the perturbation, finite and at least 0 (default: 0.1). A larger value favors flatter minima. On
+            CIFAR-10, the papers use 0.05 for SAM and 0.5 for ASAM.
         alpha: weight of the curvature term, finite and at least 0 (default: 0.1 with ``regularizer="linear"``, 0.01
-            with ``"log"``).
-        beta: weight of the gradient-norm term, finite and at least 0 (default: 0.01).
-        gamma: another name for ``alpha``, as in the authors' code (default: None). In a group, ``gamma`` sets the
-            option of that name of the base optimizer if there is one.
+            with ``"log"``). A larger value penalizes curvature more.
+        beta: weight of the gradient-norm term, finite and at least 0 (default: 0.01). A larger value penalizes the norm
+            of the gradient more.
+        gamma: another name for ``alpha``, as in the authors' code (default: None). ``gamma`` in a group also sets
+            alpha, unless the base optimizer has an option ``gamma``.
         regularizer: "linear" (default) uses alpha and beta as weights, like the authors' code. "log" is the regularizer
-            of the paper, :math:`\alpha \log \mathrm{Tr} \nabla^2 L + \beta \log \|\nabla L\|`, and divides them by
-            kappa and sigma, see :meth:`crsam_ext.ops.Operators.coefficients`.
+            of the paper, :math:`\alpha \log \mathrm{Tr} \nabla^2 L + \beta \log \|\nabla L\|`: it divides alpha by
+            kappa and beta by sigma, see :meth:`crsam_ext.ops.Operators.coefficients`.
         estimator: how the log regularizer computes kappa and sigma. "gradient" (default) uses inner products of e with
             the gradients: it needs no losses, and its rounding error grows as 1/rho. "loss" uses the losses, as in the
             algorithm above; its rounding error grows as 1/rho². On three small networks with batches of 128
             (``benchmarks/finite_differences.py``), kappa from gradients is within 10 % of the exact value for rho from
-            0.01 to 0.1, in float32 and under bfloat16 autocast. Kappa from losses is so for rho from 0.01 to 0.2 in
-            float32, but under bfloat16 autocast only near 0.2.
+            0.01 to 0.1, in float32 and under bfloat16 autocast. The same holds for kappa from losses for rho from 0.01
+            to 0.2 in float32, but under bfloat16 autocast only near 0.2.
         adaptive: if True, perturb each weight in proportion to its magnitude, as ASAM does (Kwon et al., ICML 2021)
             (default: False).
         max_grad_norm: clip :math:`\hat g` to this norm, greater than 0; None does not clip (default: None).
@@ -130,11 +131,11 @@ class CRSAM(Optimizer):
             least 0 (default: 1 with ``regularizer="log"``, whose weights grow without bound as kappa goes to 0;
             infinity with ``"linear"``).
         interval: perturb only in every ``interval``-th step, beginning with the first, an integer of at least 1
-            (default: 1). The other steps take one pass and use :math:`\hat g = g_0`.
+            (default: 1). The other steps take one pass and use :math:`\hat g = g_0`, like the base optimizer alone.
         reuse: with ``interval`` greater than 1, add the sharpness direction of the last perturbed step to the gradient
             of the steps between (default: False): :math:`\hat g = g_0 + \omega h`, where :math:`h = \hat g - g_0` comes
-            from j steps ago and :math:`\omega = \min(0.9^j, \|g_0\| / 2\|h\|)`. The state holds h: memory of one more
-            gradient. See :mod:`crsam_ext.reuse`.
+            from j steps ago and :math:`\omega = \min(0.9^j, \|g_0\| / 2\|h\|)`. The state holds h, which takes the
+            memory of one more gradient. See :mod:`crsam_ext.reuse`.
         curvature_interval: among the steps that perturb, compute the gradient at w - e only in every
             ``curvature_interval``-th, an integer of at least 1 (default: 1). The others take two passes and use
             :math:`d_2` of the last step that took three; the state holds it. It must be 1 with ``estimator="loss"``,
@@ -158,7 +159,8 @@ class CRSAM(Optimizer):
         stochastic_rounding: if True, round perturbed float16 and bfloat16 parameters up or down at random, so that the
             model moves by e on average (default: False). With rounding to nearest, most bfloat16 parameters do not move
             at all. w itself is kept in float32 and is always rounded to nearest.
-        backend: "cuda", "triton" or "torch"; "auto" (default) takes the first of these that is available.
+        backend: "cuda", "triton" or "torch"; "auto" (default) takes the first of these that is available on the devices
+            of the parameters.
         compile: if True, run the torch backend through ``torch.compile`` (default: False).
         flatten: if True (default), move parameters into flat buffers. A parameter that does not own its memory alone
             stays where it is: one whose memory is shared, memory-mapped, part of a larger tensor, or held by another
@@ -290,7 +292,7 @@ class CRSAM(Optimizer):
         self._check_sharing_state(self._update())
         self._attach()
 
-    # Attributes -------------------------------------------------------------------------------------------
+    # Attributes ------------------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
@@ -306,8 +308,8 @@ class CRSAM(Optimizer):
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups of the base optimizer, with CRSAM's options added.
 
-        If the base optimizer has an option of the same name, CRSAM keeps a list of its own. With ``interval`` or
-        ``curvature_interval``, each group has a "crsam_steps": the number of steps taken or skipped.
+        If the base optimizer has an option of the same name, CRSAM keeps groups of its own. With ``interval`` or
+        ``curvature_interval`` greater than 1, each group has an entry "crsam_steps": the number of steps so far.
         """
         if self._separate is not None:
             return self._counting(self._separate.groups)
@@ -338,7 +340,7 @@ class CRSAM(Optimizer):
 
     @property
     def model(self) -> torch.nn.Module | None:
-        """The model whose buffers and replicas are handled. It can be set before the first step, after wrapping it.
+        """The model whose buffers and replicas are handled. It can be set until the first step, after wrapping it.
 
         Raises:
             RuntimeError: if it is set after the first step.
@@ -927,7 +929,7 @@ class CRSAM(Optimizer):
 
     @property
     def _is_stateless(self) -> bool:
-        """Whether the optimizer never has any state, so that an empty one does not mean that no step was taken."""
+        """Whether the optimizer never has any state, so an empty state does not mean that no step was taken."""
         update = self._update()
         return not self.state and update.native and not any(update.buffers or ())
 
@@ -1022,7 +1024,7 @@ class CRSAM(Optimizer):
         """Return the state dict, in the format of any torch optimizer.
 
         It has an extra entry "base_optimizer" if the base optimizer overrides ``state_dict``. With an interval greater
-        than 1, each group has a "crsam_steps", the number of steps so far. The state of a parameter has a
+        than 1, each group has an entry "crsam_steps", the number of steps so far. The state of a parameter has a
         "second_difference" with ``curvature_interval`` greater than 1, and a "sharpness_direction" with ``reuse``.
         """
         self._enter_kept()

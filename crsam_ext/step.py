@@ -277,7 +277,7 @@ class Step:
         return both
 
     def _uphill(self) -> Tensor:
-        """The scale of the perturbation, negative for a group that is maximized."""
+        """Return the scale of the perturbation, negative for a group that is maximized."""
         assert self._scale is not None
         if any(self._maximizes):
             return self._scale * self._vector([-1.0 if maximizes else 1.0 for maximizes in self._maximizes])
