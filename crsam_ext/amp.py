@@ -17,8 +17,8 @@ class GradScaler(torch.amp.GradScaler):
     """A :class:`torch.amp.GradScaler` whose ``step`` takes closures for :class:`crsam_ext.CRSAM`.
 
     The loss scale cancels in the perturbation, and is divided out of the gradient inside the fused update. An overflow
-    in any pass skips the step, and ``update()`` lowers the scale. To clip, use ``max_grad_norm``, which is a bound on
-    the norm of the unscaled gradient.
+    in any pass skips the step, and ``update()`` lowers the scale. To clip, use ``max_grad_norm``, which bounds the
+    norm of the unscaled gradient.
 
     Example::
 

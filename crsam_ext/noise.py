@@ -113,7 +113,7 @@ class SharedNoise:
 
     @property
     def drawn(self) -> bool:
-        """Whether any random numbers have been drawn since the start."""
+        """Whether any random numbers have been drawn since this object was created."""
         return not all(map(_equal, self._before.now(), self._before.states))
 
     def repeat(self) -> None:

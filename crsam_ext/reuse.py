@@ -124,7 +124,7 @@ class SharpnessDirection:
                 bucket.buffers[DIRECTION].zero_()
             if plan.rows:
                 rows = plan.buffers[DIRECTION]
-                three = [*by_pass, by_pass[-1]][:3]  # in a step of two passes, the third weight is 0
+                three = [*by_pass, by_pass[-1]][:3]  # with two passes, the weights of the differences are 0
                 operators.fd_direction_(rows, three, plan.groups, pass_weights, factor, ok)
                 written += rows
         if mean_of is not None:

@@ -145,12 +145,12 @@ class Stats:
 
     @property
     def kappa(self) -> Tensor | None:
-        """L(w + e) + L(w - e) - 2 L(w), the curvature along e; only with the log regularizer."""
+        """Curvature along e, L(w + e) + L(w - e) - 2 L(w), or its estimate from gradients; only with the log regularizer."""
         return self._of("kappa")
 
     @property
     def sigma(self) -> Tensor | None:
-        """L(w + e) - L(w - e), the slope along e; only with the log regularizer."""
+        """Loss difference L(w + e) - L(w - e), or its estimate from gradients; only with the log regularizer."""
         return self._of("sigma")
 
     @property

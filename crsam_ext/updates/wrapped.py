@@ -61,7 +61,7 @@ class WrappedUpdate(Update):
         combine(operators, plan, saved, grads, c, direction)
 
     def finish(self, ok: Tensor, give_gradients: Callable[[], None]) -> bool:
-        if not bool(ok):  # synchronizes, because the step of the optimizer cannot be undone
+        if not bool(ok):  # synchronizes: a step that the optimizer has taken cannot be undone
             return False
         give_gradients()
         self._step()
