@@ -145,12 +145,12 @@ class Stats:
 
     @property
     def kappa(self) -> Tensor | None:
-        """Curvature along e, L(w + e) + L(w - e) - 2 L(w), or its estimate from gradients; only with the log regularizer."""
+        """L(w + e) + L(w - e) - 2 L(w), or its estimate from gradients; None without the log regularizer."""
         return self._of("kappa")
 
     @property
     def sigma(self) -> Tensor | None:
-        """Loss difference L(w + e) - L(w - e), or its estimate from gradients; only with the log regularizer."""
+        """L(w + e) - L(w - e), or its estimate from gradients; None without the log regularizer."""
         return self._of("sigma")
 
     @property

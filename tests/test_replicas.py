@@ -816,7 +816,7 @@ def failing_late(rank, size, index):
 
 def test_losses_of_one_rank_decide_nothing(two):
     for failure in two.attempt(with_local_losses):
-        assert "of a DistributedDataParallel, give that as model=" in failure.message
+        assert "give the DistributedDataParallel as model=" in failure.message
 
 
 def with_local_losses(rank, size):
