@@ -67,7 +67,7 @@ class CRSAM(Optimizer):
             &\rule{120mm}{0.4pt}                                                                          \\
             &\textbf{input}: \: w_0 \text{ (params)}, \: L(w) \text{ (loss)},
                 \: \rho \text{ (rho)}, \: \alpha \text{ (alpha)}, \: \beta \text{ (beta)},                \\
-            &\hspace{13mm} r \text{ (max\_regularizer\_ratio)}, \: c \text{ (max\_grad\_norm)}            \\
+            &\hspace{13mm} r \text{ (max regularizer ratio)}, \: c \text{ (max grad norm)}                \\
             &\rule{120mm}{0.4pt}                                                                          \\
             &\textbf{for} \: t = 1 \: \textbf{to} \: \ldots \: \textbf{do}                                \\
             &\hspace{5mm} w \leftarrow w_{t-1}, \quad g_0 \leftarrow \nabla L(w)                          \\

@@ -1,5 +1,6 @@
-"""The README's Python snippets run as printed, one after the other."""
+"""The README's Python snippets run as printed, one after the other, and so does the example in CRSAM's docstring."""
 
+import inspect
 import re
 import textwrap
 import warnings
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crsam_ext import GraphedStep
+from crsam_ext import CRSAM, GraphedStep
 
 from .test_graphs import stand_in  # noqa: F401
 
@@ -64,4 +65,11 @@ def test_snippets_run(needs_gpu, stand_in, process_group, monkeypatch):  # noqa:
                 assert stand_in.captured > 0
     assert ran[False] >= 4
     assert ran[True] == needs_gpu
+    assert torch.isfinite(names["loss"])
+
+
+def test_the_example_in_the_docstring_of_crsam_runs():
+    text = inspect.getdoc(CRSAM).partition("Example::\n")[2].partition("\nNote:")[0]
+    names: dict[str, object] = {}
+    exec(textwrap.dedent(text), names)
     assert torch.isfinite(names["loss"])
