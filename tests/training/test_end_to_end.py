@@ -1,0 +1,156 @@
+"""Real pixels through the whole program: two processes, killed and resumed, on parts of photographs and on clothes."""
+
+import csv
+import gzip
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crsam_ext.training.logs import TIMES
+
+pytestmark = pytest.mark.slow
+
+# Dies as a process does that is killed, after a step of each start.
+PROGRAM = """
+import os, signal, sys
+from crsam_ext.training import loop
+from crsam_ext.training.__main__ import main
+
+take, last = loop.Training._take, int(os.environ["LAST_STEP"])
+
+def take_or_die(self, batch):
+    take(self, batch)
+    if self.state.step == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+loop.Training._take = take_or_die
+sys.exit(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def many_crops(photographs, tmp_path_factory):
+    """A folder in the layout of ImageNet: 3000 JPEGs of 100×80 to train and 300 to test, of three photographs."""
+    root = tmp_path_factory.mktemp("many")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 1000), ("val", 100)):
+        for name, image in photographs.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                left, top = (
+                    int(generator.integers(side - part)) for side, part in zip(image.size, (200, 160), strict=True)
+                )
+                part = image.crop((left, top, left + 200, top + 160)).resize((100, 80))
+                part.save(folder / f"{index}.JPEG", quality=90)
+    return root
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the program in some processes, and lets rank 0 or all die after a step; returns what is left of it."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+
+    def run(command, processes=2, last_step=-1):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "LAST_STEP": str(last_step)}
+        return subprocess.run(
+            [sys.executable, *(launcher if processes > 1 else []), str(program), *command.split(), "--threads", "1"],
+            capture_output=True, text=True, timeout=500, env=environment, cwd=tmp_path,
+        )  # fmt: skip
+
+    return run
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(file)]
+
+
+def assert_same(first, second):
+    for name in ("log.csv", "steps.csv"):
+        assert read(first / name) == read(second / name)
+    states = [torch.load(folder / "last.pt", weights_only=True) for folder in (first, second)]
+    for part in ("model", "ema"):
+        for name, value in (states[0][part] or {}).items():
+            assert torch.equal(value, states[1][part][name]), name
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "dies"),
+    [
+        ("test_resnet", "--optimizer sgd --lr 0.1", ()),
+        ("test_resnet", "--optimizer sam --lr 0.1 --rho 0.05 --ema 0.95", (20, 40)),
+        ("test_vit", "--optimizer crsam --base adamw --lr 2e-3 --rho 0.05", ()),
+    ],
+)
+def test_photographs_are_told_apart(model, options, dies, many_crops, start, tmp_path):
+    """In two processes, each killed twice; 90 steps suffice for 95 %, whichever the method."""
+    command = (
+        f"--data folder:{many_crops} --model {model} --image-size 64 --batch-size 100 --epochs 3 --workers 1 "
+        f"--scale 0.3 1 --save-steps 15 --log-interval 10 --warmup-steps 10 {options}"
+    )
+    for number, step in enumerate(dies):
+        assert start(f"{command} --output killed" + " --resume" * (number > 0), last_step=step).returncode != 0
+        assert (tmp_path / "killed" / "last.pt").exists()
+    if dies:
+        done = start(f"{command} --output killed --resume")
+        assert done.returncode == 0, done.stderr
+    done = start(f"{command} --output straight")
+    assert done.returncode == 0, done.stderr
+    rows = read(tmp_path / "straight" / "log.csv")
+    assert float(rows[-1]["test_accuracy"]) > 0.95
+    if dies:
+        assert_same(tmp_path / "straight", tmp_path / "killed")
+
+
+def idx(path):
+    """An array in the format of MNIST."""
+    data = gzip.decompress(path.read_bytes())
+    shape = [int.from_bytes(data[4 * i : 4 * i + 4], "big") for i in range(1, 1 + data[3])]
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.fixture(scope="module")
+def clothes(tmp_path_factory):
+    """Fashion-MNIST's 10 000 test images as grey JPEGs of 64×64 in folders: 9000 to train, 1000 to test."""
+    if not FASHION.is_dir():
+        pytest.skip("Debian's package dataset-fashion-mnist is not installed")
+    root = tmp_path_factory.mktemp("clothes")
+    images, labels = (idx(FASHION / f"t10k-{name}-ubyte.gz") for name in ("images-idx3", "labels-idx1"))
+    for split in ("train", "val"):
+        for label in range(10):
+            (root / split / str(label)).mkdir(parents=True)
+    for index, (pixels, label) in enumerate(zip(images, labels, strict=True)):
+        split = "val" if index % 10 == 0 else "train"
+        picture = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC)
+        picture.save(root / split / str(label) / f"{index}.jpg", quality=92)
+    return root
+
+
+def test_clothes_from_a_folder_and_from_tar_files(clothes, start, tmp_path):
+    """`prepare` leaves small JPEGs as they are, so both give the same weights, to the bit."""
+    prepared = subprocess.run(
+        [sys.executable, "-m", "crsam_ext.training", "prepare", str(clothes), str(tmp_path / "prepared")],
+        capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert prepared.returncode == 0, prepared.stderr
+    for data, output in ((f"folder:{clothes}", "folder"), (f"tar:{tmp_path / 'prepared'}", "tar")):
+        done = start(
+            f"--data {data} --model test_resnet --image-size 32 --batch-size 100 --epochs 3 --workers 1 --lr 0.1 "
+            f"--scale 0.5 1 --optimizer crsam --rho 0.05 --output {output}",
+            processes=1,
+        )
+        assert done.returncode == 0, done.stderr
+    assert float(read(tmp_path / "folder" / "log.csv")[-1]["test_accuracy"]) > 0.75
+    assert_same(tmp_path / "folder", tmp_path / "tar")
