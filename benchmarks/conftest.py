@@ -1,9 +1,7 @@
 """Options, and what becomes of the measurements: a result file, one table and two figures."""
 
 import json
-import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -36,16 +34,10 @@ def rounds(request):
 @pytest.fixture(scope="session")
 def results(request, device):
     """What was measured, written at the end."""
-    if device.type == "cuda":
-        name = about = torch.cuda.get_device_name()
-    else:
-        threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-        name, about = f"cpu-{threads}", f"CPU {platform.machine()} {capability}, threads: {threads}"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu-{torch.get_num_threads()}"
     collected = {
         "name": name.lower().replace(" ", "-"),
-        "device": about,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "triton", "pytorch_optimizer", "pytest-benchmark")},
+        **bench.machine(device, ("torch", "triton", "pytorch_optimizer", "pytest-benchmark")),
         "command": " ".join(["pytest", *(a for a in sys.argv[1:] if not a.startswith("--output"))]),
         "results": [],
         "host": [],

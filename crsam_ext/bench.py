@@ -1,23 +1,31 @@
 """Results of benchmarks/: one table, two figures, and the comparison of two files. The program is `crsam-bench`.
 
 A result file is JSON: "results", a list of records, one for each peer and case, of which "seconds", "copy" and "loop"
-hold one value a round; "host" and "shares"; device, versions and command. benchmarks/README.md says what they mean.
+hold one value a round; "host" and "shares"; "training", of which "images_per_second" holds one value a round; device,
+versions and command. Each of the lists may be absent. benchmarks/README.md says what they mean.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import platform
 import statistics
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["compare", "draw", "main", "table"]
+import torch
+
+__all__ = ["compare", "cores", "cores_per_device", "draw", "machine", "main", "rate_of_core", "table"]
 
 Results = dict[str, Any]
 _KEY = ("model", "method", "base", "dtype", "peer")
 _HOST_KEY = ("backend", "model", "base", "form")
+_TRAINING_KEY = ("model", "method", "data", "decoder", "part")
 #: A difference that is smaller than this is none, however narrow the spread.
 TOLERANCE = 0.05
 
@@ -35,8 +43,46 @@ def ratios(record: dict[str, Any], of: str) -> list[float]:
     return [x / y for x, y in zip(record["seconds"], record[of], strict=True)]
 
 
+def machine(device: torch.device, packages: Sequence[str]) -> dict[str, Any]:
+    """What a result file says about the machine: device, cores that this process may use, versions."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"CPU {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {"device": name, "cores": cores(), "versions": versions}
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def rate_of_core(data: dict[str, Any]) -> float:
+    """Images a second that one process prepares: the rate of the data alone / (devices x max(workers, 1))."""
+    rate = statistics.median(data["images_per_second"])
+    return rate / (data["devices"] * max(data["workers"], 1))
+
+
+def cores_per_device(compute: dict[str, Any], data: dict[str, Any]) -> int:
+    """Processes, each with a core, that keep up with a device: ceil(rate of compute alone / rate of a core)."""
+    return math.ceil(statistics.median(compute["images_per_second"]) / compute["devices"] / rate_of_core(data))
+
+
 def table(results: Results) -> str:
     """All that was measured, a line for each record."""
+    sections = [_steps_table(results), _host_table(results), _shares_table(results), _training_table(results)]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def _steps_table(results: Results) -> list[str]:
+    if not results.get("results"):
+        return []
     lines = [
         f"{'':44}{'ms p20':>9}{'p50':>9}{'p80':>9}{'/loop':>7}{'/copy':>7}{'GB/s':>7}{'of copy':>8}{'MB moved':>9}"
         f"{'ops':>7}{'peak MB':>8}{'held MB':>8}{'allocs':>7}{'syncs':>6}   phases, ms"
@@ -59,23 +105,72 @@ def table(results: Results) -> str:
             f"{r['operations']:>7}{r['peak_bytes'] / 1e6:8.0f}{r['held_bytes'] / 1e6:8.0f}{r['allocations']:7}"
             f"{r['synchronisations']:>6}   {phases}"
         )
-    if results["host"]:
-        lines += ["", f"{'host time of a step, us':44}{'p20':>9}{'p50':>9}{'p80':>9}{'floor':>9}{'/floor':>8}"]
+    return lines
+
+
+def _host_table(results: Results) -> list[str]:
+    if not results.get("host"):
+        return []
+    lines = [f"{'host time of a step, us':44}{'p20':>9}{'p50':>9}{'p80':>9}{'floor':>9}{'/floor':>8}"]
     for h in results["host"]:
         p20, p50, p80 = (1e6 * q for q in quantiles(h["seconds"]))
         floor = 1e6 * statistics.median(h["floor"])
         ratio = statistics.median(x / y for x, y in zip(h["seconds"], h["floor"], strict=True))
         name = " ".join(h[k] for k in _HOST_KEY)
         lines.append(f"  {name:42}{p20:9.0f}{p50:9.0f}{p80:9.0f}{floor:9.0f}{ratio:8.2f}")
-    if results["shares"]:
-        lines += ["", "share of the optimizer in a training step"]
+    return lines
+
+
+def _shares_table(results: Results) -> list[str]:
+    if not results.get("shares"):
+        return []
+    lines = ["share of the optimizer in a training step"]
     for s in results["shares"]:
         p20, p50, p80 = quantiles(s["shares"])
         lines.append(
             f"  {s['peer']}, {s['model']}, batch {s['batch']}, {s['dtype']}: {p50:.1%} ({p20:.1%} to {p80:.1%}) of"
             f" {1e3 * statistics.median(s['seconds']):.0f} ms"
         )
-    return "\n".join(lines)
+    return lines
+
+
+def _training_table(results: Results) -> list[str]:
+    if not results.get("training"):
+        return []
+    width = 2 + max(len(_training_name(r)) for r in results["training"])
+    lines = [f"{'training, images/s':{width}}{'p20':>9}{'p50':>9}{'p80':>9}{'passes':>8}{'MFU':>6}   "]
+    for r in results["training"]:
+        p20, p50, p80 = quantiles(r["images_per_second"])
+        passes = f"{r['passes']:.2f}" if r.get("passes") else "–"
+        mfu = f"{statistics.median(r['mfu_percent']):.0f} %" if r.get("mfu_percent") else "–"
+        lines.append(
+            f"{'  ' + _training_name(r):{width}}{p20:9.1f}{p50:9.1f}{p80:9.1f}{passes:>8}{mfu:>6}   {_details(r)}"
+        )
+    if any("cores_per_device" in r for r in results["training"]):
+        lines.append(
+            "  a core: data alone / (devices x processes); cores for a device: ceil(compute / devices / a core)"
+        )
+    return lines
+
+
+def _training_name(record: dict[str, Any]) -> str:
+    return "  ".join(str(record[k]) for k in _TRAINING_KEY if record[k] is not None)
+
+
+def _details(record: dict[str, Any]) -> str:
+    details = []
+    if "images_per_second_per_core" in record:
+        details.append(
+            f"a core: {record['images_per_second_per_core']:.1f}; devices: {record['devices']}, "
+            f"processes: {max(record['workers'], 1)}"
+        )
+    if "cores_per_device" in record:
+        details.append(f"cores for a device: {record['cores_per_device']}")
+    if record["part"] == "both":
+        rounds = record["parts_percent"]
+        means = {part: statistics.fmean(of_round[part] for of_round in rounds) for part in sorted(rounds[0])}
+        details.append(", ".join(f"{part} {share:.1f} %" for part, share in means.items()))
+    return "; ".join(details)
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -83,9 +178,11 @@ def draw(results: Results, folder: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     cases: dict[str, list[dict[str, Any]]] = {}
-    for record in results["results"]:
+    for record in results.get("results", []):
         cases.setdefault(" ".join(record[k] for k in _KEY[:4]), []).append(record)
-    paths = []
+    paths: list[Path] = []
+    if not cases:
+        return paths
     for name, label in (("time", "time of a step / copy of a fused step's bytes"), ("bytes", "bytes / fused step's")):
         figure = Figure(figsize=(1 + 3.6 * len(cases), 4.5), layout="constrained")
         for axes, (case, records) in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases.items(), strict=True):
@@ -119,22 +216,28 @@ def compare(before: Results, after: Results) -> list[str]:
     """What is slower in ``after``: more than :data:`TOLERANCE`, and beyond the spread (p20 over the other's p80).
 
     Times are compared as ratios to the copy (host times to their floor) of the same round, so that files of a machine
-    that drifts can be compared. Bytes are compared as they are.
+    that drifts can be compared. Bytes are compared as they are, and so are the images a second of training, of which
+    more are better: their inverse is the time.
     """
     lines = []
-    old = {tuple(r[k] for k in _KEY): r for r in before["results"]}
+    old = {tuple(r[k] for k in _KEY): r for r in before.get("results", [])}
     pairs = [
         (" ".join(key), ratios(old[key], "copy"), ratios(r, "copy"), old[key].get("bytes"), r.get("bytes"))
-        for r in after["results"]
+        for r in after.get("results", [])
         if (key := tuple(r[k] for k in _KEY)) in old
     ]
-    old = {tuple(h[k] for k in _HOST_KEY): h for h in before["host"]}
-    for h in after["host"]:
+    old = {tuple(h[k] for k in _HOST_KEY): h for h in before.get("host", [])}
+    for h in after.get("host", []):
         if (key := tuple(h[k] for k in _HOST_KEY)) in old:
             own, other = (
                 [x / y for x, y in zip(host["seconds"], host["floor"], strict=True)] for host in (h, old[key])
             )
             pairs.append(("host " + " ".join(key), other, own, None, None))
+    old = {tuple(r[k] for k in _TRAINING_KEY): r for r in before.get("training", [])}
+    for r in after.get("training", []):
+        if (key := tuple(r[k] for k in _TRAINING_KEY)) in old:
+            own, other = ([1e3 / rate for rate in record["images_per_second"]] for record in (r, old[key]))
+            pairs.append((f"{_training_name(r)}, ms an image", other, own, None, None))
     for name, x, y, old_bytes, new_bytes in pairs:
         (_, x50, x80), (y20, y50, _) = quantiles(x), quantiles(y)
         if y20 > x80 and y50 > (1 + TOLERANCE) * x50:
@@ -163,6 +266,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before, after = (json.loads(path.read_text()) for path in (given.before, given.after))
     if before["device"] != after["device"]:
         print(f"note: {before['device']} and {after['device']}")
+    options, others = before.get("options", {}), after.get("options", {})
+    for name in sorted(options.keys() & others.keys()):
+        if options[name] != others[name]:
+            print(f"note: {name} {options[name]} and {others[name]}")
     slower = compare(before, after)
     print("\n".join(slower) or "nothing is slower")
     return int(bool(slower))
