@@ -410,6 +410,8 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
     if (options.mixup or options.cutmix) and options.batch_size % 2:
         flag = "--mixup" if options.mixup else "--cutmix"
         raise TrainingError(f"{flag} pairs the samples of a batch: --batch-size {options.batch_size} must be even")
+    if options.profile is not None and (options.resume or options.evaluate is not None):
+        raise TrainingError("--profile goes with neither --resume nor --evaluate")
     if options.cuda_graph and options.compile:
         raise TrainingError("give --cuda-graph or --compile, not both")
 

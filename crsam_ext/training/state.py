@@ -24,6 +24,7 @@ from .ranks import Ranks
 from .steps import Objective
 
 FILES = ("last.pt", "best.pt", "log.csv", "steps.csv", "curves.png", "config.json")
+PROFILE = "profile.json"  # of no run: it may lie in the folder before one begins, and stays there
 
 
 @dataclass
@@ -60,7 +61,7 @@ def claim(options: Namespace) -> None:
     output = options.output
     try:
         output.mkdir(parents=True, exist_ok=True)
-        used = any(path.suffix != checkpoint.PARTIAL for path in output.iterdir())
+        used = any(path.suffix != checkpoint.PARTIAL and path.name != PROFILE for path in output.iterdir())
         if used and not options.overwrite:
             raise TrainingError(f"{output} is not empty: give --resume, --overwrite or another --output")
         for path in (*(output / name for name in FILES), *output.glob("epoch-*.pt")):
