@@ -20,6 +20,7 @@ from .logs import Logs
 from .measure import Epoch, Parts, correct_in_top, flops_of_pass, peak_tflops
 from .models import create_model
 from .options import image_sizes, key_and_value
+from .profile import profile
 from .progress import Bar, progress, say, warn
 from .randomness import reseed, seed_of
 from .ranks import ALONE, Ranks
@@ -66,6 +67,9 @@ def _run(options: Namespace) -> None:
         return
     state = start(options, data, device, ranks)
     requests = Requests(ranks, options.save_minutes)
+    if options.profile is not None:
+        profile(Training(options, data, state, requests, None), options.profile)
+        return
     if options.resume:
         restore(state, options)
     else:
@@ -200,7 +204,7 @@ class Training:
         for batch in self.data.train(epoch, first):
             self.parts.mark("data")
             self.requests.begin_step()
-            self._take(batch)
+            self.take(batch)
             images += len(batch.x) * state.ranks.size
             self.requests.end_step()
             bar.step(state.step)
@@ -214,7 +218,8 @@ class Training:
             self.parts.mark("other")
         return images
 
-    def _take(self, batch: Batch) -> None:
+    def take(self, batch: Batch) -> None:
+        """Take the next step."""
         state, optimizer = self.state, self.state.optimizer
         self.schedules.set(state.step)
         # Dropout and the like are a function of the step, so nothing of them has to be saved. Seeds of images and
