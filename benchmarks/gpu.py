@@ -1,4 +1,4 @@
-"""Everything that needs a GPU: the tests that run there and the bandwidth of every operator; one table, one JSON file.
+"""Everything that needs a GPU: the tests that run there, the bandwidth of every operator, training; one JSON file.
 
 Run ``make gpu``, which builds the extension first. The exit status tells whether all tests passed.
 """
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import torch
@@ -104,6 +105,16 @@ def tune(device: torch.device, lengths: list[int], calls: int) -> dict[str, dict
     return results
 
 
+def train_imagenet() -> dict[str, Any]:
+    """What `benchmarks.imagenet` measures with its defaults: within ten minutes on an H100."""
+    try:
+        from . import imagenet
+    except ModuleNotFoundError as error:  # what training needs, testing and measuring operators do without
+        print(f"training is left out: the package {error.name} is missing")
+        return {"skipped": {"training": f"the package {error.name} is missing"}}
+    return imagenet.run(imagenet.parser().parse_args([]))
+
+
 def revision() -> str:
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return git.stdout.strip() or "unknown"
@@ -154,8 +165,11 @@ def main() -> int:
                 print(f"triton {dtype_name:9} {block:24} {taken * 1e6:8.1f} us for all operators")
     report["parallel"] = parallel.measure(device, arguments.rounds, batch=128)
     print(f"\nA step with w + e and w - e evaluated in turn, and at once\n{parallel.table(report['parallel'])}")
-    report["seconds"] = time.perf_counter() - began
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n")  # whatever happens in what takes longest
+    print("\nTraining")
+    report |= train_imagenet()
+    report["seconds"] = time.perf_counter() - began
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\n{report['seconds']:.0f} s; written to {arguments.output}")
     return int(any(counts["failed"] for counts in tests.values()))

@@ -2,23 +2,26 @@
 
 import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 
-from benchmarks import host, operators, record
+from benchmarks import host, imagenet, operators, record
 from benchmarks.peers import PEERS, Case, available, make
 from benchmarks.shapes import MODELS
 from crsam_ext import bench
 from crsam_ext.backends.torch import TorchOperators
 from crsam_ext.training import models
+from crsam_ext.training.profile import method
 
 from .cuda_on_cpu.build import counted
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[1]
 SHAPES = [(70, 300), (64,), (8, 4, 3, 3), (1,), (20000,)]
 CASES = [Case(method, base) for method in ("crsam", "sam") for base in ("sgd", "adamw")]
 TIMM = {
@@ -151,6 +154,93 @@ def test_comparison(tmp_path, capsys):
         after = results(tmp_path / "after.json", [0.015 * factor * x for x in spread], copy)
         assert bench.main(["compare", before, after]) == status
         assert capsys.readouterr().out.startswith("slower") == bool(status)
+
+
+def trained(path, rates, part="both"):
+    key = {"model": "resnet50", "method": "crsam sgd", "data": "folder:here", "decoder": "pillow", "part": part}
+    entry = {**key, "images_per_second": rates, "parts_percent": [{"data": 10.0, "gradients": 90.0}] * len(rates)}
+    path.write_text(json.dumps({"device": "any", "options": {"batch_size": len(rates)}, "training": [entry]}))
+    return str(path)
+
+
+def test_comparison_of_training(tmp_path, capsys):
+    """More images a second are better: fewer, beyond the spread and 5 %, are a regression."""
+    spread = [0.95, 0.98, 1.0, 1.0, 1.01, 1.02, 1.06]
+    before = trained(tmp_path / "before.json", [1000 * x for x in spread])
+    for factor, status in ((1.0, 0), (0.97, 0), (0.8, 1), (1.3, 0)):
+        after = trained(tmp_path / "after.json", [1000 * factor * x for x in spread])
+        assert bench.main(["compare", before, after]) == status
+        assert capsys.readouterr().out.startswith("slower: resnet50") == bool(status)
+    # Another part is another thing, and other options are said.
+    other = trained(tmp_path / "other.json", [1.0, 1.0], part="compute")
+    assert bench.main(["compare", before, other]) == 0
+    assert "note: batch_size 7 and 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["cpu-1", "nvidia-h200", "gpu"])
+def test_result_files_can_be_read(name):
+    file = ROOT / "benchmarks" / "results" / f"{name}.json"
+    results = json.loads(file.read_text())
+    assert bench.compare(results, results) == []
+    assert bool(bench.table(results)) == ("results" in results or "training" in results)
+
+
+@pytest.mark.parametrize(
+    ("compute", "data", "devices", "workers", "of_core", "cores"),
+    [
+        (2500, 417, 1, 1, 417, 6),
+        (2500, 1668, 1, 4, 417, 6),
+        (20000, 3336, 8, 1, 417, 6),
+        (834, 417, 1, 0, 417, 2),  # without workers the main process prepares images
+        (835, 417, 1, 0, 417, 3),
+        (1, 417, 1, 4, 104.25, 1),
+    ],
+)
+def test_cores_for_a_device(compute, data, devices, workers, of_core, cores):
+    of_data = {"images_per_second": [data / 2, data, 3 * data], "devices": devices, "workers": workers}
+    of_compute = {"images_per_second": [compute], "devices": devices, "workers": workers}
+    assert bench.rate_of_core(of_data) == of_core
+    assert bench.cores_per_device(of_compute, of_data) == cores
+
+
+def test_imagenet_benchmark(tmp_path, capsys, monkeypatch):
+    """Every method and decoder with a small network; what there is no time for is said."""
+    line = "--seconds 0.2 --image-size 32 --batch-size 4 --workers 1 --models test_resnet --limit 600"
+    file = tmp_path / "imagenet.json"
+    monkeypatch.setattr("sys.argv", ["imagenet", *line.split(), "--output", str(file)])
+    imagenet.main()
+    results = json.loads(file.read_text())
+    keys = [tuple(r[k] for k in ("model", "method", "decoder", "part")) for r in results["training"]]
+    decoders = [key[2] for key in keys if key[3] == "data"]
+    assert "pillow" in decoders
+    assert len(set(keys)) == len(keys) == len(decoders) + 2 * len(imagenet.METHODS) + torch.cuda.is_available()
+    assert ("decoding, nvJPEG" in results["skipped"]) == (not torch.cuda.is_available())
+    assert all(rate > 0 for r in results["training"] for rate in r["images_per_second"])
+    passes = [r["passes"] for r in results["training"] if r["part"] == "compute"]
+    assert passes[:3] == [1, 2, 3]
+    assert 1.2 <= passes[3] <= 1.4  # 1.22 in whole cycles
+    assert all(r["cores_per_device"] >= 1 for r in results["training"] if r["part"] == "compute")
+    assert bench.main(["compare", str(file), str(file)]) == 0
+    assert bench.main(["table", str(file)]) == 0
+    assert "cores for a device: ceil(" in capsys.readouterr().out
+
+
+def test_imagenet_benchmark_keeps_to_its_limit():
+    results = imagenet.run(imagenet.parser().parse_args(["--limit", "0"]))
+    assert results["training"] == []
+    assert len(results["skipped"]) == 2 + 1 + 4 * 4
+    # By default it fits: each cell and each decoder with the time to start.
+    defaults = imagenet.parser().parse_args([])
+    expected = 16 * (defaults.seconds + imagenet.START) + 3 * (defaults.seconds / 2 + imagenet.START)
+    assert expected < defaults.limit < 600
+
+
+def test_methods_of_the_imagenet_benchmark():
+    arguments = imagenet.parser().parse_args([])
+    for model, base in imagenet.MODELS.items():
+        names = [method(imagenet.options_of(arguments, model, name, "pillow")) for name in imagenet.METHODS]
+        full = f"crsam {base}"
+        assert names == [base, f"sam {base}", full, f"{full}, interval 5, reuse, curvature interval 10"]
 
 
 def test_a_slower_kernel_is_noticed(tmp_path, monkeypatch):

@@ -1,0 +1,176 @@
+"""What becomes of ImageNet-sized images in a second: the data alone, the step alone, and training.
+
+Run ``python -m benchmarks.imagenet``; ``make gpu`` does so on a GPU. Images are synthetic JPEG files of 500x375 pixels.
+The four networks of the paper, each with the base optimizer, SAM, CR-SAM and CR-SAM with fewer passes; the data alone
+with each decoder; decoding alone with nvJPEG on a CUDA device. What would not end within --limit seconds is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crsam_ext import bench
+from crsam_ext.training.data import Data, load
+from crsam_ext.training.errors import TrainingError
+from crsam_ext.training.loop import Training, prepare_device, start
+from crsam_ext.training.options import parse
+from crsam_ext.training.profile import PACKAGES, ROUNDS, measure, measure_data
+from crsam_ext.training.ranks import ALONE
+from crsam_ext.training.stop import Requests
+from crsam_ext.training.synthetic import picture
+
+ROOT = Path(__file__).parents[1]
+DATA = "synthetic-jpeg:1000"
+# Networks, and the optimizer that their recipes use.
+MODELS = {
+    "resnet50": "sgd",
+    "resnet101": "sgd",
+    "vit_small_patch32_224": "adamw",
+    "vit_base_patch32_224": "adamw",
+}
+METHODS = {
+    "base": "--optimizer {base}",
+    "SAM": "--optimizer sam --base {base}",
+    "CR-SAM": "--optimizer crsam --base {base}",
+    "CR-SAM cheap": "--optimizer crsam --base {base} --interval 5 --reuse --curvature-interval 10",
+}
+DECODERS = ("torchcodec", "pillow")
+START = 8.0  # seconds allowed for a cell until it is warm: an estimate
+LIMIT = 570.0
+
+
+def options_of(arguments: Namespace, model: str, method: str, decoder: str) -> Namespace:
+    """What `crsam-train` would be told."""
+    on_gpu = torch.cuda.is_available()
+    line = f"--data {DATA} --decoder {decoder} --model {model} {METHODS[method].format(base=MODELS.get(model, 'sgd'))}"
+    line += f" --image-size {arguments.image_size} --batch-size {arguments.batch_size} --workers {arguments.workers}"
+    return parse([*line.split(), *(["--amp", "--channels-last"] if on_gpu else [])])
+
+
+def nvjpeg(device: torch.device, batch_size: int, seconds: float) -> dict[str, Any]:
+    """The record of decoding batches alone, from memory to tensors (3, 375, 500) on the device."""
+    if device.type != "cuda":
+        raise TrainingError("it needs a CUDA device")
+    from torchcodec.decoders import decode_jpeg
+
+    files = [
+        torch.frombuffer(bytearray(picture(index % 8, index // 8 % 4)), dtype=torch.uint8)
+        for index in range(batch_size)
+    ]
+    rates: list[float] = []
+    for index in range(-1, ROUNDS):  # one to warm up
+        images, began = 0, time.perf_counter()
+        while (spent := time.perf_counter() - began) < seconds / ROUNDS:
+            decode_jpeg(files, device=device)
+            torch.cuda.synchronize(device)
+            images += batch_size
+        if index >= 0:
+            rates.append(images / spent)
+    return {
+        "model": None, "method": None, "data": DATA, "decoder": "nvjpeg", "part": "decode", "batch_size": batch_size,
+        "devices": 1, "images_per_second": rates,
+    }  # fmt: skip
+
+
+def run(arguments: Namespace) -> dict[str, Any]:
+    """Measure everything, print what is done and then a table, and return what belongs into a result file.
+
+    Args:
+        arguments: as :func:`parser` makes them.
+    """
+    cells = [(model, method) for model in arguments.models for method in METHODS]
+    half, of_cell, decoders = arguments.seconds / 2, arguments.seconds + START, len(arguments.decoders) + 1
+    print(
+        f"{len(cells)} cells of {arguments.seconds:g} s, {decoders} decoders of {half:g} s, {START:g} s to start each: "
+        f"about {len(cells) * of_cell + decoders * (half + START):.0f} s; what may take longer than "
+        f"{arguments.limit:g} s is left out"
+    )
+    device = prepare_device(options_of(arguments, arguments.models[0], "base", "auto"))
+    began = time.perf_counter()
+    records: list[dict[str, Any]] = []
+    skipped: dict[str, str] = {}
+
+    def attempt(name: str, seconds: float, function: Callable[[], list[dict[str, Any]]]) -> None:
+        if time.perf_counter() - began + seconds > arguments.limit:
+            skipped[name] = f"no time left of {arguments.limit:g} s"
+        else:
+            try:
+                records.extend(function())
+            except (TrainingError, RuntimeError, ImportError, OSError) as error:
+                skipped[name] = (str(error).splitlines() or [type(error).__name__])[0]
+            gc.collect()  # a model, or workers, before the next ones come
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        left_out = f" is left out: {skipped[name]}" if name in skipped else ""
+        print(f"{time.perf_counter() - began:6.0f} s  {name}{left_out}", flush=True)
+
+    loaded: list[tuple[Data, dict[str, Any]]] = []  # of the first decoder that there is: its workers serve all cells
+
+    def data_alone(decoder: str) -> list[dict[str, Any]]:
+        options = options_of(arguments, arguments.models[0], "base", decoder)
+        data = load(options, device)
+        record = measure_data(data, options, device, half)
+        loaded.append((data, record))
+        del loaded[1:]
+        return [record]
+
+    def cell(model: str, method: str) -> list[dict[str, Any]]:
+        if not loaded:
+            raise TrainingError("there are no images")
+        data, record = loaded[0]
+        options = options_of(arguments, model, method, record["decoder"])
+        state = start(options, data, device, ALONE)
+        compute, both = measure(Training(options, data, state, Requests(ALONE, None), None), half, data_alone=False)
+        return [compute | {"cores_per_device": bench.cores_per_device(compute, record)}, both]
+
+    for decoder in arguments.decoders:
+        attempt(f"data, {decoder}", half + START, partial(data_alone, decoder))
+    attempt("decoding, nvJPEG", half + START, lambda: [nvjpeg(device, arguments.batch_size, half)])
+    for model, method in cells:
+        attempt(f"{model}, {method}", of_cell, partial(cell, model, method))
+    print("\n" + bench.table({"training": records}))
+    options = {name: value for name, value in vars(arguments).items() if name != "output"}
+    return {"options": options, "training": records, "skipped": skipped}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    on_gpu, cores = torch.cuda.is_available(), bench.cores()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of a network with a method, half of it for both")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=256 if on_gpu else 8)
+    parser.add_argument("--workers", type=int, default=cores, help="processes for the images (default: one per core)")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="of timm")
+    parser.add_argument(
+        "--decoders", nargs="+", choices=DECODERS, default=list(DECODERS), help="training uses the first"
+    )
+    parser.add_argument("--limit", type=float, default=LIMIT, metavar="SECONDS", help="that all may take")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "imagenet.json")
+    return parser
+
+
+def main() -> None:
+    """Measure and write the result file."""
+    arguments = parser().parse_args()
+    results = run(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report = bench.machine(device, PACKAGES) | {"command": " ".join(["python -m benchmarks.imagenet", *sys.argv[1:]])}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report | results, indent=1) + "\n")
+    print(f"written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
