@@ -8,7 +8,6 @@ stands for. What is random in a batch is a function of the seed and its place. S
 any number of processes and workers, and its batches are the same.
 """
 
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from .augment import Augmentation, Mixing, Normalization, centre_crop, random_resized_crop, random_shift
 from .errors import TrainingError
-from .loader import PREFETCH, Answer, Images, Pool, Request, Source
+from .loader import Answer, Images, Pool, Request, Source
 from .options import image_sizes
 from .progress import warn
 from .randomness import seed_of
@@ -77,34 +76,6 @@ def load(options: Namespace, device: torch.device, ranks: Ranks = ALONE) -> Data
     if not data.steps:
         raise TrainingError(f"--batch-size {options.batch_size} is more than there are training samples")
     return _with_mixing(data, options) if options.mixup or options.cutmix else data
-
-
-def rate(data: Data, device: torch.device, seconds: float, workers: int = 0) -> float:
-    """The images that this process gets from ``data.train`` in a second, if it does nothing else with them.
-
-    Args:
-        data: what is measured, over as many epochs as it takes.
-        device: where the batches are.
-        seconds: to measure for, at least one batch.
-        workers: of ``data``. What they prepare while they start is not counted.
-    """
-
-    def synchronize() -> None:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-
-    epochs = (data.train(epoch, 0) for epoch in range(2**31))
-    batches = (batch for epoch in epochs for batch in epoch)
-    for _ in range(1 + PREFETCH * workers):
-        next(batches)
-    synchronize()
-    images, start = 0, time.perf_counter()
-    for batch in batches:
-        images += len(batch.x)
-        if time.perf_counter() - start >= seconds:
-            break
-    synchronize()
-    return images / (time.perf_counter() - start)
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from crsam_ext.training import images, loader
-from crsam_ext.training.data import epoch_order, load, rate
+from crsam_ext.training.data import epoch_order, load
 from crsam_ext.training.errors import TrainingError
 from crsam_ext.training.loader import Images, Pool, Request
 from crsam_ext.training.options import parse
@@ -393,8 +393,3 @@ def test_workers_do_not_copy_the_names(many):
     assert len(grown) == 4
     # A million Python strings would be 80 MB in each; this much is what requests and answers leave behind.
     assert sum(grown) < 4 * 4e6
-
-
-def test_the_rate_of_the_data_alone():
-    options = parse(["--data", "synthetic-jpeg:2", "--image-size", "32", "--batch-size", "8", "--workers", "1"])
-    assert rate(load(options, CPU), CPU, 0.2, options.workers) > 20
