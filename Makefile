@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.crsam_ext-installed
 HAS_TORCH := $(PYTHON) -c 'import torch, pytest, hypothesis, xdist' 2>/dev/null
 
-.PHONY: help train test test-oldest quick lint bench experiments gpu clean
+.PHONY: help train test test-oldest quick lint bench experiments gpu dist clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,14 @@ gpu:  ## On a machine with a GPU: build the extension, run all tests that need o
 	python=$$($(HAS_TORCH) && echo $(PYTHON) || echo $(BIN)/python) && \
 	CRSAM_FORCE_CUDA=1 $$python -m pip install --quiet --no-build-isolation --no-deps --editable . && \
 	$$python -m benchmarks.gpu
+
+# The egg-info lists files of earlier builds, which would go into the next source distribution. The wheel is built from
+# the source distribution, without the extension: CONTRIBUTING.md says why.
+dist: $(INSTALLED)  ## Build the source distribution and the pure wheel of a release into dist/, and check them
+	rm -rf dist *.egg-info
+	CRSAM_NO_CUDA=1 $(BIN)/python -m build --no-isolation --outdir dist
+	@ls dist/crsam_ext-*-py3-none-any.whl >/dev/null
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## Remove build outputs and caches; .venv and runs/ stay
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 
@@ -56,6 +57,10 @@ def test_wheel_holds_every_module_and_recipe_and_nothing_else(wheel):
     assert "crsam_ext/training/recipes/resnet50-gsam-90.yaml" in recipes
     assert {"crsam_ext/training/__main__.py", "crsam_ext/triton_kernels/__init__.py"} <= modules | kernels
     assert packed == modules | kernels | recipes | {"crsam_ext/py.typed", "crsam_ext/_build.py"}
+
+
+def test_wheel_is_pure_though_there_may_be_compilers(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
 
 
 def test_wheel_needs_only_torch(distribution):
@@ -113,18 +118,32 @@ def test_programs_of_the_wheel_start(program, installed):
     assert program in done.stdout
 
 
-def test_source_distribution_builds_the_same_wheel(wheel, tmp_path):
-    """It holds all that the wheel is made of, C++ sources included, and was made from a checkout."""
+FOLDERS = ("benchmarks", "crsam_ext", "csrc", "docs", "examples", "tests", "triton_kernels")
+FILES = ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt", "setup.py")
+LEFT_BY_RUNS = ("__pycache__", "*.pyc", "*.so", "*.o", "_build.py")
+
+
+def test_source_distribution_is_a_whole_checkout_and_builds_the_same_wheel(wheel, tmp_path):
+    """It holds what the extension is built from, and the tests with all that they read; nothing that runs leave."""
     source = tmp_path / "source"
-    shutil.copytree(
-        ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv*", "build", "runs", "*.so", "__pycache__")
-    )
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so")
+    shutil.copytree(ROOT, source, ignore=ignored)
     run("-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, cwd=source)
     (archive,) = tmp_path.glob("*.tar.gz")
     shutil.unpack_archive(archive, tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    packed = {path.relative_to(unpacked).as_posix() for path in (unpacked / "csrc").rglob("*.*") if path.is_file()}
-    assert packed == {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*") if path.is_file()}
+
+    def files(root):
+        paths = [path for folder in FOLDERS for path in (root / folder).rglob("*") if path.is_file()]
+        return {path.relative_to(root).as_posix() for path in paths}
+
+    tracked = {
+        path for path in files(ROOT) if not any(fnmatch(part, p) for part in path.split("/") for p in LEFT_BY_RUNS)
+    }
+    assert {"csrc/bindings.cpp", "tests/conftest.py", "crsam_ext/training/recipes/resnet50-gsam-90.yaml"} <= tracked
+    assert files(unpacked) == tracked
+    assert all((unpacked / name).is_file() for name in FILES)
+
     run("-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "wheels", cwd=unpacked)
     (path,) = (tmp_path / "wheels").iterdir()
     names = [set(zipfile.ZipFile(p).namelist()) for p in (path, wheel)]
