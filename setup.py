@@ -66,7 +66,7 @@ def can_compile() -> bool:
 def toolkit() -> str:
     """The release of the CUDA toolkit, whose folder is put into CUDA_HOME."""
     if os.environ.get("CRSAM_NO_CUDA") == "1":
-        build = "pip install --no-build-isolation --no-binary crsam_ext crsam_ext"
+        build = "pip install --force-reinstall --no-deps --no-build-isolation --no-binary crsam_ext crsam_ext"
         raise Unavailable(f"CRSAM_NO_CUDA=1 was set, as it is for wheels; to build it: {build}")
     try:
         import torch
