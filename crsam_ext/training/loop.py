@@ -4,7 +4,8 @@ import math
 import os
 import time
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,8 +43,16 @@ def run(options: Namespace) -> None:
         TrainingError: something that the user gave cannot be used, or the training diverged.
         Stopped: a signal has asked for it; the checkpoint is written.
     """
+    device = prepare_device(options)
+    ranks = Ranks.of_torchrun(device)
+    with ranks.failing_together(), _clear_errors():
+        _run(options, device, ranks)
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
     try:
-        _run(options)
+        yield
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -58,9 +67,7 @@ def run(options: Namespace) -> None:
         raise TrainingError("there is not enough memory: give a smaller --batch-size, or fewer --workers") from error
 
 
-def _run(options: Namespace) -> None:
-    device = prepare_device(options)
-    ranks = Ranks.of_torchrun(device)
+def _run(options: Namespace, device: torch.device, ranks: Ranks) -> None:
     data = load(options, device, ranks)
     if options.evaluate is not None:
         _evaluate_checkpoint(options, data, device, ranks)

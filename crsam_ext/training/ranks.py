@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import TrainingError
+from .errors import Stopped, TrainingError
 
 T = TypeVar("T")
 
@@ -31,22 +33,57 @@ class Ranks:
     Args:
         rank: its number.
         size: how many there are.
+        store: through which they tell each other why they fail.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, store: Any = None) -> None:
+        self.rank, self.size, self._store = rank, size, store
 
     @classmethod
     def of_torchrun(cls, device: torch.device) -> Ranks:
         """Meet the other processes, where torchrun has started this one."""
         if started()[1] == 1:
             return ALONE
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size())
+        store, rank, size = next(rendezvous("env://"))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+        return cls(rank, size, store)
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Within, the first error of a process is that of all: they fail as soon as they wait for one that has ended.
+
+        Raises:
+            TrainingError: another process failed, and its message, if it could leave one.
+        """
+        try:
+            yield
+        except (Stopped, ModuleNotFoundError):
+            raise
+        except TrainingError as error:
+            self._leave_message(str(error))
+            raise
+        except Exception as error:
+            if self._store is None:
+                raise
+            lost = "onnection" in str(error)  # gloo's words for a process that has gone
+            own = f"process {self.rank} failed: {type(error).__name__}: {error}"
+            if lost:
+                own = "another process of the run has ended; with --resume it goes on after the last checkpoint"
+            message = self._leave_message(own)
+            if message == own and not lost:
+                raise
+            raise TrainingError(message) from error
+
+    def _leave_message(self, message: str) -> str:
+        """Leave a message for all processes; returns the first that was left."""
+        if self._store is not None:
+            with suppress(RuntimeError):  # the process that keeps the store has gone
+                return self._store.compare_set("error", "", message).decode()
+        return message
 
     def leave(self) -> None:
         """Call when the run is over: nobody ends while others still talk to it."""
