@@ -86,17 +86,17 @@ def _run(options: Namespace, device: torch.device, ranks: Ranks) -> None:
     if logs is not None:
         logs.write_history(state.history)
     state.optimizer.check_replicas()
-    try:
-        with requests.listening():
+    with requests.listening():
+        try:
             Training(options, data, state, requests, logs).run()
-    except Stopped as stopped:
-        warn(str(stopped))
+        except Stopped as stopped:
+            warn(str(stopped))
+            _finish(state, logs)
+            raise
+        except BaseException:
+            _finish(state, logs, alone=True)
+            raise
         _finish(state, logs)
-        raise
-    except BaseException:
-        _finish(state, logs, alone=True)
-        raise
-    _finish(state, logs)
     state.optimizer.check_replicas()
     _report(state, options)
     ranks.leave()

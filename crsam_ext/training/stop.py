@@ -35,18 +35,22 @@ class Requests:
 
     def __init__(self, ranks: Ranks, save_minutes: float | None) -> None:
         self._ranks, self._period = ranks, math.inf if save_minutes is None else 60 * save_minutes
-        self._own, self._saved = _NOTHING, time.monotonic()
+        self._asked, self._saved = _NOTHING, time.monotonic()
         self._group: Any = dist.new_group(backend="gloo") if ranks.size > 1 else None
         self._work: Any = None
         self._flag = torch.zeros((), dtype=torch.int64)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, the signals are requests; a second SIGINT acts at once."""
+        """Within, the signals are requests; a second SIGINT acts at once.
+
+        It lasts until the files are closed: torchrun sends SIGTERM to all when one has ended, also to the one that
+        still writes.
+        """
         before = {}
 
         def handle(number: int, frame: FrameType | None) -> None:
-            self._own = max(self._own, _SIGNALS[signal.Signals(number).name])
+            self._asked = max(self._asked, _SIGNALS[signal.Signals(number).name])
             if number == signal.SIGINT:
                 signal.signal(number, signal.default_int_handler)
 
@@ -54,29 +58,27 @@ class Requests:
             before[name] = signal.signal(getattr(signal, name), handle)
         try:
             yield
-        except Stopped:
-            for name in _SIGNALS:  # torchrun sends SIGTERM to all when one has ended, also to the one that still writes
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
-            raise
         finally:
-            if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
-                for name, handler in before.items():
-                    signal.signal(getattr(signal, name), handler)
+            for name, handler in before.items():
+                signal.signal(getattr(signal, name), handler)
 
     def begin_step(self) -> None:
         """Call before a step."""
-        if self._own == _NOTHING and self._ranks.is_first and time.monotonic() - self._saved > self._period:
-            self._own = _SAVE
         if self._group is not None:
-            self._flag.fill_(self._own)
+            self._flag.fill_(self._own())
             self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group, async_op=True)
 
     def end_step(self) -> None:
         """Call after a step; the properties then tell what all processes are to do."""
         if self._group is None:
-            self._flag.fill_(self._own)
+            self._flag.fill_(self._own())
         else:
             self._work.wait()
+
+    def _own(self) -> int:
+        """What this process is asked for; the first one looks at the clock for all."""
+        due = self._ranks.is_first and time.monotonic() - self._saved > self._period
+        return max(self._asked, _SAVE if due else _NOTHING)
 
     @property
     def save(self) -> bool:
@@ -86,8 +88,6 @@ class Requests:
     def saved(self) -> None:
         """A checkpoint is written."""
         self._saved = time.monotonic()
-        if self._own == _SAVE:
-            self._own = _NOTHING
 
     def raise_if_stopped(self, step: int) -> None:
         """Raise what ends the run, if it is to stop.

@@ -1,0 +1,97 @@
+"""Requests to stop and to save, as one process and as two of them see them."""
+
+import os
+import signal
+import time
+from contextlib import suppress
+
+import pytest
+
+from crsam_ext.training import stop
+from crsam_ext.training.errors import Stopped
+from crsam_ext.training.ranks import ALONE, Ranks
+from crsam_ext.training.stop import Requests
+
+
+def after_a_step(requests):
+    """What is asked for after a step: whether to save, and the status to stop with."""
+    requests.begin_step()
+    requests.end_step()
+    try:
+        requests.raise_if_stopped(3)
+    except Stopped as stopped:
+        return requests.save, stopped.status
+    return requests.save, None
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+def test_a_signal_stops(name, status):
+    requests = Requests(ALONE, 30)
+    with requests.listening():
+        assert after_a_step(requests) == (False, None)
+        os.kill(os.getpid(), getattr(signal, name))
+        assert after_a_step(requests) == (True, status)
+        requests.saved()
+        assert after_a_step(requests) == (True, status)  # it stays so until the run has stopped
+
+
+def test_a_signal_in_a_step_takes_effect_after_it():
+    requests = Requests(ALONE, 30)
+    with requests.listening():
+        requests.begin_step()
+        signal.raise_signal(signal.SIGTERM)
+        requests.end_step()
+        assert requests.save
+
+
+def test_a_second_ctrl_c_acts_at_once():
+    requests = Requests(ALONE, 30)
+    with requests.listening():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("error", [None, Stopped("stopped", 75), KeyboardInterrupt()])
+def test_handlers_come_back(error):
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    with suppress(Stopped, KeyboardInterrupt), Requests(ALONE, 30).listening():
+        signal.raise_signal(signal.SIGINT)
+        if error is not None:
+            raise error
+
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_minutes_between_saves(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    requests, other = Requests(ALONE, 2), Requests(Ranks(1, 1), 2)
+    now += 120
+    assert after_a_step(requests) == (False, None)
+    now += 1
+    assert after_a_step(requests) == (True, None)
+    assert after_a_step(other) == (False, None)  # the first process looks at the clock
+    requests.saved()
+    assert after_a_step(requests) == (False, None)
+    now += 121
+    assert after_a_step(requests) == (True, None)
+
+
+def test_a_signal_while_a_save_is_due_is_not_lost(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    requests = Requests(ALONE, 2)
+    with requests.listening():
+        now += 121
+        assert after_a_step(requests) == (True, None)
+        signal.raise_signal(signal.SIGTERM)  # while the checkpoint is being written
+        requests.saved()
+        assert after_a_step(requests) == (True, 75)
+
+
+def test_platforms_without_some_signals():
+    assert set(stop._SIGNALS) <= {"SIGTERM", "SIGUSR1", "SIGINT"}
+    assert "SIGINT" in stop._SIGNALS
