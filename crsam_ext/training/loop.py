@@ -182,6 +182,7 @@ class Training:
     def __init__(self, options: Namespace, data: Data, state: Run, requests: Requests, logs: Logs | None) -> None:
         self.options, self.data, self.state, self.requests, self.logs = options, data, state, requests, logs
         self.schedules = Schedules(state.optimizer, options, data.steps)
+        self.schedules.set(max(state.step - 1, 0))  # what the last step used, and a test after it tells
         self.parts = Parts(state.device)
         self.step = Step(state.trained, state.optimizer, self.parts, options.cuda_graph)
         self.peak = peak_tflops(state.device, options.peak_tflops, options.amp)

@@ -69,4 +69,4 @@ def _scheduler(optimizer: Optimizer, kind: str, total: int, warmup: int, minimum
     if kind == "linear":
         return PolyLRScheduler(optimizer, total - warmup, power=1.0, lr_min=minimum, warmup_prefix=True, **common)
     third = math.inf if kind == "constant" else total / 3
-    return StepLRScheduler(optimizer, decay_t=third, decay_rate=0.1, **common)
+    return StepLRScheduler(optimizer, decay_t=third, decay_rate=0.1, warmup_prefix=False, **common)
