@@ -340,6 +340,7 @@ class Training:
             if row["seconds"] > SLOW_EPOCH:
                 self.logs.draw(state.history)
         bar.line(_epoch_line(row, options.epochs))
+        self.parts.mark("other")
         self.parts.seconds()
         self._since = time.perf_counter()
 
