@@ -61,6 +61,9 @@ def create_optimizer(objective: nn.Module, options: Namespace) -> CRSAM:
 
     ``sgd`` and ``adamw`` are CRSAM with rho = 0, which runs one pass and is its base: so every optimizer shares one
     loop, the same clipping, the same skipping of bad steps and the same measurements, and only the method differs.
+
+    Raises:
+        TrainingError: the options do not fit each other or the parameters, or ``--cuda-graph`` this step.
     """
     if options.base == "adamw":
         base: type[torch.optim.Optimizer] = torch.optim.AdamW
@@ -78,11 +81,15 @@ def create_optimizer(objective: nn.Module, options: Namespace) -> CRSAM:
     if isinstance(objective, nn.parallel.DistributedDataParallel):
         arguments |= _pick(options, "sync_perturbation")
     try:
-        return CRSAM(
+        optimizer = CRSAM(
             _parameters(objective, options), base, model=objective, max_grad_norm=options.max_grad_norm, **arguments
         )
     except (ValueError, TypeError, RuntimeError) as error:
         raise TrainingError(str(error).splitlines()[0]) from error
+    blocker = optimizer.capture_blocker() if options.cuda_graph else None
+    if blocker is not None:
+        raise TrainingError(f"--cuda-graph: the step cannot be captured: {blocker}")
+    return optimizer
 
 
 def _parameters(objective: nn.Module, options: Namespace) -> Any:
@@ -106,14 +113,12 @@ class Step:
         optimizer: over its parameters.
         parts: is told where the time goes.
         graph: whether the step is captured in a CUDA graph, anew for each shape of batches.
-
-    Raises:
-        TrainingError: this step cannot be captured.
     """
 
     def __init__(self, objective: nn.Module, optimizer: CRSAM, parts: Parts, graph: bool = False) -> None:
         self._objective, self._optimizer, self._parts, self._graph = objective, optimizer, parts, graph
         self._shapes: tuple[torch.Size, torch.Size] | None = None
+        self._logits: Tensor | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Take a step.
@@ -146,6 +151,7 @@ class Step:
         self._y.copy_(y)
         loss = self._step()
         self._parts.mark("step")
+        assert self._logits is not None
         return loss.detach(), self._logits
 
     def _capture(self, x: Tensor, y: Tensor) -> None:
@@ -156,12 +162,9 @@ class Step:
             loss, outputs = objective(self._x, self._y)
             loss.backward()
             if optimizer.pass_index == 0:
+                if self._logits is None:  # in the first step, which is an ordinary one
+                    self._logits = torch.empty_like(outputs)
                 self._logits.copy_(outputs.detach())
             return loss
 
-        with torch.no_grad():
-            self._logits = torch.empty_like(objective(x, y)[1])
-        try:
-            self._step = GraphedStep(optimizer, closure)
-        except ValueError as error:
-            raise TrainingError(f"--cuda-graph: {error}") from error
+        self._logits, self._step = None, GraphedStep(optimizer, closure)
