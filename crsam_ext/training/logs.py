@@ -5,9 +5,11 @@ history in the checkpoint. A run that goes on first cuts from ``steps.csv`` what
 """
 
 import csv
+import importlib
 import io
 import math
 import os
+import secrets
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,7 +52,7 @@ class Logs:
         self._writer = csv.DictWriter(self._file, STEP_COLUMNS, lineterminator="\n")
         text = checkpoint.as_json(full_config(options))
         checkpoint.write(options.output / "config.json", lambda file: file.write(text))
-        self._board, self._wandb = _tensorboard(options, step), _wandb(options)
+        self._board, self._wandb = _tensorboard(options, step), _wandb(options, step)
 
     def add_step(self, row: Mapping[str, Any]) -> None:
         """Append a row of steps.csv."""
@@ -97,6 +99,20 @@ class Logs:
             self._wandb.log(values, step=step)
 
 
+def check_packages(options: Namespace) -> None:
+    """Raise a TrainingError if a package is missing that the logs need."""
+    for package, module, asked in (
+        ("tensorboard", "torch.utils.tensorboard", options.tensorboard),
+        ("wandb", "wandb", options.wandb is not None),
+    ):
+        if asked:
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                message = f"--{package} needs the package {package}: pip install {package}"
+                raise TrainingError(message) from error
+
+
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a whole CSV file, atomically."""
     text = io.StringIO(newline="")
@@ -121,17 +137,20 @@ def _tensorboard(options: Namespace, step: int) -> Any:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(options.output / "tensorboard"), purge_step=step + 1 if step else None)
+    # What a run that was overwritten, or went on after its last checkpoint, has left there is purged.
+    return SummaryWriter(str(options.output / "tensorboard"), purge_step=step + 1)
 
 
-def _wandb(options: Namespace) -> Any:
+def _wandb(options: Namespace, step: int) -> Any:
     if options.wandb is None:
         return None
-    try:
-        import wandb
-    except ImportError as error:
-        raise TrainingError("--wandb needs the package wandb: pip install wandb") from error
-    name = options.output.name
+    import wandb
+
+    path = options.output / "wandb-id.txt"  # names of folders are not unique
+    if step == 0 or not path.exists():
+        name = secrets.token_hex(8).encode()
+        checkpoint.write(path, lambda file: file.write(name))
     return wandb.init(
-        project=options.wandb, name=name, id=name, resume="allow", dir=options.output, config=full_config(options)
-    )
+        project=options.wandb, name=options.output.name, id=path.read_text(), resume="allow", dir=options.output,
+        config=full_config(options),
+    )  # fmt: skip

@@ -17,7 +17,7 @@ from .data import Batch, Data, load
 from .errors import Stopped, TrainingError
 from .images import named
 from .loader import explained
-from .logs import Logs
+from .logs import Logs, check_packages
 from .measure import Epoch, Parts, correct_in_top, flops_of_pass, peak_tflops
 from .models import create_model
 from .options import image_sizes, key_and_value
@@ -72,6 +72,7 @@ def _run(options: Namespace, device: torch.device, ranks: Ranks) -> None:
     if options.evaluate is not None:
         _evaluate_checkpoint(options, data, device, ranks)
         return
+    check_packages(options)
     state = start(options, data, device, ranks)
     requests = Requests(ranks, options.save_minutes)
     if options.profile is not None:

@@ -8,6 +8,7 @@ moment goes on after its last checkpoint, with every file as if it had never sto
 
 from argparse import Namespace
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def claim(options: Namespace) -> None:
         used = any(path.suffix != checkpoint.PARTIAL and path.name != PROFILE for path in output.iterdir())
         if used and not options.overwrite:
             raise TrainingError(f"{output} is not empty: give --resume, --overwrite or another --output")
-        for path in (*(output / name for name in FILES), *output.glob("epoch-*.pt")):
+        for path in (*(output / name for name in FILES), *_files_of_epochs(output).values()):
             path.unlink(missing_ok=True)
     except OSError as error:
         raise TrainingError(f"--output {output}: {error.strerror}") from error
@@ -102,9 +103,14 @@ def save_best(run: Run, options: Namespace) -> None:
     if options.checkpoint_hist > 1:
         if row["epoch"] in kept:
             checkpoint.save(options.output / f"epoch-{row['epoch']}.pt", content)
-        for path in options.output.glob("epoch-*.pt"):
-            if int(path.stem.partition("-")[2]) not in kept:
+        for epoch, path in _files_of_epochs(options.output).items():
+            if epoch not in kept:
                 path.unlink(missing_ok=True)
+
+
+def _files_of_epochs(output: Path) -> dict[int, Path]:
+    names = {path: path.stem.partition("-")[2] for path in output.glob("epoch-*.pt")}
+    return {int(name): path for path, name in names.items() if name.isdecimal()}
 
 
 def _best_epochs(history: list[dict[str, Any]], count: int) -> list[int]:

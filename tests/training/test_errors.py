@@ -64,7 +64,12 @@ def refuse(crsam_train, here, capsys):
         ("--frobnicate", "unrecognized arguments: --frobnicate"),
         ("--device nonsense", "--device nonsense: "),
         ("--output /dev/null/run", "--output /dev/null/run: Not a directory"),
-        ("--resume", "no run to resume in runs/digits-cnn-crsam-seed0: last.pt is missing"),
+        ("--resume", "there is no checkpoint runs/digits-cnn-crsam-seed0/last.pt"),
+        ("--warmup-epochs 1 --warmup-steps 10", "give --warmup-epochs or --warmup-steps, not both"),
+        ("--cuda-graph", "--cuda-graph: the step cannot be captured: the parameters are on cpu"),
+        ("--cuda-graph --compile", "give --cuda-graph or --compile, not both"),
+        ("--drop-path 0.1", "--drop-path is for models of timm, not for cnn"),
+        ("--evaluate missing.pt", "there is no checkpoint missing.pt"),
         ("--resume --overwrite", "not allowed with"),
     ],
 )
@@ -94,10 +99,10 @@ def test_run_in_the_way(refuse, here, finished):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--lr 0.3", "--lr 0.3: out was started with --lr 0.05"),
-        ("--epochs 2", "--epochs 2: out was started with --epochs 1"),
-        ("--optimizer sam", "--optimizer sam: out was started with --optimizer crsam"),
-        ("--ema 0.9", "--ema 0.9: out was started with --ema None"),
+        ("--lr 0.3", "cannot resume with --lr 0.3: out was started with --lr 0.05"),
+        ("--epochs 2", "cannot resume with --epochs 2: out was started with --epochs 1"),
+        ("--optimizer sam", "cannot resume with --optimizer sam: out was started with --optimizer crsam"),
+        ("--ema 0.9", "cannot resume with --ema 0.9: out was started with --ema None"),
     ],
 )
 def test_resume_with_other_options(refuse, here, finished, change, message):
@@ -170,13 +175,13 @@ def test_empty_image_folder(refuse, tmp_path):
 
 
 def test_divergence_keeps_the_last_sound_epoch(crsam_train, here, capsys, read_log):
-    assert crsam_train("--model mlp --lr 1e30 --epochs 3 --output out") == 2
+    assert crsam_train("--model mlp --lr 1e30 --epochs 3 --log-interval 1 --output out") == 2
     assert "diverged" in capsys.readouterr().err
     assert len(read_log(here / "out")) == 1
 
 
 @pytest.mark.parametrize(
-    ("module", "package"), [("mnist1d.data", "mnist1d"), ("timm.scheduler.scheduler", "timm"), ("rich.console", "rich")]
+    ("module", "package"), [("mnist1d.data", "mnist1d"), ("timm.utils.model_ema", "timm"), ("rich.console", "rich")]
 )
 def test_missing_package(refuse, monkeypatch, module, package):
     for name in ("loop", "progress"):
