@@ -153,7 +153,7 @@ def start(options: Namespace, data: Data, device: torch.device, ranks: Ranks) ->
     if options.compile:
         objective.compile(dynamic=False)
     trained = ranks.ddp(objective, device) or objective
-    return Run(device, ranks, objective, create_optimizer(trained, options), ema, trained, Epoch(ranks))
+    return Run(device, ranks, objective, create_optimizer(trained, options), ema, trained, Epoch(ranks), data.steps)
 
 
 def _create_model(options: Namespace, data: Data) -> torch.nn.Module:

@@ -39,6 +39,7 @@ class Run:
     ema: ModelEmaV3 | None
     trained: nn.Module  #: the objective, or the DistributedDataParallel around it
     epoch: Epoch  #: the running epoch
+    steps_of_epoch: int
     step: int = 0  #: steps taken
     history: list[dict[str, Any]] = field(default_factory=list)  #: the rows of log.csv
     bad: set[str] = field(default_factory=set)  #: files that could not be read, of the whole run
@@ -80,6 +81,7 @@ def save(run: Run, options: Namespace) -> None:
     state = {
         "config": run_config(options),
         "step": run.step,
+        "steps_of_epoch": run.steps_of_epoch,
         "history": run.history,
         "epoch": run.epoch.state(),
         "bad": sorted(run.bad),
@@ -132,6 +134,11 @@ def restore(run: Run, options: Namespace) -> None:
         if before != value:
             flag = "--" + name.replace("_", "-")
             raise TrainingError(f"cannot resume with {flag} {value}: {options.output} was started with {flag} {before}")
+    if saved["steps_of_epoch"] != run.steps_of_epoch:
+        raise TrainingError(
+            f"cannot resume with {run.steps_of_epoch} steps in an epoch: {options.output} was started with "
+            f"{saved['steps_of_epoch']}, on other data or, where the last batch is small, with more or fewer processes"
+        )
     try:
         run.model.load_state_dict(saved["model"])
         run.optimizer.load_state_dict(saved["optimizer"])

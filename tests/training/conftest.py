@@ -1,8 +1,13 @@
 """Runs of the program, and image folders as small as can be."""
 
 import csv
+import json
+import os
 import pickle
 import shutil
+import socket
+import subprocess
+import sys
 from hashlib import sha256
 
 import numpy as np
@@ -11,6 +16,7 @@ import torch
 from PIL import Image
 
 from crsam_ext.training.__main__ import main
+from crsam_ext.training.logs import TIMES
 
 
 @pytest.fixture
@@ -29,7 +35,7 @@ def crsam_train(here, monkeypatch):
     One thread: for models this small a second one only waits, the more so where other programs run. And no picture,
     which takes longer than most of these runs; that of `finished` is genuine.
     """
-    monkeypatch.setattr("crsam_ext.training.loop.draw", lambda file, history, title: file.write(title.encode()))
+    monkeypatch.setattr("crsam_ext.training.logs.draw", lambda file, history, title: file.write(title.encode()))
     threads = torch.get_num_threads()
     yield lambda command: main([*command.split(), "--threads", "1"])
     torch.set_num_threads(threads)
@@ -45,11 +51,11 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def read_log():
-    """The rows of a log.csv without the one column that no two runs share."""
+    """The rows of a log.csv, or of another CSV file, without the columns that no two runs share."""
 
-    def read(folder):
-        with open(folder / "log.csv", newline="") as file:
-            return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+    def read(folder, name="log.csv"):
+        with open(folder / name, newline="") as file:
+            return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(file)]
 
     return read
 
@@ -66,10 +72,136 @@ def read_state():
         elif isinstance(value, list | tuple):
             items = enumerate(value)
         else:
-            return {name: value}
-        return {key: leaf for k, v in items if k != "seconds" for key, leaf in flatten(v, f"{name}.{k}").items()}
+            return {name: "nan" if value != value else value}
+        return {key: leaf for k, v in items if k not in TIMES for key, leaf in flatten(v, f"{name}.{k}").items()}
 
     return lambda path: flatten(torch.load(path, weights_only=True), "")
+
+
+# Runs the program for each line that comes in, in a fork or, with ranks, in some that talk to each other, and answers
+# with their exit statuses. So the packages are imported once. Each fork arranges what is to happen to it.
+FORKS = """
+import json, os, signal, sys, time
+import crsam_ext.training.loop, sklearn.datasets, sklearn.model_selection
+from crsam_ext.training import loop, logs
+from crsam_ext.training.__main__ import main
+from crsam_ext.training.errors import TrainingError
+
+replace, take, evaluate = os.replace, loop.Training._take, loop.evaluate
+
+def die(number=signal.SIGKILL):
+    os.kill(os.getpid(), number)
+
+def arrange(left, file=None, moment=None, step=None, test=None, rank=None, signals=(), error=None, bad=None):
+    def counted_replace(source, target):
+        nonlocal left
+        left -= os.path.basename(target) == file
+        if left == 0 and moment == "before":
+            die()
+        replace(source, target)
+        if left == 0:
+            die()
+
+    def counted_take(training, batch):
+        if bad is not None:
+            batch = batch._replace(bad=tuple(bad.get(str(training.state.step + 1), ())))
+        take(training, batch)
+        if training.state.step == step and rank in (None, training.state.ranks.rank):
+            for number in signals:
+                die(number)
+            if error:
+                raise TrainingError(error)
+
+    def counted_evaluate(*args):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            die()
+        return evaluate(*args)
+
+    if file:
+        os.replace = counted_replace
+    loop.Training._take = counted_take
+    if test:
+        loop.evaluate = counted_evaluate
+
+def run(folder, command, environment, plan, log):
+    signal.alarm(200)  # whatever hangs
+    os.chdir(folder)
+    os.environ |= environment
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, open(log + "." + name, "w", buffering=1))
+    logs.draw = lambda file, history, title: file.write(title.encode())
+    arrange(**plan)
+    return main(command.split())
+
+def start(*task):
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            code = run(*task)
+        finally:
+            sys.stderr.flush()
+            sys.stdout.flush()
+            os._exit(code)
+    return process
+
+for line in sys.stdin:
+    processes = [start(*task) for task in json.loads(line)]
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """The process that runs FORKS."""
+    # Libraries that start threads when they are imported would leave their locks to the forks.
+    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    environment = {**os.environ, **one, "GLOO_SOCKET_IFNAME": "lo"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", FORKS], env=environment, **pipes) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def forked_train(here, forks):
+    """Runs the program in other processes.
+
+    Given are the command, how many ranks there are, and what happens, as arguments of `arrange` in FORKS. Returns the
+    exit statuses, negative for a signal, and what all ranks wrote to stdout and to stderr.
+    """
+
+    def run(command, ranks=1, left=1, **plan):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        tasks, logs = [], [here.parent / f"rank{rank}" for rank in range(ranks)]
+        for rank, log in enumerate(logs):
+            environment = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            tasks.append([str(here), f"{command} --threads 1", environment, {"left": left, **plan}, str(log)])
+        print(json.dumps(tasks), file=forks.stdin, flush=True)
+        statuses = json.loads(forks.stdout.readline())
+        return statuses, *(
+            "".join(log.with_suffix(f".{name}").read_text() for log in logs) for name in ("stdout", "stderr")
+        )
+
+    return run
+
+
+@pytest.fixture
+def assert_same_run(here, read_log, read_state):
+    """Asserts that two folders hold the same run, bit for bit."""
+
+    def check(first, second):
+        for name in ("log.csv", "steps.csv"):
+            assert read_log(here / first, name) == read_log(here / second, name)
+        for name in ("last.pt", "best.pt"):
+            assert read_state(here / first / name) == read_state(here / second / name)
+        assert {path.name for path in (here / first).iterdir()} == {path.name for path in (here / second).iterdir()}
+
+    return check
 
 
 @pytest.fixture

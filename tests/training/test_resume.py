@@ -1,113 +1,27 @@
 """A run that is stopped at any moment and resumed is the run that was never stopped."""
 
-import os
+import random
 import shutil
 import signal
-import subprocess
-import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
 
-from crsam_ext.training import checkpoint, loop
+from crsam_ext.training import checkpoint
 
 pytestmark = pytest.mark.slow
 
-# Runs the program with each command that comes in until the n-th time that a file is put in place, kills it right
-# before or right after, and answers with the signal. Forks, so that the packages are imported once.
-KILLED_RUNS = """
-import os, signal, sys
-import crsam_ext.training.loop, sklearn.datasets, sklearn.model_selection
-from crsam_ext.training.__main__ import main
-
-replace = os.replace
-
-def run(folder, name, count, moment, *command):
-    os.chdir(folder)
-    left = int(count)
-
-    def replace_or_die(source, target):
-        nonlocal left
-        left -= os.path.basename(target) == name
-        if left == 0 and moment == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target)
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    os.replace = replace_or_die
-    with open(os.devnull, "w") as sys.stdout:
-        main(command)
-
-for line in sys.stdin:
-    process = os.fork()
-    if process == 0:
-        try:
-            run(*line.split())
-        finally:
-            os._exit(1)
-    print(os.WTERMSIG(os.waitpid(process, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def killed_runs():
-    """The process that runs KILLED_RUNS; from the start of the module, to import while other tests run."""
-    arguments = [sys.executable, "-c", KILLED_RUNS]
-    # Libraries that start threads when they are imported would leave their locks to the forks.
-    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(arguments, env={**os.environ, **one}, **pipes) as process:
-        yield process
-        process.kill()
+KILLED = [-signal.SIGKILL]
 
 
 @pytest.fixture
-def kill_at(here, killed_runs):
+def kill_at(forked_train):
+    """Runs a command until the n-th time that a file is put in place, and kills it right before or right after."""
+
     def run(name, count, moment, command):
-        print(here, name, count, moment, command, "--threads 1", file=killed_runs.stdin, flush=True)
-        assert int(killed_runs.stdout.readline()) == signal.SIGKILL
+        assert forked_train(command, file=name, left=count, moment=moment)[0] == KILLED
 
     return run
-
-
-@pytest.fixture
-def interrupt_second_epoch(monkeypatch):
-    """Makes Ctrl-C arrive in the third step of the second epoch, inside a `with` statement."""
-
-    @contextmanager
-    def interrupt():
-        train_epoch, step, calls = loop.train_epoch, loop.step, {"epoch": 0, "step": 0}
-
-        def counted_epoch(*args):
-            calls.update(epoch=calls["epoch"] + 1, step=0)
-            return train_epoch(*args)
-
-        def counted_step(*args):
-            calls["step"] += 1
-            if calls == {"epoch": 2, "step": 3}:
-                raise KeyboardInterrupt
-            return step(*args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(loop, "train_epoch", counted_epoch)
-            patch.setattr(loop, "step", counted_step)
-            yield
-
-    return interrupt
-
-
-@pytest.fixture
-def assert_same_run(here, read_log, read_state):
-    def check(first, second):
-        assert read_log(here / first) == read_log(here / second)
-        for name in ("last.pt", "best.pt"):
-            assert read_state(here / first / name) == read_state(here / second / name)
-        assert (here / first / "config.json").read_text() == (here / second / "config.json").read_text()
-        assert {path.name for path in (here / first).iterdir()} == {path.name for path in (here / second).iterdir()}
-
-    return check
 
 
 @pytest.mark.parametrize(
@@ -123,39 +37,197 @@ def assert_same_run(here, read_log, read_state):
     ],
     ids=["cifar10", "cifar10-workers", "folder", "folder-workers"],
 )
-def test_interrupted_with_augmentation(
-    crsam_train, interrupt_second_epoch, assert_same_run, request, capsys, data, options
+def test_stopped_in_mid_epoch_with_augmentation(
+    crsam_train, monkeypatch, assert_same_run, request, capsys, data, options
 ):
     path = request.getfixturevalue("cifar10" if data == "cifar10" else "image_folder")
     if data == "folder":
+        shutil.copytree(path / "train" / "ape", path / "val" / "ape")
         (path / "train" / "bee" / "3.png").write_text("broken, and counted in log.csv")
-    command = f"--data {data}:{path} {options} --epochs 2 --output"
+    command = f"--data {data}:{path} {options} --epochs 2 --log-interval 2 --output"
     assert crsam_train(f"{command} straight") == 0
     capsys.readouterr()
 
-    with interrupt_second_epoch():
-        assert crsam_train(f"{command} stopped") == 130
-    *_, line = capsys.readouterr().err.splitlines()
-    assert line == "crsam-train: interrupted; with --resume it goes on after the last complete epoch"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2 if data == "folder" else 7, signal.SIGTERM)
+        assert crsam_train(f"{command} stopped") == 75
+    assert "crsam-train: stopped after step" in capsys.readouterr().err
     assert crsam_train(f"{command} stopped --resume") == 0
 
     assert_same_run("straight", "stopped")
 
 
-def test_killed_three_times(kill_at, crsam_train, here, assert_same_run, read_log):
-    command = "--model mlp --epochs 4 --mixup 0.3 --ema 0.9 --batch-size 128 --output"
+def stop_after(monkeypatch, step, *signals):
+    """Have signals arrive in a step."""
+    from crsam_ext.training.loop import Training
+
+    take = Training._take
+
+    def interrupted_take(training, batch):
+        take(training, batch)
+        if training.state.step == step:
+            for number in signals:
+                signal.raise_signal(number)
+
+    monkeypatch.setattr(Training, "_take", interrupted_take)
+
+
+def test_killed_when_files_are_put_in_place(kill_at, crsam_train, here, assert_same_run, read_log):
+    command = "--model mlp --epochs 3 --mixup 0.3 --ema 0.9 --batch-size 128 --output"
     assert crsam_train(f"{command} straight") == 0
 
     kill_at("last.pt", 1, "after", f"{command} killed")
     assert [path.name for path in (here / "killed").iterdir()] == ["last.pt"]
-    kill_at("last.pt", 2, "before", f"{command} killed --resume")
+    kill_at("last.pt", 1, "before", f"{command} killed --resume")  # before the first test
     assert (here / "killed" / "last.pt.partial").exists()
+    kill_at("last.pt", 2, "before", f"{command} killed --resume")  # after it
+    assert len(read_log(here / "killed")) == 0
+    assert (here / "killed" / "best.pt").exists()
+    kill_at("last.pt", 1, "after", f"{command} killed --resume")
+    assert len(read_log(here / "killed")) == 0  # of the epoch in last.pt
+    kill_at("log.csv", 2, "before", f"{command} killed --resume")  # the first is that of one epoch
     assert len(read_log(here / "killed")) == 1
-    kill_at("last.pt", 2, "after", f"{command} killed --resume")
-    assert len(read_log(here / "killed")) == 2  # of the three epochs in last.pt
+    kill_at("steps.csv", 1, "before", f"{command} killed --resume")
+    kill_at("steps.csv", 1, "after", f"{command} killed --resume")
+    kill_at("config.json", 1, "before", f"{command} killed --resume")
+    kill_at("best.pt", 1, "before", f"{command} killed --resume")
+    kill_at("best.pt", 1, "after", f"{command} killed --resume")
     assert crsam_train(f"{command} killed --resume") == 0
 
     assert_same_run("straight", "killed")
+    assert (here / "straight" / "config.json").read_text() == (here / "killed" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--model cnn --ema 0.99 --interval 2 --reuse --curvature-interval 2 --warmup-steps 15 --rho-schedule "
+        "proportional --min-rho 0.02 --save-steps 4",
+        "--model cnn --base adamw --alpha-schedule linear --regularizer log --max-grad-norm 1 --save-steps 7",
+    ],
+    ids=["ema-intervals", "adamw-log"],
+)
+def test_killed_at_random_steps(forked_train, assert_same_run, here, options):
+    """Twenty times, and ten times more: wherever that is, before its first checkpoint after the last kill, too."""
+    command = f"{options} --epochs 3 --batch-size 128 --log-interval 5 --checkpoint-hist 2 --output"
+    assert forked_train(f"{command} straight")[0] == [0]
+
+    steps = 3 * 12  # of 1437 samples
+    at = sorted(random.Random(0).choices(range(1, steps + 1), k=20 if "--ema" in options else 10))
+    resume = ""
+    for step in at:
+        assert forked_train(f"{command} killed {resume}", step=step, signals=KILL)[0] == KILLED
+        resume = "--resume"
+    assert forked_train(f"{command} killed --resume")[0] == [0]
+
+    assert_same_run("straight", "killed")
+
+
+KILL = [signal.SIGKILL]
+
+
+def test_the_decay_of_the_moving_average_goes_on(forked_train, here):
+    """It grows with the steps: what it would be with a counter that begins again is another average."""
+    command = "--model mlp --epochs 1 --ema 0.9999 --batch-size 128 --save-steps 6 --output"
+    assert forked_train(f"{command} straight")[0] == [0]
+    assert forked_train(f"{command} killed", step=6, signals=[signal.SIGTERM])[0] == [75]
+    path = here / "killed" / "last.pt"
+    state = torch.load(path, weights_only=True)
+    assert forked_train(f"{command} killed --resume")[0] == [0]
+    resumed, straight = (
+        torch.load(here / name / "last.pt", weights_only=True)["ema"] for name in ("killed", "straight")
+    )
+    assert all(resumed[name].equal(straight[name]) for name in straight)
+
+    # With gamma = 1 and power = 2/3, as timm has them: decay = 1 - (1 + step) ** (-2/3), here of the last step.
+    assert state["step"] == 6
+    weights = torch.load(here / "straight" / "last.pt", weights_only=True)["model"]
+    assert not resumed["1.weight"].equal(weights["1.weight"])
+
+
+def test_killed_in_the_test_after_an_epoch(forked_train, assert_same_run, here, read_log):
+    command = "--model cnn --epochs 2 --batch-size 256 --log-interval 2 --ema 0.9 --output"
+    assert forked_train(f"{command} straight")[0] == [0]
+
+    assert forked_train(f"{command} killed", test=True, left=2)[0] == KILLED
+    state = torch.load(here / "killed" / "last.pt", weights_only=True)
+    assert (state["step"], len(state["history"]), len(state["epoch"]["steps"])) == (12, 1, 6)
+    assert forked_train(f"{command} killed --resume")[0] == [0]
+
+    assert_same_run("straight", "killed")
+
+
+@pytest.mark.parametrize(
+    ("signals", "status", "line"),
+    [
+        ([signal.SIGTERM], 75, "stopped after step 7, as asked; with --resume it goes on from there"),
+        ([signal.SIGUSR1], 75, "stopped after step 7, as asked; with --resume it goes on from there"),
+        ([signal.SIGINT], 130, "stopped after step 7, as asked; with --resume it goes on from there"),
+        ([signal.SIGTERM, signal.SIGINT, signal.SIGTERM], 130, "stopped after step 7, as asked; with --resume"),
+        ([signal.SIGINT, signal.SIGINT], 130, "interrupted; with --resume it goes on after the last checkpoint"),
+    ],
+    ids=["SIGTERM", "SIGUSR1", "SIGINT", "both", "twice"],
+)
+def test_signals(forked_train, assert_same_run, here, finished_cnn, signals, status, line):
+    statuses, _, err = forked_train(f"{CNN} stopped", step=7, signals=signals)
+
+    assert statuses == [status]
+    assert err.count("\n") == 1
+    assert err.startswith(f"crsam-train: {line}")
+    assert torch.load(here / "stopped" / "last.pt", weights_only=True)["step"] == (6 if "interrupted" in line else 7)
+    shutil.copytree(finished_cnn, here / "straight")
+    assert forked_train(f"{CNN} stopped --resume")[0] == [0]
+    assert_same_run("straight", "stopped")
+
+
+CNN = "--model cnn --epochs 2 --batch-size 256 --log-interval 2 --output"
+
+
+@pytest.fixture(scope="module")
+def finished_cnn(forks, tmp_path_factory):
+    """The run of CNN."""
+    from crsam_ext.training.__main__ import main
+
+    folder = tmp_path_factory.mktemp("cnn") / "run"
+    assert main([*CNN.split(), str(folder), "--threads", "1"]) == 0
+    return folder
+
+
+def test_handlers_of_signals_come_back(crsam_train, monkeypatch, here):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, signal.SIGINT)
+        assert crsam_train("--model mlp --epochs 1 --output out") == 130
+
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+def tear_last_line(path):
+    path.write_text(path.read_text()[:-20])
+
+
+def tear_and_add_later_steps(path):
+    *rows, last = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*rows, last, last.replace("6,", "8,", 1), "10,2,0.1"]))
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("harm", [tear_last_line, tear_and_add_later_steps, remove])
+def test_harm_to_the_rows_of_steps(crsam_train, assert_same_run, here, finished_cnn, read_log, monkeypatch, harm):
+    """Rows of steps that are taken again are written again; others stay, and those that are gone stay away."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7, signal.SIGTERM)
+        assert crsam_train(f"{CNN} stopped") == 75
+    harm(here / "stopped" / "steps.csv")
+    assert crsam_train(f"{CNN} stopped --resume") == 0
+
+    lost = {tear_last_line: {"6"}, tear_and_add_later_steps: set(), remove: {"2", "4", "6"}}[harm]
+    expected = [row for row in read_log(finished_cnn, "steps.csv") if row["step"] not in lost]
+    assert read_log(here / "stopped", "steps.csv") == expected
+    assert read_log(here / "stopped") == read_log(finished_cnn)
 
 
 def test_finished_run_stays_as_it_is(crsam_train, here, finished, read_log, read_state):
@@ -167,32 +239,27 @@ def test_finished_run_stays_as_it_is(crsam_train, here, finished, read_log, read
     assert read_state(here / "out" / "last.pt") == state
 
 
-def test_checkpoint_from_before_bad_files_were_counted(crsam_train, here, finished, read_log):
-    shutil.copytree(finished, here / "out")
-    state = torch.load(here / "out" / "last.pt", weights_only=True)
-    del state["config"]["skip_bad_val"]
-    for row in state["history"]:
-        del row["bad_files"]
-    torch.save(state, here / "out" / "last.pt")
-    assert crsam_train("--model mlp --epochs 1 --output out --resume") == 0
-    assert [row["bad_files"] for row in read_log(here / "out")] == [""]
+def test_bad_files_are_counted_once_and_limited(forked_train, assert_same_run, here, read_log):
+    """Files that cannot be read, as batches of a fake loader tell of them."""
+    command = "--data digits --model mlp --epochs 2 --batch-size 256 --log-interval 2 --output"
+    bad = {"1": ["a.jpg"], "3": ["b.jpg", "a.jpg"], "8": ["c.jpg"], "9": ["a.jpg"]}
+    statuses, out, err = forked_train(f"{command} straight", bad=bad)
+    assert statuses == [0]
+    assert err.splitlines() == [
+        "crsam-train: 1 training images cannot be read, others took their place: a.jpg",
+        "crsam-train: 1 training images cannot be read, others took their place: b.jpg",
+        "crsam-train: 1 training images cannot be read, others took their place: c.jpg",
+    ]
+    assert [row["bad_files"] for row in read_log(here / "straight")] == ["2", "2"]
+    assert [row["bad_files"] for row in read_log(here / "straight", "steps.csv")] == ["1", "2", "2", "1", "2", "2"]
+    assert out.endswith("; 3 training images could not be read\n")
 
-
-def test_random_states_come_back():
-    import random
-
-    import numpy as np
-
-    device = torch.device("cpu")
-    state = checkpoint.random_state(device)
-
-    def draw():
-        return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
-
-    first = draw()
-    assert draw() != first
-    checkpoint.set_random_state(state, device)
-    assert draw() == first
+    statuses, _, err = forked_train(f"{command} stopped", bad=bad, step=8, signals=[signal.SIGTERM])
+    assert (statuses, err.count("\n")) == ([75], 4)
+    statuses, out, err = forked_train(f"{command} stopped --resume", bad=bad)
+    assert (statuses, err) == ([0], "")
+    assert out.endswith("; 3 training images could not be read\n")
+    assert_same_run("straight", "stopped")
 
 
 def test_failed_write_leaves_the_file_as_it_was(tmp_path):
