@@ -186,6 +186,8 @@ def test_divergence_keeps_the_last_sound_epoch(crsam_train, here, capsys, read_l
 def test_missing_package(refuse, monkeypatch, module, package):
     for name in ("loop", "progress"):
         monkeypatch.delitem(sys.modules, f"crsam_ext.training.{name}", raising=False)
+        # Or other tests would patch the module that is imported here, which nobody uses then.
+        monkeypatch.delattr(f"crsam_ext.training.{name}", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
 
     assert f"the package {package} is missing: pip install 'crsam_ext[train]'" in refuse("--data mnist1d")
