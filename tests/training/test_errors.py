@@ -68,7 +68,7 @@ def refuse(crsam_train, here, capsys):
         ("--warmup-epochs 1 --warmup-steps 10", "give --warmup-epochs or --warmup-steps, not both"),
         ("--cuda-graph", "--cuda-graph: the step cannot be captured: the parameters are on cpu"),
         ("--cuda-graph --compile", "give --cuda-graph or --compile, not both"),
-        ("--drop-path 0.1", "--drop-path is for models of timm, not for cnn"),
+        ("--drop-path 0.1", "--drop-path and --model-kwargs are for models of timm, not for cnn"),
         ("--evaluate missing.pt", "there is no checkpoint missing.pt"),
         ("--resume --overwrite", "not allowed with"),
     ],

@@ -90,7 +90,7 @@ def test_stochastic_depth():
     rates = [m.drop_prob for m in create_model("test_vit", (3, 64, 64), 10, drop_path=0.2).modules() if drops(m)]
     assert max(rates) == pytest.approx(0.2)
     assert not any(drops(module) for module in create_model("test_vit", (3, 64, 64), 10).modules())
-    with pytest.raises(TrainingError, match="--drop-path is for models of timm, not for mlp"):
+    with pytest.raises(TrainingError, match="--drop-path and --model-kwargs are for models of timm, not for mlp"):
         create_model("mlp", (3, 64, 64), 10, drop_path=0.2)
 
 
