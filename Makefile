@@ -1,14 +1,14 @@
-# Everything happens in one virtual environment, made and kept up to date by the targets themselves.
-#   PYTHON       the Python, 3.10 or later, that makes the environment
-#   VENV         the environment: `make test VENV=path` uses, and installs into, the one at path
-#   CONSTRAINTS  the versions to install, a pip constraints file
-# Except `make gpu`, where PYTHON has a torch of its own: a GPU machine's is the one to be tested.
+# All targets use one virtual environment, which they create and update.
+#   PYTHON       the Python (3.10 or later) that creates the environment
+#   VENV         the path of the environment: `make test VENV=path` uses it and installs into it
+#   CONSTRAINTS  a pip constraints file with the versions to install
+# Exception: if PYTHON has torch, `make gpu` uses PYTHON itself, because the torch of a GPU machine is the one to test.
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 
 BIN := $(VENV)/bin
-# Made when the installation is complete; older than one of the files that describe it, it is made again.
+# Created after a complete installation; the installation is repeated if one of its prerequisites is newer.
 INSTALLED := $(VENV)/.crsam_ext-installed
 HAS_TORCH := $(PYTHON) -c 'import torch, pytest, hypothesis, xdist' 2>/dev/null
 
@@ -20,13 +20,13 @@ help:  ## This list
 train: $(INSTALLED)  ## Train a network on the digits data with CR-SAM; results and the picture in runs/digits
 	$(BIN)/crsam-train --data digits --optimizer crsam --output runs/digits --overwrite
 
-test: $(INSTALLED)  ## Run all tests; a test that cannot run here is listed with its reason
+test: $(INSTALLED)  ## Run all tests; skipped tests are listed with their reasons
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-test-oldest:  ## Run all tests with the oldest versions that are supported, in an environment of its own
+test-oldest:  ## Run all tests with the oldest supported versions, in a separate environment
 	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt
 
-quick: $(INSTALLED)  ## Run the tests that show most mistakes, in a minute: backend torch, without the slow ones
+quick: $(INSTALLED)  ## Run the tests that find most mistakes, in a minute: backend torch, without the slow tests
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m 'not slow' -k 'not cuda_on_cpu' -q
 
 lint: $(INSTALLED)  ## Check style, format and types
@@ -35,13 +35,13 @@ lint: $(INSTALLED)  ## Check style, format and types
 	find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
-bench: $(INSTALLED)  ## Measure what a step costs; table, figures and numbers go to benchmarks/results
+bench: $(INSTALLED)  ## Measure the cost of a step; table, figures and numbers go to benchmarks/results
 	$(BIN)/python -m pytest -q benchmarks --benchmark-quiet
 
-experiments: $(INSTALLED)  ## Measure what CR-SAM does to accuracy and curvature: an hour on two cores; it can be stopped
+experiments: $(INSTALLED)  ## Measure the effect of CR-SAM on accuracy and curvature: an hour on two cores; can be interrupted
 	$(BIN)/python -m benchmarks.experiments
 
-gpu:  ## On a machine with a GPU: build the extension, run all tests that need one, measure the operators
+gpu:  ## On a machine with a GPU: build the extension, run all tests that need a GPU, measure the operators
 	@$(HAS_TORCH) || $(MAKE) $(INSTALLED)
 	python=$$($(HAS_TORCH) && echo $(PYTHON) || echo $(BIN)/python) && \
 	CRSAM_FORCE_CUDA=1 $$python -m pip install --quiet --no-build-isolation --no-deps --editable . && \
@@ -60,7 +60,7 @@ clean:  ## Remove build outputs and caches; .venv and runs/ stay
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS) | $(BIN)/python
-	@echo 'Installing into $(VENV): the first time, PyTorch and all, this takes some minutes.'
+	@echo 'Installing into $(VENV); the first installation includes PyTorch and takes some minutes.'
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 

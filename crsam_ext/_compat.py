@@ -1,6 +1,6 @@
-"""Interfaces that are private to others, in one place: what is relied on, and what happens without it.
+"""All uses of private interfaces of other packages: the assumptions, and the fallback if an interface is missing.
 
-They were tried with torch 2.11 and 2.14, CPython 3.11 and NumPy 2; ``tests/test_compat.py`` has a test for each.
+Tested with torch 2.11 and 2.14, CPython 3.11 and NumPy 2; ``tests/test_compat.py`` has a test for each.
 """
 
 from __future__ import annotations
@@ -38,51 +38,53 @@ __all__ = [
     "storage_is_shared",
 ]
 
-# What torch keeps on an optimizer for itself: hooks, and the names of profiler ranges.
+# Attributes of an optimizer that are private to torch: hooks, and the names of profiler ranges.
 _TORCHS_OWN = ("_optimizer_", "_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured")
 
 
 def storage_is_shared(storage: torch.UntypedStorage) -> bool:
-    """Whether tensors other than the caller's one refer to ``storage``: views, ``detach()``, a NumPy array.
+    """Return whether ``storage`` has other users than the caller's tensor: views, ``detach()``, a NumPy array.
 
-    False where torch does not tell.
+    Return False if torch does not provide the reference count.
     """
     count = getattr(torch._C, "_storage_Use_Count", None)
     return count is not None and count(storage._cdata) > 2  # the tensor, and ``storage`` itself
 
 
 def segment(flat: Tensor, start: int, numel: int) -> Tensor:
-    """A part of a 1-D tensor, with a storage of its own over that memory.
+    """Return a part of a 1-D tensor that has its own storage over the same memory.
 
-    safetensors and Accelerate take tensors of one storage for one tied tensor, of which they save one or refuse to save
-    any, and torch.save writes storages whole. That DLPack makes a storage of just the part is not documented.
+    safetensors and Accelerate treat tensors with a common storage as tied: they save only one or refuse to save any.
+    torch.save writes whole storages. It is undocumented that DLPack creates a storage for just this part.
     """
     return from_dlpack(flat[start : start + numel])
 
 
 def mark_stepped(optimizer: Optimizer) -> None:
-    """Tell a scheduler that the optimizer has made a step; otherwise it warns that it comes too early."""
+    """Mark the optimizer as stepped; otherwise an lr scheduler warns that it is called before the first step."""
     optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 def attributes_of(optimizer: Optimizer) -> dict[str, Any]:
-    """The attributes of an optimizer that belong into a copy: all but those that torch makes anew."""
+    """Return the attributes of an optimizer that belong in a copy: all except those that torch creates again."""
     return {name: value for name, value in vars(optimizer).items() if not name.startswith(_TORCHS_OWN)}
 
 
 def mark_of_python() -> Any:
-    """A value that changes whenever numbers are drawn from ``random``, ten times faster than its state; None without.
+    """Return a value that changes whenever numbers are drawn from ``random``; None if it is unavailable.
 
-    It is the memory of the generator, which CPython keeps behind the head of the object.
+    The value is the raw memory of the generator, which CPython stores after the object header. Reading it is ten times
+    faster than ``random.getstate()``.
     """
     generator = _python_generator()
     return None if generator is None else (_memory_of(generator), generator.gauss_next)
 
 
 def mark_of_numpy(numpy_random: Any) -> Any:
-    """Likewise for the global generator of ``numpy.random``, fifty times faster; None if it is no Mersenne Twister.
+    """Return a value that changes with the global generator of ``numpy.random``; None if it is no Mersenne Twister.
 
-    It does not tell whether the second of two normal variates was used, which the state keeps (``has_gauss``).
+    It does not include the cached second normal variate (``has_gauss`` of the state). Reading it is fifty times faster
+    than reading the state.
     """
     generator = numpy_random.get_bit_generator()
     if type(generator).__name__ != "MT19937":
@@ -97,7 +99,7 @@ def _memory_of(generator: random.Random) -> bytes:
 
 @cache
 def _python_generator() -> Any:
-    """The generator behind the functions of ``random``, if its memory shows what is drawn from it."""
+    """Return the generator behind the functions of ``random``; None if its memory does not reflect its state."""
     if sys.implementation.name != "cpython":
         return None
     probe = random.Random(0)
@@ -110,22 +112,22 @@ def _python_generator() -> Any:
 
 
 def compiled_from(model: Any) -> Any:
-    """The model that ``torch.compile`` was given; any other one as it is."""
+    """Return the model that was given to ``torch.compile``; any other model is returned unchanged."""
     return getattr(model, "_orig_mod", model)
 
 
 def hooks_of(ddp: Any) -> list[tuple[Any, Any]]:
-    """The communication hook of a DistributedDataParallel and its state, if it has one, which it does not tell."""
+    """Return the communication hooks of a DistributedDataParallel with their states; there is no public accessor."""
     return list(getattr(ddp, "_comm_hooks", ()))
 
 
 def is_joining(ddp: Any) -> bool:
-    """Whether a DistributedDataParallel is within ``join()``. False where torch does not tell."""
+    """Return whether a DistributedDataParallel is within ``join()``; False if torch does not expose this."""
     return bool(getattr(getattr(ddp, "_join_config", None), "enable", False))
 
 
 def is_part_of_zero() -> bool:
-    """Whether an optimizer is being made by a ZeroRedundancyOptimizer, for the parameters of one rank only."""
+    """Return whether a ZeroRedundancyOptimizer is creating the optimizer, for the parameters of one rank only."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
@@ -135,12 +137,15 @@ def is_part_of_zero() -> bool:
 
 
 def is_fsdp_flat(param: Tensor) -> bool:
-    """Whether a parameter is a flat one of FullyShardedDataParallel, or one that lies in such."""
+    """Return whether a parameter is a flat parameter of FullyShardedDataParallel, or a view of one."""
     return bool(getattr(param, "_fsdp_flattened", False))
 
 
 def local_tensors(dtensors: Iterable[Any]) -> list[Tensor]:
-    """What is here of DTensors, to look at only: ``to_local()`` makes a new tensor of each parameter, in 2 us."""
+    """Return the local shards of DTensors, for reading only.
+
+    This avoids ``to_local()``, which takes 2 us to create a new tensor per parameter.
+    """
     dtensors = list(dtensors)
     try:
         return list(map(_local_tensor_of, dtensors))
@@ -152,45 +157,45 @@ _local_tensor_of = attrgetter("_local_tensor")
 
 
 def _groups_of_fully_shard() -> Iterator[Any]:
-    """The groups of parameters that fully_shard gathers together, of all models; none where torch does not tell."""
+    """Yield the parameter groups of fully_shard in all models; none if torch does not expose them."""
     states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
     for reference in list(states.values()):
         state = reference()
-        groups = getattr(state, "_fsdp_param_groups", None)  # in earlier versions one, or none
+        groups = getattr(state, "_fsdp_param_groups", None)  # earlier versions have at most one group
         groups = [getattr(state, "_fsdp_param_group", None)] if groups is None else groups
         yield from (group for group in groups if group is not None)
 
 
 def fully_sharded(params: Iterable[Tensor]) -> list[Any]:
-    """Those groups of fully_shard that have one of the parameters; ``is_unsharded`` tells whether one is gathered."""
+    """Return the groups of fully_shard that contain any of the parameters; ``is_unsharded`` is True while gathered."""
     wanted = set(map(id, params))
     groups = _groups_of_fully_shard()
     return [group for group in groups if any(id(member.sharded_param) in wanted for member in group.fsdp_params)]
 
 
 def gathered_by_fully_shard() -> set[int]:
-    """The identities of the plain parameters that stand for shards in a model while fully_shard has gathered them."""
+    """Return the ids of the plain parameters that replace the DTensors in a model while fully_shard gathers them."""
     members = (member for group in _groups_of_fully_shard() for member in group.fsdp_params)
     gathered = [getattr(member, "_unsharded_param", None) for member in members]
     return {id(param) for param in gathered if param is not None}
 
 
 def makes_gradients_anew(group: Any) -> bool:
-    """Whether the gradients of a group of fully_shard have memory of their own in every backward."""
+    """Return whether every backward allocates new memory for the gradients of a group of fully_shard."""
     return type(getattr(group, "_reduce_scatter_comm", None)).__name__ == "DefaultReduceScatter"
 
 
 @contextmanager
 def relaxed_capture() -> Iterator[None]:
-    """Permit CUDA calls that allocate while any thread captures a graph, as torch's allocator of device memory does.
+    """Permit CUDA calls that allocate memory while any thread captures a graph, as torch's device allocator does.
 
-    torch has a guard for it in C++ only, so this asks the driver itself: on Linux with CUDA. Elsewhere it permits
-    nothing, and a thread that pins memory while another one captures a graph makes that capture fail.
+    torch has this guard in C++ only, so this function calls the driver, on Linux with CUDA. On other platforms it is a
+    no-op: if one thread pins memory while another one captures a graph, the capture fails.
     """
     exchange = _exchange_capture_mode()
     mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
     if exchange is not None:
-        exchange(ctypes.byref(mode))  # leaves the former mode in its place
+        exchange(ctypes.byref(mode))  # stores the previous mode in its argument
     try:
         yield
     finally:
@@ -200,7 +205,7 @@ def relaxed_capture() -> Iterator[None]:
 
 @cache
 def _exchange_capture_mode() -> Any:
-    """The driver's function, if there is such a driver."""
+    """Return the function of the CUDA driver; None if there is no driver."""
     try:
         return ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
     except (OSError, AttributeError):

@@ -1,46 +1,47 @@
-r"""Measuring curvature: of any model and loss, over all batches of a loader, on any device.
+r"""Measures the curvature of any model and loss over all batches of a loader, on any device.
 
-With L(w) the mean loss over the loader, g its gradient and H its Hessian in all parameters that require a gradient:
+L(w) is the mean loss over the loader, g its gradient and H its Hessian with respect to all parameters that require a
+gradient.
 
 ==========================  =======================================================================================
 :func:`hessian_trace`       Tr H
 :func:`normalized_trace`    Tr H / ‖g‖, the C(w) of CR-SAM (Wu, Luo, Wunsch, AAAI 2024)
 :func:`top_eigenvalues`     the largest eigenvalues of H
 :func:`gradient_norm`       ‖g‖
-:func:`directional_curvature`  vᵀHv along v = g/‖g‖: the curvature that the optimizer works with
-:func:`ascent_gap`          what one ascent step finds of the loss increase that many steps find
+:func:`directional_curvature`  vᵀHv along v = g/‖g‖, the curvature that the optimizer uses
+:func:`ascent_gap`          the loss increase of one ascent step, relative to that of many ascent steps
 ==========================  =======================================================================================
 
-All of them take ``(model, loss_fn, loader)`` and these options:
+All functions take ``(model, loss_fn, loader)`` and these options:
 
 ``model, loss_fn``
-    The loss of a batch is ``loss_fn(model(input), target)``, a scalar and a mean over samples. An input that is a tuple
-    or a list is given as positional arguments, a dictionary as keywords. Batches are weighted by their samples, except
-    for :class:`torch.nn.CrossEntropyLoss` and :class:`torch.nn.NLLLoss` with class indices as targets: these divide by
-    the number of targets that are not ignored, or the sum of their class weights, and so batches are weighted. Any
-    other loss that averages otherwise needs batches alike.
+    The loss of a batch is ``loss_fn(model(input), target)``, a scalar and a mean over samples. A tuple or list as input
+    is passed as positional arguments, a dictionary as keyword arguments. Batches are weighted by their number of
+    samples. :class:`torch.nn.CrossEntropyLoss` and :class:`torch.nn.NLLLoss` with class indices as targets divide by
+    the number of targets that are not ignored, or by the sum of their class weights, so batches are weighted by this
+    divisor. Any other loss with another kind of mean needs batches of equal size.
 ``loader``
-    Batches ``(input, target)``, on any device: a DataLoader, a list, anything that can be gone through more than once
-    and gives the same batches each time. A batch has as many samples as the first dimension of its target is long, or,
-    where the target holds no tensor, of its input.
+    Batches ``(input, target)``, on any device: a DataLoader, a list, or any other iterable that can be iterated more
+    than once and yields the same batches each time. The number of samples of a batch is the length of the first
+    dimension of its target or, if the target contains no tensor, of its input.
 ``training``
-    The model is measured in evaluation mode: no dropout, and running statistics in batch norm. ``training=True``
-    measures it as it trains: batch norm couples the samples of a batch, and each batch has one fixed draw of dropout
-    masks.
+    By default the model is measured in evaluation mode: no dropout, and batch norm with running statistics. With
+    ``training=True`` it is measured in training mode: batch norm couples the samples of a batch, and each batch uses
+    one fixed draw of dropout masks.
 ``progress``
     Show a progress bar; needs rich.
 
-An autocast context around the call acts in it, and whatever ``torch.compile`` was applied to runs uncompiled.
-Afterwards the model is as it was, to the bit: parameters, ``.grad``, buffers, the mode of every module, and the random
+An autocast context around the call applies to it. Functions compiled with ``torch.compile`` run in eager mode.
+Afterwards the model is unchanged to the bit: parameters, ``.grad``, buffers, the mode of every module, and the random
 number generators (those of :class:`crsam_ext.noise.RandomState`).
 
-Hessian-vector products differentiate the gradient once more, with one graph for all vectors of a batch; device memory
-is that of one product. Attention runs through PyTorch's plain kernels and recurrent layers without cuDNN meanwhile,
-because the fused ones have no second derivative.
+Hessian-vector products differentiate the gradient again, with one graph for all vectors of a batch, so they need the
+device memory of one product. Fused kernels have no second derivative, so attention uses PyTorch's math kernels and
+recurrent layers do not use cuDNN during a measurement.
 
-Activation checkpoints with ``use_reentrant=True`` are refused: ``torch.autograd.grad`` passes them by. So are, where
-second derivatives are needed, functions whose backward is marked ``once_differentiable``. A function that hides from
-autograd what its backward depends on, without that mark, cannot be told from one whose backward is constant.
+Activation checkpoints with ``use_reentrant=True`` are rejected, because ``torch.autograd.grad`` ignores them. If second
+derivatives are needed, functions whose backward is marked ``once_differentiable`` are rejected too. A function without
+this mark that hides the inputs of its backward from autograd cannot be detected: it looks like a constant backward.
 """
 
 from __future__ import annotations
@@ -76,12 +77,12 @@ Vector = list[Tensor] | tuple[Tensor, ...]  # one tensor per parameter, of its s
 
 @dataclass(frozen=True)
 class Measurement:
-    """A number, and how sure it is."""
+    """An estimate with its standard error."""
 
     value: float
-    standard_error: float  #: over probes, for these samples; 0 where nothing was drawn, NaN for a single probe
-    probes: int  #: random vectors drawn; 0 where none was
-    samples: int  #: in the loader
+    standard_error: float  #: over the probes, for these samples; 0 without probes, NaN for a single probe
+    probes: int  #: number of random vectors; 0 if the value is not an estimate
+    samples: int  #: number of samples in the loader
 
     def __float__(self) -> float:
         return self.value
@@ -95,7 +96,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class NormalizedTrace(Measurement):
-    """Tr H / ‖g‖, and what it was made of."""
+    """Tr H / ‖g‖, with its numerator and denominator."""
 
     trace: Measurement
     gradient_norm: Measurement
@@ -107,17 +108,17 @@ class Eigenvalues:
 
     values: tuple[float, ...]
     residuals: tuple[float, ...]
-    products: int  #: Hessian-vector products taken
+    products: int  #: number of Hessian-vector products
     samples: int
 
 
 @dataclass(frozen=True)
 class AscentGap:
-    """How far the loss rises within the ball of radius rho; ``ratio`` is 1 where one step finds all of it."""
+    """The loss increase within the ball of radius rho; ``ratio`` is 1 if a single step reaches the largest one."""
 
-    ratio: float  #: one_step / many_steps; NaN if the loss does not rise
+    ratio: float  #: one_step / many_steps; NaN if the loss does not increase
     one_step: float  #: L(w + rho g/‖g‖) − L(w)
-    many_steps: float  #: the largest L − L(w) that was seen in the ball
+    many_steps: float  #: the largest L − L(w) that was found in the ball
     loss: float  #: L(w)
     rho: float
     steps: int
@@ -137,23 +138,23 @@ def hessian_trace(
     training: bool = False,
     progress: bool = False,
 ) -> Measurement:
-    r"""The trace of the Hessian, by Hutchinson's estimator: the mean of :math:`v^T H v` over random v.
+    r"""Estimate the trace of the Hessian with Hutchinson's estimator: the mean of :math:`v^T H v` over random v.
 
-    The same v serve all batches, so that the result is an estimate for the one Hessian of the loader's mean loss. Its
-    variance for a probe is :math:`2 \sum_{i \ne j} H_{ij}^2` (Rademacher) or :math:`2 \|H\|_F^2` (Gaussian; Hutchinson
-    1989, Avron and Toledo 2011).
+    All batches use the same v, so the result is an estimate for the Hessian of the loader's mean loss. Its variance
+    per probe is :math:`2 \sum_{i \ne j} H_{ij}^2` (Rademacher) or :math:`2 \|H\|_F^2` (Gaussian; Hutchinson 1989, Avron
+    and Toledo 2011).
 
     Args:
         model, loss_fn, loader, training, progress: see :mod:`crsam_ext.curvature`.
         probes: number of random vectors, the same in every batch.
         distribution: "rademacher" (±1) or "gaussian".
         estimator: "hessian" for Hessian-vector products; "gradient" or "loss" for central differences of gradients or
-            losses at :math:`w \pm \rho v/\|v\|`, with an error in rho² besides the statistical one; "exact" for one
-            product with each unit vector, as many as there are parameters, and no probes.
-        rho: length of the perturbation of the two finite differences.
+            losses at :math:`w \pm \rho v/\|v\|`, which add an error of order rho² to the statistical one; "exact" for
+            one product with each unit vector (one per parameter element), without probes.
+        rho: length of the perturbation in the finite differences.
         seed: of the probes.
     Raises:
-        ValueError, TypeError: for arguments that make no sense, saying which.
+        ValueError, TypeError: if an argument is invalid; the message names it.
     """
     _check_choice("estimator", estimator, ("hessian", "gradient", "loss", "exact"))
     with _Objective(model, loss_fn, loader, training, progress, "Hessian trace") as objective:
@@ -173,10 +174,10 @@ def normalized_trace(
     training: bool = False,
     progress: bool = False,
 ) -> NormalizedTrace:
-    r"""CR-SAM's measure of curvature, :math:`C(w) = \mathrm{Tr}\,\nabla^2 L(w) / \|\nabla L(w)\|_2`.
+    r"""Estimate CR-SAM's measure of curvature, :math:`C(w) = \mathrm{Tr}\,\nabla^2 L(w) / \|\nabla L(w)\|_2`.
 
-    Arguments and errors as for :func:`hessian_trace`; both factors come from one run through the loader. NaN or
-    infinite where the gradient is zero.
+    The arguments and errors are those of :func:`hessian_trace`. Numerator and denominator are computed in one iteration
+    over the loader. The result is NaN or infinite if the gradient is zero.
     """
     _check_choice("estimator", estimator, ("hessian", "gradient", "loss", "exact"))
     with _Objective(model, loss_fn, loader, training, progress, "normalized trace") as objective:
@@ -194,7 +195,7 @@ def gradient_norm(
     training: bool = False,
     progress: bool = False,
 ) -> Measurement:
-    """The norm of the gradient of the loader's mean loss. Arguments: see :mod:`crsam_ext.curvature`."""
+    """Return the norm of the gradient of the loader's mean loss. Arguments: see :mod:`crsam_ext.curvature`."""
     with _Objective(model, loss_fn, loader, training, progress, "gradient") as objective:
         _, gradient = objective.gradient()
         return Measurement(_norm(gradient), 0.0, 0, objective.samples)
@@ -211,18 +212,18 @@ def directional_curvature(
     training: bool = False,
     progress: bool = False,
 ) -> Measurement:
-    r"""The curvature :math:`v^T H v` along :math:`v = g/\|g\|`, or another direction.
+    r"""Return the curvature :math:`v^T H v` along :math:`v = g/\|g\|` or along a given direction.
 
-    With ``loader`` a single batch in training mode and ``estimator="gradient"``, this is what
-    ``optimizer.stats.directional_curvature`` reports.
+    For a loader with a single batch, ``training=True`` and ``estimator="gradient"``, the result equals
+    ``optimizer.stats.directional_curvature``.
 
     Args:
         model, loss_fn, loader, training, progress: see :mod:`crsam_ext.curvature`.
-        direction: one tensor for each parameter that requires a gradient, of its shape; its length does not matter.
+        direction: one tensor for each parameter that requires a gradient, with its shape; the norm does not matter.
         estimator: "hessian" for the exact value, "gradient" or "loss" for central differences at w ± rho v.
-        rho: length of the perturbation of the two finite differences.
+        rho: length of the perturbation in the finite differences.
     Raises:
-        ValueError, TypeError: for arguments that make no sense, and if the direction is zero.
+        ValueError, TypeError: if an argument is invalid, or if the direction is zero.
     """
     _check_choice("estimator", estimator, ("hessian", "gradient", "loss"))
     with _Objective(model, loss_fn, loader, training, progress, "curvature") as objective:
@@ -235,7 +236,7 @@ def directional_curvature(
             v = [d.detach().to(p) for d, p in zip(direction, objective.params, strict=True)]
         norm = _norm(v)
         if not 0 < norm < math.inf:
-            raise ValueError(f"the direction must have a finite length that is not zero, but has {norm}")
+            raise ValueError(f"the direction must have a finite, nonzero norm, but its norm is {norm}")
         v = [d / norm for d in v]
         (value,) = _quadratic_forms(objective, [lambda: v], estimator, rho)[0]
         return Measurement(value, 0.0, 0, objective.samples)
@@ -253,20 +254,20 @@ def top_eigenvalues(
     training: bool = False,
     progress: bool = False,
 ) -> Eigenvalues:
-    """The largest eigenvalues of the Hessian, by ARPACK's Lanczos iteration through SciPy.
+    """Compute the largest eigenvalues of the Hessian with ARPACK's Lanczos iteration through SciPy.
 
-    ARPACK keeps its basis, max(2 count + 1, 20) vectors, in the host's memory, in float64 for float64 parameters and
-    else in float32; the device holds one product.
+    ARPACK stores its basis, max(2 count + 1, 20) vectors, in host memory, in float64 if a parameter is float64 and
+    otherwise in float32. Device memory holds one product.
 
     Args:
         model, loss_fn, loader, training, progress: see :mod:`crsam_ext.curvature`.
-        count: how many; at most one less than there are parameters.
-        tolerance: relative accuracy to stop at.
-        max_iterations: restarts of the iteration before giving up; SciPy's default is ten per parameter.
-        seed: of the vector that the iteration starts from.
+        count: number of eigenvalues; less than the number of parameter elements.
+        tolerance: relative accuracy at which the iteration stops.
+        max_iterations: maximum number of restarts; SciPy's default is ten per parameter element.
+        seed: of the start vector.
     Raises:
-        ValueError, TypeError: for arguments that make no sense.
-        RuntimeError: without convergence, or if a product is not finite.
+        ValueError, TypeError: if an argument is invalid.
+        RuntimeError: if the iteration does not converge, or if a product is not finite.
     """
     numpy, linalg = _import("numpy"), _import("scipy.sparse.linalg")
     with _Objective(model, loss_fn, loader, training, progress, "eigenvalues") as objective:
@@ -285,7 +286,7 @@ def top_eigenvalues(
             vector = [piece.reshape(p.shape).to(p) for piece, p in zip(pieces, objective.params, strict=True)]
             result = torch.cat([h.reshape(-1).to("cpu", dtype) for h in objective.product(vector)])
             if not result.isfinite().all():
-                raise RuntimeError("a Hessian-vector product is not finite: look at the loss and its gradient")
+                raise RuntimeError("a Hessian-vector product is not finite: check the loss and its gradient")
             return result.numpy()
 
         numpy_dtype = numpy.float64 if double else numpy.float32
@@ -312,19 +313,19 @@ def ascent_gap(
     training: bool = False,
     progress: bool = False,
 ) -> AscentGap:
-    r"""How much of the loss increase within a ball SAM's single ascent step reaches.
+    r"""Measure which share of the loss increase within a ball SAM's single ascent step reaches.
 
-    SAM takes :math:`w + \rho\, g/\|g\|` for the worst point within rho of w. Here normalized gradient ascent looks for
-    a worse one: it starts there, takes steps of length rho, and after each goes back to the ball's surface, which
-    raises the loss at every step where it is convex. What is found is a lower bound of the maximum, so the ratio is an
-    upper bound.
+    SAM uses :math:`w + \rho\, g/\|g\|` as the worst point within rho of w. This function searches for a worse point by
+    normalized gradient ascent. It starts at SAM's point, takes steps of length rho, and projects each result onto the
+    surface of the ball. If the loss is convex, every step increases it. The search gives a lower bound of the maximum,
+    so the ratio is an upper bound.
 
     Args:
         model, loss_fn, loader, training, progress: see :mod:`crsam_ext.curvature`.
         rho: radius of the ball.
-        steps: ascent steps after the first.
+        steps: number of ascent steps after the first one.
     Raises:
-        ValueError, TypeError: for arguments that make no sense.
+        ValueError, TypeError: if an argument is invalid.
     """
     _check_positive("rho", rho)
     _check_count("steps", steps)
@@ -344,17 +345,17 @@ def ascent_gap(
         return AscentGap(one / many if many > 0 else math.nan, one, many, loss, rho, steps, objective.samples)
 
 
-# How ---------------------------------------------------------------------------------------------------------------
+# Implementation ----------------------------------------------------------------------------------------------------
 
 
 class _Batch:
-    """A batch of the objective: its loss, with the same random numbers at every call."""
+    """A batch of the objective; its loss uses the same random numbers in every call."""
 
     def __init__(self, objective: _Objective, batch: Any) -> None:
         try:
             inputs, target = batch
         except (TypeError, ValueError):
-            raise TypeError(f"the loader must give pairs (input, target), but gave a {type(batch).__name__}") from None
+            raise TypeError(f"loader must yield pairs (input, target), but yielded a {type(batch).__name__}") from None
         self._objective = objective
         self._input, self._target = (_to(x, objective.params[0].device) for x in (inputs, target))
         self._random = RandomState(objective.devices)
@@ -363,22 +364,22 @@ class _Batch:
         self.weight = _weight(objective.loss_fn, self._target, self.size)
 
     def loss(self) -> Tensor:
-        """The mean loss of the batch, 0-dim, with its graph where gradients are enabled."""
+        """Return the mean loss of the batch, 0-dim, with its graph if gradients are enabled."""
         self._random.restore()
         if self._objective.training:
             self._objective.reset_buffers()
-        torch.clear_autocast_cache()  # it may hold low-precision weights of another w, or of a graph that is gone
+        torch.clear_autocast_cache()  # it may contain low-precision weights of another w or of a freed graph
         model, x = self._objective.model, self._input
         args = x if isinstance(x, (tuple, list)) else () if isinstance(x, Mapping) else (x,)
         output = model(*args, **(x if isinstance(x, Mapping) else {}))
         loss = self._objective.loss_fn(output, self._target)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            what = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise ValueError(f"loss_fn must return a scalar tensor, the mean over the batch, but returned one {what}")
+            what = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss_fn must return a scalar tensor, the mean over the batch, but returned a {what}")
         return loss.reshape(())
 
     def gradient(self, twice: bool = False) -> tuple[Tensor, Vector]:
-        """The loss and its gradient, which can be differentiated once more if ``twice``."""
+        """Return the loss and its gradient; if ``twice``, the gradient can be differentiated again."""
         with torch.enable_grad():
             loss = self.loss()
             if not loss.requires_grad:
@@ -390,9 +391,9 @@ class _Batch:
         return loss.detach(), list(grads)
 
     def products(self, vectors: Iterable[Vector]) -> Iterator[tuple[Vector, Vector]]:
-        """Pairs (v, Hv) for each vector, from one graph."""
+        """Yield (v, Hv) for each vector, from one graph."""
         _, grads = self.gradient(twice=True)
-        pairs = [(i, g) for i, g in enumerate(grads) if g.requires_grad]  # of the others, H is zero
+        pairs = [(i, g) for i, g in enumerate(grads) if g.requires_grad]  # H is zero for the others
         for v in vectors:
             if not pairs:
                 yield v, [torch.zeros_like(p) for p in self._objective.params]
@@ -409,7 +410,7 @@ class _Batch:
 
 
 class _Objective:
-    """The mean loss over a loader as a function of the parameters; a context that leaves the model as it was."""
+    """The mean loss over a loader as a function of the parameters; on exit, the context restores the model."""
 
     def __init__(
         self,
@@ -430,7 +431,7 @@ class _Objective:
         if not isinstance(loader, Iterable):
             raise TypeError(f"loader must be an iterable of batches, but is a {type(loader).__name__}")
         if isinstance(loader, Iterator):
-            raise TypeError("loader can be gone through only once: give a list or a DataLoader")
+            raise TypeError("loader is an iterator, which can be used only once: pass a list or a DataLoader")
         self.model, self.loss_fn, self._loader = model, loss_fn, loader
         self.training, self._progress, self._label = training, progress, label
         self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
@@ -448,7 +449,7 @@ class _Objective:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            # Compiled functions have no second derivative, and in evaluation mode would have to be compiled anew.
+            # Compiled functions have no second derivative, and evaluation mode would trigger a recompilation.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             if any(isinstance(module, nn.RNNBase) for module in self._modes):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -469,18 +470,18 @@ class _Objective:
         self._buffers.put()
 
     def batches(self) -> Iterator[_Batch]:
-        """One run through the loader, the same every time."""
+        """Iterate over the loader, with the same random numbers every time."""
         self._random.restore()
         self.samples, self.weight, index = 0, 0.0, -1
         try:
             length = len(self._loader) if isinstance(self._loader, Sized) else None
-        except TypeError:  # of a DataLoader, where its data set has none
+        except TypeError:  # a DataLoader whose data set has no length
             length = None
         for index, content in enumerate(self._loader):
             batch = _Batch(self, content)
             self.samples += batch.size
             self.weight += batch.weight
-            if batch.weight:  # otherwise all its targets are ignored, and its loss is the mean of nothing
+            if batch.weight:  # otherwise all its targets are ignored, and its loss is an empty mean
                 yield batch
             if self._advance is not None:
                 self._advance(index + 1, length)
@@ -493,7 +494,7 @@ class _Objective:
         return math.fsum(batch.weight * batch.loss().item() for batch in self.batches()) / self.weight
 
     def gradient(self) -> tuple[float, Vector]:
-        """The mean loss and its gradient."""
+        """Return the mean loss and its gradient."""
         losses, total = [], [torch.zeros_like(p) for p in self.params]
         for batch in self.batches():
             loss, grads = batch.gradient()
@@ -502,7 +503,7 @@ class _Objective:
         return math.fsum(losses) / self.weight, torch._foreach_div(total, self.weight)
 
     def product(self, vector: Vector) -> Vector:
-        """The Hessian of the mean loss times a vector."""
+        """Return the product of the Hessian of the mean loss with a vector."""
         total = [torch.zeros_like(p) for p in self.params]
         for batch in self.batches():
             for _, product in batch.products([vector]):
@@ -511,7 +512,7 @@ class _Objective:
 
     @contextmanager
     def moved(self, e: Vector, factor: float = 1.0) -> Iterator[None]:
-        """Within this context the parameters are at w + factor e, and afterwards at w to the bit."""
+        """Move the parameters to w + factor e within this context, and restore w to the bit afterwards."""
         kept = [p.clone() for p in self.params]
         try:
             torch._foreach_add_(self.params, e, alpha=factor)
@@ -550,9 +551,10 @@ def _quadratic_forms(
     rho: float,
     with_gradient: bool = False,
 ) -> tuple[list[float], Vector]:
-    """vᵀHv of the mean loss for each vector, and the gradient if asked for, in one run through the loader.
+    """Return vᵀHv of the mean loss for each vector, and optionally the gradient, in one iteration over the loader.
 
-    Vectors come as functions: they are made anew for each batch, so that there is only one at a time.
+    Vectors are passed as functions that create them. They are created again for each batch, so that only one vector is
+    in memory at a time.
     """
     _check_positive("rho", rho)
     home = objective.params[0].device
@@ -574,7 +576,10 @@ def _quadratic_forms(
 def _differences(
     objective: _Objective, batch: _Batch, vectors: Iterable[Vector], estimator: str, rho: float
 ) -> Iterator[Tensor]:
-    r"""vᵀHv of a batch: :math:`v \cdot (g_+ - g_-)/2r` or :math:`(L_+ + L_- - 2L)/r^2`, with :math:`r = \rho/\|v\|`."""
+    r"""Yield vᵀHv of a batch from finite differences.
+
+    That is :math:`v \cdot (g_+ - g_-)/2r` or :math:`(L_+ + L_- - 2L)/r^2`, with :math:`r = \rho/\|v\|`.
+    """
     loss = batch.loss().to(_wide(objective.params[0].device)) if estimator == "loss" else None
     for v in vectors:
         r = rho / _norm(v)
@@ -593,7 +598,7 @@ def _differences(
 
 
 def _draw(objective: _Objective, distribution: str, seed: int, index: int) -> Vector:
-    """Probe number ``index`` of a seed; seeds are a large prime apart, so that neighbours share no probe."""
+    """Draw probe number ``index`` of a seed; the factor is a large prime, so that nearby seeds share no probes."""
     number = (seed + 1_000_003 * index) % 2**63
     generators = {device: torch.Generator(device).manual_seed(number) for device in objective.devices}
     drawn = []
@@ -618,7 +623,7 @@ def _wide(device: torch.device) -> torch.dtype:
 
 
 def _dot(x: Vector, y: Vector) -> Tensor:
-    """Inner product, 0-dim on the first device, summed in float64."""
+    """Return the inner product, summed in float64, as a 0-dim tensor on the first device."""
     home = x[0].device
     terms = [torch.sum(a * b, dtype=_wide(a.device)).to(home) for a, b in zip(x, y, strict=True)]
     return torch.stack(terms).sum()
@@ -629,13 +634,13 @@ def _norm(x: Vector) -> float:
 
 
 def _scaled(x: Vector, length: float) -> Vector:
-    """The vector with another length; zero stays zero."""
+    """Return the vector scaled to a length; zero stays zero."""
     norm = _norm(x)
     return torch._foreach_mul(x, length / norm if norm else 0.0)
 
 
 def _divide(x: float, y: float) -> float:
-    return x / y if y else x * math.inf  # NaN where both are zero
+    return x / y if y else x * math.inf  # NaN if both are zero
 
 
 def _to(x: Any, device: torch.device) -> Any:
@@ -647,7 +652,7 @@ def _to(x: Any, device: torch.device) -> Any:
 
 
 def _length(x: Any) -> int | None:
-    """Of the first dimension of the first tensor in x."""
+    """Return the length of the first dimension of the first tensor in x; None if there is no tensor."""
     if isinstance(x, Tensor):
         return len(x) if x.ndim else 1
     values = x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else ()
@@ -655,7 +660,7 @@ def _length(x: Any) -> int | None:
 
 
 def _weight(loss_fn: Any, target: Any, size: int) -> float:
-    """What the loss of a batch was divided by: its samples or, by the losses that say so, its targets that count."""
+    """Return the divisor of a batch's mean loss: the number of samples, or the weighted number of counted targets."""
     indices = isinstance(target, Tensor) and not target.is_floating_point()
     if not indices or not isinstance(loss_fn, (nn.CrossEntropyLoss, nn.NLLLoss)):
         return size
@@ -666,7 +671,7 @@ def _weight(loss_fn: Any, target: Any, size: int) -> float:
 
 
 def _check_graph(loss: Tensor, twice: bool) -> None:
-    """Raise ValueError if differentiation would leave out a part of the graph without a word."""
+    """Raise ValueError if differentiation would silently ignore a part of the graph."""
     seen: set[Any] = set()
     stack = [loss.grad_fn]
     while stack:
@@ -675,20 +680,20 @@ def _check_graph(loss: Tensor, twice: bool) -> None:
             continue
         seen.add(node)
         stack.extend(following for following, _ in node.next_functions)
-        function = getattr(node, "_forward_cls", None)  # of those that are written in Python
+        function = getattr(node, "_forward_cls", None)  # only nodes of functions written in Python have it
         if function is None:
             continue
         if "Checkpoint" in function.__name__:
             raise ValueError(
                 "the model has activation checkpoints with use_reentrant=True, whose parameters torch.autograd.grad "
-                "passes by: use checkpoint(..., use_reentrant=False)"
+                "ignores: use checkpoint(..., use_reentrant=False)"
             )
-        # The mark is a wrapper that torch.autograd.function defines.
+        # once_differentiable wraps backward in a function that torch.autograd.function defines.
         backward = getattr(function.backward, "__code__", None)
         if twice and backward is not None and backward.co_filename == torch.autograd.function.__file__:
             raise ValueError(
-                f"the backward of {function.__name__} is marked once_differentiable, and the Hessian would be that of "
-                'a part: use hessian_trace(..., estimator="gradient"), which takes first derivatives only'
+                f"the backward of {function.__name__} is marked once_differentiable, so the Hessian would lack its "
+                'part: use hessian_trace(..., estimator="gradient"), which needs first derivatives only'
             )
 
 
@@ -699,12 +704,12 @@ def _import(name: str) -> Any:
         return import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise ImportError(f"this needs {package}: pip install 'crsam_ext[curvature]'") from error
+        raise ImportError(f"this function needs {package}: pip install 'crsam_ext[curvature]'") from error
 
 
 @contextmanager
 def _bar(label: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A progress bar over the batches of a run through the loader; runs are counted."""
+    """Show a progress bar over the batches of an iteration over the loader, and count the iterations."""
     module = _import("rich.progress")
     columns = (
         module.TextColumn("{task.description}"),

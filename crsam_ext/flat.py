@@ -1,20 +1,20 @@
-"""Flat buffers: parameters and optimizer state as views of a few long tensors, gradients where autograd left them.
+"""Flat buffers: parameters and optimizer state are views of a few long tensors, gradients stay where autograd put them.
 
-A :class:`Bucket` holds all parameters of one device and dtype in one 1-D tensor, each in a 16-byte aligned segment and
-with its shape and dense strides (channels_last included); w and every buffer of the optimizer state lie in further flat
-tensors with the same offsets. Gradients are not flattened: autograd hands over a fresh tensor per parameter and pass at
-no cost, whereas accumulating into a flat buffer costs a fill and a read-modify-write.
+A :class:`Bucket` holds all parameters of one device and dtype in one 1-D tensor. Each parameter has a 16-byte aligned
+segment and keeps its shape and dense strides (channels_last included). w and every buffer of the optimizer state are
+further flat tensors with the same offsets. Gradients are not flattened: autograd provides a new tensor per parameter
+and pass for free, whereas accumulating into a flat buffer costs a fill and a read-modify-write.
 
-A parameter whose memory others may hold is not moved into the flat tensor; it stays *in place*. Operators then work on
-its own memory as a row, if it is a row: without gaps, and too large to share a row with neighbours. Otherwise they work
-on its segment of the flat tensor, which *mirrors* the parameter: it is copied from there before, and back afterwards.
-So the rows, and with them the rounding of sums over rows, do not depend on where parameters lie. State that was handed
-in as part of other memory is mirrored likewise. Of a DTensor the shard that is here stays in place in this way, and all
-that is said of a parameter's shape and memory is said of its shard.
+A parameter whose memory may be shared is not moved into the flat tensor; it stays *in place*. If its memory has no gaps
+and it is too large to share a row, operators use this memory directly as a row. Otherwise they use its segment of the
+flat tensor, which *mirrors* the parameter: the parameter is copied into the segment before the operators run, and back
+afterwards. So the rows, and the rounding of sums over rows, do not depend on where parameters are stored. State tensors
+that are part of a larger storage are mirrored in the same way. The local shard of a DTensor always stays in place. For
+a DTensor, "the shape and the memory of the parameter" means those of its local shard.
 
-Operators work on *rows*, contiguous runs of these tensors. A large parameter is a row; small ones that lie next to each
-other share one, into which their gradients are gathered. Which parameters take part can change from step to step
-(frozen layers, untaken branches), so a :class:`Plan` is made for each set of participants and kept.
+Operators work on *rows*, contiguous runs of these tensors. A large parameter is one row. Small neighbors share a row,
+and their gradients are gathered into it. The set of participating parameters can change from step to step (frozen
+layers, branches that are not taken), so a :class:`Plan` is built for each set and cached.
 """
 
 from __future__ import annotations
@@ -50,90 +50,92 @@ if TYPE_CHECKING:
 __all__ = ["ALIGNMENT", "FlatParameters", "Gradients", "StateLayout", "check_parameter"]
 
 ALIGNMENT = 16  #: bytes: the widest load of a GPU
-_MAX_CONSTANTS = 64  # tuples of numbers that are kept on the device
-_MAX_PLANS = 64  # sets of participants that are remembered: layers dropped at random make ever new ones
+_MAX_CONSTANTS = 64  # tuples of numbers that are cached on the device
+_MAX_PLANS = 64  # plans that are cached: with randomly dropped layers, new sets of participants keep appearing
 
-Gradients = Sequence[Tensor | None]  # one for each slot of a bucket, shaped and laid out as the parameter
+Gradients = Sequence[Tensor | None]  # one per slot of a bucket, with the shape and strides of the parameter
 
 
 class StateLayout:
-    """Which state of a base optimizer is flat."""
+    """Which state of a base optimizer is stored in flat buffers."""
 
-    #: Whether the state holds the counter of a parameter's steps, as "step".
+    #: Whether the state of a parameter contains its step counter, as "step".
     counts_steps: ClassVar[bool] = False
-    #: Whether it matters to later steps that the state is there: it shows that there has been one.
+    #: Whether the mere presence of state affects later steps, because it indicates an earlier step.
     shows_steps: bool = False
-    #: For each group the names of the model-size buffers of its parameters; None where nothing is flat.
+    #: For each group the names of the model-size buffers of its parameters; None if no state is flat.
     buffers: Sequence[tuple[str, ...]] | None
 
     def steps_taken(self, state: Mapping[str, Any]) -> float:
-        """How many steps a parameter has taken whose state is this, where the state holds no counter."""
+        """Return how many steps the parameter with this state has taken; called if the state has no counter."""
         return 0.0
 
 
 @dataclass(eq=False)
 class Slot:
-    """Where one parameter lies in its bucket; of a DTensor, where its shard lies."""
+    """The location of one parameter in its bucket; for a DTensor, the location of its local shard."""
 
     param: Tensor
-    local: Tensor  # the parameter, or its shard
+    local: Tensor  # the parameter, or its local shard
     group: int
     index: int
     offset: int
-    live_offset: int  # of its segment of ``live``, which has none for rows that are in place
-    own_offset: int  # in the buffers of the state, where ranks share that
+    live_offset: int  # of its segment of ``live``; a row that is in place has no such segment
+    own_offset: int  # in the buffers of the state, if ranks share the state
     shape: torch.Size
     stride: tuple[int, ...]
     numel: int
     dtype: torch.dtype
     nbytes: int
-    joins: bool  # whether it can share a row with neighbours
+    joins: bool  # whether it can share a row with neighbors
     home: Tensor | None = None  # the memory of a parameter that stays in place
     place: tuple[Any, ...] = ()
-    views: dict[str, Tensor] = field(default_factory=dict)  # what belongs into the optimizer's state
-    published: bool = False  # whether the state holds the views
+    views: dict[str, Tensor] = field(default_factory=dict)  # the tensors for the optimizer's state, by name
+    published: bool = False  # whether the optimizer's state contains the views
 
     @property
     def is_row(self) -> bool:
-        """Whether the memory of a parameter in place is its row."""
+        """Whether the parameter stays in place and its own memory is the row."""
         return self.home is not None and not self.joins and self.matches_layout(self.home)
 
     def live(self, flat: Tensor) -> Tensor:
-        """What operators write as the parameter, in its shape."""
+        """Return the tensor that operators write as the parameter, in the shape of the parameter."""
         return self.home if self.is_row else self._segment(flat, self.live_offset)  # type: ignore[return-value]
 
     def locate(self) -> None:
-        """Take note of where the parameter is."""
+        """Record the current memory of the parameter."""
         self.local = local(self.param)
         self.place = _place(self.local)
         if self.home is not None:
             self.home = self.local.data
 
     def view(self, flat: Tensor) -> Tensor:
-        """The parameter's segment of a tensor of the offsets of ``saved``, with its shape and strides."""
+        """Return the parameter's segment of a tensor with the offsets of ``saved``, in its shape and strides."""
         return self._segment(flat, self.offset)
 
     def _segment(self, flat: Tensor, offset: int) -> Tensor:
         return segment(flat, offset, self.numel).as_strided(self.shape, self.stride)
 
     def as_gradient(self, g: Tensor) -> Tensor:
-        """A gradient in the dtype that ``p.grad`` takes, the parameter's own or that of its ``grad_dtype``; and as a
-        DTensor where the parameter is one."""
+        """Convert a gradient for ``p.grad``.
+
+        The dtype becomes the parameter's ``grad_dtype`` if it has one. For a DTensor, the result is a DTensor.
+        """
         dtype = getattr(self.param, "grad_dtype", None)
         return as_shard_of(self.param, g if dtype is None else g.to(dtype))
 
     def part(self, flat: Tensor) -> Tensor:
-        """The parameter's segment as the state holds it: a DTensor where the parameter is one."""
+        """Return the parameter's segment for the optimizer's state: a DTensor if the parameter is one."""
         return as_shard_of(self.param, self.view(flat))
 
     def lay_out(self, values: Tensor) -> Tensor:
-        """``values`` in the memory order of the parameter, a copy where it is another."""
+        """Return ``values`` in the memory order of the parameter, as a copy if the order differs."""
         if self.matches_layout(values):
             return values
         return torch.empty_strided(self.shape, self.stride, dtype=values.dtype, device=values.device).copy_(values)
 
     def matches_layout(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` has the elements of the parameter in the same memory order, without gaps."""
+        """Return whether ``tensor`` has the same memory order as the parameter, without gaps."""
         if tensor.stride() == self.stride:
             return True
         pairs = zip(self.shape, tensor.stride(), self.stride, strict=True)
@@ -156,11 +158,11 @@ class Row:
         return self.slots[-1].offset + self.slots[-1].numel
 
     def of(self, flat: Tensor) -> Tensor:
-        """The row of a tensor of the offsets of ``saved``."""
+        """Return the row of a tensor with the offsets of ``saved``."""
         return flat[self.start : self.stop]
 
     def live(self, flat: Tensor) -> Tensor:
-        """The row of ``live``, or of the memory of a parameter in place."""
+        """Return the row of ``live``, or the memory of a parameter that stays in place."""
         first = self.slots[0]
         if first.is_row:
             assert first.home is not None
@@ -168,7 +170,7 @@ class Row:
         return flat[first.live_offset : first.live_offset + self.stop - self.start]
 
     def gather(self, grads: Gradients, index: int) -> Tensor:
-        """The gradient of pass ``index`` over the row; a pass that gave a parameter none counts as zero there."""
+        """Return the gradient of pass ``index`` over the row; a missing gradient counts as zero."""
         members = [grads[slot.index] for slot in self.slots]
         if len(members) == 1 and members[0] is not None:
             return flattened(members[0])
@@ -187,8 +189,10 @@ class Row:
 
 
 class Plan:
-    """The rows of a bucket for one set of participating parameters: of these ``slots``, the ones without elements,
-    empty shards, are part of no row."""
+    """The rows of a bucket for one set of participating parameters, ``slots``.
+
+    Slots without elements (empty shards) belong to no row.
+    """
 
     live: Sequence[Tensor]
     _own: OwnPlan | None
@@ -206,15 +210,15 @@ class Plan:
             if bucket.shards is None or name in bucket.kept
         }
         self.published = False
-        # Whether small rows share a 1-D row, into which their gradients are gathered.
+        # Whether small parameters share a 1-D row, into which their gradients are gathered.
         self._gathers = bucket.gather_below > 0
-        self._all_slots = len(rows) == len(bucket.slots)  # and so in their order
+        self._all_slots = len(rows) == len(bucket.slots)  # one row per slot, so they have the same order
         if bucket.steps is not None:
             mask = torch.zeros(len(bucket.slots), dtype=torch.float32, device="cpu")
             mask[[slot.index for slot in slots]] = 1
             self.mask = mask.to(bucket.steps.device)
-            # One tensor object for all rows with the same history, so that operators can tell by identity. Kernels
-            # have no use for that, and read each row's own counter.
+            # Rows with the same history share one tensor object, so that operators can compare counters by identity.
+            # Kernels do not need this and read the counter of each row.
             key = bucket.history if self._gathers else range(len(bucket.slots))
             numbers = {row: key[row.slots[0].index] for row in rows}
             counters = {number: bucket.steps[row.slots[0].index] for row, number in numbers.items()}
@@ -223,13 +227,13 @@ class Plan:
 
     @property
     def own(self) -> OwnPlan | None:
-        """What of the plan is updated here; None for all of it."""
+        """The part of the plan that this rank updates; None if it updates all of it."""
         if self._own is None and self._bucket.shards is not None:
             self._own = OwnPlan(self, self._bucket, self._bucket.shards)
         return self._own
 
     def locate(self) -> None:
-        """Take note of where the parameters are."""
+        """Record the current memory of the parameters."""
         self._own = None
         self.live = self._column(row.live(self._flat) for row in self.rows)
         self.params = self._column(slot.param for slot in self.slots)
@@ -238,17 +242,17 @@ class Plan:
         self._homes, self._mirrors = [home for home, _ in mirrored], [mirror for _, mirror in mirrored]
 
     def pull(self) -> None:
-        """Copy parameters that are mirrored into their mirrors."""
+        """Copy mirrored parameters into their mirrors."""
         if self._homes:
             torch._foreach_copy_(self._mirrors, self._homes)
 
     def push(self) -> None:
-        """Copy the mirrors into the parameters."""
+        """Copy the mirrors back into the parameters."""
         if self._homes:
             torch._foreach_copy_(self._homes, self._mirrors)
 
     def gather(self, grads: Gradients, index: int) -> Sequence[Tensor]:
-        """Rows of the gradients of pass ``index``."""
+        """Return the rows of the gradients of pass ``index``."""
         if self._all_slots and not self._gathers and isinstance(grads, self._column):
             return grads
         if not self._gathers:
@@ -258,7 +262,7 @@ class Plan:
         return self._column(row.gather(grads, index) for row in self.rows)
 
     def scatter(self, rows: Sequence[Tensor]) -> None:
-        """Make each parameter's part of ``rows`` its gradient."""
+        """Set the gradient of each parameter to its part of ``rows``."""
         for row, g in zip(self.rows, rows, strict=True):
             for slot in row.slots:
                 offset = g.storage_offset() + slot.offset - row.start
@@ -266,19 +270,19 @@ class Plan:
 
 
 class Bucket:
-    """All parameters of one device and dtype, and sharded over the same ranks. See the module's docstring.
+    """All parameters of one device and dtype that are sharded over the same ranks. See the module's docstring.
 
     Attributes:
         sharded_over: the process groups over which the parameters are sharded.
-        slots: in the order in which they lie in memory: by group, small parameters first.
-        points: [1 or 2, elements]: what the model reads and, where asked for, w - e beside it.
-        live: the first of these.
-        saved: w in the compute dtype, a master copy for float16 and bfloat16 where the update is computed here.
+        slots: the parameters in memory order: by group, small parameters first.
+        points: [1 or 2, elements]: the parameters that the model reads and, if there are two points, w - e beside them.
+        live: the first point.
+        saved: w in the compute dtype; a master copy for float16 and bfloat16 if the update is computed here.
         buffers: the optimizer's buffers by name, in the compute dtype.
-        kept: the names of those that are not the base optimizer's.
-        shards: which part of the base optimizer's buffers this rank keeps; None for all.
-        steps: float32, for each slot the steps it has taken; None where another optimizer makes the update.
-        history: for each slot a number, equal for slots that have taken part in the same steps and so count alike.
+        kept: the names of the buffers that do not belong to the base optimizer.
+        shards: which part of the base optimizer's buffers this rank stores; None for all of them.
+        steps: float32, the number of steps of each slot; None if another optimizer computes the update.
+        history: a number for each slot; slots that took part in the same steps, and so have equal counters, share it.
     """
 
     def __init__(
@@ -332,37 +336,37 @@ class Bucket:
         }
         self.steps = None if layout.buffers is None else flat(len(self.slots), torch.float32)
         self.history: list[float] = []
-        self._counted: list[float] = []  # see _counters(), after the last step
-        #: State that lies elsewhere, and its mirror.
+        self._counted: list[float] = []  # the result of _counters() after the last step
+        #: State that stays in the user's memory, with its mirror.
         self.theirs: list[tuple[Tensor, Tensor]] = []
         self.params = self.host.Column(slot.param for slot in self.slots)
-        #: Of DTensors what is here, as tensors of ours, whose ``grad`` is not used otherwise.
+        #: The local shards of DTensors, as tensors of this object; their ``grad`` has no other use.
         self.local_params: Any = None
-        #: Gradients of the first pass, and the DTensors that return to ``p.grad`` for them.
+        #: Gradients of the first pass, and the DTensors that go back to ``p.grad`` for them.
         self.given: tuple[Gradients, list[Tensor]] | None = None
         self.is_sharded = any(map(is_sharded, self.params))
         self.all_active = (True,) * len(self.slots)
-        #: Whether every ``p.grad`` takes a gradient as it is here.
+        #: Whether every ``p.grad`` accepts a gradient without conversion.
         self.takes_gradients = not self.is_sharded and all(
             getattr(p, "grad_dtype", None) in (None, self.dtype) for p in self.params
         )
         self._plans: dict[tuple[bool, ...], Plan] = {}
 
     def _names(self, slot: Slot, layout: StateLayout) -> tuple[str, ...]:
-        """The names of a parameter's flat buffers."""
+        """Return the names of a parameter's flat buffers."""
         return (*(() if layout.buffers is None else layout.buffers[slot.group]), *self.kept)
 
     @property
     def has_master(self) -> bool:
-        """Whether ``saved`` is wider than the parameters, and kept from step to step."""
+        """Whether ``saved`` is wider than the parameters and persists between steps."""
         return has_master(self.dtype)
 
     def beside(self, row: Row) -> Tensor:
-        """The row at w - e, beside the one that the model reads."""
+        """Return the row at w - e, the second point."""
         return self.points[1, row.slots[0].live_offset :][: row.stop - row.start]
 
     def stacked(self, slot: Slot) -> Tensor:
-        """All points of a parameter: [points, *its shape]."""
+        """Return all points of a parameter: [points, *shape]."""
         strides = (self.points.stride(0), *slot.stride)
         points = self.points.as_strided((len(self.points), *slot.shape), strides, slot.live_offset)
         if slot.is_row:
@@ -370,7 +374,7 @@ class Bucket:
         return points
 
     def adopt(self, state: Mapping[Tensor, dict[str, Any]], layout: StateLayout, moved: Mapping[Tensor, int]) -> None:
-        """Move parameters and state into the flat buffers, and point them there."""
+        """Move parameters and state into the flat buffers, and make them views of these buffers."""
         for slot in self.slots:
             saved = slot.view(self.saved)
             if slot.home is None:
@@ -398,7 +402,7 @@ class Bucket:
         self._counted = self._counters()
 
     def _view(self, slot: Slot, name: str) -> Tensor:
-        """The part of a flat buffer that the state of a parameter holds."""
+        """Return the part of a flat buffer that belongs to the state of a parameter."""
         if self.shards is None or name in self.kept:
             return slot.part(self.buffers[name])
         return self.shards.part(slot, self.buffers[name])
@@ -408,16 +412,16 @@ class Bucket:
             self.steps[slot.index] = layout.steps_taken(kept)
 
     def recount(self, state: Mapping[Tensor, dict[str, Any]], layout: StateLayout) -> None:
-        """Take note of how many steps each parameter has taken, where its state has stayed and stands for others."""
+        """Read the number of steps of each parameter again, after the values of its state were replaced in place."""
         for slot in self.slots:
             self._count(slot, state.get(slot.param, {}), layout)
         self.history = [] if self.steps is None else self.steps.tolist()
         self._plans.clear()
 
     def _take_over(self, slot: Slot, name: str, given: Any, view: Tensor, moved: Mapping[Tensor, int]) -> Tensor:
-        """Move a value of the state into the flat buffer that ``view`` is a part of; the tensor that the state holds.
+        """Copy a value of the state into ``view``, a part of a flat buffer, and return the tensor for the state.
 
-        A tensor stays the object that it is, as whoever handed it in may go on reading it.
+        A given tensor stays the same object if possible, because its owner may still read it.
         """
         value = scalar(given)
         if value.shape != view.shape:
@@ -443,7 +447,7 @@ class Bucket:
         return given
 
     def pull_state(self) -> None:
-        """Copy state that lies elsewhere into its mirror, and see whether someone changed the step counters."""
+        """Copy state in the user's memory into its mirrors, and check whether the user changed the step counters."""
         for theirs, view in self.theirs:
             view.copy_(theirs)
         if self.steps is not None and self._counters() != self._counted:
@@ -451,14 +455,17 @@ class Bucket:
             self._plans.clear()
 
     def push_state(self) -> None:
-        """Copy the mirrors into the state that lies elsewhere."""
+        """Copy the mirrors back into the state in the user's memory."""
         for theirs, view in self.theirs:
             theirs.copy_(view)
         self._counted = self._counters()
 
     def _counters(self) -> list[float]:
-        """What shows whether someone changed the step counters: their values or, where these may not be read, the
-        versions of the tensors in the state, through which operators do not write. It matters where rows are shared."""
+        """Return a value that changes if the user changes the step counters; empty if no rows are shared.
+
+        It consists of the counters or, if reading them would synchronize, of the versions of the tensors in the state.
+        Operators do not write through these tensors, so only the user changes their versions.
+        """
         if self.steps is None or not self.gather_below:
             return []
         if not self._selects(self.steps):
@@ -466,7 +473,7 @@ class Bucket:
         return [slot.views["step"]._version for slot in self.slots if "step" in slot.views]
 
     def locate(self) -> None:
-        """Take note of where the parameters are."""
+        """Record the current memory of the parameters."""
         self.params = self.host.Column(slot.param for slot in self.slots)
         self._locate_local()
         for plan in self._plans.values():
@@ -477,11 +484,11 @@ class Bucket:
             self.local_params = self.host.Column(slot.local for slot in self.slots)
 
     def places(self) -> Any:
-        """Where the parameters are, as a value to compare."""
+        """Return the addresses and layouts of the parameters, as a value to compare."""
         return self.host.places(self.host.Column(local_tensors(self.params)) if self.is_sharded else self.params)
 
     def of_groups(self, flat: Tensor) -> dict[int, Tensor]:
-        """The part of each group of a tensor of the offsets of ``saved``, gaps included, which are 0."""
+        """Return the part of each group in a tensor with the offsets of ``saved``, including the gaps, which are 0."""
         spans: dict[int, tuple[int, int]] = {}
         for slot in self.slots:
             start, _ = spans.get(slot.group, (slot.offset, 0))
@@ -489,7 +496,7 @@ class Bucket:
         return {group: flat[start:stop] for group, (start, stop) in spans.items()}
 
     def plan(self, active: tuple[bool, ...]) -> Plan:
-        """The rows for the slots that are ``active``."""
+        """Return the rows of the ``active`` slots."""
         if active not in self._plans:
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
@@ -500,7 +507,7 @@ class Bucket:
         return self._plans[active]
 
     def _split_histories(self, active: tuple[bool, ...]) -> None:
-        """Give the active slots histories of their own; plans whose rows would now mix histories are dropped."""
+        """Separate the histories of active and inactive slots; clear the plans if a history was split."""
         history = _numbered(zip(self.history, active, strict=True))
         if len(set(history)) > len(set(self.history)):
             self._plans.clear()
@@ -530,7 +537,7 @@ class Bucket:
         )
 
     def publish(self, plan: Plan, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Enter the buffers of the plan's parameters into the optimizer's state."""
+        """Add the buffers of the plan's parameters to the optimizer's state."""
         for slot in plan.slots:
             if slot.views:
                 state[slot.param].update(slot.views)
@@ -542,17 +549,17 @@ class FlatParameters:
     """All buckets of an optimizer.
 
     Args:
-        param_groups: the optimizer's; those parameters are adopted that require a gradient, have one, or have state.
-        state: the optimizer's; what it holds is carried over.
-        layout: which of it is flat.
-        operators: will work on them.
-        num_points: how many points are evaluated at once, 1 or 2.
-        flatten: move the parameters that own their memory alone; otherwise, all stay in place.
-        moved: parameters and state that lie in flat buffers already, with their addresses.
-        kept: names of model-size buffers in the state that are not the base optimizer's.
-        share_state: the ranks that share the base optimizer's state; None if each keeps all of it.
+        param_groups: of the optimizer. Parameters that require a gradient, have a gradient or have state are adopted.
+        state: of the optimizer; its values are copied into the flat buffers.
+        layout: which state is flat.
+        operators: the operators that will process the rows.
+        num_points: the number of points that are evaluated at once, 1 or 2.
+        flatten: move every parameter whose memory is not shared; if False, all parameters stay in place.
+        moved: parameters and state that are already in flat buffers, with their addresses.
+        kept: names of model-size buffers in the state that do not belong to the base optimizer.
+        share_state: the ranks that share the base optimizer's state; None if each rank stores all of it.
     Raises:
-        ValueError: for parameters that no row can be made of; the message says why.
+        ValueError: if a parameter cannot be optimized; the message gives the reason.
     """
 
     def __init__(
@@ -570,14 +577,14 @@ class FlatParameters:
         moved = moved or {}
         self.num_points = num_points
         self._host = operators.host
-        self.published = False  # whether the state holds all buffers that the last update used
+        self.published = False  # whether the state contains all buffers that the last update used
         self._layout = layout
         members: dict[Any, list[tuple[Tensor, int]]] = {}
         for group, param in _members(param_groups):
             if _wanted(param, state):
                 check_parameter(param)
                 _check_memory(param)
-                # A bucket is of plain tensors or of DTensors, also where every rank has all of these.
+                # A bucket holds either plain tensors or DTensors, even if the DTensors are replicated on all ranks.
                 key = param.device, param.dtype, groups_of(param), is_sharded(param)
                 members.setdefault(key, []).append((param, group))
         _check_sharing([param for bucket in members.values() for param, _ in bucket])
@@ -594,26 +601,26 @@ class FlatParameters:
         ]  # fmt: skip
         self._slots = {slot.param: slot for bucket in self.buckets for slot in bucket.slots}
         self._bucket_of = {slot: index for index, bucket in enumerate(self.buckets) for slot in bucket.slots}
-        self._moved_in_step: set[Slot] = set()  # those that followed a parameter since the step began
+        self._moved_in_step: set[Slot] = set()  # slots whose parameter was re-pointed since the step began
         self._copies: dict[tuple[Slot, int], Tensor] = {}
         self._constants: dict[tuple[float, ...], Tensor] = {}
         for bucket in self.buckets:
             bucket.adopt(state, layout, moved)
         self.is_sharded = any(bucket.is_sharded for bucket in self.buckets)
-        #: Of the parameters that fully_shard gathers.
+        #: The groups of fully_shard that gather parameters of this optimizer.
         self._gathered = fully_sharded(self._slots) if self.is_sharded else []
-        #: Of whose gradients fully_shard makes new memory in every backward.
+        #: Parameters whose gradients get new memory from fully_shard in every backward.
         self._own_gradients = {
             member.sharded_param
             for group in self._gathered
             if makes_gradients_anew(group)
             for member in group.fsdp_params
         }
-        #: Likewise, of all whose gradients.
+        #: Buckets that consist of such parameters only.
         self._own_buckets = {b for b in self.buckets if self._own_gradients.issuperset(b.params)}
         self._places = self._now()
-        self._matched: Any = None  # fingerprint of what was found in place
-        self._outside: list[Tensor] = []  # parameters that were left where they are
+        self._matched: Any = None  # fingerprint of the last parameters and state that matched
+        self._outside: list[Tensor] = []  # parameters that are not in any bucket
 
     def matches(
         self,
@@ -621,7 +628,7 @@ class FlatParameters:
         state: Mapping[Tensor, dict[str, Any]],
         layout: StateLayout,
     ) -> bool:
-        """Whether parameters and state are still where they were put, and no others have joined or left."""
+        """Return whether parameters and state are unmoved, and none was added or removed."""
         if (type(layout), layout.buffers) != (type(self._layout), self._layout.buffers):
             return False
         look = self._host.fingerprint([group["params"] for group in param_groups], state)
@@ -651,7 +658,7 @@ class FlatParameters:
         return True
 
     def moved(self) -> dict[Tensor, int]:
-        """Parameters and state that were moved here and have stayed, with their addresses."""
+        """Return the parameters and state that are in the flat buffers, with their addresses."""
         elsewhere = {id(theirs) for bucket in self.buckets for theirs, _ in bucket.theirs}
         tensors = [slot.param for slot in self._slots.values() if slot.home is None]
         tensors += [view for slot in self._slots.values() for view in slot.views.values() if id(view) not in elsewhere]
@@ -665,36 +672,37 @@ class FlatParameters:
         return [bucket.places() for bucket in self.buckets]
 
     def find(self, param: Tensor) -> tuple[int, Slot] | None:
-        """The index of a parameter's bucket, and its slot; None for one that is not here."""
+        """Return the index of a parameter's bucket, and its slot; None for an unknown parameter."""
         slot = self._slots.get(param)
         return None if slot is None else (self._bucket_of[slot], slot)
 
     def devices(self) -> set[torch.device]:
-        """The devices of the parameters, also of a model that has moved to another one."""
+        """Return the current devices of the parameters, which change if the model is moved."""
         return {bucket.slots[0].param.device for bucket in self.buckets}
 
     def recount(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Call when state that stood for no steps has become that of some, where it lies."""
+        """Read all step numbers again; call after state without steps was replaced in place by state with steps."""
         for bucket in self.buckets:
             bucket.recount(state, self._layout)
 
     def begin_step(self) -> None:
-        """Call when a step has found everything in place."""
+        """Begin a step; call after parameters and state were found unmoved."""
         self._moved_in_step.clear()
         self.forget_given()
 
     def forget_given(self) -> None:
-        """Let go of the gradients of DTensors: whoever clears ``p.grad`` shall have their memory."""
+        """Release the gradients of DTensors, so that clearing ``p.grad`` frees their memory."""
         for bucket in self.buckets:
             bucket.given = None
 
     def follow(self) -> None:
-        """Go on with parameters that were re-pointed between two passes, if they hold the same values there.
+        """Accept parameters that were re-pointed between two passes, if their values did not change.
 
-        cuDNN's weights move whenever a forward calls ``flatten_parameters()``. The values are compared on the host.
+        For example, a forward that calls ``flatten_parameters()`` moves the weights of cuDNN. The comparison of values
+        synchronizes.
 
         Raises:
-            RuntimeError: if a parameter has changed its values, shape, strides, dtype or device as well.
+            RuntimeError: if the values, shape, strides, dtype or device of a parameter changed.
         """
         if self._now() == self._places:
             return
@@ -717,7 +725,7 @@ class FlatParameters:
         self._places = self._now()
 
     def return_to_moved(self, active: Sequence[tuple[bool, ...]]) -> None:
-        """Give w to those ``active`` parameters that were re-pointed while they were perturbed, where they are now."""
+        """Write w into ``active`` parameters that were re-pointed while perturbed, at their current address."""
         for bucket, mask in zip(self.buckets, active, strict=True):
             for slot in bucket.slots:
                 has_moved = slot in self._moved_in_step or not self._in_place(slot)
@@ -726,29 +734,31 @@ class FlatParameters:
                     here.detach().copy_(slot.view(bucket.saved))
 
     def check_resharded(self) -> None:
-        """Raise RuntimeError where fully_shard would go on with parameters that it gathered before they move."""
+        """Raise RuntimeError if fully_shard still holds gathered parameters, which a perturbation would not change."""
         if any(group.is_unsharded for group in self._gathered):
             raise RuntimeError(
-                "fully_shard has kept its gathered parameters after backward, and would not see them perturbed: leave "
-                "set_reshard_after_backward(True) in place, for the last micro-batch of each pass at least"
+                "fully_shard kept its gathered parameters after backward and would not see the perturbation: leave "
+                "set_reshard_after_backward(True) in place, at least for the last micro-batch of each pass"
             )
 
     @property
     def is_gathered(self) -> bool:
-        """Whether fully_shard gathers any of the parameters."""
+        """Whether fully_shard manages any of the parameters."""
         return bool(self._gathered)
 
     def total(self, parts: Sequence[Tensor | None], shape: tuple[int, ...]) -> Tensor:
-        """The sum of a part of each bucket, on the first one's device, and over the ranks that have other shards.
+        """Sum one tensor per bucket over the buckets and over the ranks with other shards.
 
         Args:
-            parts: for each bucket, float64; None where none of its elements take part here.
+            parts: float64, for each bucket; None if none of its elements take part on this rank.
             shape: of the sum.
+        Returns:
+            The sum, on the device of the first bucket.
         """
         return self.totals([parts], shape)[0]
 
     def totals(self, parts: Sequence[Sequence[Tensor | None]], shape: tuple[int, ...]) -> list[Tensor]:
-        """Likewise, of several sums, which are reduced together."""
+        """Compute several sums as :meth:`total` does, and reduce them together."""
         home = self.buckets[0].device
         if not self.is_sharded:
             of_each = [[x.to(home, non_blocking=True) for x in part if x is not None] for part in parts]
@@ -762,35 +772,38 @@ class FlatParameters:
         return list(sum_over(sums).unbind())
 
     def anywhere(self, number: Tensor) -> Tensor:
-        """The sum of a number over all ranks that have a shard of any parameter."""
+        """Return the sum of a number over all ranks that have a shard of any parameter."""
         groups = dict.fromkeys(group for bucket in self.buckets for group in bucket.sharded_over)
         return sum_over({tuple(groups): number})
 
     def constants(self, values: tuple[float, ...]) -> Tensor:
-        """Numbers as a float64 tensor on the device of the first bucket, kept: the same ones come step after step."""
+        """Return numbers as a float64 tensor on the device of the first bucket.
+
+        The tensors are cached, because these values rarely change between steps.
+        """
         constant = self._constants.pop(values, None)
         if constant is None:
             if len(self._constants) >= _MAX_CONSTANTS:
-                del self._constants[next(iter(self._constants))]  # the one that was not used for longest
+                del self._constants[next(iter(self._constants))]  # the least recently used one
             constant = torch.tensor(values, dtype=torch.float64, device="cpu")
             constant = constant.to(self.buckets[0].device, non_blocking=True)
         self._constants[values] = constant
         return constant
 
     def take_gradients(self, index: int, keep: bool, views: bool = False) -> list[Gradients]:
-        """The gradients of pass ``index``, for each bucket and slot, shaped and laid out as the parameter.
+        """Take the gradients of pass ``index`` for each bucket and slot, in the shape and strides of the parameter.
 
-        A gradient is autograd's own tensor, taken out of ``p.grad``, wherever that is ours to hold; it is copied when
-        ``keep`` leaves it in ``p.grad``, when it is a view whose memory the next backward may write again, and when its
-        dtype or memory order differ from the parameter's. With ``views``, there will be no such backward.
+        If possible, a gradient is autograd's own tensor, moved out of ``p.grad``. It is copied in three cases: ``keep``
+        leaves it in ``p.grad``; it is a view whose memory the next backward may overwrite (``views`` states that no
+        such backward follows); its dtype or memory order differs from that of the parameter.
 
         Raises:
-            RuntimeError: for a sparse gradient.
+            RuntimeError: if a gradient is sparse.
         """
         taken = []
         for bucket in self.buckets:
             params, given = bucket.params, [param.grad for param in bucket.params] if bucket.is_sharded else []
-            # They may be reduced here, and so every rank asks for them once.
+            # This may reduce the gradients, so every rank calls it exactly once per gradient.
             here = [None if g is None else local_gradient(p, g) for p, g in zip(params, given, strict=False)]
             grads = None if keep else self._take_as_they_are(bucket, here, views)
             if grads is None:
@@ -805,10 +818,10 @@ class FlatParameters:
         return taken
 
     def _take_as_they_are(self, bucket: Bucket, here: Sequence[Tensor | None], views: bool) -> Gradients | None:
-        """The gradients of a bucket, if each is ours to hold as it is; None, and they stay, otherwise.
+        """Take the gradients of a bucket out of ``p.grad`` without a copy; None, and they stay, if this is impossible.
 
         Args:
-            here: of DTensors, what is here of each gradient.
+            here: for DTensors, the local shard of each gradient.
         """
         grads: Gradients | None
         if not bucket.is_sharded:
@@ -817,11 +830,11 @@ class FlatParameters:
         if any(g is None for g in here):
             return None
         grads = None
-        try:  # the host looks at what is in ``grad``
+        try:  # the host function reads ``grad``
             for param, g in zip(bucket.local_params, here, strict=True):
                 param.grad = g
             grads = self._host.take_gradients(bucket.local_params, views or bucket in self._own_buckets)
-        except RuntimeError:  # of another dtype
+        except RuntimeError:  # the gradient has another dtype
             pass
         self._host.clear_gradients(list(bucket.local_params if grads is None else bucket.params))
         return grads
@@ -838,7 +851,8 @@ class FlatParameters:
         ours = views or slot.param in self._own_gradients
         ours = ours or (g.untyped_storage().nbytes() == slot.nbytes and not g._is_view())
         ours = ours and g.dtype == slot.dtype and slot.matches_layout(g)
-        ours = ours and (not slot.numel or g.data_ptr() != slot.local.data_ptr())  # the parameter is about to move
+        # The parameter's own memory is about to be perturbed, so it cannot serve as the gradient.
+        ours = ours and (not slot.numel or g.data_ptr() != slot.local.data_ptr())
         if keep or not ours:
             key = (slot, index)
             if key not in self._copies:
@@ -850,7 +864,7 @@ class FlatParameters:
 
 
 def _numbered(keys: Iterable[Any]) -> list[float]:
-    """A number for each key, the same for equal ones."""
+    """Number the keys; equal keys get the same number."""
     numbers: dict[Any, float] = {}
     return [numbers.setdefault(key, len(numbers)) for key in keys]
 
@@ -872,16 +886,16 @@ def _wanted(param: Tensor, state: Mapping[Tensor, dict[str, Any]]) -> bool:
 
 
 def _is_held_by_others(tensor: Tensor, moved: Mapping[Tensor, int]) -> bool:
-    """Whether anybody else may hold the memory of a tensor: it is shared, mapped, or a part of more.
+    """Return whether the memory of a tensor may have other users: it is shared, mapped, or part of a larger storage.
 
     Args:
-        moved: tensors that lie in flat buffers, with their addresses.
+        moved: tensors that are in flat buffers, with their addresses.
     """
     storage = tensor.untyped_storage()
     in_flat_buffer = moved.get(tensor) == tensor.data_ptr()
     return (
         storage.nbytes() != tensor.nbytes
-        or not (storage.resizable() or in_flat_buffer)  # memory of NumPy's, of a file, of another library
+        or not (storage.resizable() or in_flat_buffer)  # memory of NumPy, of a file, or of another library
         or (tensor.device.type == "cpu" and storage.is_shared())
         or storage_is_shared(storage)
     )
@@ -897,7 +911,7 @@ def _equal_bits(x: Tensor, y: Tensor) -> bool:
 def check_parameter(param: Tensor) -> None:
     """Raise ValueError if ``param``, which requires a gradient or has one, cannot be optimized."""
     if is_lazy(param):
-        return  # until the first step
+        return  # the first step checks it
     check_placements(param)
     param = local(param)
     what = f"parameter of shape {tuple(param.shape)}"
@@ -910,14 +924,14 @@ def check_parameter(param: Tensor) -> None:
     if is_fsdp_flat(param):
         raise ValueError(
             f"{what} belongs to FullyShardedDataParallel, which moves it in every pass: use "
-            "torch.distributed.fsdp.fully_shard"
+            "torch.distributed.fsdp.fully_shard instead"
         )
     if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
         raise ValueError(f"{what} is expanded: several of its elements share memory; make it contiguous first")
 
 
 def _check_memory(param: Tensor) -> None:
-    """Raise ValueError if the parameter's memory cannot be worked on."""
+    """Raise ValueError if operators cannot work on the parameter's memory."""
     if is_lazy(param):
         raise ValueError("a parameter of a lazy module has no shape yet: run a batch through the model before a step")
     param = local(param)
@@ -925,19 +939,19 @@ def _check_memory(param: Tensor) -> None:
     if param.device.type == "meta":
         raise ValueError(f"{what} is on the meta device; materialize the model before the first step")
     if param.device.type == "mps":
-        raise ValueError(f"{what} is on MPS, which has no float64; CRSAM's sums end in float64")
+        raise ValueError(f"{what} is on MPS, which has no float64; CRSAM needs float64 for its sums")
     if param.untyped_storage().nbytes() < param.nbytes:
         raise ValueError(
-            f"{what} has no memory: its storage was freed, and must be filled again before a step (if it is one that "
-            "fully_shard had gathered: make the optimizer of the parameters that model.reshard() leaves)"
+            f"{what} has no memory: its storage was freed; fill it again before a step (if fully_shard gathered this "
+            "parameter, call model.reshard() before you create the optimizer)"
         )
 
 
 def _check_sharing(params: Iterable[Tensor]) -> None:
-    """Raise ValueError if two parameters overlap in memory: each would undo what is done to the other."""
+    """Raise ValueError if two parameters overlap in memory, because updates of one would overwrite the other."""
     shards = [local(p) for p in params]
     spans = sorted(((str(p.device), p.data_ptr(), p) for p in shards if p.numel()), key=lambda span: span[:2])
-    open_ones: list[Tensor] = []  # those that may reach as far as the next one
+    open_ones: list[Tensor] = []  # parameters that may extend into the next one
     for device, start, param in spans:
         open_ones = [p for p in open_ones if str(p.device) == device and start < p.data_ptr() + _extent(p)]
         for other in open_ones:
@@ -945,23 +959,23 @@ def _check_sharing(params: Iterable[Tensor]) -> None:
                 raise ValueError(
                     f"parameters of shapes {tuple(other.shape)} and {tuple(param.shape)} share memory without being "
                     "the same object; tie them by assigning one Parameter to both modules (b.weight = a.weight), or "
-                    "take the slice of the one that is trained in forward()"
+                    "slice the trained one in forward()"
                 )
         open_ones.append(param)
 
 
 def _extent(param: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
+    """Return the number of bytes from the first element to the end of the last one."""
     reach = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
     return (1 + reach) * param.element_size()
 
 
 def _overlap(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors, y not before x and within its extent, have an element in common."""
+    """Return whether two tensors have an element in common; y begins within the extent of x."""
     if _extent(x) == x.nbytes and _extent(y) == y.nbytes:  # without gaps
         return True
     if x.dtype != y.dtype:
-        return True  # hardly anybody interleaves views of two dtypes
+        return True  # assume an overlap: interleaved views of two dtypes are very rare
     start = (y.data_ptr() - x.data_ptr()) // x.element_size()
     length = max(_extent(x), start * x.element_size() + _extent(y)) // x.element_size()
     taken = torch.zeros(length, dtype=torch.bool, device="cpu")

@@ -1,7 +1,7 @@
-"""What a step does for every tensor on the host, in one call for all of them.
+"""Per-tensor host work of a step, batched into one call per list of tensors.
 
-The extension has the same functions compiled (csrc/host.cpp), where it was built. Which of the two a backend works with
-is its :attr:`~crsam_ext.ops.Operators.host`.
+The extension, if it was built, has compiled versions of these functions (csrc/host.cpp). The attribute
+:attr:`~crsam_ext.ops.Operators.host` of a backend selects one of the two.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 
 
 class Host(Protocol):
-    """The functions of this module, as a backend has them: these or the compiled ones."""
+    """The interface of this module and of its compiled version."""
 
     Column: Any
     Groups: Any
@@ -51,28 +51,28 @@ class Host(Protocol):
     def __hash__(self) -> int: ...
 
 
-# Mapped, a loop runs in C.
+# map() keeps the loop in C.
 _grad_of, _shape_of, _dtype_of, _device_of, _nbytes_of, _requires_grad_of = map(
     attrgetter, ("grad", "shape", "dtype", "device", "nbytes", "requires_grad")
 )
 
 
 class Column(list[Any]):
-    """A list of tensors, or None, that nobody changes: what is to be known about it is worked out once."""
+    """An immutable list of tensors (or None) with cached metadata."""
 
     @cached_property
     def numels(self) -> bytes:
-        """Of each tensor the number of elements as int64, 0 for None."""
+        """The number of elements of each tensor as int64; 0 for None."""
         return array("q", (0 if x is None else x.numel() for x in self)).tobytes()
 
     @cached_property
     def addresses(self) -> bytes:
-        """Of each tensor the address as int64, 0 for None and for one without elements."""
+        """The address of each tensor as int64; 0 for None and for a tensor without elements."""
         return array("q", (0 if x is None or not x.numel() else x.data_ptr() for x in self)).tobytes()
 
     @cached_property
     def kind(self) -> tuple[torch.dtype, torch.device] | None:
-        """Dtype and device of all of them; None if they differ, or one is missing or has gaps in its memory."""
+        """The common dtype and device; None if they differ, or if a tensor is missing or not contiguous."""
         if not self or not all(map(is_not, self, repeat(None))) or not all(map(Tensor.is_contiguous, self)):
             return None
         dtypes, devices = set(map(_dtype_of, self)), set(map(_device_of, self))
@@ -88,7 +88,7 @@ class Column(list[Any]):
 
 
 class Groups(list[int]):
-    """The group of each row, a list that nobody changes."""
+    """The group of each row: an immutable list with cached metadata."""
 
     @cached_property
     def numbers(self) -> bytes:
@@ -97,22 +97,22 @@ class Groups(list[int]):
 
     @cached_property
     def limits(self) -> tuple[int, int]:
-        """The least and the greatest of them."""
+        """The smallest and the largest group."""
         return min(self, default=0), max(self, default=0)
 
 
 def take_gradients(params: Column, views: bool) -> Column | None:
-    """Take the gradients of all parameters out of ``p.grad``, if each is ours to hold as it is.
+    """Take the gradients of all parameters out of ``p.grad`` without a copy, if this is safe for each of them.
 
-    That is a dense tensor of the parameter's dtype and memory order, with a storage of its own: the memory of a view
-    may be written again by the next backward, as DistributedDataParallel does with its buckets. Nor may it be the
-    parameter's own memory, which is about to move.
+    It is safe for a dense tensor with its own storage that has the dtype and memory order of the parameter. The next
+    backward may overwrite the memory of a view, as DistributedDataParallel does with its buckets. The gradient must not
+    share the memory of the parameter, which is about to be perturbed.
 
     Args:
         params: of one dtype and device, without gaps in their memory.
-        views: whether views may be held: there will be no backward before they are used.
+        views: whether views are safe, because no backward runs before they are used.
     Returns:
-        The gradients; None, and they stay, if one is missing or not ours to hold.
+        The gradients; None, and they stay in ``p.grad``, if one is missing or must be copied.
     """
     grads: Any = Column(map(_grad_of, params))
     if not all(map(is_not, grads, repeat(None))):
@@ -124,58 +124,58 @@ def take_gradients(params: Column, views: bool) -> Column | None:
             and list(map(Tensor.stride, grads)) == strides
             and not any(map(_requires_grad_of, grads))
             and params._pointers.isdisjoint(grads._pointers)
-            # As many elements in as many bytes: two dtypes of one size can be taken for one another.
+            # The sizes in bytes are equal already, but that does not distinguish float16 from bfloat16.
             and set(map(_dtype_of, grads)) == {params[0].dtype}
         )
-    except RuntimeError:  # a sparse one has neither storage nor strides
+    except RuntimeError:  # a sparse tensor has neither storage nor strides
         return None
     if not ours:
         return None
     clear_gradients(params)
-    grads.kind = params[0].dtype, params[0].device  # without gaps too, though perhaps in another order
+    grads.kind = params[0].dtype, params[0].device  # without gaps, although perhaps not contiguous
     return grads
 
 
 def _own_storages(tensors: list[Tensor], nbytes: list[int]) -> bool:
-    """Whether each tensor has a storage of its own, of so many bytes. A view is one even where it is all of another."""
+    """Return whether each tensor has its own storage, of ``nbytes``. A view counts as shared even if it is complete."""
     storages = map(Tensor.untyped_storage, tensors)
     return [storage.nbytes() for storage in storages] == nbytes and not any(map(Tensor._is_view, tensors))
 
 
 def set_gradients(params: Column, grads: Sequence[Tensor | None]) -> None:
-    """Make ``grads`` the gradients of all parameters."""
+    """Assign ``grads`` to the ``grad`` of all parameters."""
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
 
 
 def clear_gradients(params: list[Tensor]) -> None:
-    """Leave no gradient in ``p.grad``."""
+    """Set ``p.grad`` to None for all parameters."""
     for param in params:
         param.grad = None
 
 
 def share_memory(tensors: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
-    """Whether a tensor begins where one of another list does."""
+    """Return whether any tensor has the same address as a tensor of the other list."""
     x, y = (c._pointers if isinstance(c, Column) else Column(c)._pointers for c in (tensors, others))
     return not x.isdisjoint(y)
 
 
 def repeats_memory(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether two tensors of a list begin at the same address."""
+    """Return whether two tensors of a list have the same address."""
     x = tensors if isinstance(tensors, Column) else Column(tensors)
     return len(x._pointers) < sum(1 for tensor in x if tensor is not None and tensor.numel())
 
 
 def places(tensors: list[Tensor]) -> list[Any]:
-    """Addresses, shapes, strides and dtypes of all tensors, as a value that is equal to another if they are."""
+    """Return a comparable value made of the addresses, shapes, strides and dtypes of all tensors."""
     getters = (Tensor.data_ptr, _shape_of, Tensor.stride, _dtype_of)
     return [list(map(getter, tensors)) for getter in getters]
 
 
 def fingerprint(by_group: Sequence[list[Tensor]], state: Mapping[Any, Any]) -> Any:
-    """Which parameters the groups have and where they are, and the identities of all that their state holds."""
+    """Return a comparable value: the parameters of each group, their places, and the ids of all values of the state."""
     params = list(chain.from_iterable(by_group))
-    kept = {key: x for key, x in state.items() if type(x) is dict}  # some optimizers keep numbers of their own beside
+    kept = {key: x for key, x in state.items() if type(x) is dict}  # some optimizers store plain numbers in the state
     return [
         list(map(len, by_group)),
         list(map(id, params)),
@@ -187,7 +187,7 @@ def fingerprint(by_group: Sequence[list[Tensor]], state: Mapping[Any, Any]) -> A
 
 
 def mark_written(*written: Any) -> None:
-    """Tell autograd that tensors changed, or lists of them: a backward that still needs the old values then raises.
+    """Bump the autograd versions of tensors, so that a backward that needs the old values raises an error.
 
     Args:
         written: tensors, lists of tensors or None, and lists of such lists.
@@ -200,5 +200,5 @@ def mark_written(*written: Any) -> None:
 
 
 def unbind(numbers: Tensor) -> tuple[Tensor, ...]:
-    """The numbers of a 1-D tensor as 0-dim views."""
+    """Return the elements of a 1-D tensor as 0-dim views."""
     return numbers.unbind()

@@ -1,30 +1,32 @@
-r"""The operators between the gradients of a CR-SAM step: their signatures and their mathematics.
+r"""The operators of a CR-SAM step: their signatures and their mathematics.
 
-Notation, as in the paper (Wu, Luo, Wunsch, AAAI 2024, arXiv 2312.13555). All parameters together are :math:`w`, and
+The notation is that of the paper (Wu, Luo, Wunsch, AAAI 2024, arXiv 2312.13555). All parameters together are :math:`w`.
+The gradients and their differences
 
 .. math::
     g_0 = \nabla L(w), \quad g_+ = \nabla L(w + e), \quad g_- = \nabla L(w - e), \qquad
     d_1 = g_+ - g_-, \quad d_2 = (g_+ - g_0) + (g_- - g_0)
 
-are ``grad``, ``grad_ascent``, ``grad_descent`` and the first and second difference. The base optimizer receives
-:math:`\hat g = c\,(g_+ + a\,d_2 + b\,d_1)`, where ``c`` is the clip factor.
+are called ``grad``, ``grad_ascent``, ``grad_descent``, first difference and second difference. The base optimizer
+receives the regularized gradient :math:`\hat g = c\,(g_+ + a\,d_2 + b\,d_1)`, where ``c`` is the clip factor.
 
-Conventions that hold for every operator:
+Conventions for all operators:
 
-- Tensors come as lists of *rows*: 1-D, contiguous, all of one device and one dtype (float64, float32, float16 or
-  bfloat16). ``groups[i]`` says which parameter group row ``i`` belongs to; every per-group quantity is a sequence or a
-  tensor with one entry a group.
-- ``live`` is what the model reads. ``saved`` is :math:`w`, in the compute dtype: float64 for float64 rows, else
-  float32. For float16 and bfloat16 it is the master copy, which outlives the step; for the others it is valid
-  from ``perturb_(sign=+1)`` to the end of the step.
-- Arithmetic is done in the compute dtype; sums over elements end in float64.
-- An underscore ends the name of an operator that writes into its arguments; it returns nothing.
-- Nothing here synchronises with the host: what is computed on the device stays there.
+- Tensors are passed as lists of *rows*: 1-D, contiguous, with one device and one dtype (float64, float32, float16 or
+  bfloat16). ``groups[i]`` is the parameter group of row ``i``. Every per-group quantity is a sequence or a tensor with
+  one entry per group.
+- ``live`` contains the parameters that the model reads. ``saved`` is :math:`w` in the compute dtype: float64 for
+  float64 rows, otherwise float32. For float16 and bfloat16 it is the master copy, which persists between steps. For the
+  other dtypes it is valid from ``perturb_(sign=+1)`` to the end of the step.
+- Arithmetic uses the compute dtype; sums over elements end in float64.
+- The name of an operator that writes into its arguments ends in an underscore. Only ``fd_combine_`` also returns a
+  result.
+- No operator synchronizes with the host: results stay on the device.
 
-Each operator is one pass over its rows; ``KERNELS`` in :mod:`crsam_ext.backends.fused` has the bytes that it moves.
-Saving :math:`w` at the beginning of each step rather than keeping a copy from the last one costs nothing in total (the
-step need not write the copy) and honours every change that the user makes to a parameter between steps, also through
-``p.data``.
+Each operator reads its rows once; ``KERNELS`` in :mod:`crsam_ext.backends.fused` has the bytes that it moves. :math:`w`
+is saved at the beginning of each step, not kept from the previous step. This costs nothing in total, because the step
+does not write the copy, and it respects every change that the user makes to a parameter between steps, including
+changes through ``p.data``.
 """
 
 from __future__ import annotations
@@ -61,39 +63,39 @@ __all__ = [
     "scalar",
 ]
 
-#: What is added to the gradient norm before dividing by it, as in the published SAM and CR-SAM implementations.
+#: Added to the gradient norm before a division by it, as in the published SAM and CR-SAM implementations.
 EPSILON = 1e-12
 
-#: What is added to the norm of the update's gradient before the clip divides by it, as in
-#: :func:`torch.nn.utils.clip_grad_norm_`, so that the two can be exchanged.
+#: Added to the norm of the regularized gradient before the clip divides by it. The value is that of
+#: :func:`torch.nn.utils.clip_grad_norm_`, so that both clips give the same result.
 CLIP_EPSILON = 1e-6
 
-#: The gradients of a full step: g0, g+ and g-.
+#: The number of gradients of a full step: g0, g+ and g-.
 PASSES = 3
 
-#: Entries of the Gram matrix of g0 and the differences: its upper triangle row by row, then h with each of them.
+#: The number of inner products of g0, d1 and d2: the upper triangle of their Gram matrix row by row, then h with each.
 GRAM = PASSES * (PASSES + 1) // 2 + PASSES
 
-#: What is counted over the steps, in the order of the counters that :meth:`Operators.coefficients` advances.
+#: The events that are counted, in the order of the counters that :meth:`Operators.coefficients` advances.
 COUNTERS = ("skipped", "curvature_dropped", "gradient_norm_dropped", "capped")
 
 
 def scalar(value: float | Tensor) -> Tensor:
-    """A hyper-parameter as a tensor: a number as float64 on the CPU, whatever torch's default dtype and device are."""
+    """Return a hyperparameter as a tensor; a number becomes float64 on the CPU, regardless of torch's defaults."""
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 class Regularizer(NamedTuple):
-    """What :class:`crsam_ext.CRSAM` must know of a regularizer; :meth:`Operators.coefficients` has its formula."""
+    """The properties of a regularizer; :meth:`Operators.coefficients` has its formula."""
 
     alpha: float  #: default weight of the curvature term
-    max_ratio: float  #: default cap of the norm of its gradient, over the norm of g+
-    #: a from alpha and kappa, and b from beta and sigma; None for a = alpha and b = beta.
+    max_ratio: float  #: default cap on the norm of the regularizer's gradient, relative to the norm of g+
+    #: Computes a from alpha and kappa, and b from beta and sigma; None means a = alpha and b = beta.
     weight: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def measures(self) -> bool:
-        """Whether kappa and sigma of a step are needed."""
+        """Whether the regularizer needs kappa and sigma of the step."""
         return self.weight is not None
 
 
@@ -105,11 +107,11 @@ REGULARIZERS = {
 
 @dataclass(frozen=True)
 class Options(ABC):
-    """One parameter group's options of an update rule, under torch's names; a subclass for every rule."""
+    """The options of an update rule for one parameter group, under torch's names; each rule has a subclass."""
 
-    #: The name of the rule: backends have its formula under this name.
+    #: The name under which backends have the formula of the rule.
     rule: ClassVar[str]
-    #: Names of its state buffers.
+    #: The names of its state buffers.
     state: ClassVar[tuple[str, ...]]
 
     maximize: bool
@@ -130,15 +132,15 @@ def _names_of(options: type[Options]) -> tuple[str, ...]:
 
 
 class Coefficients(NamedTuple):
-    """What :meth:`Operators.coefficients` decides for a step; every tensor float64 on one device, unless noted."""
+    """The result of :meth:`Operators.coefficients`; all tensors are float64 on one device unless noted."""
 
-    pass_weights: Tensor  #: [PASSES - 1, groups], c_i of g_i - g0 in ghat = c (g+ + sum of c_i (g_i - g0))
-    factor: Tensor | None  #: 0-dim, the clip factor, over the scale of the gradients; None when there is neither
-    ok: Tensor  #: 0-dim bool, False when a gradient held a NaN or an infinity: the step is skipped
-    kappa: Tensor | None = None  #: 0-dim, curvature along e, of the log regularizer
-    sigma: Tensor | None = None  #: 0-dim, loss difference along e, of the log regularizer
-    regularizer_ratio: Tensor | None = None  #: 0-dim, norm of a d2 + b d1 over the norm of g+, before the cap
-    capped: Tensor | None = None  #: 0-dim bool, whether the cap acted
+    pass_weights: Tensor  #: [PASSES - 1, groups], c_i in ghat = c (g+ + sum of c_i (g_i - g0))
+    factor: Tensor | None  #: 0-dim, the clip factor divided by the gradient scale; None if there is neither
+    ok: Tensor  #: 0-dim bool, False if a gradient contains NaN or Inf, so that the step is skipped
+    kappa: Tensor | None = None  #: 0-dim, curvature along e, for the log regularizer
+    sigma: Tensor | None = None  #: 0-dim, loss difference along e, for the log regularizer
+    regularizer_ratio: Tensor | None = None  #: 0-dim, norm of a d2 + b d1 divided by the norm of g+, before the cap
+    capped: Tensor | None = None  #: 0-dim bool, whether the cap was applied
 
     @property
     def a(self) -> Tensor:
@@ -152,39 +154,39 @@ class Coefficients(NamedTuple):
 
 
 class Direction(NamedTuple):
-    """What a step without a perturbation adds to its gradient: rows of h, of the last step that had one."""
+    """The sharpness direction h of the last perturbed step; a step without a perturbation adds it to its gradient."""
 
-    rows: Sequence[Tensor]  #: in the compute dtype
-    weight: Tensor  #: 0-dim float64, what h is multiplied with
+    rows: Sequence[Tensor]  #: rows of h, in the compute dtype
+    weight: Tensor  #: 0-dim float64, the factor of h
 
 
 def pass_weights(a: Tensor, b: Tensor) -> Tensor:
-    """[PASSES - 1, groups], from a and b: a d2 + b d1 = (a + b) (g+ - g0) + (a - b) (g- - g0)."""
+    """Return the pass weights, [PASSES - 1, groups]: a d2 + b d1 = (a + b) (g+ - g0) + (a - b) (g- - g0)."""
     return torch.stack([a + b, a - b])
 
 
 def quadratic_form(gram: Tensor, x: float, y: Tensor | float, z: Tensor | float) -> Tensor:
-    """Squared norm of x g0 + y d1 + z d2 over all groups, from the [groups, >=6] Gram matrix."""
+    """Return the squared norm of x g0 + y d1 + z d2 over all groups, from the Gram matrix, [groups, 6 or more]."""
     g00, g01, g02, g11, g12, g22 = gram[:, :6].unbind(1)
     form = x * x * g00 + y * y * g11 + z * z * g22 + 2 * (x * y * g01 + x * z * g02 + y * z * g12)
     return form.sum().clamp(min=0)
 
 
 class Operators(ABC):
-    """The operators. A backend implements them; :mod:`crsam_ext.backends` chooses the backend."""
+    """The interface of a backend; :mod:`crsam_ext.backends` chooses the backend."""
 
     name: ClassVar[str]
-    #: Rows of parameters with fewer elements than this are merged with their neighbours, their gradients gathered.
-    #: 0 for kernels that see addresses: a row is a parameter, and its gradient may be contiguous in any shape.
+    #: Parameters with fewer elements than this share a row with their neighbors, and their gradients are gathered. 0
+    #: for kernels that use addresses: every parameter is a row, and its gradient may be dense in any shape.
     gather_below: int
-    #: Whether :meth:`fd_gram` costs hardly more than the norms of the three gradients, and is always run.
+    #: Whether :meth:`fd_gram` costs little more than the norms of the three gradients, so that it always runs.
     fuses_gram: ClassVar[bool]
-    #: The functions of :mod:`crsam_ext.host` for its lists, there or compiled. Operators take any lists of tensors and
-    #: groups; a ``host.Column`` or ``host.Groups`` they look at once.
+    #: The functions of :mod:`crsam_ext.host`, in Python or compiled. Operators accept plain lists of tensors and
+    #: groups; a ``host.Column`` or ``host.Groups`` caches their metadata.
     host: host.Host = host
 
     def selects(self, row: Tensor) -> bool:
-        """Whether numbers must stay on the device of ``row``, so that a choice between two of them is an operation."""
+        """Return whether values on the device of ``row`` must not be read, so that ``where`` replaces a branch."""
         return True
 
     @abstractmethod
@@ -196,22 +198,22 @@ class Operators(ABC):
         weights: Sequence[Tensor | None],
         direction: Direction | None = None,
     ) -> Tensor:
-        r"""Squared norm of the gradient per group: :math:`\|g\|^2`, or :math:`\||w|\,g\|^2` where weights are given.
+        r"""Return the squared norm of the gradient per group: :math:`\|g\|^2`, or :math:`\||w|\,g\|^2` with weights.
 
         Args:
             grads: rows of a gradient.
             groups: the group of each row.
-            num_groups: how many groups there are.
-            weights: for each row None, or the row of parameters that it is weighted with (ASAM), in its own dtype: w as
-                the model reads it, that is, rounded where there is a master.
-            direction: added to the gradient before it is squared; not together with weights.
+            num_groups: the number of groups.
+            weights: for each row None, or the row of parameters that multiplies the gradient (ASAM), in its own dtype:
+                w as the model reads it, which is rounded if there is a master.
+            direction: added to the gradient before it is squared; cannot be combined with weights.
         Returns:
-            float64 tensor [num_groups]. Squared, so that groups, devices and processes add up. The first sums may be
-            made in the compute dtype, where an element beyond 1.8e19 counts as infinite.
+            float64 tensor [num_groups]. Squared norms can be added over groups, devices and processes. The first
+            sums may use the compute dtype; in float32 an element beyond 1.8e19 overflows.
         """
 
     def perturbation_scale(self, squared_norm: Tensor, rho: Tensor) -> Tensor:
-        r""":math:`\rho / (\|g_0\| + \varepsilon)` per group, with one norm over all groups.
+        r"""Return :math:`\rho / (\|g_0\| + \varepsilon)` per group, with one norm over all groups.
 
         Args:
             squared_norm: float64 [groups], from :meth:`grad_norm` (weighted where the group is adaptive).
@@ -229,13 +231,14 @@ class Operators(ABC):
         grad_scale: Tensor | None,
         max_ratio: float,
     ) -> Tensor:
-        r""":math:`\omega = \min(\delta, r\,\|g_0\| / (\|h\| + \varepsilon))`: :math:`\|\omega h\| \le r \|g_0\|`.
+        r"""Return :math:`\omega = \min(\delta, r\,\|g_0\| / (\|h\| + \varepsilon))`, which limits the norm of
+        :math:`\omega h` to :math:`r \|g_0\|`.
 
         Args:
             squared_norm: float64 [groups], of g0, from :meth:`grad_norm`.
             squared_direction: float64 [groups], of h.
             decay: 0-dim float64, :math:`\delta`.
-            grad_scale: 0-dim float64, what g0 was multiplied with, and so :math:`\omega` is too; or None.
+            grad_scale: 0-dim float64, the scale of g0, which also multiplies :math:`\delta`; or None.
             max_ratio: r.
         Returns:
             float64 0-dim tensor.
@@ -256,12 +259,12 @@ class Operators(ABC):
         undo: list[tuple[Sequence[Tensor], Sequence[Tensor]]],
         stochastic: bool = False,
     ) -> None:
-        r"""Write :math:`w \pm e` into ``live``, absolutely, from the saved :math:`w`.
+        r"""Write :math:`w \pm e` into ``live``, computed from the saved :math:`w` and not from ``live``.
 
         :math:`e = s\,g_0` (SAM, Foret et al. 2021) or :math:`e = s\,w^2 g_0` (ASAM, Kwon et al. 2021), elementwise,
-        where :math:`s` is :meth:`perturbation_scale`. ``sign=+1`` begins a step and saves first: float64 and float32
-        rows copy ``live`` into ``saved``; for the others ``saved`` is the master, and takes the value of ``live``
-        only where it no longer rounds to it, that is, where someone changed the parameter since the last step.
+        where :math:`s` is :meth:`perturbation_scale`. ``sign=+1`` begins a step and saves w first: float64 and float32
+        rows copy ``live`` into ``saved``. For the other dtypes ``saved`` is the master. It takes the value of ``live``
+        only if it does not round to this value, that is, if the user changed the parameter since the last step.
 
         Args:
             live: rows of the parameters, written.
@@ -269,13 +272,13 @@ class Operators(ABC):
             grads: rows of g0.
             groups: the group of each row.
             scale: float64 [groups], s; negative for a group that is maximized.
-            adaptive: for each group, whether e is that of ASAM.
+            adaptive: for each group, whether to use the e of ASAM.
             sign: +1 for w + e, -1 for w - e.
-            undo: with ``sign=+1``, pairs of lists are appended: tensors of ``live`` and of ``saved``, rows or pieces of
-                them. Wherever an exception or Ctrl-C has struck, copying the second into the first gives w back.
-            stochastic: for float16 and bfloat16, step from w as the model reads it, and round the end up or down with
-                the probability that makes the mean exact: else a step of less than half the distance to the next
-                number is none. The random bits are a hash of w and g0, so both signs have the same.
+            undo: with ``sign=+1``, the operator appends pairs of lists: tensors of ``live`` and of ``saved``, which are
+                rows or parts of rows. After an exception or Ctrl-C, copying the second into the first restores w.
+            stochastic: for float16 and bfloat16, start from w as the model reads it, and round the result up or down
+                with probabilities that make the mean exact. Without it, a perturbation of less than half the distance
+                to the next number has no effect. The random bits are a hash of w and g0, so both signs use the same.
         """
 
     @abstractmethod
@@ -286,10 +289,10 @@ class Operators(ABC):
         num_groups: int,
         weights: Sequence[Tensor | None],
     ) -> Tensor:
-        r"""Gram matrix of :math:`(g_0, d_1, d_2)` per group, in one pass over the three gradients.
+        r"""Return the Gram matrix of :math:`(g_0, d_1, d_2)` per group; each gradient is read once.
 
-        The differences are formed elementwise before the products: subtracting inner products afterwards would lose
-        all digits, since the differences are small against the gradients.
+        The differences are computed elementwise, before the products. Subtracting inner products would lose all
+        digits, because the differences are small compared to the gradients.
 
         Args:
             grads: for each pass, the rows of its gradient: g0, g+ and g-.
@@ -297,7 +300,7 @@ class Operators(ABC):
             weights: for each row None, or w in the compute dtype (ASAM).
         Returns:
             float64 tensor [num_groups, GRAM]: :math:`g_0 g_0, g_0 d_1, g_0 d_2, d_1 d_1, d_1 d_2, d_2 d_2`, then
-            :math:`h g_0, h d_1, h d_2` with :math:`e = s h`; h is g0, or :math:`w^2 g_0` where weights are given.
+            :math:`h g_0, h d_1, h d_2` with :math:`e = s h`; here h is g0, or :math:`w^2 g_0` with weights.
         """
 
     @abstractmethod
@@ -311,17 +314,17 @@ class Operators(ABC):
         pass_weights: Tensor,
         factor: Tensor,
     ) -> Tensor | None:
-        r"""Write :math:`c\,(g_+ + \sum_i c_i (g_i - g_0))` into ``out``: what a replica adds to a mean.
+        r"""Write :math:`c\,(g_+ + \sum_i c_i (g_i - g_0))`, the contribution of a replica to a mean, into ``out``.
 
         Args:
-            out: rows, written; they may be those of the last pass.
+            out: rows, written; they may be the rows of the last pass.
             grads: for each pass, the rows of its gradient: g0, g+ and g-.
             groups, num_groups: as for :meth:`grad_norm`.
-            weights: as for :meth:`fd_gram`; None where the Gram matrix is not wanted.
+            weights: as for :meth:`fd_gram`; None if the Gram matrix is not needed.
             pass_weights: float64 [PASSES - 1, groups], see :class:`Coefficients`.
             factor: 0-dim float64, c.
         Returns:
-            What :meth:`fd_gram` returns, where :attr:`fuses_gram`, else None.
+            The result of :meth:`fd_gram` if :attr:`fuses_gram`, otherwise None.
         """
 
     @abstractmethod
@@ -334,11 +337,11 @@ class Operators(ABC):
         factor: Tensor,
         ok: Tensor,
     ) -> None:
-        r"""Write :math:`h = c\,((g_+ - g_0) + \sum_i c_i (g_i - g_0))` into ``out``, what a perturbation adds to g0.
+        r"""Write the sharpness direction :math:`h = c\,((g_+ - g_0) + \sum_i c_i (g_i - g_0))` into ``out``.
 
         Args:
-            out: rows in the compute dtype, written; 0 where not ``ok``.
-            grads: for each pass, the rows of its gradient: g0, g+ and g-. (Where :math:`c_i = 0` the last may be any.)
+            out: rows in the compute dtype, written; 0 if not ``ok``.
+            grads: for each pass, the rows of its gradient: g0, g+ and g-. (If :math:`c_i = 0`, the last can be any.)
             groups: the group of each row.
             pass_weights: float64 [PASSES - 1, groups], see :class:`Coefficients`.
             factor: 0-dim float64, c.
@@ -362,7 +365,7 @@ class Operators(ABC):
         max_regularizer_ratio: float,
         max_grad_norm: float | None,
     ) -> Coefficients:
-        r"""Decide a, b, the clip factor and whether the step is sound, from sums that are already on the device; count.
+        r"""Compute a, b, the clip factor and whether the step is finite, from sums on the device; advance the counters.
 
         ``linear``: :math:`a = \alpha, b = \beta`. ``log``: :math:`a = \alpha/\kappa, b = \beta/\sigma`, the gradient of
         :math:`\alpha \log \mathrm{Tr}\nabla^2 L + \beta \log \|\nabla L\|` with the trace along the gradient and
@@ -373,24 +376,25 @@ class Operators(ABC):
 
         A term whose logarithm does not exist (:math:`\kappa \le 0`, :math:`\sigma \le 0`) is dropped for the step. The
         regularizer's gradient :math:`a d_2 + b d_1` is capped at ``max_regularizer_ratio`` times :math:`\|g_+\|`.
-        :math:`\|\hat g\|` is a quadratic form in the Gram matrix, since
-        :math:`\hat g = g_0 + (\tfrac12 + b) d_1 + (\tfrac12 + a) d_2`: clipping costs no pass over the gradients.
+        :math:`\|\hat g\|` is a quadratic form in the Gram matrix, because
+        :math:`\hat g = g_0 + (\tfrac12 + b) d_1 + (\tfrac12 + a) d_2`. So clipping does not read the gradients again.
 
         Args:
-            gram: from :meth:`fd_gram`, or None where nothing asked for it.
-            squared_norms: from :meth:`grad_norm`, one [groups] tensor for each pass that was reduced so.
+            gram: from :meth:`fd_gram`, or None if it was not computed.
+            squared_norms: from :meth:`grad_norm`, a [groups] tensor for each pass whose norm was computed.
             scale: float64 [groups], from :meth:`perturbation_scale`, not negative.
             alpha, beta: float64 [groups].
             counters: int64 [4], advanced: see :data:`COUNTERS`.
-            steps: for each bucket, float32 [parameters] how many steps each has taken and float32 [parameters] 1 for
-                those that take part in this one; advanced unless the step is skipped.
+            steps: for each bucket two float32 tensors [parameters]: the number of steps, advanced unless the step is
+                skipped, and 1 for each parameter that takes part in the step.
             passes: 3, 2 (plain SAM) or 1 (the base optimizer alone).
-            regularizer: one of :data:`REGULARIZERS`.
-            losses: L(w), L(w+e), L(w-e) as 0-dim float64 tensors to take kappa and sigma from, or None: from gradients.
-            grad_scale: 0-dim float64, what all gradients (and so ``gram`` and norms) were multiplied with against
-                underflow; ``factor`` takes it out again, and all else is as if it were not there.
-            max_regularizer_ratio: the cap; ``math.inf`` for none. A finite one needs ``gram``.
-            max_grad_norm: the largest norm of :math:`\hat g`, or None. Needs ``gram`` when ``passes`` is 3.
+            regularizer: a key of :data:`REGULARIZERS`.
+            losses: L(w), L(w+e), L(w-e) as 0-dim float64 tensors, from which kappa and sigma are computed; None to
+                compute them from the gradients.
+            grad_scale: 0-dim float64, the scale of all gradients, and so of ``gram`` and the norms, that prevents
+                underflow. ``factor`` divides by it; all other results do not depend on it.
+            max_regularizer_ratio: the cap; ``math.inf`` for none. A finite cap needs ``gram``.
+            max_grad_norm: the largest norm of :math:`\hat g`, or None. Needs ``gram`` if ``passes`` is 3.
         """
         a, b = alpha, beta
         kappa = sigma = ratio = capped = factor = norm_hat = None
@@ -444,9 +448,9 @@ class Operators(ABC):
         coefficients: Coefficients,
         direction: Direction | None = None,
     ) -> None:
-        r"""The step of an update rule from w with :math:`\hat g`; where not ``ok``, ``live`` becomes w.
+        r"""Apply an update rule to w with :math:`\hat g`; if not ``ok``, only restore w in ``live``.
 
-        With :math:`g = \pm\hat g`, minus where the group is maximized:
+        With :math:`g = \pm\hat g`, negative if the group is maximized:
 
         - "sgd", :class:`torch.optim.SGD`:
 
@@ -454,7 +458,7 @@ class Operators(ABC):
             g &\leftarrow g + \lambda w, \quad m \leftarrow \mu m + (1 - \tau) g \;(m \leftarrow g \text{ first}), \\
             w &\leftarrow w - \gamma\, m \quad\text{or, nesterov,}\quad w \leftarrow w - \gamma\,(g + \mu m)
 
-        - "adam", :class:`torch.optim.AdamW`; Adam has :math:`g \leftarrow g + \lambda w` instead of the factor on w:
+        - "adam", :class:`torch.optim.AdamW`; Adam uses :math:`g \leftarrow g + \lambda w` instead of the factor on w:
 
           .. math::
             m &\leftarrow \beta_1 m + (1-\beta_1) g, \quad v \leftarrow \beta_2 v + (1-\beta_2) g^2, \\
@@ -463,15 +467,15 @@ class Operators(ABC):
 
         Args:
             live: rows of the parameters, written.
-            saved: rows of w; written for float16 and bfloat16. May be ``live`` itself when nothing was perturbed.
-            state: for each of the rule's buffers its rows, written; None where the group has none.
-            grads: the rows of g0, of (g0, g+) or of (g0, g+, g-): one list for each pass that was run.
+            saved: rows of w; written for float16 and bfloat16. May be ``live`` itself if nothing was perturbed.
+            state: for each buffer of the rule its rows, written; None for a row whose group has no such buffer.
+            grads: the rows of g0, of (g0, g+) or of (g0, g+, g-): one list per pass of the step.
             groups: the group of each row.
-            steps: for each row a 0-dim tensor on its device, how many steps it has taken, this one included.
-            options: for each group, all of one rule.
+            steps: for each row a 0-dim tensor on its device, the number of steps it has taken, including this one.
+            options: for each group; all groups have the same rule.
             coefficients: of this step.
-            direction: added to g0 where that is the one gradient: :math:`\hat g = c\,(g_0 + \omega h)`, :math:`\omega`
-                being its weight.
+            direction: added to g0 if the step has one pass: :math:`\hat g = c\,(g_0 + \omega h)`, where
+                :math:`\omega` is its weight.
         """
 
     @abstractmethod
@@ -484,7 +488,7 @@ class Operators(ABC):
         coefficients: Coefficients,
         direction: Direction | None = None,
     ) -> None:
-        r"""For any other base optimizer: write :math:`\hat g` over the rows of the last pass, and w into ``live``.
+        r"""Write :math:`\hat g` over the rows of the last pass, and w into ``live``, for any other base optimizer.
 
-        Arguments as for :meth:`step_`.
+        The arguments are those of :meth:`step_`.
         """

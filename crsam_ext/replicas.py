@@ -1,12 +1,12 @@
-"""The replicas of a model in a DistributedDataParallel: what of a step is reduced over them, and when.
+"""The replicas of a model in a DistributedDataParallel: what a step reduces over them, and when.
 
-Every replica perturbs with its own e, from the gradient of its own batch (m-sharpness, Foret et al., ICLR 2021,
-section 4.1), and only ghat is reduced: one all-reduce a step, as for the base optimizer. The passes before the last are
-local. In the last one a communication hook makes ghat of every bucket as soon as its gradients are there, and starts
-its all-reduce while backward goes on. Where the weights of ghat are known only after all passes, the last pass is local
-too, and ghat is reduced in pieces.
+Every replica perturbs with its own e, computed from the gradient of its own batch (m-sharpness, Foret et al., ICLR
+2021, section 4.1). Only ghat is reduced: one all-reduce per step, as for the base optimizer. All passes but the last
+are local. In the last pass, a communication hook computes ghat for each bucket as soon as its gradients are ready, and
+starts the all-reduce, which overlaps with the rest of backward. If the weights of ghat depend on all passes, the last
+pass is local too, and ghat is reduced in pieces afterwards.
 
-Whatever decides about the step, all replicas decide alike: from the reduced gradient, or from sums that were reduced.
+All replicas make the same decisions about a step, because they use the reduced gradient or reduced sums.
 """
 
 from __future__ import annotations
@@ -35,51 +35,53 @@ __all__ = ["Pass", "Replicas", "check_equal", "combine_wrapper", "in_several_pro
 class Pass(enum.Enum):
     """What happens to the gradients of a pass."""
 
-    LOCAL = "local"  #: each replica keeps its own
-    MEAN = "mean"  #: they become their mean over the replicas
-    COMBINED = "combined"  #: the hook makes ghat of them, and they become its mean
+    LOCAL = "local"  #: each replica keeps its own gradients
+    MEAN = "mean"  #: they are replaced by their mean over the replicas
+    COMBINED = "combined"  #: the hook computes ghat from them, and they are replaced by the mean of ghat
 
 
 class Replicas:
-    """When the gradients of a DistributedDataParallel are reduced.
+    """Decides when the gradients of a DistributedDataParallel are reduced.
 
     Args:
         ddp: the model.
-        sync_perturbation: False for an e of its own in every replica, True for one e in all, or a process group for one
-            e in each group.
+        sync_perturbation: False if every replica has its own e, True if all replicas share one e, or a process group
+            whose replicas share one e.
     Raises:
-        ValueError: for a DistributedDataParallel that moves parameters itself.
+        ValueError: if the DistributedDataParallel itself moves parameters.
     """
 
     def __init__(self, ddp: DistributedDataParallel, sync_perturbation: Any) -> None:
         if getattr(ddp, "mixed_precision", None) is not None:
-            raise ValueError("DistributedDataParallel's mixed_precision moves parameters in a step: use torch.autocast")
+            raise ValueError(
+                "DistributedDataParallel's mixed_precision moves parameters during a step: use torch.autocast"
+            )
         self.ddp, self.group = ddp, ddp.process_group
         self.size = dist.get_world_size(self.group)
         self.syncs = sync_perturbation is True
         self._shares_e = sync_perturbation if sync_perturbation not in (True, False) else None
         self._agreed = False
         self._complete = False  # whether a step has been taken
-        self._called: set[int] = set()  # buckets that the hook was called for in this pass
-        self._has_reduced = False  # whether anything was reduced in this step
+        self._called: set[int] = set()  # buckets for which the hook was called in this pass
+        self._has_reduced = False  # whether this step has reduced anything
 
-    # What the passes of a step are -----------------------------------------------------------------------------------
+    # The passes of a step --------------------------------------------------------------------------------------------
 
     def kind(self, index: int, passes: int, weights_known: bool) -> Pass:
-        """What is to happen in a pass.
+        """Return what happens to the gradients of a pass.
 
         Args:
             index: of the pass.
-            passes: how many there are in the step.
-            weights_known: whether the weights of ghat are known before the last.
+            passes: the number of passes in the step.
+            weights_known: whether the weights of ghat are known before the last pass.
         """
         if passes == 1:
             return Pass.MEAN
         if self.syncs and not weights_known:
             if not self.owns_hook:
                 raise RuntimeError(
-                    "this step reduces the gradients of every pass, and a hook of yours may change their differences: "
-                    "register it as ddp.register_comm_hook(optimizer, crsam_ext.combine_wrapper(hook))"
+                    "this step reduces the gradients of every pass, and your communication hook may change their "
+                    "differences: register it as ddp.register_comm_hook(optimizer, crsam_ext.combine_wrapper(hook))"
                 )
             return Pass.MEAN
         if index == 0 and self.syncs and self.owns_hook:
@@ -90,87 +92,87 @@ class Replicas:
 
     @property
     def owns_hook(self) -> bool:
-        """Whether the communication hook is one of :func:`combine_wrapper`."""
+        """Whether the communication hook was made by :func:`combine_wrapper`."""
         return any(getattr(hook, "combines", False) for hook, _ in hooks_of(self.ddp))
 
     @property
     def shares_e(self) -> dist.ProcessGroup | None:
-        """The replicas that take the mean of g0 where it was not reduced in its pass."""
+        """The replicas that average g0 if it was not reduced during its pass; None if they do not average it."""
         if self.syncs and not self.owns_hook:
             return self.group
         return cast("dist.ProcessGroup | None", self._shares_e)
 
     def prepare(self, optimizer: Any) -> None:
-        """Call before the first pass of a step, and before its forward.
+        """Prepare for a step; call before the forward of its first pass.
 
         Raises:
-            RuntimeError: for what cannot be made right: ``join()``, and static graphs with a hook of another kind.
+            RuntimeError: for unsupported settings: ``join()``, or a static graph with a foreign hook.
         """
         if is_joining(self.ddp):
             raise RuntimeError(
-                "DistributedDataParallel.join() knows one all-reduce a backward: give every rank as many batches "
-                "(DistributedSampler does), or make the optimizer without model="
+                "DistributedDataParallel.join() expects one all-reduce per backward: give every rank the same number "
+                "of batches (DistributedSampler does), or create the optimizer without model="
             )
         if not hooks_of(self.ddp):
             self.ddp.register_comm_hook(optimizer, combine_wrapper())
         if self.ddp.static_graph and not self.owns_hook:
             raise RuntimeError(
-                "static_graph=True needs gradients to stay local in a synchronised backward: register your hook as "
-                "ddp.register_comm_hook(optimizer, crsam_ext.combine_wrapper(hook))"
+                "static_graph=True needs a hook that can keep gradients local in a synchronized backward: register "
+                "your hook as ddp.register_comm_hook(optimizer, crsam_ext.combine_wrapper(hook))"
             )
 
     def context(self, kind: Pass) -> AbstractContextManager[Any]:
-        """In which a pass, forward and backward, is run."""
-        # The first backward of a static graph may not be in no_sync (pytorch#143580): there the hook keeps it local.
+        """Return the context in which to run the forward and backward of a pass."""
+        # The first backward of a static graph must not run in no_sync (pytorch#143580): the hook keeps it local.
         if kind is not Pass.LOCAL or (self.ddp.static_graph and not self._complete):
             return nullcontext()
         return cast("AbstractContextManager[Any]", self.ddp.no_sync())
 
     def begin_pass(self) -> None:
-        """Call when the gradients of a pass are taken: the next one begins."""
+        """Begin the next pass; call when the gradients of the previous pass were taken."""
         self._called.clear()
 
     def was_called(self) -> bool:
-        """Whether the hook was called in this pass."""
+        """Return whether the hook was called in this pass."""
         return bool(self._called)
 
     def end_step(self) -> None:
-        """Call when a step is complete."""
+        """End a complete step."""
         self._complete, self._has_reduced = True, False
 
     def abandon_step(self) -> None:
-        """Call when a step is abandoned.
+        """Abandon a step.
 
-        Where something was reduced in it, others may be waiting for the rest: this rank must not answer them with the
-        gradients of its next step. Instead it compares what the next step is, as it did in the first one.
+        If the step has reduced something, other ranks may wait for the rest of it. They must not receive the gradients
+        of this rank's next step, so the ranks compare their settings again, as in the first step.
         """
         self._called.clear()
         if self._has_reduced:
             self._agreed = self._has_reduced = False
 
     def called(self, bucket: GradBucket, kind: Pass) -> None:
-        """Call for each call of the hook.
+        """Record a call of the hook.
 
         Raises:
-            RuntimeError: if the bucket was reduced in this pass already.
+            RuntimeError: if this pass has already reduced the bucket.
         """
         if bucket.index() in self._called:
             raise RuntimeError(
-                "two backwards of the last pass were synchronised, of which only one can be reduced: put all but the "
-                "last micro-batch into ddp.no_sync()"
+                "two backwards of the last pass were synchronized, but only one can be reduced: put all but the last "
+                "micro-batch into ddp.no_sync()"
             )
         self._called.add(bucket.index())
         self._has_reduced |= kind is not Pass.LOCAL
 
-    # What is reduced -------------------------------------------------------------------------------------------------
+    # Reductions ------------------------------------------------------------------------------------------------------
 
     def agree(self, settings_of_step: Callable[[], dict[str, Any]]) -> None:
-        """See, in the first step, whether all replicas take the same steps.
+        """Check in the first step that all replicas have the same settings.
 
         Args:
-            settings_of_step: tells by name what decides about a step; asked in that one only.
+            settings_of_step: returns the settings that determine a step, by name; called only if they are compared.
         Raises:
-            RuntimeError: on all of them, if they do not, saying what differs.
+            RuntimeError: on all replicas, if the settings differ; the message names them.
         """
         if self._agreed:
             return
@@ -180,11 +182,11 @@ class Replicas:
         differ = [name for name in settings if any(other.get(name) != everyone[0].get(name) for other in everyone)]
         if differ:
             told = "; ".join(f"{name}: {', '.join(str(other.get(name)) for other in everyone)}" for name in differ)
-            raise RuntimeError(f"the ranks of the model differ in what decides about their steps: {told}")
+            raise RuntimeError(f"the ranks of the model differ in settings that must be equal: {told}")
         self._agreed = True
 
     def forget(self) -> None:
-        """Call when options or state were changed: they are compared again."""
+        """Compare the settings again in the next step; call after options or state were changed."""
         self._agreed = False
 
     def mean_(self, tensor: Tensor) -> Tensor:
@@ -193,12 +195,12 @@ class Replicas:
         return tensor
 
     def max_(self, tensor: Tensor) -> Tensor:
-        """Reduce a small tensor to its greatest values, in place."""
+        """Reduce a small tensor to its maximum, in place."""
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
     def sum_pieces_(self, pieces: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
-        """Reduce pieces to their sums, in place; each while the next one is made."""
+        """Reduce pieces to their sums, in place; the reduction overlaps with the creation of the next piece."""
         group = self.group if group is None else group
         works = [dist.all_reduce(piece, group=group, async_op=True) for piece in pieces]
         for work in works:
@@ -227,7 +229,7 @@ class Replicas:
 
 
 def parts(rows: Sequence[Tensor]) -> Iterator[slice]:
-    """Rows of one dtype, in runs that are reduced at once."""
+    """Split rows of one dtype into runs of about ``PIECE`` bytes, one reduction each."""
     start, size = 0, 0
     for index, row in enumerate(rows):
         if index > start and size + row.nbytes > PIECE:
@@ -239,7 +241,7 @@ def parts(rows: Sequence[Tensor]) -> Iterator[slice]:
 
 
 def room(rows: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """New memory for rows of one dtype and device: all of it, and a view for each, aligned as kernels like it."""
+    """Allocate memory for rows of one dtype and device; return it with an aligned view for each row."""
     align = ALIGNMENT // rows[0].element_size()
     offsets = [0, *accumulate(-(-row.numel() // align) * align for row in rows)]
     flat = rows[0].new_zeros(offsets[-1])
@@ -252,12 +254,12 @@ def room(rows: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
 def combine_wrapper(
     hook: Callable[[Any, GradBucket], torch.futures.Future[Tensor]] | None = None, state: Any = None
 ) -> Callable[[Any, GradBucket], torch.futures.Future[Tensor]]:
-    """A communication hook that makes ghat of a bucket and hands it to another hook, whose state is given here.
+    """Return a communication hook that computes ghat for a bucket and passes it to another hook.
 
     Args:
-        hook: reduces it, as :func:`torch.distributed.algorithms.ddp_comm_hooks.default_hooks.bf16_compress_hook` does;
-            by default an all-reduce.
-        state: of ``hook``; by default the process group.
+        hook: reduces ghat, for example ``bf16_compress_hook`` of
+            :mod:`torch.distributed.algorithms.ddp_comm_hooks.default_hooks`; by default an all-reduce.
+        state: the state of ``hook``; by default the process group.
 
     Example::
 
@@ -266,7 +268,7 @@ def combine_wrapper(
     """
 
     def combine_hook(optimizer, bucket):  # type: ignore[no-untyped-def]
-        # Annotations are left out: register_comm_hook compares them with the classes.
+        # No annotations, because register_comm_hook compares them with the classes.
         replicas: Replicas = optimizer.replicas
         kind, step = optimizer.next_pass()
         replicas.called(bucket, kind)
@@ -292,20 +294,22 @@ def combine_wrapper(
 
 
 def in_several_processes() -> bool:
-    """Whether this process is one of several that communicate."""
+    """Return whether this process belongs to a process group of several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def check_equal(params: Sequence[Tensor], names: Sequence[str], group: dist.ProcessGroup | None) -> None:
-    """See whether all ranks hold the same parameters, to the bit: one all-reduce of a checksum of each.
+    """Check that the parameters are equal on all ranks, to the bit, with one all-reduce of their checksums.
+
+    DTensors need one more all-reduce for each mesh dimension that replicates them, and one for the result.
 
     Args:
-        params: plain tensors, which all ranks of ``group`` hold, and DTensors, whose shards only those hold over which
-            they are replicated: one all-reduce for each dimension of a mesh that replicates, and one of the outcome.
+        params: plain tensors, which are compared over ``group``, and DTensors, which are compared over the ranks that
+            replicate the same shard.
         names: of the parameters.
         group: all processes if None.
     Raises:
-        RuntimeError: on all ranks, if they do not, naming the first that differs.
+        RuntimeError: on all ranks, if parameters differ; the message names the first of them.
     """
     if not params:
         return
@@ -316,7 +320,7 @@ def check_equal(params: Sequence[Tensor], names: Sequence[str], group: dist.Proc
             compared.setdefault(over, []).append(index)
     differs = torch.zeros(len(params), dtype=torch.int32, device=sums.device)
     for over, indices in compared.items():
-        both = torch.stack([sums[indices], ~sums[indices]])  # the greatest of ~x is that of the least x
+        both = torch.stack([sums[indices], ~sums[indices]])  # max(~x) equals ~min(x)
         dist.all_reduce(both, op=dist.ReduceOp.MAX, group=over)
         differs[indices] |= both[0] != ~both[1]
     if any(map(is_sharded, params)):
@@ -325,17 +329,18 @@ def check_equal(params: Sequence[Tensor], names: Sequence[str], group: dist.Proc
     if differ:
         others = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
         raise RuntimeError(
-            f"the replicas have parted: {names[differ[0]]}{others} of {len(params)} parameters differ between ranks; "
-            "gradients were reduced in some passes only (a no_sync() of one's own?), or the ranks began differently"
+            f"the replicas differ: {names[differ[0]]}{others} of {len(params)} parameters are not equal on all ranks; "
+            "either some passes did not reduce their gradients (did you use no_sync()?), or the ranks started from "
+            "different values"
         )
 
 
 def _checksum(param: Tensor) -> Tensor:
-    """64 bits of a tensor, 0-dim int64."""
+    """Return a 64-bit checksum of a tensor, 0-dim int64."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = param.detach().contiguous().view(-1).view(integers[param.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=param.device)
     for index, piece in enumerate(bits.split(2**20) if len(bits) else ()):
         places = torch.arange(1, 2 * len(piece), 2, dtype=torch.int64, device=param.device)
-        total += (piece.to(torch.int64) * places).sum() * (2 * index + 1)  # odd factors lose no bit
+        total += (piece.to(torch.int64) * places).sum() * (2 * index + 1)  # odd factors lose no bits
     return total

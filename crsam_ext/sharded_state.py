@@ -1,12 +1,12 @@
-"""State of which every rank keeps a part, ``shard_state``: ZeRO stage 1 (Rajbhandari et al., SC 2020).
+"""Sharded optimizer state, ``shard_state``: ZeRO stage 1 (Rajbhandari et al., SC 2020).
 
-The replicas of a DistributedDataParallel make the same update of the same gradient, each with the same state. Instead,
-of every parameter each rank keeps the state of some rows, as fully_shard would cut it on dimension 0, updates these
-rows, and sends them to the others. A rank writes the bits that all would have written: an update is elementwise.
+By default, all replicas of a DistributedDataParallel have the same state and compute the same update from the same
+gradient. With sharded state, each rank stores the state of a slice of every parameter, cut along dimension 0 as
+fully_shard does. It updates this slice and sends it to the other ranks. The result is equal to the bit, because an
+update is elementwise.
 
-The state is made of DTensors, which torch.distributed.checkpoint saves and reshards. Parameters that cannot be cut
-into such rows, because they have no dimensions or are laid out with another one outermost, keep their state whole on
-every rank.
+The state consists of DTensors, which torch.distributed.checkpoint saves and reshards. A parameter cannot be cut if it
+has no dimensions or if dimension 0 is not its outermost dimension in memory. Then every rank stores its whole state.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["OwnPlan", "StateShards"]
 
 
 class StateShards:
-    """Which part of the state of each parameter this rank keeps.
+    """The part of each parameter's state that this rank stores.
 
     Args:
         group: the ranks that share the state.
@@ -44,15 +44,17 @@ class StateShards:
         self._mesh = DeviceMesh.from_group(group, device.type)
 
     def chunk(self, slot: Slot) -> int:
-        """How many elements of a parameter a rank owns, but for the last ones, which own what is left; 0 for one that
-        is not cut."""
+        """Return how many elements of a parameter each rank owns; 0 if the parameter is not cut.
+
+        The last ranks own fewer elements, or none.
+        """
         shape, stride = slot.shape, slot.stride
         if not shape or not slot.numel or (shape[0] > 1 and stride[0] * shape[0] != slot.numel):
             return 0
         return -(-shape[0] // self.size) * (slot.numel // shape[0])
 
     def owned(self, slot: Slot) -> tuple[int, int]:
-        """The first and the last element, exclusive, that this rank owns, as memory lies; all of what is not cut."""
+        """Return the half-open range of elements, in memory order, that this rank owns; all if nothing is cut."""
         chunk = self.chunk(slot)
         if not chunk:
             return 0, slot.numel
@@ -60,7 +62,7 @@ class StateShards:
         return start, min(start + chunk, slot.numel)
 
     def part(self, slot: Slot, flat: Tensor) -> Tensor:
-        """The state of a parameter over its segment of a flat buffer; a DTensor if it is cut."""
+        """Return the state of a parameter as a view of a flat buffer; a DTensor if the parameter is cut."""
         from torch.distributed.tensor import DTensor, Shard
 
         start, stop = self.owned(slot)
@@ -73,7 +75,7 @@ class StateShards:
         return DTensor.from_local(here, self._mesh, placed, run_check=False, shape=slot.shape, stride=slot.stride)
 
     def own_part_of(self, slot: Slot, whole: Tensor) -> Tensor:
-        """Of a plain tensor in the shape of a parameter the part that this rank owns."""
+        """Return the part that this rank owns of a plain tensor in the shape of a parameter."""
         if not self.chunk(slot):
             return whole
         start, stop = self.owned(slot)
@@ -82,19 +84,19 @@ class StateShards:
 
 
 class OwnPlan:
-    """What this rank updates of a plan: a row for every parameter of which it owns elements.
+    """The part of a plan that this rank updates: one row per parameter of which it owns elements.
 
-    It stands for the plan in :meth:`crsam_ext.updates.Update.apply`.
+    It replaces the plan in :meth:`crsam_ext.updates.Update.apply`.
 
     Args:
-        plan: of all elements.
-        bucket: of the plan.
-        shards: which of them are owned here.
+        plan: the plan of all elements.
+        bucket: the bucket of the plan.
+        shards: which elements this rank owns.
     """
 
     def __init__(self, plan: Plan, bucket: Bucket, shards: StateShards) -> None:
         Column, self._shards = bucket.host.Column, shards
-        # For every row: where it lies in which row of the plan, and in the buffers of the state.
+        # For every row: the index of the plan's row that contains it, and its range of elements there.
         self._places: list[tuple[int, int, int]] = []
         self._sent: list[Sent] = []
         self.rows: list[Slot] = []
@@ -121,20 +123,20 @@ class OwnPlan:
         self.steps = Column(plan.steps[index] for index, *_ in self._places)
 
     def of(self, rows: Sequence[Tensor]) -> list[Tensor]:
-        """The own parts of the rows of the plan."""
+        """Return the parts of the plan's rows that this rank owns."""
         return [flattened(rows[index])[a:b] for index, a, b in self._places]
 
     def direction(self, direction: Direction | None) -> Direction | None:
-        """The own part of a direction."""
+        """Return the part of a direction that this rank owns."""
         return None if direction is None else Direction(self.of(direction.rows), direction.weight)
 
     def share(self, rows: Sequence[Tensor]) -> None:
-        """Send the own parts of rows of the plan to all ranks, and write those of the others.
+        """Send the own parts of the plan's rows to all ranks, and write the parts of the other ranks.
 
-        A piece is copied to its place while the next one is on the way.
+        The communication of one piece overlaps with the copies of the previous one.
 
         Args:
-            rows: all of a plan, of one dtype.
+            rows: all rows of the plan, of one dtype.
         """
         last: _Piece | None = None
         for sent in _pieces(self._sent, rows[0].element_size() if rows else 1):
@@ -160,23 +162,23 @@ class OwnPlan:
 
 
 class Sent(NamedTuple):
-    """A parameter whose parts are sent."""
+    """A parameter that the ranks exchange."""
 
-    row: int  #: of the plan
-    first: int  #: element there
+    row: int  #: index of the plan's row
+    first: int  #: index of the parameter's first element in this row
     numel: int
-    chunk: int  #: elements of a rank
+    chunk: int  #: elements per rank
 
 
 class _Piece(NamedTuple):
-    """What is sent at once."""
+    """The parameters of one all-gather."""
 
     work: Any
-    everyone: Tensor  # [ranks, elements of each]
-    targets: list[tuple[Tensor, int, int]]  # a parameter, where its chunk begins, and the length of that
+    everyone: Tensor  # [ranks, elements per rank]
+    targets: list[tuple[Tensor, int, int]]  # a parameter, and the offset and length of its chunk
 
     def receive(self) -> None:
-        """Wait for it, and copy it to its place."""
+        """Wait for the all-gather, and copy its result into the parameters."""
         self.work.wait()
         to, of = [], []
         for target, offset, chunk in self.targets:
@@ -190,7 +192,7 @@ class _Piece(NamedTuple):
 
 
 def _pieces(sent: Sequence[Sent], itemsize: int) -> list[list[Sent]]:
-    """What is sent, in runs of parameters that are sent at once."""
+    """Split parameters into runs, one all-gather each."""
     pieces: list[list[Sent]] = []
     size = 0
     for each in sent:

@@ -1,12 +1,12 @@
-"""Parameters of which every rank holds a part: the DTensors of fully_shard, of tensor parallelism and of replicate().
+"""Sharded parameters: the DTensors of fully_shard, of tensor parallelism and of replicate().
 
-A step works on the part that is here, its *shard*, which stays where it is: fully_shard gathers from memory of its own.
-All that is elementwise needs nothing else. Sums over parameters are sums over shards, and are reduced over exactly
-those dimensions of a parameter's mesh that shard it: where a dimension replicates it, every rank has the sum already,
-and would add it once for each replica. What decides about a step is made of such sums, and so is the same on all ranks.
+A step works on the local part of a parameter, its *shard*. The shard is not moved, because fully_shard gathers from
+this memory. Elementwise operations need nothing else. Sums over parameters are sums over shards, and are reduced over
+exactly those dimensions of a parameter's mesh that shard it. Along a dimension that replicates the parameter, every
+rank already has the sum, and a reduction would count it once per replica. All decisions about a step depend on such
+sums only, so they are the same on all ranks.
 
-What others see are DTensors: gradients in ``p.grad``, and the state, which torch.distributed.checkpoint saves and
-reshards.
+Users see DTensors: in ``p.grad`` and in the state, which torch.distributed.checkpoint saves and reshards.
 """
 
 from __future__ import annotations
@@ -36,40 +36,41 @@ __all__ = [
     "sum_over",
 ]
 
-#: Of what is sent at once, in bytes: DistributedDataParallel's own default.
+#: Size of a communication buffer in bytes; the default of DistributedDataParallel.
 PIECE = 25 * 2**20
 
-# Whoever makes a DTensor has imported it. For all others it would be half a second more, and SymPy.
+# Code that creates a DTensor has imported this module. The import takes half a second and loads SymPy, so other users
+# do not pay for it.
 _DTENSORS = "torch.distributed.tensor"
 
-#: The process groups of the dimensions of a mesh that shard a parameter, in the order of the mesh, which is the same on
-#: all ranks; none for one that every rank holds whole.
+#: The process groups of the mesh dimensions that shard a parameter, in the order of the mesh, which is the same on all
+#: ranks. Empty for a parameter that is complete on every rank.
 Groups = tuple[Any, ...]
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor, of which this rank has a part or, where it is replicated, all."""
+    """Return whether a tensor is a DTensor, sharded or replicated."""
     module = sys.modules.get(_DTENSORS)
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 @torch.no_grad()
 def local(tensor: Any) -> Tensor:
-    """The shard of a DTensor, sharing its memory; any other tensor as it is."""
+    """Return the local shard of a DTensor, which shares its memory; any other tensor is returned unchanged."""
     shard: Tensor = tensor.to_local().detach() if is_sharded(tensor) else tensor
     return shard
 
 
 def flattened(g: Tensor) -> Tensor:
-    """A dense tensor as its memory lies."""
+    """Return a dense tensor as a 1-D view in memory order."""
     return g.as_strided((g.numel(),), (1,))
 
 
 def local_gradient(param: Any, grad: Any) -> Tensor:
-    """The shard of a gradient, placed as the parameter is.
+    """Return the local shard of a gradient, with the placements of the parameter.
 
-    Where every rank has computed a part of a sum, as it does for what sequence parallelism replicates, that sum is made
-    first, by all ranks of the mesh.
+    If every rank has a partial sum, as for a parameter that sequence parallelism replicates, all ranks of the mesh
+    reduce it first.
     """
     if is_sharded(param) and is_sharded(grad):
         if not placed_alike(param, grad):
@@ -80,12 +81,12 @@ def local_gradient(param: Any, grad: Any) -> Tensor:
 
 
 def placed_alike(param: Any, grad: Any) -> bool:
-    """Whether two tensors are DTensors of the same placements."""
+    """Return whether two tensors are DTensors with the same placements."""
     return is_sharded(param) and is_sharded(grad) and bool(grad.placements == param.placements)
 
 
 def as_shard_of(param: Any, shard: Tensor) -> Tensor:
-    """A tensor of the mesh, placements and shape of a parameter, over the memory of ``shard``; for a DTensor only."""
+    """Return a DTensor like ``param`` that shares the memory of ``shard``; ``shard`` itself if ``param`` is none."""
     if not is_sharded(param):
         return shard
     from torch.distributed.tensor import DTensor
@@ -96,7 +97,7 @@ def as_shard_of(param: Any, shard: Tensor) -> Tensor:
 
 
 def groups_of(param: Any) -> Groups:
-    """The groups over which a sum over the elements of a parameter is to be reduced."""
+    """Return the process groups over which a sum over the elements of a parameter must be reduced."""
     if not is_sharded(param):
         return ()
     placements = enumerate(param.placements)
@@ -104,43 +105,43 @@ def groups_of(param: Any) -> Groups:
 
 
 def replicating_groups(param: Any) -> list[Any]:
-    """The groups of ranks that have the same shard of a DTensor, for each dimension of its mesh that replicates it."""
+    """Return the process group of each mesh dimension that replicates a DTensor; its ranks have the same shard."""
     placements = enumerate(param.placements)
     return [param.device_mesh.get_group(dim) for dim, placed in placements if placed.is_replicate()]
 
 
 def check_placements(param: Any) -> None:
-    """Raise ValueError for a DTensor that holds parts of a sum."""
+    """Raise ValueError if a DTensor holds partial sums."""
     if is_sharded(param) and any(placed.is_partial() for placed in param.placements):
         raise ValueError(
-            f"a parameter of shape {tuple(param.shape)} is placed {param.placements}: a part of a sum on each rank; "
-            "redistribute it to Shard or Replicate before making the optimizer"
+            f"a parameter of shape {tuple(param.shape)} has the placements {param.placements}, a partial sum on each "
+            "rank; redistribute it to Shard or Replicate before you create the optimizer"
         )
 
 
 def check_state(name: str, value: Any, like: Any) -> None:
-    """Raise ValueError where a value of the state is not placed as its parameter is, or another tensor like that."""
+    """Raise ValueError if a value of the state differs from ``like``, usually its parameter, in mesh or placements."""
     what = f"state {name!r} of a parameter of shape {tuple(like.shape)}"
     if is_sharded(value) != is_sharded(like):
         kind, kind_of_like = (("a DTensor" if is_sharded(x) else "a plain tensor") for x in (value, like))
-        what += f" is {kind}, and the parameter {kind_of_like}"
+        what += f" is {kind}, but the parameter is {kind_of_like}"
     elif not is_sharded(value):
         return
     elif value.device_mesh != like.device_mesh:
-        what += f" is on {value.device_mesh}, and the parameter on {like.device_mesh}"
+        what += f" is on {value.device_mesh}, but the parameter is on {like.device_mesh}"
     elif value.placements != like.placements:
-        what += f" is placed {value.placements}, and the parameter {like.placements}"
+        what += f" has the placements {value.placements}, but the parameter has {like.placements}"
     else:
         return
-    raise ValueError(f"{what}: load it by torch.distributed.checkpoint.state_dict.set_optimizer_state_dict")
+    raise ValueError(f"{what}: load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict")
 
 
 def sum_over(parts: Mapping[Groups, Tensor]) -> Tensor:
-    """The sum of tensors of one shape, each reduced over its groups: one all-reduce for each group that occurs.
+    """Reduce each tensor over its groups and return the sum of all, with one all-reduce per group.
 
     Args:
-        parts: what this rank has of each sum, by the groups over which it is to be reduced; in an order that is the
-            same on all ranks, as they reduce over one group after the other.
+        parts: tensors of one shape, the local part of each sum, by the groups over which it is reduced. The order is
+            the same on all ranks, because they reduce over one group after the other.
     """
     pending = dict(parts)
     for group in dict.fromkeys(group for groups in parts for group in groups):

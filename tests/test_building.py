@@ -63,7 +63,7 @@ def test_nvcc_in_the_path_may_be_a_link(setup, toolkit, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("release", "top"), [("", True), ("13.0", False)])
 def test_nvcc_that_tells_too_little(release, top, setup, toolkit, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(toolkit(release, top)))
-    with pytest.raises(setup["Unavailable"], match="does not tell its release and folder"):
+    with pytest.raises(setup["Unavailable"], match="does not report its release and folder"):
         setup["nvcc"]()
 
 
@@ -77,8 +77,8 @@ def test_no_nvcc(setup, tmp_path, monkeypatch):
     ("torch_cuda", "release", "reason"),
     [
         ("13.0", "13.2", None),  # the major version decides
-        ("13.0", "12.8", "nvcc is of CUDA 12.8, and torch was built with CUDA 13.0"),
-        ("12.8", "13.0", "nvcc is of CUDA 13.0, and torch was built with CUDA 12.8"),
+        ("13.0", "12.8", "nvcc is from CUDA 12.8, but torch was built with CUDA 13.0"),
+        ("12.8", "13.0", "nvcc is from CUDA 13.0, but torch was built with CUDA 12.8"),
         (None, "13.0", "was built without CUDA"),
     ],
 )
@@ -103,7 +103,7 @@ def test_toolkit_is_not_looked_for_when_told_so(setup, monkeypatch):
 
 def test_torch_is_missing(setup, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(setup["Unavailable"], match="install with --no-build-isolation"):
+    with pytest.raises(setup["Unavailable"], match="use --no-build-isolation"):
         setup["toolkit"]()
 
 
@@ -256,9 +256,9 @@ def test_kernels_and_the_gpu(architectures, capability, reason, built, monkeypat
 
 def test_extension_without_kernels_says_why(built, monkeypatch):
     built(architectures="")
-    monkeypatch.setitem(sys.modules, "crsam_ext._build", SimpleNamespace(REASON="nvcc is of CUDA 12.8"))
+    monkeypatch.setitem(sys.modules, "crsam_ext._build", SimpleNamespace(REASON="nvcc is from CUDA 12.8"))
     assert extension.why_missing() is None
-    assert cuda.why_unavailable() == "nvcc is of CUDA 12.8"
+    assert cuda.why_unavailable() == "nvcc is from CUDA 12.8"
 
 
 @pytest.mark.parametrize(

@@ -415,7 +415,7 @@ BAD = {
     "no loss": ((mlp().double(), None, batches()), {}, TypeError, "loss_fn must be callable"),
     "sum": ((mlp().double(), nn.CrossEntropyLoss(reduction="sum"), batches()), {}, ValueError, "'sum'"),
     "no scalar": ((mlp().double(), lambda o, y: o, batches()), {}, ValueError, r"of shape \(7, 4\)"),
-    "no tensor": ((mlp().double(), lambda o, y: 1.0, batches()), {}, ValueError, "returned one a float"),
+    "no tensor": ((mlp().double(), lambda o, y: 1.0, batches()), {}, ValueError, "returned a float"),
     "no graph": ((mlp().double(), lambda o, y: o.detach().sum(), batches()), {}, ValueError, "does not depend"),
     "no loader": ((mlp().double(), F.cross_entropy, 3), {}, TypeError, "iterable of batches"),
     "generator": ((mlp().double(), F.cross_entropy, iter(batches())), {}, TypeError, "only once"),
@@ -449,7 +449,7 @@ def test_other_bad_input():
         curvature.top_eigenvalues(*args, count=49)
     with pytest.raises(ValueError, match="parameters' shapes"):
         curvature.directional_curvature(*args, direction=[torch.ones(3)])
-    with pytest.raises(ValueError, match="length that is not zero"):
+    with pytest.raises(ValueError, match="finite, nonzero norm"):
         curvature.directional_curvature(*args, direction=[torch.zeros_like(p) for p in args[0].parameters()])
     with pytest.raises(ValueError, match="steps must be"):
         curvature.ascent_gap(*args, steps=0)

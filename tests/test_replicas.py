@@ -743,7 +743,7 @@ def with_statistics(rank, size):
 def test_options_that_differ(two, options, word):
     """An error on all ranks that names them, and none waits."""
     failures = two.attempt(differing, options)
-    assert all("differ in what decides about their steps" in failure.message for failure in failures)
+    assert all("differ in settings that must be equal" in failure.message for failure in failures)
     assert all(word in failure.message for failure in failures)
 
 
@@ -872,7 +872,7 @@ def test_log_in_other_wrappers(two, wrapped):
 
 
 @pytest.mark.parametrize("options", [LINEAR, LOG])
-def test_a_last_pass_that_was_not_synchronised(two, options):
+def test_a_last_pass_that_was_not_synchronized(two, options):
     """The gradient is reduced all the same, when the step is made."""
     results = two(all_in_no_sync, options)
     assert_equal(results)
@@ -958,9 +958,9 @@ def compiled_and_copied(rank, size):
 
 
 def test_check_replicas(two):
-    """Passes that a no_sync() of one's own leaves out part the replicas; without model= nobody else can know."""
+    """Replicas differ if the user's no_sync() leaves out passes; without model= only this check detects it."""
     failures = two.attempt(parting)
-    assert all("the replicas have parted" in failure.message for failure in failures)
+    assert all("the replicas differ" in failure.message for failure in failures)
     assert all("first.weight" in failure.message for failure in failures)
 
 
@@ -977,7 +977,7 @@ def parting(rank, size):
     optimizer.check_replicas()
 
 
-def test_synchronised_backwards_that_cannot_be_reduced(two):
+def test_synchronized_backwards_that_cannot_be_reduced(two):
     for failure in two.attempt(twice_in_the_last_pass):
         assert "put all but the last micro-batch into ddp.no_sync()" in failure.message
     for failure in two.attempt(without_the_first_all_reduce):

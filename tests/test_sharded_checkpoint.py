@@ -709,13 +709,13 @@ def test_full_tensors_are_refused(four, options):
     """In one line, which says how they are loaded."""
     for messages in four(refused, options, whole):
         assert all(message.startswith("state '") and "\n" not in message for message in messages)
-        assert all("is a plain tensor, and the parameter a DTensor" in message for message in messages)
+        assert all("is a plain tensor, but the parameter is a DTensor" in message for message in messages)
 
 
 @pytest.mark.parametrize("options", ["adamw", "curvature_interval"])
 def test_other_placements_are_refused(four, options):
     for messages in four(refused, options, transposed):
-        assert all("is placed (Shard(dim=1),)" in message for message in messages)
+        assert all("has the placements (Shard(dim=1),)" in message for message in messages)
 
 
 def read_in_place(rank, size, options, folder):

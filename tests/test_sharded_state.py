@@ -305,7 +305,7 @@ def with_torchs_state(rank, size):
         target.module.load_state_dict(model.state_dict())
         made_here.load_state_dict(torchs.state_dict())
         made_here.step(closure_of(target, 1, rank, size))
-    with pytest.raises(ValueError, match=r"is a DTensor, and the parameter a plain tensor: load it by torch"):
+    with pytest.raises(ValueError, match=r"is a DTensor, but the parameter is a plain tensor: load it with"):
         other.load_state_dict(optimizer.state_dict())
     return equal(values(shared), values(whole))
 

@@ -555,7 +555,7 @@ def test_drifted_replicas_are_found(four):
     """On every rank, also where one has drifted that others of another shard do not compare with."""
     for failure in four.attempt(drifted):
         assert failure.kind == "RuntimeError"
-        assert "the replicas have parted: b.weight of 9 parameters differ" in failure.message
+        assert "the replicas differ: b.weight of 9 parameters are not equal on all ranks" in failure.message
 
 
 def drifted(rank, size):
@@ -580,10 +580,10 @@ REFUSED = {
     "losses": ("ValueError", 'use estimator="gradient"'),
     "parallel": ("TypeError", "call step() without parallel="),
     "fsdp1": ("ValueError", "use torch.distributed.fsdp.fully_shard"),
-    "partial": ("ValueError", "redistribute it to Shard or Replicate before making the optimizer"),
+    "partial": ("ValueError", "redistribute it to Shard or Replicate before you create the optimizer"),
     "graph": ("ValueError", "this step cannot be captured in a CUDA graph"),
     "shard_state": ("ValueError", "already shards the state"),
-    "plain state": ("ValueError", "and the parameter a DTensor: load it by torch.distributed.checkpoint.state_dict"),
+    "plain state": ("ValueError", "the parameter is a DTensor: load it with torch.distributed.checkpoint.state_dict"),
 }
 
 

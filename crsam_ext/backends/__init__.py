@@ -1,4 +1,4 @@
-"""Which implementation of the operators runs, and why the others do not."""
+"""Selects the implementation of the operators, and reports why others are unavailable."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["available_backends", "load", "passed_over"]
 
 
 def available_backends() -> dict[str, str]:
-    """For each backend, in order of preference, "available" or "unavailable: " and the reason."""
+    """Return for each backend, in order of preference, "available" or "unavailable: " with the reason."""
     reasons = {
         "cuda": cuda.why_unavailable(),
         "triton": triton.why_unavailable(),
@@ -22,13 +22,13 @@ def available_backends() -> dict[str, str]:
 
 
 def passed_over(*, compile: bool = False, devices: Collection[str] = ()) -> dict[str, str]:
-    """The backends that "auto" prefers to the one it takes, and why it cannot take them; arguments as of `load`."""
+    """Return the backends that "auto" passes over, with the reasons; the arguments are those of `load`."""
     reasons = {}
     for name, verdict in available_backends().items():
         if name != "torch" and verdict == "available":
             elsewhere = sorted(set(devices) - {"cuda"})
             if compile:
-                verdict = "is compiled already, and compile=True was asked for"
+                verdict = "is already compiled, but compile=True was requested"
             elif elsewhere:
                 verdict = f"does not run on {', '.join(elsewhere)}"
             elif name == "triton" and triton.interpreted():
@@ -40,15 +40,15 @@ def passed_over(*, compile: bool = False, devices: Collection[str] = ()) -> dict
 
 
 def load(name: str, *, compile: bool = False, devices: Collection[str] = ()) -> Operators:
-    """The operators of a backend.
+    """Return the operators of a backend.
 
     Args:
-        name: "cuda", "triton", "torch", or "auto": the first one that is available and runs on ``devices``.
-        compile: run the torch backend's operators through ``torch.compile``.
-        devices: types of the devices that the parameters are on.
+        name: "cuda", "triton", "torch", or "auto" for the first one that is available and runs on ``devices``.
+        compile: run the operators of the torch backend through ``torch.compile``.
+        devices: the device types of the parameters.
     Raises:
-        ValueError: for an unknown name, or ``compile`` with a backend that is compiled already.
-        RuntimeError: if the backend is not available, with the reason.
+        ValueError: if the name is unknown, or if ``compile`` is combined with another backend than "torch".
+        RuntimeError: if the backend is unavailable; the message gives the reason.
     """
     available = available_backends()
     if name not in ("auto", *available):
@@ -59,7 +59,7 @@ def load(name: str, *, compile: bool = False, devices: Collection[str] = ()) -> 
     if available[name] != "available":
         raise RuntimeError(f"backend {name!r} is {available[name]}")
     if compile and name != "torch":
-        raise ValueError(f"compile=True is for the torch backend; {name!r} is compiled already")
+        raise ValueError(f"compile=True is for the torch backend; {name!r} is already compiled")
     if name == "torch":
         return TorchOperators(compile)
     return cuda.CudaOperators() if name == "cuda" else triton.TritonOperators()

@@ -16,7 +16,7 @@ __all__ = ["CudaOperators", "why_unavailable"]
 
 
 def why_unavailable() -> str | None:
-    """Why the kernels cannot run here; None if they can."""
+    """Return why the kernels cannot run on this machine; None if they can."""
     reason = extension.why_missing()
     if reason is not None:
         return reason
@@ -34,7 +34,7 @@ def why_unavailable() -> str | None:
 
 
 class CudaOperators(FusedOperators):
-    """The operators of :mod:`crsam_ext._C`."""
+    """The operators of the extension, :mod:`crsam_ext._C`."""
 
     name = "cuda"
 
@@ -43,14 +43,14 @@ class CudaOperators(FusedOperators):
         self._ops = SimpleNamespace(**{name: _direct(self.host, name) for name in KERNELS})
 
     def _launch_mark(self, live: Tensor) -> int:
-        return live._version  # which the operator bumps after the launch
+        return live._version  # the operator bumps it after the launch
 
     def _launched(self, live: Tensor, before: int) -> bool:
         return live._version != before
 
 
 def _direct(module: Any, name: str) -> Callable[..., Any]:
-    """An operator as a function of the module; for torch.compile, as the dispatcher has it."""
+    """Return an operator that calls the extension directly, or the dispatcher while torch.compile traces it."""
     direct, registered = getattr(module, name), getattr(torch.ops.crsam, name)
 
     def operator(*arguments: Any) -> Any:
@@ -62,7 +62,7 @@ def _direct(module: Any, name: str) -> Callable[..., Any]:
 
 
 def _flat(argument: Any) -> Any:
-    """A list of lists as schemas have it: one after the other."""
+    """Concatenate a list of lists, as schemas expect; return any other argument unchanged."""
     if isinstance(argument, (list, tuple)) and argument and isinstance(argument[0], (list, tuple)):
         return [tensor for tensors in argument for tensor in tensors]
     return argument

@@ -1,8 +1,8 @@
-"""The operators as fused kernels, one launch each: from arguments of `Operators` to those of the schemas.
+"""Adapts the calls of `Operators` to the schemas of the fused kernels, one launch each.
 
-CUDA C++ and Triton implement the same schemas, those of ``KERNELS``, each in a namespace of its own. A row is one
-parameter, and gradients stay where autograd left them: the kernels read a table of pointers, which is copied to the
-device only when a pointer has changed.
+CUDA C++ and Triton implement the same schemas, ``KERNELS``, in separate namespaces. Every parameter is a row, and
+gradients stay in the memory where autograd put them. The kernels read a table of pointers, which is copied to the
+device only if a pointer changed.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ def _fake_coefficients(gram: Tensor | None, squared_norms: Any, scale: Any, alph
 
 
 def _fake_nothing(*_: Any) -> None:
-    """What an operator returns that writes into its arguments."""
+    """The result of an operator that only writes into its arguments."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What is to be known of an operator, besides what it computes.
+    """The schema of an operator and its memory traffic.
 
     Args:
-        arguments: as in a schema; those that are marked with an exclamation mark are written.
-        results: likewise.
-        fake: makes the results without values, for torch.compile and its like.
-        moves: for each variant what is read and written an element, one letter a stream: ``r`` a row, ``w`` one in the
-            compute dtype; of the latter only if rows have (``m``) or have not (``n``) masters.
+        arguments: the arguments of the schema; an exclamation mark means that the argument is written.
+        results: the results of the schema.
+        fake: creates the results without values, for torch.compile and similar tools.
+        moves: the streams that a variant reads and writes, one letter each: ``r`` is a row in its own dtype, ``w`` a
+            row in the compute dtype, ``m`` such a row only if there are masters, ``n`` only if there are none.
     """
 
     arguments: str
@@ -65,16 +65,17 @@ class Kernel:
         return [i for i, argument in enumerate(self.arguments.split(", ")) if "!" in argument]
 
     def nbytes(self, dtype: torch.dtype, *variant: int) -> tuple[int, int]:
-        """Bytes that are read and written an element, of rows of a dtype."""
+        """Return the bytes that are read and written per element, for rows of a dtype."""
         wide, masters = compute_dtype(dtype).itemsize, has_master(dtype)
         sizes = {"r": dtype.itemsize, "w": wide, "m": wide * masters, "n": wide * (not masters)}
         read, written = (sum(map(sizes.__getitem__, streams)) for streams in self.moves(*variant))
         return read, written
 
 
-#: The operators. Groups are given by number. Lists of lists, ``state`` and the gradients of all passes, come one after
-#: the other. Options are those of all groups, as numbers, and as tensors where they lie on the device. An empty tensor
-#: stands for missing state. ``numbers`` are factor, kappa, sigma and regularizer_ratio, ``flags`` ok and capped.
+#: The operators by name. Groups are numbers. Lists of lists (``state`` and the gradients of all passes) are
+#: concatenated. ``options`` are the options of all groups as numbers; ``option_tensors`` has the ones that are tensors
+#: on the device. An empty tensor means missing state. ``numbers`` are factor, kappa, sigma and regularizer_ratio,
+#: ``flags`` are ok and capped.
 KERNELS = {
     "grad_norm": Kernel(
         "Tensor[] grads, int[] groups, int num_groups, Tensor?[] weights, Tensor[] direction, Tensor? direction_weight",
@@ -143,12 +144,12 @@ KERNELS = {
     ),
 }
 
-_libraries: list[torch.library.Library] = []  # what they define lasts as long as they do
+_libraries: list[torch.library.Library] = []  # definitions disappear when their library is deleted
 
 
 @cache
 def register(namespace: str) -> None:
-    """Define the operators of a namespace for torch; the extension calls it as it is imported."""
+    """Define the operators of a namespace for torch; the extension calls this function when it is imported."""
     library = torch.library.Library(namespace, "FRAGMENT")
     _libraries.append(library)
     for name, kernel in KERNELS.items():
@@ -157,12 +158,12 @@ def register(namespace: str) -> None:
 
 
 def no_device() -> str | None:
-    """Why no kernel can be launched from this process; None if a GPU is there."""
+    """Return why this process cannot launch a kernel; None if it can."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     try:
         torch.cuda.get_device_capability()
-    except RuntimeError as error:  # a process that was forked from one that uses CUDA, for example
+    except RuntimeError as error:  # for example in a process that was forked from one that uses CUDA
         return f"CUDA cannot be used in this process: {error}"
     return None
 
@@ -170,18 +171,21 @@ def no_device() -> str | None:
 class FusedOperators(Operators):
     """See :class:`crsam_ext.ops.Operators`."""
 
-    _ops: Any  #: functions by the operators' names, with the arguments of the schemas
+    _ops: Any  #: has a function for each operator, with the arguments of the schema
 
     gather_below = 0
     fuses_gram = True
 
     @abstractmethod
     def _launch_mark(self, live: Tensor) -> int:
-        """A number that tells :meth:`_launched` what came before."""
+        """Return a mark from which :meth:`_launched` can tell whether a launch followed."""
 
     @abstractmethod
     def _launched(self, live: Tensor, before: int) -> bool:
-        """Whether ``perturb_`` was launched on ``live`` since ``before``; asked after an exception, so it may wait."""
+        """Return whether ``perturb_`` was launched on ``live`` after the mark ``before``.
+
+        Called only after an exception, so a device synchronization is acceptable.
+        """
 
     def grad_norm(
         self,
@@ -222,7 +226,7 @@ class FusedOperators(Operators):
         scale = _on(first.device, scale)
         before, known = self._launch_mark(first), len(undo)
         try:
-            # One launch saves and writes: undo must not wait until it returns, nor stay if it is never made.
+            # One launch saves and writes. Register undo before the launch; drop it if the launch never happened.
             if sign > 0:
                 undo.append((live, saved))
             self._ops.perturb_(live, saved, grads, groups, scale, adaptive, sign, stochastic)
@@ -359,12 +363,12 @@ class FusedOperators(Operators):
 
 
 def _gradients(grads: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
-    """Those of all passes, or that of the last one alone."""
+    """Return the gradients of all passes of a full step, otherwise only the last one."""
     return list(grads) if len(grads) == PASSES else [grads[-1]]
 
 
 def _without_none(rows: Sequence[Tensor | None], like: Tensor) -> Sequence[Tensor]:
-    """Empty tensors instead of None: schemas know no list of optional tensors that are written."""
+    """Replace None by empty tensors, because schemas do not support written lists of optional tensors."""
     if isinstance(rows, list) and any(row is None for row in rows):
         none = like.new_empty(0)
         return [none if row is None else row for row in rows]
@@ -384,7 +388,7 @@ def _on(device: torch.device, x: Tensor) -> Tensor:
 
 
 def _numbers(groups: Iterable[Options], device: torch.device) -> tuple[list[float], list[Tensor | None]]:
-    """Options of all groups in a row, as numbers, and those that lie on the device as tensors."""
+    """Return the options of all groups in one list as numbers, and in another list those that are device tensors."""
     numbers: list[float] = []
     tensors: list[Tensor | None] = []
     for value in (value for group in groups for value in group.numbers):

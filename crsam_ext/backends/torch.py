@@ -1,9 +1,9 @@
-"""The operators in PyTorch: for a CPU, for devices without kernels of their own, and as the form that is compiled.
+"""The operators in PyTorch, for CPUs and for devices without fused kernels; ``torch.compile`` can fuse them.
 
-On a CPU these operators are bound by memory, and an eager expression such as ``g + a * d`` would stream every
-intermediate through memory once more. So each row is worked through in blocks that fit into the cache, with scratch
-blocks that are allocated once; only gradients, parameters and state travel. With ``compile=True`` the same bodies are
-fused by ``torch.compile`` instead, a row at a time.
+On a CPU these operators are bound by memory bandwidth, and an eager expression such as ``g + a * d`` would write every
+intermediate result to memory and read it back. So each row is processed in blocks that fit into the cache, with scratch
+blocks that are allocated once. Only gradients, parameters and state travel through memory. With ``compile=True``,
+``torch.compile`` fuses the same functions, one row at a time.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from ..precision import PRECISIONS, compute_dtype
 
 __all__ = ["TorchOperators"]
 
-# Elements in a block. On a CPU the eight or so blocks in use should stay in the last-level cache, while the cost of a
-# call (1 to 2 us) is spread over many elements; little changes from 2^18 to 2^20. It also bounds the length of float32
-# sums: torch.dot is within 1e-6 here, and off by 1e-4 at 2^24. Elsewhere a block only bounds scratch.
+# Elements in a block. On a CPU, the roughly eight blocks in use should stay in the last-level cache, and many elements
+# should share the cost of a call (1 to 2 us); the speed hardly changes from 2^18 to 2^20. The block also limits the
+# length of float32 sums: the error of torch.dot is below 1e-6 for this length, and 1e-4 for 2^24. On other devices, a
+# block only limits the size of scratch.
 _CPU_BLOCK = 2**19
 _DEVICE_BLOCK = 2**22
-# Elements of which a norm is taken in the compute dtype. All pieces of a row are one call, so they can be short, and
-# squared norms within 1e-7.
+# Elements per norm in the compute dtype. One call computes the norms of all pieces of a row, so the pieces can be
+# short, and the error of squared norms is below 1e-7.
 _PIECE = 2**14
 
 
@@ -36,7 +37,7 @@ def _block(device: torch.device) -> int:
 
 
 class Scratch:
-    """Scratch blocks by number, of one length, allocated when first asked for."""
+    """Numbered scratch blocks of one length, allocated on first use."""
 
     def __init__(self, allocate: Callable[[int, torch.dtype], Tensor], dtype: torch.dtype) -> None:
         self._allocate, self._dtype = allocate, dtype
@@ -50,12 +51,12 @@ class Scratch:
 
 
 def _up(x: Tensor, scratch: Scratch, index: int) -> Tensor:
-    """``x`` in the compute dtype, without a copy if it has it already."""
+    """Return ``x`` in the compute dtype, without a copy if it already has this dtype."""
     return x if x.dtype == compute_dtype(x.dtype) else scratch(index).copy_(x)
 
 
 def _differences(grads: Sequence[Tensor], scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
-    """g0 in the compute dtype, d1 in scratch 3 and d2 in scratch 4; scratch 0 to 2 may hold the gradients."""
+    """Return g0 in the compute dtype, d1 in scratch 3 and d2 in scratch 4; the gradients may use scratch 0 to 2."""
     g0, gp, gm = (_up(g, scratch, i) for i, g in enumerate(grads))
     d1, d2 = scratch(3), scratch(4)
     torch.sub(gp, g0, out=d2)
@@ -72,10 +73,10 @@ def _regularized(
     factor: Tensor | None,
     scratch: Scratch,
 ) -> Tensor:
-    """factor * (g+ + sum of c_i (g_i - g0)), or of the last pass's gradient and a weighted direction, if there is one.
+    """Return factor * (g+ + sum of c_i (g_i - g0)) for a full step, otherwise factor * (last gradient + omega h).
 
-    It is in scratch 4, or that gradient itself. Of ``weights``, the last is that of the direction. The differences are
-    exact wherever the gradients are within a factor of two (Sterbenz).
+    The result is in scratch 4, or it is the last gradient itself. The last entry of ``weights`` is omega, the weight of
+    the direction h. The differences are exact if the gradients are within a factor of two (Sterbenz).
     """
     if len(grads) == PASSES:
         g0, gp = (_up(g, scratch, i) for i, g in enumerate(grads[:2]))
@@ -91,7 +92,7 @@ def _regularized(
 
 
 def _write(live: Tensor, saved: Tensor, new: Tensor, ok: Tensor | None) -> None:
-    """Make ``new`` the parameter, where ``ok``, and ``saved`` elsewhere."""
+    """Write ``new`` into the parameter if ``ok``, otherwise ``saved``."""
     if live.dtype == saved.dtype:
         live.copy_(new) if ok is None else torch.where(ok, new, saved, out=live)
     else:
@@ -103,13 +104,13 @@ def _write(live: Tensor, saved: Tensor, new: Tensor, ok: Tensor | None) -> None:
 
 
 def _save(live: Tensor, saved: Tensor, scratch: Scratch) -> Tensor:
-    """Save what was written into ``live`` since the last step; returns w, from where reading it costs less."""
+    """Copy changes of ``live`` since the last step into ``saved``, and return the copy of w that is cheaper to read."""
     if live.dtype == saved.dtype:
         saved.copy_(live)
         return live
     rounded = scratch(0, live.dtype).copy_(saved)
     if live.device.type == "cpu":
-        # Mostly nothing was, which shows at a tenth of the cost of a selection: torch's loops over bool are no vectors.
+        # Usually nothing changed. This test takes a tenth of where(), because torch does not vectorize loops over bool.
         bits = rounded.view(torch.int16), live.view(torch.int16)
         if not any(torch.bitwise_xor(*bits, out=scratch(1, torch.int16)).aminmax()):
             return saved
@@ -133,15 +134,18 @@ def _perturb(
 
 
 def _hashed(w: Tensor, g: Tensor) -> Tensor:
-    """13 random bits from those of float32 w and g, by the finalizer of MurmurHash3; int32."""
-    h = g.view(torch.int32) * -0x61C8864F ^ w.view(torch.int32)  # torch has no shifts of uint32: bits are masked
+    """Hash float32 w and g to 13 random bits with the finalizer of MurmurHash3; int32."""
+    h = g.view(torch.int32) * -0x61C8864F ^ w.view(torch.int32)  # torch cannot shift uint32, so the bits are masked
     h = (h ^ (h >> 16 & 0xFFFF)) * -0x7A143595
     h = (h ^ (h >> 13 & 0x7FFFF)) * -0x3D4D51CB
     return (h ^ (h >> 16 & 0xFFFF)) >> 19 & 0x1FFF
 
 
 def _dithered(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
-    """x rounded to ``dtype``, up with the probability of the part that is cut off, see csrc/cuda/update_math.cuh."""
+    """Round x stochastically to ``dtype``, see csrc/cuda/update_math.cuh.
+
+    The probability of rounding up is the part that is cut off.
+    """
     digits, smallest = PRECISIONS[dtype].digits, PRECISIONS[dtype].smallest_exponent
     exponent = (x.view(torch.int32) >> 23 & 255).clamp_(min=smallest)
     q = (exponent - digits << 23).view(torch.float32)
@@ -150,7 +154,7 @@ def _dithered(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _norms(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Norms, computed in ``dtype``, of the pieces of a row."""
+    """Return the norms of the pieces of a row, computed in ``dtype``."""
     rest = x.numel() % _PIECE
     pieces = [x.view(-1, _PIECE)] if rest == 0 else [x[:-rest].view(-1, _PIECE), x[None, -rest:]]
     return [torch.linalg.vector_norm(piece, dim=1, dtype=dtype) for piece in pieces if piece.numel()]
@@ -161,7 +165,10 @@ def _sum_of_products(x: Tensor, y: Tensor, blind: bool = True) -> Tensor:
 
 
 def _dot(x: Tensor, y: Tensor, blind: bool) -> Tensor:
-    """x . y summed in its own dtype, or in float64 if that overflows, unless it may not be looked at."""
+    """Return x . y summed in its own dtype, or in float64 if that overflows.
+
+    If ``blind``, overflow is not checked, because reading the result would synchronize.
+    """
     product = torch.dot(x, y)
     return product if blind or math.isfinite(product) else _sum_of_products(x, y)
 
@@ -238,7 +245,7 @@ def _adam(
     g = _regularized(grads, direction, weights, factor if clip else None, scratch)
     if decay and not decoupled:
         g = torch.addcmul(g, saved, weight_decay, out=scratch(4))
-    # scratch 0 to 3 are free from here on: only g, in scratch 4 or in scratch 0, is still needed, and only until v.
+    # Scratch 0 to 3 are free now, except that g may be in scratch 0 and is needed until v is computed.
     m = exp_avg.lerp_(g, rest1) if keep is None else torch.lerp(exp_avg, g, rest1, out=scratch(1))
     v = exp_avg_sq.mul_(beta2) if keep is None else torch.mul(exp_avg_sq, beta2, out=scratch(2))
     v.addcmul_(torch.mul(g, g, out=scratch(3)), rest2)
@@ -254,13 +261,13 @@ def _adam(
 class Rule(NamedTuple):
     """An update rule."""
 
-    #: Its formula: (live, saved, *state, direction, *grads), by name the numbers of the row's group as scalars,
-    #: scratch, `clip`, `select`, and what `static` returns.
+    #: The formula. Its positional arguments are live, saved, *state, direction, *grads; its keyword arguments are
+    #: scalars (the numbers of the row's group), scratch, clip, select, and the result of `static`.
     body: Callable[..., None]
-    #: What of a group's options decides on the code.
+    #: Returns the options of a group that select a variant of the code.
     static: Callable[[Any], dict[str, bool]]
-    #: From the options of all groups, a number of steps and a tensor like which they should be: the numbers [groups]
-    #: that the formula reads, in its order.
+    #: Returns the numbers, [groups] each, that the formula reads, in its order. The arguments are the options of all
+    #: groups, the number of steps, and a tensor whose dtype and device the numbers get.
     numbers: Callable[[Sequence[Any], Tensor, Tensor], list[Tensor]]
 
 
@@ -288,7 +295,7 @@ def _adam_numbers(options: Sequence[Any], step: Tensor, like: Tensor) -> list[Te
     return [decay, 1 - beta1, beta2, 1 - beta2, correction2.sqrt(), eps, -lr / correction1]
 
 
-#: By the names that options give them.
+#: The rules by the name in their options.
 RULES = {
     "sgd": Rule(
         _sgd,
@@ -341,12 +348,12 @@ class TorchOperators(Operators):
     """See :class:`crsam_ext.ops.Operators`.
 
     Args:
-        compile: fuse the bodies with ``torch.compile`` rather than working through blocks.
+        compile: fuse the operators with ``torch.compile`` instead of processing rows in blocks.
     """
 
     name = "torch"
     fuses_gram = False
-    # A call costs tens of microseconds; gathering this much costs about as many, and the rows become few.
+    # A call costs tens of microseconds. Gathering this many elements costs about the same and leaves few rows.
     gather_below = 2**17
 
     def __init__(self, compile: bool = False) -> None:
@@ -355,10 +362,10 @@ class TorchOperators(Operators):
         self._scratches: dict[tuple[torch.device, torch.dtype, int], Scratch] = {}
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
-    # How a body is run over a row ------------------------------------------------------------------------------------
+    # Running a function over a row -----------------------------------------------------------------------------------
 
     def _scratch(self, device: torch.device, dtype: torch.dtype, size: int) -> Scratch:
-        """Scratch for blocks of ``size`` elements that compute in ``dtype``; all sizes share the same memory."""
+        """Return scratch for blocks of ``size`` elements that compute in ``dtype``; all sizes share memory."""
 
         def allocate(index: int, dtype: torch.dtype) -> Tensor:
             key = (device, index, dtype)
@@ -372,7 +379,7 @@ class TorchOperators(Operators):
         return self._scratches[key]
 
     def _blocks(self, tensors: Sequence[Tensor | None]) -> Iterator[tuple[Sequence[Any], Scratch]]:
-        """A row in blocks, each with scratch blocks of its length."""
+        """Yield a row in blocks, each with scratch blocks of its length."""
         like = next(t for t in tensors if t is not None)
         device, dtype, size = like.device, compute_dtype(like.dtype), like.numel()
         block = _block(device)
@@ -387,7 +394,7 @@ class TorchOperators(Operators):
     def _run(
         self, body: Callable[..., Any], tensors: Sequence[Tensor | None], scalars: Tensor, **static: Any
     ) -> list[Any]:
-        """Apply ``body`` to a row, compiled in one piece or block by block; what it returned for each piece."""
+        """Apply ``body`` to a row, compiled as a whole or block by block, and return the result of each call."""
         if self.compile:
             like = next(t for t in tensors if t is not None)
             dtypes = tuple(None if t is None else t.dtype for t in tensors)
@@ -399,15 +406,15 @@ class TorchOperators(Operators):
 
     @staticmethod
     def _table(columns: Sequence[Tensor], row: Tensor) -> list[Tensor]:
-        """Per-group float64 columns as one vector a group, in the compute dtype and on the device of ``row``."""
+        """Turn per-group float64 tensors into one vector per group, in the compute dtype on the device of ``row``."""
         table = torch.stack([c.expand(columns[0].shape) for c in columns], 1)
         return list(table.to(row.device, compute_dtype(row.dtype), non_blocking=True).unbind())
 
     def _skips(self, ok: Tensor, live: Sequence[Tensor], saved: Sequence[Tensor]) -> bool:
-        """Whether the step was skipped here and now.
+        """Restore w and return True if the step is skipped and ``ok`` can be read.
 
-        On a CPU the flag can be read for free, and a branch saves two selections an element. On other devices, and
-        compiled, the flag stays where it is, and the bodies select.
+        On a CPU, reading the flag is free, and a branch saves two selections per element. On other devices, and if
+        compiled, the flag is not read, and the formulas select.
         """
         if self.selects(live[0]) or bool(ok):
             return False
@@ -453,7 +460,7 @@ class TorchOperators(Operators):
         result = sums(compute_dtype(first.dtype))
         if self.selects(first) or all(map(math.isfinite, result.tolist())):
             return result
-        return sums(torch.float64)  # squares may have overflowed
+        return sums(torch.float64)  # in case squares overflowed
 
     def perturb_(
         self,
@@ -467,9 +474,9 @@ class TorchOperators(Operators):
         undo: list[tuple[Sequence[Tensor], Sequence[Tensor]]],
         stochastic: bool = False,
     ) -> None:
-        # Never compiled: a block is still in the cache after it was saved, so fusing would gain nothing on a CPU, and
-        # ``undo`` must be told between the two. Nor one by one: torch.compile leaves out the rounding to 16 bits and
-        # back by which `_save` sees that a parameter was changed.
+        # Never compiled. After a block was saved it is still in the cache, so fusing would gain nothing on a CPU, and
+        # ``undo`` must be extended between saving and writing. Compiling the two functions separately is no option
+        # either: torch.compile removes the conversion to 16 bits and back with which `_save` detects changes.
         table = self._table([scale * sign], live[0])
         for *row, group in zip(live, saved, grads, groups, strict=True):
             for (p, w, g), scratch in self._blocks(row):
@@ -576,27 +583,27 @@ class TorchOperators(Operators):
 
 
 def _all_weights(c: Coefficients, direction: Direction | None) -> list[Tensor]:
-    """Those of the differences, and that of the direction, for each group."""
+    """Return the weights of the differences and of the direction, for each group."""
     weights = list(c.pass_weights.unbind())
     added = torch.zeros_like(weights[0]) if direction is None else direction.weight.expand_as(weights[0])
     return [*weights, added]
 
 
 def _column(values: Sequence[float | Tensor], like: Tensor) -> Tensor:
-    """One number or 0-dim tensor a group as a tensor like ``like`` (dtype, device)."""
+    """Stack one number or 0-dim tensor per group into a tensor with the dtype and device of ``like``."""
     if any(isinstance(v, Tensor) for v in values):
         return torch.stack([scalar(v).to(like, non_blocking=True).reshape(()) for v in values])
     return torch.tensor(values, dtype=like.dtype, device="cpu").to(like.device, non_blocking=True)
 
 
 def _signed_factor(coefficients: Coefficients, options: Sequence[Options]) -> Tensor:
-    """The clip factor of each group, negative where the objective is maximized."""
+    """Return the clip factor of each group, negative if the group is maximized."""
     sign = _column([-1.0 if o.maximize else 1.0 for o in options], coefficients.pass_weights)
     return sign if coefficients.factor is None else sign * coefficients.factor
 
 
 def _compile(body: Callable[..., Any], static: dict[str, Any]) -> Callable[..., Any]:
-    """``body`` fused by torch.compile for rows of any length, its scratch blocks turned into registers."""
+    """Fuse ``body`` with torch.compile for rows of any length; scratch blocks become registers."""
 
     def whole_row(tensors: Sequence[Tensor | None], scalars: Tensor) -> Any:
         like = next(t for t in tensors if t is not None)
@@ -607,7 +614,7 @@ def _compile(body: Callable[..., Any], static: dict[str, Any]) -> Callable[..., 
 
         return body(*tensors, scalars=scalars.unbind(), scratch=scratch, **static)
 
-    # Dynamo keeps what it compiled, and its limit on recompilations, by code object: each variant gets one of its own.
+    # Dynamo caches compiled code, and counts recompilations, per code object. So each variant gets its own code object.
     variant = types.FunctionType(
         whole_row.__code__.replace(co_name=body.__name__), globals(), body.__name__, None, whole_row.__closure__
     )

@@ -21,12 +21,12 @@ __all__ = ["TritonOperators", "interpreted", "why_unavailable"]
 
 
 def interpreted() -> bool:
-    """Whether Triton interprets kernels on the CPU rather than compiling them: for debugging, and very slow."""
+    """Return whether Triton interprets kernels on the CPU instead of compiling them (very slow, for debugging)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_unavailable() -> str | None:
-    """Why the kernels cannot run here; None if they can."""
+    """Return why the kernels cannot run on this machine; None if they can."""
     if find_spec("triton") is None:
         return "the triton package is not installed"
     if find_spec("crsam_ext.triton_kernels") is None:
@@ -58,7 +58,7 @@ class TritonOperators(FusedOperators):
         return int(self._implementations.perturbations_launched())
 
     def _launched(self, live: Tensor, before: int) -> bool:
-        # The version says nothing: it goes up after the launch, and Ctrl-C may come between the two.
+        # The version cannot tell: it is bumped after the launch, and an interrupt may come between the two.
         return bool(self._implementations.last_perturbation(live.device) > before)
 
 
@@ -78,8 +78,11 @@ def _register() -> None:
 
 @cache
 def _direct(host: Any) -> SimpleNamespace:
-    """The implementations, with the versions of what they write: torch's dispatcher would turn every list of tensors
-    into one of its own and back, which takes longer than all the rest."""
+    """Return the implementations, wrapped to bump the versions of the tensors that they write.
+
+    They bypass torch's dispatcher, which would convert every list of tensors twice. That takes longer than all other
+    host work of the call.
+    """
     implementations = import_module("crsam_ext.triton_kernels.operators")
     return SimpleNamespace(
         **{name: _versioned(getattr(implementations, name), kernel, host) for name, kernel in KERNELS.items()}
