@@ -38,7 +38,7 @@ lint: $(INSTALLED)  ## Check style, format and types
 bench: $(INSTALLED)  ## Measure the cost of a step; table, figures and numbers go to benchmarks/results
 	$(BIN)/python -m pytest -q benchmarks --benchmark-quiet
 
-experiments: $(INSTALLED)  ## Measure the effect of CR-SAM on accuracy and curvature: an hour on two cores; can be interrupted
+experiments: $(INSTALLED)  ## Measure the effect of CR-SAM on accuracy and curvature; an hour on two cores, resumable
 	$(BIN)/python -m benchmarks.experiments
 
 gpu:  ## On a machine with a GPU: build the extension, run all tests that need a GPU, measure the operators

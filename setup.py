@@ -1,7 +1,7 @@
 """Defines the packages and the extension; all other metadata is in pyproject.toml.
 
-The extension `crsam_ext._C` is built from csrc/ if there are a CUDA build of torch and an nvcc of the same major version.
-With torch and a C++ compiler only, it is built without kernels; it then reduces the host time of backend "triton".
+The extension `crsam_ext._C` is built from csrc/ if torch is a CUDA build and nvcc has the same major version. If there
+is only torch and a C++ compiler, it is built without kernels, and only reduces the host time of backend "triton".
 Otherwise the package is pure Python. `crsam_ext.available_backends()` reports why there are no kernels. `pip install`
 builds in an isolated environment without torch, unless `--no-build-isolation` is given.
 
@@ -85,7 +85,7 @@ def toolkit() -> str:
 
 
 def nvcc() -> tuple[str, str]:
-    """Return the folder and the release of the CUDA toolkit, as reported by nvcc: its path may be a link or a script."""
+    """Return the folder and the release of the CUDA toolkit. nvcc reports both; its path may be a link or a script."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     path = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if not Path(path).exists():

@@ -1,4 +1,4 @@
-// The Python module: what it was built with, the functions of host.cpp and, with kernels, of operators.cpp.
+// The Python module: build information, the functions of host.cpp and, with kernels, of operators.cpp.
 #include <map>
 #include <string>
 
@@ -17,8 +17,7 @@ std::map<std::string, std::string> build_info() {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() =
-      "The compiled parts of crsam_ext; with kernels, they are registered as torch.ops.crsam when this is imported.";
+  m.doc() = "The compiled parts of crsam_ext. With kernels, importing this module registers torch.ops.crsam.";
   m.def("build_info", &build_info, "Versions of crsam_ext, its sources, torch, CUDA and the compiler; architectures.");
   crsam::define_host_functions(m);
 #ifdef CRSAM_WITH_KERNELS

@@ -1,4 +1,4 @@
-// What an operator demands of its arguments. One line says where it is not met: operator, argument, found, expected.
+// Argument checks of the operators, with one-line errors: operator, argument, actual value, expected value.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,11 +9,11 @@
 
 namespace crsam {
 
-// An argument of an operator, as Python would write it: perturb_: grads[3], or step_: grads[1][3].
+// The name of an argument in a message, for example perturb_: grads[3] or step_: grads[1][3].
 struct Argument {
   const char* op;
   const char* name;
-  int64_t column = -1;  // in a list of lists
+  int64_t column = -1;  // index in a list of lists
   int64_t row = -1;
 
   Argument at(int64_t index) const { return {op, name, column, index}; }
@@ -27,7 +27,7 @@ inline std::ostream& operator<<(std::ostream& out, const Argument& argument) {
   return out;
 }
 
-// A tensor that a kernel reads or writes through a pointer.
+// Checks a tensor that a kernel reads or writes through a pointer.
 inline void check_tensor(const at::Tensor& tensor, const Argument& argument, at::Device device, at::ScalarType dtype,
                          int64_t numel) {
   TORCH_CHECK(tensor.defined(), argument, " is None");
@@ -42,12 +42,13 @@ inline void check_count(size_t found, const Argument& argument, size_t expected)
 }
 
 inline void check_groups(const Groups& groups, const char* op, int64_t num_groups) {
-  TORCH_CHECK(0 < num_groups && num_groups <= INT32_MAX, op, ": num_groups is ", num_groups);
+  TORCH_CHECK(0 < num_groups && num_groups <= INT32_MAX, op, ": num_groups is ", num_groups, ", not from 1 to ",
+              INT32_MAX);
   if (0 <= groups.least() && groups.most() < num_groups) return;
   const std::vector<int64_t>& numbers = groups.numbers();
   for (size_t i = 0; i < numbers.size(); ++i) {
-    TORCH_CHECK(0 <= numbers[i] && numbers[i] < num_groups, op, ": groups[", i, "] is ", numbers[i], ", not one of ",
-                num_groups, " groups");
+    TORCH_CHECK(0 <= numbers[i] && numbers[i] < num_groups, op, ": groups[", i, "] is ", numbers[i], ", not from 0 to ",
+                num_groups - 1);
   }
 }
 

@@ -1,4 +1,5 @@
-// What operators are called with: lists that were looked at once, since a step passes the same ones to several of them.
+// Argument types of the operators: immutable lists with cached metadata, because a step passes the same lists to
+// several operators.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,7 +12,7 @@
 
 namespace crsam {
 
-// A list of tensors, undefined where Python has None.
+// An immutable list of tensors with cached metadata; a tensor is undefined where Python has None.
 class Column {
  public:
   explicit Column(std::vector<at::Tensor> tensors) : items_(std::move(tensors)) {
@@ -26,7 +27,7 @@ class Column {
     }
   }
 
-  // Tensors of the memory order of `like`, which is without gaps, and of its dtype and device.
+  // `tensors` must have the memory order of `like`, which has no gaps, and its dtype and device.
   Column(std::vector<at::Tensor> tensors, const Column& like)
       : items_(std::move(tensors)), numels_(like.numels_), alike_(true) {
     addresses_.reserve(size());
@@ -39,11 +40,11 @@ class Column {
   auto begin() const { return items_.begin(); }
   auto end() const { return items_.end(); }
 
-  // 0 where there is no tensor, or one without elements.
+  // 0 for an undefined tensor, and for a tensor without elements.
   const std::vector<int64_t>& addresses() const { return addresses_; }
   const std::vector<int64_t>& numels() const { return numels_; }
 
-  // The addresses of the tensors that have elements, in order.
+  // The sorted addresses of the tensors that have elements.
   const std::vector<int64_t>& sorted_addresses() const {
     if (sorted_.empty()) {
       sorted_ = addresses_;
@@ -53,20 +54,20 @@ class Column {
     return sorted_;
   }
 
-  // Whether all are there, of one dtype and device, and runs of memory without gaps.
+  // Whether all tensors are defined, have no gaps in memory, and have the same dtype and device.
   bool alike() const { return alike_ && !items_.empty(); }
   bool consists_of(at::Device device, at::ScalarType type) const {
     return alike() && items_[0].device() == device && items_[0].scalar_type() == type;
   }
 
-  // One tensor for each version counter: views have that of what they are views of.
+  // At least one tensor for each version counter: views share the counter of their base.
   const std::vector<at::Tensor>& versioned() const {
     if (versioned_.empty()) {
       const void* last = nullptr;
       for (const at::Tensor& tensor : items_) {
         if (!tensor.defined()) continue;
         const void* base = tensor.is_view() ? tensor._base().unsafeGetTensorImpl() : tensor.unsafeGetTensorImpl();
-        if (base != last) versioned_.push_back(tensor);  // rows of one buffer follow each other
+        if (base != last) versioned_.push_back(tensor);  // rows of one buffer are consecutive
         last = base;
       }
     }
@@ -84,18 +85,18 @@ class Column {
   mutable std::vector<at::Tensor> versioned_;
 };
 
-// Several lists of as many tensors each: one for each pass, or for each buffer of an update rule's state.
+// Several lists of equal length: one for each pass, or one for each state buffer of an update rule.
 class Columns {
  public:
   explicit Columns(std::vector<std::shared_ptr<const Column>> columns) : columns_(std::move(columns)) {}
 
-  // All of them one after the other, as schemas have them.
+  // The concatenated lists, as schemas have them.
   explicit Columns(std::vector<at::Tensor> flat) : flat_(std::move(flat)) {}
 
-  // The lists, of so many tensors each where they were given as one.
+  // The lists; concatenated lists are split into lists of `size` tensors.
   std::vector<std::shared_ptr<const Column>> of(size_t size) const {
     if (flat_.empty()) return columns_;
-    TORCH_CHECK(size > 0 && flat_.size() % size == 0, flat_.size(), " tensors are not lists of ", size);
+    TORCH_CHECK(size > 0 && flat_.size() % size == 0, flat_.size(), " tensors cannot be split into lists of ", size);
     std::vector<std::shared_ptr<const Column>> columns;
     for (auto begin = flat_.begin(); begin != flat_.end(); begin += size) {
       columns.push_back(std::make_shared<Column>(std::vector<at::Tensor>(begin, begin + size)));
@@ -103,7 +104,7 @@ class Columns {
     return columns;
   }
 
-  // As they were given.
+  // The constructor's argument: one of the two is empty.
   const std::vector<std::shared_ptr<const Column>>& columns() const { return columns_; }
   const std::vector<at::Tensor>& flat() const { return flat_; }
 
@@ -112,7 +113,7 @@ class Columns {
   std::vector<at::Tensor> flat_;
 };
 
-// A list of which some tensors may be missing, in the schemas; here, every list may be one.
+// A list whose tensors are optional in the schema.
 struct Optional {
   const Column& column;
 };

@@ -1,5 +1,5 @@
-// What a step does for every tensor on the host, in one call for all of them. crsam_ext/host.py has the same functions
-// in Python, and says what they do.
+// Per-tensor host work of a step, batched into one call per list of tensors. crsam_ext/host.py has the same functions
+// in Python, with documentation.
 #include "host.h"
 
 #include <torch/csrc/Exceptions.h>
@@ -14,7 +14,7 @@ std::vector<at::Tensor> tensors_of(py::handle list) {
   tensors.reserve(items.size());
   for (const py::handle item : items) {
     if (!item.is_none() && !THPVariable_Check(item.ptr())) {
-      throw py::type_error("a list of tensors holds something else");
+      throw py::type_error("a list of tensors contains an object that is neither a tensor nor None");
     }
     tensors.push_back(item.is_none() ? at::Tensor() : THPVariable_Unpack(item.ptr()));
   }
@@ -23,11 +23,11 @@ std::vector<at::Tensor> tensors_of(py::handle list) {
 
 namespace {
 
-// The gradient of a parameter, undefined where there is none: p.grad, without the look at whether p is a leaf.
+// p.grad, undefined if there is none. Skips the check whether p is a leaf.
 at::Tensor& grad_of(const at::Tensor& param) { return param.unsafeGetTensorImpl()->mutable_grad(); }
 
-// Whether a gradient is ours to hold as it is: laid out as its parameter, and, unless `views` may be held, of a storage
-// of its own, which is not that of the parameter either.
+// Whether a gradient can be taken without a copy: it has the strides of its parameter and does not share its memory.
+// Unless `views` are allowed, it must also have its own storage.
 bool is_ours(const at::Tensor& grad, const at::Tensor& param, bool views) {
   if (!grad.defined() || !grad.has_storage() || grad.dtype() != param.dtype() || grad.sizes() != param.sizes() ||
       grad.requires_grad() || (grad.numel() > 0 && grad.const_data_ptr() == param.const_data_ptr())) {
@@ -95,7 +95,7 @@ bool repeats_memory(const Given<Column>& tensors) {
   return std::adjacent_find(x.begin(), x.end()) != x.end();
 }
 
-// Where a tensor is, its shape, strides and dtype.
+// Appends the address, dtype, shape and strides of a tensor.
 void append_place(std::vector<int64_t>& numbers, const at::Tensor& tensor) {
   numbers.push_back(reinterpret_cast<int64_t>(tensor.const_data_ptr()));
   numbers.push_back(static_cast<int64_t>(tensor.scalar_type()));
@@ -128,7 +128,7 @@ py::bytes fingerprint(const std::vector<py::list>& by_group, const py::dict& sta
     }
   }
   for (const auto& [param, kept] : state) {
-    if (!PyDict_CheckExact(kept.ptr())) continue;  // some optimizers keep numbers of their own beside
+    if (!PyDict_CheckExact(kept.ptr())) continue;  // some optimizers store plain numbers in the state
     numbers.push_back(identity(param));
     for (const auto& [name, value] : py::reinterpret_borrow<py::dict>(kept)) {
       numbers.push_back(static_cast<int64_t>(py::hash(name)));
@@ -145,7 +145,7 @@ py::object item(const Column& column, int64_t i) {
   return column[i].defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(column[i])) : py::none();
 }
 
-// The numbers of a 1-D tensor as 0-dim views, which autograd does not know.
+// The elements of a 1-D tensor as 0-dim tensors that share its storage but are no views for autograd.
 py::tuple unbind(const at::Tensor& numbers) {
   py::tuple parts(numbers.numel());
   for (int64_t i = 0; i < numbers.numel(); ++i) {
@@ -173,7 +173,7 @@ py::object attribute_of(const Groups& groups, const std::string& name) {
   return py::make_tuple(groups.least(), groups.most());
 }
 
-// __getattr__, which Python calls for an attribute that is not there yet, and leaves the attribute there.
+// __getattr__: Python calls it for a missing attribute. Computes the attribute and caches it on the object.
 template <typename Class>
 py::object work_out(const py::object& self, const std::string& name) {
   py::object value = attribute_of(self.cast<const Class&>(), name);

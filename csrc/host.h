@@ -1,4 +1,4 @@
-// What Python gives to the functions of the extension.
+// Conversion of the arguments that Python passes to the functions of the extension.
 #pragma once
 
 #include <torch/csrc/autograd/python_variable.h>
@@ -14,7 +14,7 @@
 
 namespace crsam {
 
-// Defined in host.cpp and, with kernels, in operators.cpp; entered into the extension by bindings.cpp.
+// Defined in host.cpp and, with kernels, in operators.cpp; bindings.cpp adds them to the module.
 void define_host_functions(pybind11::module_& m);
 void define_operators(pybind11::module_& m);
 
@@ -24,7 +24,8 @@ inline void bump(const Column& column) {
   for (const at::Tensor& tensor : column.versioned()) torch::autograd::impl::bump_version(tensor);
 }
 
-// A `Column` or `Groups`, or a list that is made one for this call; `Columns` of a list of them.
+// A `Column` or `Groups` that Python passed, or one created from a plain list for this call. `Columns` are created from
+// a list of `Column` or of plain lists.
 template <typename T>
 class Given {
  public:
@@ -50,7 +51,7 @@ class Given {
   std::optional<T> owned_;
 };
 
-// Lists of tensors, or one list of all tensors, as schemas have them.
+// Accepts lists of tensors, or one concatenated list, as schemas have it.
 template <>
 inline void Given<Columns>::load_columns(const pybind11::sequence& lists) {
   std::vector<std::shared_ptr<const Column>> columns;
@@ -60,7 +61,7 @@ inline void Given<Columns>::load_columns(const pybind11::sequence& lists) {
       return;
     }
     if (pybind11::isinstance<Column>(list)) {
-      columns.emplace_back(std::shared_ptr<void>(), list.cast<const Column*>());  // its caller holds it
+      columns.emplace_back(std::shared_ptr<void>(), list.cast<const Column*>());  // not owned: the caller owns it
     } else {
       columns.push_back(std::make_shared<Column>(tensors_of(list)));
     }

@@ -1,8 +1,8 @@
-// The operators for Python and for torch's dispatcher. Both call the functions of ops.h; `Parameter` says how each of
-// them gives an argument.
+// Binds the functions of ops.h to Python and to torch's dispatcher. `Parameter` defines how each of the two passes an
+// argument.
 //
-// As Python functions, operators take a `Column` that is kept from call to call: torch.ops.crsam converts every list of
-// tensors anew in every call, to C++ and there twice more.
+// The Python functions accept a `Column`, which callers cache between calls. In contrast, torch.ops.crsam converts
+// every list of tensors in every call: once to C++ and twice more within C++.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
@@ -22,7 +22,7 @@
 namespace crsam {
 namespace {
 
-// How an argument comes from Python, how from the dispatcher, and what the operator makes of either.
+// The types of an argument from Python and from the dispatcher, and their conversions to the type of the operator.
 template <typename P>
 struct Parameter {
   using FromPython = P;
@@ -143,7 +143,7 @@ void define(py::module_& m, const char* name, Result (*op)(Parameters...)) {
       size_t i = 0;
       ((written[i++] ? bump_written(given) : void()), ...);
     };
-    RECORD_FUNCTION(full_name, c10::ArrayRef<const c10::IValue>());  // for a profiler, as the dispatcher does
+    RECORD_FUNCTION(full_name, c10::ArrayRef<const c10::IValue>());  // for profilers, as in the dispatcher
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     if constexpr (std::is_void_v<Result>) {
       op(Parameter<Parameters>::convert(given)...);
@@ -160,7 +160,7 @@ void define(py::module_& m, const char* name, Result (*op)(Parameters...)) {
 }  // namespace
 
 void define_operators(py::module_& m) {
-  // The schemas, and what operators return without values, are those of Python.
+  // Python defines the schemas and the fake implementations.
   py::module_::import("crsam_ext.backends.fused").attr("register")("crsam");
 #define CRSAM_DEFINE(name) define(m, #name, &name);
   CRSAM_FOR_EACH_OPERATOR(CRSAM_DEFINE)
@@ -173,7 +173,7 @@ TORCH_LIBRARY_IMPL(crsam, CRSAM_DISPATCH_KEY, m) {
   CRSAM_FOR_EACH_OPERATOR(CRSAM_IMPLEMENT)
 }
 
-#ifndef CRSAM_NO_VERSIONS  // a second extension in one process, as tests have it, leaves them to the first
+#ifndef CRSAM_NO_VERSIONS  // defined for a second extension in one process (in tests): the first one registers this
 TORCH_LIBRARY_IMPL(crsam, ADInplaceOrView, m) {
 #define CRSAM_BUMP(name) m.impl(#name, torch::CppFunction::makeFromBoxedFunction<&crsam::bump_versions>());
   CRSAM_FOR_EACH_OPERATOR(CRSAM_BUMP)

@@ -1,4 +1,4 @@
-// The operators as C++ functions. crsam_ext/backends/fused.py has their schemas, crsam_ext/ops.py says what they
+// The operators as C++ functions. crsam_ext/backends/fused.py has their schemas, crsam_ext/ops.py documents what they
 // compute.
 #pragma once
 
@@ -11,7 +11,7 @@
 
 #include "column.h"
 
-// Every operator, for whatever is to be done for each: its name is that of its schema too.
+// Expands X for every operator. Each name is also the name of the schema.
 #define CRSAM_FOR_EACH_OPERATOR(X) \
   X(grad_norm)                     \
   X(perturbation_scale)            \
@@ -46,7 +46,7 @@ at::Tensor fd_combine_(const Column& out, const Columns& grads, const Groups& gr
 void fd_direction_(const Column& out, const Columns& grads, const Groups& groups, const at::Tensor& pass_weights,
                    const at::Tensor& factor, const at::Tensor& ok);
 
-// pass_weights, numbers, flags
+// Returns pass_weights, numbers and flags.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> coefficients(
     const std::optional<at::Tensor>& gram, const Column& squared_norms, const at::Tensor& scale,
     const at::Tensor& alpha, const at::Tensor& beta, at::Tensor counters, const Column& taken, const Column& part,

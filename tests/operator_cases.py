@@ -296,7 +296,7 @@ def check_other_groups(operators):
 wrong_arguments = pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda case: case.groups.__setitem__(0, 2), "perturb_: groups[0] is 2, not one of 2 groups"),
+        (lambda case: case.groups.__setitem__(0, 2), "perturb_: groups[0] is 2, not from 0 to 1"),
         (lambda case: case.groups.pop(), "perturb_: groups has 3 entries, not 4"),
         (lambda case: case.grads[0].pop(), "perturb_: grads has 3 entries, not 4"),
         (lambda case: case.grads[0].__setitem__(1, torch.zeros(4)), "perturb_: grads[1] has 4 elements, not 3"),
@@ -346,13 +346,13 @@ def check_arguments_of_a_step(operators, change, message):
 def check_unknown_names(operators):
     """Of a rule and of a regularizer."""
     case, scale = Case(torch.float32), Case(torch.float32).scale
-    with pytest.raises(RuntimeError, match="step_: rule is lion, which is none"):
+    with pytest.raises(RuntimeError, match="step_: unknown rule lion"):
         operators._ops.step_(
             case.live, case.saved, [], case.grads, case.groups, case.steps, "lion", [], [],
             case.coefficients.pass_weights, None, case.coefficients.ok, [], None,
         )  # fmt: skip
     counters = torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="coefficients: regularizer is cubic, which is none"):
+    with pytest.raises(RuntimeError, match="coefficients: unknown regularizer cubic"):
         operators._ops.coefficients(
             None, [scale], scale, scale, scale, counters, [], [], "cubic", [], None, 1.0, 1.0
         )  # fmt: skip

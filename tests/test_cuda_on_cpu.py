@@ -283,13 +283,13 @@ def test_thread_sanitizer_finds_nothing():
         ),
         pytest.param(
             THREADS,
-            ("reduce.cuh", "__threadfence();  // what the block has summed is seen before its ticket", ""),
+            ("reduce.cuh", "__threadfence();  // makes the partial sums of this block visible before its ticket", ""),
             "data race",
             id="fence-before-ticket",
         ),
         pytest.param(
             THREADS,
-            ("reduce.cuh", "__threadfence();  // other blocks' partial sums are read after their tickets", ""),
+            ("reduce.cuh", "__threadfence();  // orders reads of other blocks' partial sums after their tickets", ""),
             "data race",
             id="fence-after-ticket",
         ),
@@ -465,7 +465,7 @@ def test_unbind(compiled, library):
 
 
 def test_what_is_no_tensor_is_refused(library):
-    with pytest.raises(TypeError, match="a list of tensors holds something else"):
+    with pytest.raises(TypeError, match="a list of tensors contains an object that is neither a tensor nor None"):
         CudaOperators().grad_norm([1.0], [0], 1, [None])
     with pytest.raises(RuntimeError, match=r"grad_norm: grads\[0\] is None"):
         CudaOperators().grad_norm([None], [0], 1, [None])

@@ -1,4 +1,4 @@
-"""What an operator demands of its arguments. One line says where it is not met: operator, argument, found, expected."""
+"""Argument checks of the operators, with one-line errors: operator, argument, actual value, expected value."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from array import array
 import torch
 from torch import Tensor
 
-# The names that PyTorch's C++ side gives them, so that both backends say the same.
+# The names of dtypes in PyTorch's C++ messages, so that both backends raise the same errors.
 _NAMES = {
     torch.float64: "Double",
     torch.float32: "Float",
@@ -20,16 +20,16 @@ _NAMES = {
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """The name of a dtype in a message."""
+    """Return the name of a dtype for a message."""
     return _NAMES.get(dtype, str(dtype))
 
 
-# An operator, its argument, and perhaps a row of that: ("step_", "grads[1]", 3). Put into words only where it is wrong.
+# An operator, its argument, and optionally a row: ("step_", "grads[1]", 3). Formatted only for an error.
 Argument = tuple[str, str] | tuple[str, str, int]
 
 
 def place(argument: Argument) -> str:
-    """An argument of an operator, as in "step_: grads[1][3]"."""
+    """Format an argument of an operator, for example "step_: grads[1][3]"."""
     op, name, *row = argument
     return f"{op}: {name}" + "".join(f"[{index}]" for index in row)
 
@@ -37,7 +37,7 @@ def place(argument: Argument) -> str:
 def check_tensor(
     tensor: Tensor | None, argument: Argument, device: torch.device, dtype: torch.dtype, numel: int
 ) -> None:
-    """A tensor that a kernel reads or writes through a pointer."""
+    """Check a tensor that a kernel reads or writes through a pointer."""
     if tensor is None:
         raise RuntimeError(f"{place(argument)} is None")
     if tensor.device != device:
@@ -51,17 +51,17 @@ def check_tensor(
 
 
 def check_count(found: int, argument: Argument, expected: int) -> None:
-    """A list has as many entries as it should."""
+    """Check the length of a list."""
     if found != expected:
         raise RuntimeError(f"{place(argument)} has {found} entries, not {expected}")
 
 
 def check_groups(numbers: bytes, limits: tuple[int, int], op: str, num_groups: int) -> None:
-    """Every group exists: the least and the greatest do."""
+    """Check that all groups are in range; usually the smallest and the largest are enough."""
     if not 0 < num_groups < 2**31:
-        raise RuntimeError(f"{op}: num_groups is {num_groups}")
+        raise RuntimeError(f"{op}: num_groups is {num_groups}, not from 1 to {2**31 - 1}")
     if limits[0] >= 0 and limits[1] < num_groups:
         return
     for row, group in enumerate(array("q", numbers)):
         if not 0 <= group < num_groups:
-            raise RuntimeError(f"{op}: groups[{row}] is {group}, not one of {num_groups} groups")
+            raise RuntimeError(f"{op}: groups[{row}] is {group}, not from 0 to {num_groups - 1}")

@@ -1,4 +1,4 @@
-"""What a few numbers per group decide."""
+"""Kernels that work on a few numbers per group."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from crsam_ext import ops
 from .chunk_table import GRAM
 from .launch import jit, launch_one
 
-LANES = tl.constexpr(128)  # groups, or step counters, that are read at a time
+LANES = tl.constexpr(128)  # number of groups or step counters that are read at a time
 CLIP_EPSILON = tl.constexpr(ops.CLIP_EPSILON)
-PRODUCTS = tl.constexpr(ops.GRAM - ops.PASSES)  # of which h is no factor
+PRODUCTS = tl.constexpr(ops.GRAM - ops.PASSES)  # number of inner products without h
 
 
 @jit
 def perturbation_scale_kernel(squared_norm, rho, epsilon: tl.float64, scale, num_groups):
-    """scale = rho / (sqrt(sum of squared norms) + epsilon), per group.   One program."""
+    """scale = rho / (sqrt(sum of squared norms) + epsilon), per group. One program."""
     lane = tl.arange(0, LANES)
     total = tl.zeros([LANES], tl.float64)
     for first in range(0, num_groups, LANES):
@@ -35,7 +35,7 @@ def perturbation_scale_kernel(squared_norm, rho, epsilon: tl.float64, scale, num
 def direction_weight_kernel(
     squared_norm, squared_direction, decay, grad_scale, max_ratio: tl.float64, epsilon: tl.float64, weight, num_groups
 ):
-    """weight = min(decay, max_ratio |g| / (|h| + epsilon)), times the scale of g.   One program."""
+    """weight = min(decay * grad_scale, max_ratio |g| / (|h| + epsilon)); grad_scale is 1 if None. One program."""
     lane = tl.arange(0, LANES)
     of_g, of_h = tl.zeros([LANES], tl.float64), tl.zeros([LANES], tl.float64)
     for first in range(0, num_groups, LANES):
@@ -46,12 +46,12 @@ def direction_weight_kernel(
     decayed = tl.load(decay)
     if grad_scale is not None:
         decayed *= tl.load(grad_scale)
-    tl.store(weight, tl.where(most > decayed, decayed, most))  # a NaN stays one
+    tl.store(weight, tl.where(most > decayed, decayed, most))  # NaN stays NaN
 
 
 @triton.jit
 def quadratic_form(gram, known, x, y, z):
-    """Squared norm of x g0 + y d1 + z d2, of each group from its row of the Gram matrix."""
+    """The squared norm of x g0 + y d1 + z d2 of each group, from its row of the Gram matrix."""
     g00 = tl.load(gram, mask=known, other=0)
     g01 = tl.load(gram + 1, mask=known, other=0)
     g02 = tl.load(gram + 2, mask=known, other=0)
@@ -63,7 +63,7 @@ def quadratic_form(gram, known, x, y, z):
 
 @triton.jit
 def norm_of(squared):
-    """Rounding can leave a small negative number; a NaN stays one."""
+    """The square root of a squared norm, which rounding can make slightly negative. NaN stays NaN."""
     return tl.sqrt(tl.where(squared < 0, 0.0, squared))
 
 
@@ -71,7 +71,7 @@ def norm_of(squared):
 def weight_of(weight, curvature, known, REGULARIZER: tl.constexpr):
     """a from alpha and kappa, or b from beta and sigma.
 
-    linear: alpha. log: alpha / kappa, and 0 where kappa is not positive.
+    linear: alpha. log: alpha / kappa, or 0 if kappa is not positive.
     """
     x = tl.load(weight, mask=known, other=0)
     if REGULARIZER == "log":
@@ -85,14 +85,14 @@ def coefficients_kernel(
     pass_weights, numbers, flags, num_groups, max_regularizer_ratio: tl.float64, max_grad_norm: tl.float64,
     REGULARIZER: tl.constexpr,
 ):  # fmt: skip
-    """a, b, the clip factor and whether the step is sound, from sums over all elements; advances the counters.
+    """Compute a, b, the clip factor and whether the step is finite, from sums over all elements; advance the counters.
 
-    One program: its inputs are a few numbers per group. See `Operators.coefficients` for the mathematics.
+    One program, because the inputs are a few numbers per group. See `Operators.coefficients` for the mathematics.
     """
     lane = tl.arange(0, LANES)
     zero = tl.zeros([LANES], tl.float64)
 
-    # What is summed over groups: everything, to see a NaN or an infinity; the norm of the last pass; kappa and sigma.
+    # Sums over groups: of all inputs, to detect NaN and Inf; of the last pass's squared norm; of kappa and sigma.
     everything, last_norm, kappas, sigmas = zero, zero, zero, zero
     for first in range(0, num_groups, LANES):
         group = first + lane
@@ -112,9 +112,9 @@ def coefficients_kernel(
             kappas += s * ed1
             sigmas += s * (2 * eg0 + ed2 / 3)
     total = tl.sum(everything, 0)
-    sound = tl.abs(total) < float("inf")  # false for a NaN
+    sound = tl.abs(total) < float("inf")  # False for NaN
     unscale = tl.full([], 1.0, tl.float64)
-    if grad_scale is not None:  # of gradients and norms; e is free of it
+    if grad_scale is not None:  # of gradients and norms; e is not scaled
         unscale /= tl.load(grad_scale)
     curvature, difference = tl.sum(kappas, 0) / 2 * unscale, tl.sum(sigmas, 0) * unscale
     if len(losses) == 3:
@@ -138,7 +138,7 @@ def coefficients_kernel(
     too_large = ratio > max_regularizer_ratio
     cap = tl.where(too_large, max_regularizer_ratio / ratio, 1.0)
 
-    # The weights as they are used, and the norm of ghat = g0 + (1/2 + b) d1 + (1/2 + a) d2.
+    # The weights after the cap, and the norm of ghat = g0 + (1/2 + b) d1 + (1/2 + a) d2.
     ghats = zero
     for first in range(0, num_groups, LANES):
         group = first + lane
@@ -161,7 +161,7 @@ def coefficients_kernel(
     tl.store(flags, sound.to(tl.uint8))
     tl.store(flags + 1, too_large.to(tl.uint8))
 
-    # Atomic, as every thread would load what one of them stores.
+    # Atomic: with a plain load and store, threads could load a value that another thread has already stored.
     tl.atomic_add(counters, (sound == 0).to(tl.int64), sem="relaxed")
     if REGULARIZER != "linear":
         tl.atomic_add(counters + 1, (sound & (curvature <= 0)).to(tl.int64), sem="relaxed")
@@ -189,7 +189,7 @@ def launch_direction_weight(
     epsilon: float,
     weight: Tensor,
 ) -> None:
-    """weight (0-dim) <- min(decay, max_ratio |g| / (|h| + epsilon)), times the scale of g where there is one."""
+    """weight (0-dim) <- min(decay * grad_scale, max_ratio |g| / (|h| + epsilon)); grad_scale is 1 if None."""
     numbers = (squared_norm, squared_direction, decay, grad_scale, max_ratio, epsilon)
     launch_one(direction_weight_kernel, (), weight.device, *numbers, weight, squared_norm.shape[0])
 
@@ -214,12 +214,12 @@ def launch_coefficients(
 ) -> None:
     """pass_weights, numbers and flags (uint8) <- the results of the operator; counters and taken advance.
 
-    norms: one [groups] for each pass, maybe none. losses: three 0-dim tensors, or none: kappa and sigma come from the
-    gradients. grad_scale: 0-dim, what all gradients were multiplied with. max_grad_norm: infinite for no clipping.
-    part: 1 for those of `taken` that take part in this step.
+    norms: [groups] for each pass whose norm was computed; may be empty. losses: three 0-dim tensors, or empty to
+    compute kappa and sigma from the gradients. grad_scale: 0-dim, the scale of all gradients. max_grad_norm: infinite
+    for no clipping. part: 1 for each entry of `taken` that takes part in this step.
     """
     counts = tuple(x.numel() for x in taken)
-    # What is in a tuple decides on the code: numbers, and whether an address is a multiple of 16.
+    # Triton specializes on the content of tuples: on numbers, and on whether an address is a multiple of 16.
     tuples = tuple(norms), tuple(losses), tuple(taken), tuple(part)
     aligned = [tuple(x.data_ptr() % 16 == 0 for x in tensors) for tensors in tuples]
     norms, losses, taken, part = tuples

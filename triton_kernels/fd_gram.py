@@ -31,7 +31,7 @@ from .update_math import Decision, basis, combined, weights_of
 
 @triton.jit
 def add_products(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
-    """One tile of the sums. Only ASAM loads w; the arithmetic is the same, and costs less than a branch."""
+    """Process one tile of the sums. Only ASAM loads w; the arithmetic is always the same and cheaper than a branch."""
     grads, saved, adaptive, out, weights = arguments
     loaded = load_all(grads, where, mask, dtype, width)
     vectors = basis(loaded)
@@ -53,10 +53,10 @@ def fd_gram_kernel(
     rows, chunks, group_begin, tickets, num_groups, partial, gram, pass_weights, factor,
     COMBINES: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """Inner products of (g0, d1, d2) and of h = g0, or w^2 g0 (ASAM), with each of them, per group.
+    """Compute, per group, the inner products of (g0, d1, d2), and of h with each of them; h is g0, or w^2 g0 (ASAM).
 
-    Reads g0, g+, g-, and w for ASAM: 12 bytes an element in float32. COMBINES: also writes ghat, times the
-    factor, into the row's LIVE, which may be that of g-: 16 bytes.
+    Reads g0, g+, g-, and w for ASAM: 12 bytes per element in float32 (16 with w). COMBINES: also writes ghat times the
+    factor to the row's LIVE, which may be the memory of g-: 16 bytes.
     """
     row, index = chunk_of(rows, chunks)
     weights = ()
@@ -72,11 +72,11 @@ def fd_gram_kernel(
 
 
 def launch_fd_gram(dtype: torch.dtype, table: Table, gram: Tensor) -> None:
-    """gram [groups, GRAM] <- inner products of (g0, d1, d2), and with h, which weighs with `saved` where `adaptive`."""
+    """gram [groups, GRAM] <- inner products of (g0, d1, d2), then of h with each; see `fd_gram_kernel`."""
     launch(fd_gram_kernel, table, dtype, *table[:4], gram.shape[0], table.partial, gram, None, None, COMBINES=False)
 
 
 def launch_fd_combine(dtype: torch.dtype, table: Table, decision: Decision, gram: Tensor) -> None:
-    """Likewise, and live <- ghat times the factor."""
+    """gram as for `launch_fd_gram`, and live <- ghat times the factor."""
     arguments = (*table[:4], gram.shape[0], table.partial, gram, *decision)
     launch(fd_gram_kernel, table, dtype, *arguments, registers=MORE_REGISTERS, COMBINES=True)

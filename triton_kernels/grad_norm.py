@@ -15,7 +15,7 @@ from .update_math import added_to_gradient
 
 @triton.jit
 def add_squares(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
-    """One tile of a sum of squares."""
+    """Process one tile of a sum of squares."""
     grad, live, adaptive, added = arguments
     g = load(grad, where, mask, dtype, width)
     if len(added) > 0:
@@ -30,19 +30,19 @@ def grad_norm_kernel(
     rows, chunks, group_begin, tickets, num_groups, partial, norms, direction_weight,
     dtype: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """|g|^2 per group, or | |w| g |^2 where weighted, or |g + x h|^2 with a direction h.
+    """Compute |g|^2 per group, or | |w| g |^2 if weighted, or |g + x h|^2 with a direction h.
 
-    Reads g, and w where weighted: 4 bytes an element in float32; with a direction 8.
+    Reads g, and w or h if given: 4 or 8 bytes per element in float32.
     """
     row, index = chunk_of(rows, chunks)
     added = added_to_gradient(row, direction_weight, dtype)
     arguments = (tl.load(row + GRADS), tl.load(row + LIVE), tl.load(row + ADAPTIVE) != 0, added)
     sums = (tl.zeros([VECTORS], compute_dtype(dtype)),)
-    # Four vectors on the way: left to itself, the compiler often makes it one.
+    # Keep four vectors in flight; by default, the compiler often chooses one.
     sums = for_each(add_squares, arguments, sums, row, index, dtype, VECTORS, 4)
     group_sum(sums, row, group_begin, tickets, num_groups, partial, norms, 1)
 
 
 def launch_grad_norm(dtype: torch.dtype, table: Table, direction_weight: Tensor | None, norms: Tensor) -> None:
-    """norms [groups] <- squared norm of the gradient, times `live` where `adaptive`, or with the direction added."""
+    """norms [groups] <- squared norm of the gradient, times `live` if `adaptive`, or plus the weighted direction."""
     launch(grad_norm_kernel, table, dtype, *table[:4], norms.shape[0], table.partial, norms, direction_weight)

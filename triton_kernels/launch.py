@@ -1,4 +1,4 @@
-"""How kernels are launched: on which device, and in blocks of which size."""
+"""Launches kernels on the right device and with the right block size."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from .chunk_table import DTYPES, Table
 class Block(NamedTuple):
     """The shape of a program."""
 
-    vectors: int  #: of a tile, 128 bits each
+    vectors: int  #: vectors of 128 bits in a tile
     warps: int
 
 
-# One vector a thread: on an H200 the fastest of the seven that `make gpu` tries, in float32 and in bfloat16. Exceptions
-# are entered as (major compute capability, bytes of an element).
+# One vector per thread. On an H200, this is the fastest of the seven blocks that `make gpu` tries, in float32 and in
+# bfloat16. Exceptions have the key (major compute capability, bytes per element).
 DEFAULT_BLOCK = Block(vectors=256, warps=8)
 BLOCKS: dict[tuple[int, int], Block] = {}
-# An interpreted operation costs nearly the same whether its tensors are long or short.
+# The cost of an interpreted operation hardly depends on the length of its tensors.
 INTERPRETED_BLOCK = Block(vectors=4096, warps=8)
 
-# Of a thread, at most: four programs of 256 threads on a multiprocessor, with one to five vectors a thread on the way,
-# keep its memory busy. Where a kernel needs more, as Adam's with six streams and divisions does, two are enough.
+# Maximum number of registers per thread. Four programs of 256 threads per multiprocessor, with one to five vectors per
+# thread in flight, saturate its memory. For a kernel that needs more registers, such as Adam's with six streams and
+# divisions, two programs are enough.
 REGISTERS = 64
 MORE_REGISTERS = 128
 
 
 def block_of(dtype: torch.dtype, device: torch.device) -> Block:
-    """The block for rows of ``dtype`` on a device."""
+    """Return the block for rows of ``dtype`` on a device."""
     if device.type == "cpu":
         return INTERPRETED_BLOCK
     return BLOCKS.get((_major_capability(device), dtype.itemsize), DEFAULT_BLOCK)
@@ -49,7 +50,7 @@ _NOTHING = nullcontext()
 
 
 def guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes the device the current one: Triton launches there."""
+    """Return a context in which the device is current, because Triton launches on the current device."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return _NOTHING
     return torch.cuda.device(device)
@@ -67,17 +68,17 @@ def launch(
 
 
 def launch_one(kernel: Any, tuples: tuple[Any, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel that is one program, over a few numbers per group; ``tuples`` tells what is in its tuples."""
+    """Launch a kernel with one program; ``tuples`` is the part of the key that describes its tuple arguments."""
     _launch(kernel, (tuples, device, *constants.values()), 1, arguments, constants, num_warps=4)
 
 
-# Launchers are kept with the versions of Triton for which tests/test_triton_machine_code.py has found that they are
-# called as Triton itself calls them. With any other version, Triton makes every launch.
+# Launchers are cached only for the versions of Triton with which tests/test_triton_machine_code.py has confirmed that
+# they are called as Triton calls them. With other versions, Triton performs every launch.
 KEPT_WITH = ("3.6", "3.8")
 _keeps = triton.__version__.rpartition(".")[0] in KEPT_WITH
 
-_MAX_LAUNCHERS = 1024  # some 10 are in use in a training loop
-_launchers: dict[tuple[Any, ...], Any] = {}  # of kernels that are compiled
+_MAX_LAUNCHERS = 1024  # a training loop uses about 10
+_launchers: dict[tuple[Any, ...], Any] = {}  # launchers of compiled kernels
 
 
 def _launch(
@@ -88,17 +89,18 @@ def _launch(
     constants: dict[str, Any],
     **options: Any,
 ) -> None:
-    """Launch a kernel of `jit`, compiled the first time.
+    """Launch a kernel made by `jit`; the first launch compiles it.
 
-    Triton would look at all arguments in every launch to find out which code is for them: 20 microseconds. Here that
-    depends on nothing but `key` and on which arguments are None.
+    In every launch, Triton inspects all arguments to choose a specialization, which takes 20 microseconds. Here the
+    specialization depends only on `key`, the number of programs and the types of the arguments (None or not).
 
     Args:
-        key: what decides on constants and options; the device; of tuples among the arguments, what Triton looks at.
-        programs: how many.
-        arguments: for its parameters up to the constants, tensors always of the same dtype, integers below 2^31 unless
-            the kernel says that they have 64 bits.
-        constants: for the others, in their order.
+        key: everything that determines constants and options, the device, and the properties of tuple arguments that
+            Triton specializes on.
+        programs: the number of programs.
+        arguments: for all parameters before the constants. A tensor always has the same dtype, an integer is below 2^31
+            unless the kernel declares 64 bits.
+        constants: for the remaining parameters, in their order.
         options: of the compiler.
     """
     key = (id(kernel), programs, *key, *map(type, arguments))
@@ -108,18 +110,18 @@ def _launch(
         return
     assert list(constants) == kernel.arg_names[len(arguments) :], f"constants are not in order: {list(constants)}"
     compiled = kernel[(programs,)](*arguments, **constants, **options)
-    if compiled is not None and _keeps:  # one that is interpreted is not compiled
+    if compiled is not None and _keeps:  # None in interpreter mode
         if len(_launchers) >= _MAX_LAUNCHERS:
             _launchers.clear()
         _launchers[key] = compiled[(programs, 1, 1)]
 
 
 def jit(function: Any) -> Any:
-    """A kernel that is compiled once per combination of dtypes and constants, whatever its numbers and addresses are.
+    """Create a kernel that is compiled once per combination of dtypes and constants, for all numbers and addresses.
 
-    Triton would compile it anew for a number that is 1 or a multiple of 16, and for an address that is no multiple of
-    16: training would stop for that at some later step. (What is in a tuple it looks at all the same: those hold what
-    stays as long as an optimizer.)
+    By default, Triton specializes on numbers that are 1 or multiples of 16, and on addresses that are multiples of 16.
+    Training would then stop for a recompilation at some later step. (Triton always specializes on the values in tuples;
+    the tuples here do not change during the lifetime of an optimizer.)
     """
     annotations = function.__annotations__
     names = [name for name in inspect.signature(function).parameters if annotations.get(name) != "tl.constexpr"]

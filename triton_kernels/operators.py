@@ -1,6 +1,6 @@
-"""From tensors to addresses: checks, device, table, launch.
+"""Converts tensors to addresses: checks arguments, selects the device, builds the table, launches the kernel.
 
-``KERNELS`` in crsam_ext/backends/fused.py says what the arguments are.
+``KERNELS`` in crsam_ext/backends/fused.py documents the arguments.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from .table_cache import TableCache
 from .update_math import RULES, Decision
 
 _cache = TableCache()
-_PLAIN = (list, tuple)  # sequences that nobody has looked at
-# Columns of the table, and what else of it the kernels know as constants of Triton.
+_PLAIN = (list, tuple)  # sequences without cached metadata
+# The columns and sizes of the table, which kernels use as Triton constants.
 LIVE, SAVED, DIRECTION, STATE, GRADS, STEP, NUMEL, GROUP, ADAPTIVE, ALIGNED, COLUMNS, CHUNK = (
     getattr(chunk_table, name).value
     for name in (
@@ -42,25 +42,25 @@ LIVE, SAVED, DIRECTION, STATE, GRADS, STEP, NUMEL, GROUP, ADAPTIVE, ALIGNED, COL
         "NUMEL", "GROUP", "ADAPTIVE", "ALIGNED", "COLUMNS", "CHUNK",
     )
 )  # fmt: skip
-_MASTERS = range(SAVED, GRADS)  # in the compute dtype
+_MASTERS = range(SAVED, GRADS)  # columns of tensors in the compute dtype
 _ADDRESSES = range(LIVE, STEP)
-# Where the gradients of the passes and the buffers of the state are, and their names.
+# The columns of the gradients and of the state buffers, with their names in messages.
 _GRADS = [(GRADS + i, f"grads[{i}]") for i in range(PASSES)]
 _STATE = [(STATE + i, f"state[{i}]") for i in range(GRADS - STATE)]
 _List = tuple[int, str, Sequence[Tensor]]  # column of the table, name and tensors of an argument
 
 
 class Rows:
-    """The rows of one call: its lists of tensors, checked, and the table of their addresses.
+    """The rows of one call: checks its lists of tensors and builds the table of their addresses.
 
     Args:
         op: the operator.
-        groups, num_groups: the group of each row, and how many there are.
-        lists: of tensors; the first gives the rows their number, lengths, dtype and device.
-        optional: lists in which some may be missing, or have no elements.
-        steps: how many steps each row has taken.
+        groups, num_groups: the group of each row, and the number of groups.
+        lists: of tensors; the first list determines the number, lengths, dtype and device of the rows.
+        optional: lists of optional tensors; a tensor without elements counts as missing.
+        steps: the number of steps of each row.
         adaptive: for each group, whether its perturbation is that of ASAM.
-        weighted: whether instead it is that of the rows that the one list of ``optional`` has.
+        weighted: whether rows are adaptive (ASAM) if ``optional``, which then has one list, has a tensor for them.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Rows:
                 self._check(found, name, expected)
             self._columns.append((column, found.addresses))
         self._adaptive: Sequence[bool] = tuple(adaptive) if any(adaptive) else ()
-        self._weights = b""  # addresses, where there are any
+        self._weights = b""  # the addresses of the weights, if there are any
         for column, name, some in optional:
             found, expected = _column(some), master if column in _MASTERS else kind
             if found.addresses != bytes(len(self.numels)):
@@ -118,8 +118,8 @@ class Rows:
         return not any(self.numels)
 
     def table(self) -> Table:
-        """The table on the device."""
-        # These stay from step to step, so the part that depends on them alone, which is long, is not built again.
+        """Return the table on the device."""
+        # Lengths and groups rarely change between steps, so the long part that depends on them is cached separately.
         lengths = (self.num_groups, self.numels, self.groups)
         key = (lengths, self._adaptive, self._weights, *self._columns)
 
@@ -135,7 +135,7 @@ class Rows:
                 check_tensor(tensor, (self.op, name, row), self.device, kind[0], n)
 
     def _order(self) -> list[int]:
-        """The rows by group."""
+        """Return the indices of the rows, sorted by group."""
         groups = array("q", self.groups)
         return sorted(range(len(groups)), key=groups.__getitem__)
 
@@ -171,7 +171,7 @@ class Rows:
         )
 
     def _layout(self) -> bytes:
-        """What depends on lengths and groups alone: group_begin, chunks, tickets."""
+        """Return the part that depends only on lengths and groups: group_begin, chunks, tickets."""
         begin, chunks = [0] * (self.num_groups + 1), array("i")
         numels, groups = array("q", self.numels), array("q", self.groups)
         for row, i in enumerate(self._order()):
@@ -186,16 +186,16 @@ class Rows:
 
 
 def _column(tensors: Sequence[Tensor | None]) -> Any:
-    """What there is to know about a list of tensors."""
+    """Return a list of tensors with metadata."""
     return Column(tensors) if type(tensors) in _PLAIN else tensors
 
 
 def _columns(lists: Sequence[Any], size: int, argument: Argument) -> Sequence[Sequence[Tensor]]:
-    """Lists of so many tensors each, which schemas have one after the other."""
+    """Split a concatenated list, as schemas have it, into lists of ``size`` tensors; return other lists unchanged."""
     if not lists or not isinstance(lists[0], Tensor):
         return lists
     if size == 0 or len(lists) % size:
-        raise RuntimeError(f"{place(argument)} has {len(lists)} tensors, which are not lists of {size}")
+        raise RuntimeError(f"{place(argument)} has {len(lists)} tensors, which cannot be split into lists of {size}")
     return [lists[first : first + size] for first in range(0, len(lists), size)]
 
 
@@ -205,7 +205,7 @@ def _numbers(tensor: Tensor, argument: Argument, device: torch.device, count: in
 
 
 def _directions(direction: Sequence[Tensor], weight: Tensor | None) -> list[_List]:
-    """The list of what is added to a gradient, where there is a weight."""
+    """Return the list of the direction, or no list if there is no weight."""
     return [] if weight is None else [(DIRECTION, "direction", direction)]
 
 
@@ -221,7 +221,7 @@ def grad_norm(
     direction: Sequence[Tensor] = (),
     direction_weight: Tensor | None = None,
 ) -> Tensor:
-    """Squared norm of the gradient per group."""
+    """Return the squared norm of the gradient per group."""
     op, optional = "grad_norm", ((LIVE, "weights", weights),)
     lists = (GRADS, "grads", grads), *_directions(direction, direction_weight)
     rows = Rows(op, groups, num_groups, *lists, optional=optional, weighted=True)
@@ -236,7 +236,7 @@ def grad_norm(
 
 
 def perturbation_scale(squared_norm: Tensor, rho: Tensor, epsilon: float) -> Tensor:
-    """rho / (norm + epsilon) per group."""
+    """Return rho / (norm + epsilon) per group."""
     op, device, groups = "perturbation_scale", squared_norm.device, squared_norm.numel()
     scale = torch.empty_like(squared_norm)
     _numbers(squared_norm, (op, "squared_norm"), device, groups)
@@ -254,7 +254,7 @@ def direction_weight(
     max_ratio: float,
     epsilon: float,
 ) -> Tensor:
-    """What the direction is multiplied with."""
+    """Return the weight of the direction."""
     op, device, groups = "direction_weight", squared_norm.device, squared_norm.numel()
     _numbers(squared_norm, (op, "squared_norm"), device, groups)
     _numbers(squared_direction, (op, "squared_direction"), device, groups)
@@ -267,14 +267,14 @@ def direction_weight(
 
 
 class _Launches(threading.local):
-    """How often this thread has launched the perturbation, and the number of the last launch that a device has run."""
+    """The number of perturbations that this thread launched, and the number of the last one that each device ran."""
 
     def __init__(self) -> None:
         self.count = 0
         self.markers: dict[torch.device, Tensor] = {}
 
     def next(self, device: torch.device) -> tuple[Tensor, int]:
-        """Where the device enters the number of the next launch, and the number."""
+        """Return the tensor in which the device stores the number of the next launch, and this number."""
         if device not in self.markers:
             self.markers[device] = torch.zeros(1, dtype=torch.int64, device=device)
         self.count += 1
@@ -285,12 +285,12 @@ _launches = _Launches()
 
 
 def perturbations_launched() -> int:
-    """How often this thread has set out to launch the perturbation."""
+    """Return how many launches of the perturbation this thread has started."""
     return _launches.count
 
 
 def last_perturbation(device: torch.device) -> int:
-    """The number of the last one that a device has run for this thread. Waits for the device."""
+    """Return the number of the last perturbation that a device ran for this thread. Synchronizes with the device."""
     marker = _launches.markers.get(device)
     return 0 if marker is None else int(marker.item())
 
@@ -305,7 +305,7 @@ def perturb_(
     sign: int,
     stochastic: bool = False,
 ) -> None:
-    """w + sign e into `live`; with sign +1, w is saved first."""
+    """Write w + sign e into `live`; with sign +1, save w first."""
     if not live:
         return
     op, num_groups = "perturb_", scale.numel()
@@ -323,7 +323,7 @@ def perturb_(
 
 
 def fd_gram(grads: Sequence[Any], groups: Sequence[int], num_groups: int, weights: Sequence[Tensor | None]) -> Tensor:
-    """Gram matrix of the gradient and its differences, per group."""
+    """Return the Gram matrix of the gradient and its differences, per group."""
     op = "fd_gram"
     passes = _columns(grads, len(groups), (op, "grads"))
     check_count(len(passes), (op, "grads"), PASSES)
@@ -346,7 +346,7 @@ def fd_combine_(
     pass_weights: Tensor,
     factor: Tensor,
 ) -> Tensor:
-    """Likewise, and the regularized gradient, times a factor, into `out`."""
+    """Write the regularized gradient, times a factor, into `out`, and return the same as `fd_gram`."""
     op = "fd_combine_"
     passes = _columns(grads, len(groups), (op, "grads"))
     check_count(len(passes), (op, "grads"), PASSES)
@@ -371,7 +371,7 @@ def fd_direction_(
     factor: Tensor,
     ok: Tensor,
 ) -> None:
-    """What the regularized gradient adds to that at w, times a factor, into `out`."""
+    """Write the sharpness direction, times a factor, into `out`."""
     if not out:
         return
     op = "fd_direction_"
@@ -402,10 +402,10 @@ def coefficients(
     max_regularizer_ratio: float,
     max_grad_norm: float,
 ) -> tuple[Tensor, ...]:
-    """What a step does with its gradients."""
+    """Return pass_weights, numbers and flags, and advance the counters."""
     op, device, groups = "coefficients", alpha.device, alpha.numel()
     if regularizer not in REGULARIZERS:
-        raise RuntimeError(f"{op}: regularizer is {regularizer}, which is none")
+        raise RuntimeError(f"{op}: unknown regularizer {regularizer}")
     check_count(len(part), (op, "part"), len(taken))
     check_tensor(counters, (op, "counters"), device, torch.int64, 4)
     if gram is not None:
@@ -439,7 +439,7 @@ def _decision(rows: Rows, pass_weights: Tensor, factor: Tensor | None) -> Decisi
 
 
 def _options(rows: Rows, options: Sequence[float], tensors: Sequence[Tensor | None]) -> Tensor:
-    """The options of all groups on the device, WORDS for each."""
+    """Return the options of all groups on the device, WORDS words each."""
     check_count(len(tensors), (rows.op, "option_tensors"), len(options))
     words: list[float] = []
     for i, (value, tensor) in enumerate(zip(options, tensors, strict=True)):
@@ -455,7 +455,7 @@ def _options(rows: Rows, options: Sequence[float], tensors: Sequence[Tensor | No
 
 
 def _gradients(passes: Sequence[Sequence[Tensor]]) -> list[_List]:
-    """The lists of gradients, by pass."""
+    """Return the lists of gradients, by pass."""
     return [(*where, grads) for where, grads in zip(_GRADS, passes, strict=False)]
 
 
@@ -480,13 +480,13 @@ def step_(
     direction: Sequence[Tensor] = (),
     direction_weight: Tensor | None = None,
 ) -> None:
-    """The step of an update rule."""
+    """Apply an update rule."""
     if not live:
         return
     op = "step_"
     shape = RULES.get(rule)
     if shape is None:
-        raise RuntimeError(f"{op}: rule is {rule}, which is none")
+        raise RuntimeError(f"{op}: unknown rule {rule}")
     buffers, passes = _columns(state, len(live), (op, "state")), _columns(grads, len(live), (op, "grads"))
     check_count(len(buffers), (op, "state"), shape.buffers)
     _check_passes(op, passes)
@@ -518,7 +518,7 @@ def combine_(
     direction: Sequence[Tensor] = (),
     direction_weight: Tensor | None = None,
 ) -> None:
-    """The regularized gradient over the last one, and w into `live`."""
+    """Write the regularized gradient over the last gradient, and w into `live`."""
     if not live:
         return
     op = "combine_"

@@ -16,10 +16,10 @@ from .update_math import dithered, hashed, perturbed
 
 @triton.jit
 def moved(w, g, scale, adaptive, stochastic: tl.constexpr, dtype: tl.constexpr):
-    """w + e, before it is rounded or, for float16 and bfloat16, stochastically rounded.
+    """w + e before rounding; for float16 and bfloat16, stochastic rounding is optional.
 
-    Then the step is made from w as the model has read it, rounded, and its end is rounded up or down at random, so that
-    on average the model moves by e, however small that is.
+    With stochastic rounding, e is added to w as the model reads it, rounded. The sum is rounded up or down at random,
+    so that the model moves by e on average, even if e is very small.
     """
     if stochastic and compute_dtype(dtype) != dtype:
         rounded = w.to(dtype).to(compute_dtype(dtype))
@@ -30,11 +30,11 @@ def moved(w, g, scale, adaptive, stochastic: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def save_and_perturb(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
-    """One tile of a launch that saves w first.
+    """Process one tile: save w, then perturb.
 
-    For float16 and bfloat16 `saved` is a master that normally rounds to `live`, and holds then more digits of w. Where
-    it does not, someone has changed the parameter since the last step, and w is `live`. Writes are rare, so vectors in
-    which nothing has changed are left out.
+    For float16 and bfloat16, `saved` is a master. Normally it rounds to `live` and contains more digits of w. If it
+    does not round to `live`, the user changed the parameter since the last step, and w is `live`. Such changes are
+    rare, so vectors of the master without a change are not written.
     """
     live, saved, grad, scale, adaptive, stochastic = arguments
     master: tl.constexpr = compute_dtype(dtype)
@@ -53,7 +53,7 @@ def save_and_perturb(arguments, sums, where, mask, dtype: tl.constexpr, width: t
 
 @triton.jit
 def perturb(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
-    """One tile of a launch that finds w saved."""
+    """Process one tile: perturb; w is already saved."""
     live, saved, grad, scale, adaptive, stochastic = arguments
     g = load(grad, where, mask, dtype, width)
     w = load(saved, where, mask, compute_dtype(dtype), width)
@@ -66,11 +66,11 @@ def perturb_kernel(
     rows, chunks, scale, marker, number: tl.int64,
     SAVE: tl.constexpr, STOCHASTIC: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """live = w + s g, or w + s w^2 g (ASAM), where w is `saved`.   In float32: reads w, g, writes live: 12 bytes.
+    """Write live = w + s g, or w + s w^2 g (ASAM), where w is `saved`. In float32: reads w, g, writes live: 12 bytes.
 
-    SAVE: first saves w.   In float32: reads live, g, writes saved, live: 16 bytes.
+    SAVE: first saves w. In float32: reads live, g, writes saved, live: 16 bytes.
 
-    The first program leaves the number of the launch, for whoever must know after an exception whether there was one.
+    The first program stores the number of the launch in `marker`. After an exception, it shows whether the launch ran.
     """
     if tl.program_id(0) == 0:
         tl.store(marker, number)
@@ -87,9 +87,9 @@ def perturb_kernel(
 def launch_perturb(
     dtype: torch.dtype, table: Table, scale: Tensor, sign: int, stochastic: bool, marker: Tensor, number: int
 ) -> None:
-    """live <- w + sign e. With sign +1, w is saved first. marker [1] <- number, once the launch runs.
+    """live <- w + sign e. With sign +1, w is saved first. marker [1] <- number, when the launch runs.
 
-    Float16 and bfloat16 may be rounded stochastically.
+    `stochastic` applies to float16 and bfloat16.
     """
     arguments = (table.rows, table.chunks, scale, marker, number)
     launch(perturb_kernel, table, dtype, *arguments, SAVE=sign > 0, STOCHASTIC=stochastic and has_master(dtype))

@@ -1,4 +1,4 @@
-"""The updates: a kernel for every rule of `update_math`, and the gradient for any other optimizer."""
+"""The update kernels: one for the rules of `update_math`, and one that only combines gradients for other optimizers."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ from .update_math import (
 
 @triton.jit
 def load_combined(grads, weights, added, where, mask, dtype: tl.constexpr, width: tl.constexpr):
-    """ghat times the factor, from the gradients of all passes, or from one and what is added to it.
+    """ghat times the factor, from the gradients of all passes, or from one gradient and an optional direction.
 
-    added: a direction's address and weight, or nothing.
+    added: the address and weight of the direction, or empty.
     """
     loaded = load_all(grads, where, mask, dtype, width)
     if len(grads) == PASSES:
@@ -61,7 +61,7 @@ def load_combined(grads, weights, added, where, mask, dtype: tl.constexpr, width
 
 @triton.jit
 def restore(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
-    """One tile of live = w."""
+    """Process one tile: live = w."""
     live, saved = arguments
     store(live, where, mask, load(saved, where, mask, compute_dtype(dtype), width), dtype, width)
     return sums
@@ -69,14 +69,14 @@ def restore(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constex
 
 @triton.jit
 def step(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
-    """One tile of the step of a rule."""
+    """Process one tile: apply an update rule."""
     live, saved, state, grads, weights, added, rule = arguments[:7]
     master: tl.constexpr = compute_dtype(dtype)
     kept = mask & (state[0] != 0)
     w = load(saved, where, mask, master, width)
     old = load_all(state, where, kept, master, width)
     g = load_combined(grads, weights, added, where, mask, dtype, width)
-    w, new = updated(rule, w, old, g, arguments[7])  # the name of the rule: a variable cannot hold text
+    w, new = updated(rule, w, old, g, arguments[7])  # the rule's name; Triton variables cannot hold strings
     for i in tl.static_range(len(state)):
         store(state[i], where, kept, new[i], master, width)
     store(live, where, mask, w, dtype, width)
@@ -87,7 +87,7 @@ def step(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr)
 
 @triton.jit
 def combine(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
-    """One tile of ghat over the last gradient."""
+    """Process one tile: write ghat over the last gradient."""
     grads, weights, added = arguments
     last = grads[len(grads) - 1]
     store(last, where, mask, load_combined(grads, weights, added, where, mask, dtype, width), dtype, width)
@@ -96,7 +96,7 @@ def combine(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constex
 
 @triton.jit
 def keep_direction(arguments, sums, where, mask, dtype: tl.constexpr, width: tl.constexpr):
-    """One tile of what ghat adds to g0; 0 where the step is skipped."""
+    """Process one tile: write ghat - g0, or 0 if the step is skipped."""
     grads, weights, ok, out = arguments
     loaded = load_all(grads, where, mask & ok, dtype, width)
     h = tl.where(ok, direction(weights, loaded), 0.0)
@@ -109,10 +109,10 @@ def step_kernel(
     rows, chunks, option_table, pass_weights, factor, ok, direction_weight, num_groups,
     RULE: tl.constexpr, GIVEN: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """The step of a rule, from as many gradients as are GIVEN: all or one.
+    """Apply an update rule, with the number of gradients GIVEN: all or one.
 
     In float32, with three gradients and n state buffers: reads w, the state and the gradients, writes the state and
-    live: 20 + 8 n bytes an element; with one gradient and a direction, 16 + 8 n. A step that is not ok is skipped:
+    live: 20 + 8 n bytes per element; with one gradient and a direction, 16 + 8 n. If not ok, the step is skipped:
     live = w, and nothing else changes.
     """
     row, index = chunk_of(rows, chunks)
@@ -138,9 +138,9 @@ def combine_kernel(
     rows, chunks, pass_weights, factor, direction_weight, num_groups,
     GIVEN: tl.constexpr, dtype: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """ghat over the last gradient, and live = w.
+    """Write ghat over the last gradient, and restore live = w.
 
-    In float32: reads g0, g+, g-, w, writes g-, live: 24 bytes an element.
+    In float32: reads g0, g+, g-, w, writes g-, live: 24 bytes per element.
     """
     row, index = chunk_of(rows, chunks)
     if GIVEN == PASSES or factor is not None or direction_weight is not None:
@@ -154,9 +154,9 @@ def combine_kernel(
 
 @jit
 def fd_direction_kernel(rows, chunks, pass_weights, factor, ok, num_groups, dtype: tl.constexpr, VECTORS: tl.constexpr):
-    """What ghat adds to g0, times the factor; 0 in a step that is skipped.
+    """Write h = ghat - g0, times the factor; 0 if the step is skipped.
 
-    In float32: reads g0, g+, g-, writes the direction: 16 bytes an element.
+    In float32: reads g0, g+, g-, writes the direction: 16 bytes per element.
     """
     row, index = chunk_of(rows, chunks)
     weights = weights_of(tl.load(row + GROUP), num_groups, pass_weights, factor, compute_dtype(dtype))
@@ -174,7 +174,7 @@ def launch_step(
     direction_weight: Tensor | None,
     given: int,
 ) -> None:
-    """given: how many gradients, PASSES or 1. options: of all groups, WORDS for each, in the order of the rule."""
+    """Launch an update rule. given: the number of gradients, PASSES or 1. options: WORDS words for each option."""
     launch(
         step_kernel, table, dtype, table.rows, table.chunks, options, *decision, ok, direction_weight, table.num_groups,
         registers=RULES[rule].registers, RULE=rule, GIVEN=given,
@@ -184,11 +184,11 @@ def launch_step(
 def launch_combine(
     dtype: torch.dtype, table: Table, decision: Decision, direction_weight: Tensor | None, given: int
 ) -> None:
-    """ghat over the last gradient, w into live."""
+    """last gradient <- ghat, live <- w."""
     arguments = (table.rows, table.chunks, *decision, direction_weight, table.num_groups)
     launch(combine_kernel, table, dtype, *arguments, GIVEN=given)
 
 
 def launch_fd_direction(dtype: torch.dtype, table: Table, decision: Decision, ok: Tensor) -> None:
-    """direction <- what ghat adds to g0, times the factor; 0 in a step that is skipped."""
+    """direction <- (ghat - g0) times the factor; 0 if the step is skipped."""
     launch(fd_direction_kernel, table, dtype, table.rows, table.chunks, *decision, ok, table.num_groups)

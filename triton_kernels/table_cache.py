@@ -1,4 +1,4 @@
-"""Bytes that kernels read, kept on the device and copied there only when they change."""
+"""Caches bytes for kernels on the device, so that they are copied only if they change."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from crsam_ext._compat import relaxed_capture
 
 
 class TableCache:
-    """Tables by their content.
+    """A cache of tables by their content.
 
-    The copy is asynchronous, through pinned memory. What was copied on a stream serves that stream only, so that a
-    later kernel there finds it complete, and memory that is given up is reused in order.
+    The copy is asynchronous, through pinned memory. An entry is valid only for the stream of its copy, so that later
+    kernels on this stream run after the copy, and freed memory is reused in order.
 
-    A graph repeats the copies that were captured. So while one is captured nothing is looked up or stored: the table is
-    made anew, and its pinned source stays unchanged for the rest of the process: nobody tells when a graph is gone.
+    A graph replays captured copies. So the cache is not used during a capture: every table is built again, and its
+    pinned source is never freed or changed, because there is no callback when a graph is destroyed.
     """
 
-    LIMIT = 256  # entries; some 10 are in use in a training loop
+    LIMIT = 256  # entries; a training loop uses about 10
 
     def __init__(self) -> None:
         self._entries: OrderedDict[Hashable, Any] = OrderedDict()
         self._captured: list[tuple[Tensor, Tensor]] = []
-        self._lock = threading.RLock()  # what is built may be made of another entry
+        self._lock = threading.RLock()  # reentrant, because `view` may get another entry
 
     def get(
         self,
@@ -37,7 +37,7 @@ class TableCache:
         build: Callable[[], bytes],
         view: Callable[[Tensor], Any] = lambda table: table,
     ) -> Any:
-        """What ``build`` returns, as uint8 on the device, through ``view``; equal keys must stand for equal bytes."""
+        """Return ``view`` of the bytes of ``build``, as uint8 on the device. Equal keys must mean equal bytes."""
         on_gpu = device.type == "cuda"
         if on_gpu and torch.cuda.is_current_stream_capturing():
             source = _pinned(build())
@@ -50,7 +50,7 @@ class TableCache:
                 self._entries.move_to_end(key)
                 return self._entries[key]
             if on_gpu:
-                # Its allocator waits for the copy before it gives the pinned memory away.
+                # The pinned allocator reuses the source's memory only after the copy.
                 table = _pinned(build()).to(device, non_blocking=True)
             else:
                 table = torch.frombuffer(bytearray(build()), dtype=torch.uint8)
@@ -61,6 +61,6 @@ class TableCache:
 
 
 def _pinned(content: bytes) -> Tensor:
-    with relaxed_capture():  # pinning memory is no work of a stream, and allowed while any thread captures a graph
+    with relaxed_capture():  # pinning memory is not a stream operation, so it can be permitted during a capture
         source = torch.empty(len(content), dtype=torch.uint8, device="cpu", pin_memory=True)
     return source.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))

@@ -1,7 +1,7 @@
-"""The formulas, element by element. Everything else in this folder moves data to them and away.
+"""The elementwise formulas. All other files in this folder move data to and from them.
 
-Multiply-adds are written as fma, so that the result does not depend on what a compiler contracts; division and square
-root are those of IEEE, which in float32 are not Triton's default.
+Multiply-adds are written as fma, so that the result does not depend on which operations a compiler contracts. Division
+and square root are rounded as IEEE 754 requires, which is not Triton's default in float32.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 from .chunk_table import DIRECTION, PASSES, compute_dtype, digits, smallest_exponent
 from .launch import MORE_REGISTERS, REGISTERS
 
-# An option takes four words of the table of options: the address of a float32, that of a float64, a value and 1 - value
-# in float64. The value holds where both addresses are 0.
+# An option takes four words of the option table: the address of a float32, the address of a float64, a value, and
+# 1 - value, both in float64. The value is used if both addresses are 0.
 WORDS = tl.constexpr(4)
 
 
 @triton.jit
 def root(x):
-    """The square root; Triton has different names for it."""
+    """The square root; Triton's function depends on the dtype."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     else:
@@ -31,7 +31,7 @@ def root(x):
 
 @triton.jit
 def quotient(x, y):
-    """x / y; Triton has different names for it."""
+    """x / y; Triton's function depends on the dtype."""
     if x.dtype == tl.float64:
         return x / y
     else:
@@ -40,7 +40,7 @@ def quotient(x, y):
 
 @triton.jit
 def resolve(option, dtype: tl.constexpr):
-    """An option, x."""
+    """The value x of an option."""
     single, wide = tl.load(option), tl.load(option + 1)
     value = tl.load(option + 2).to(tl.float64, bitcast=True)
     from_single = tl.load(single.to(tl.pointer_type(tl.float32)), mask=single != 0, other=0)
@@ -50,7 +50,7 @@ def resolve(option, dtype: tl.constexpr):
 
 @triton.jit
 def resolve_complement(option, dtype: tl.constexpr):
-    """1 - x, subtracted in float64 where x is float64: float32 would leave 1 - 0.999 four digits."""
+    """1 - x, subtracted in float64 unless x is float32: in float32, 1 - 0.999 has only four correct digits."""
     single, wide = tl.load(option), tl.load(option + 1)
     complement = tl.load(option + 3).to(tl.float64, bitcast=True)
     from_single = tl.load(single.to(tl.pointer_type(tl.float32)), mask=single != 0, other=0)
@@ -62,8 +62,8 @@ def resolve_complement(option, dtype: tl.constexpr):
 def one_minus_power(x, t):
     """1 - (1 - x)^t, to full precision for small x, in the dtype of x.
 
-    That is -expm1(t log1p(-x)), with Kahan's forms of the two, which need only exp and log: an error in 1 - x, or in
-    exp(y), cancels between numerator and denominator. In float64, once a program.
+    This is -expm1(t log1p(-x)). Kahan's formulas for expm1 and log1p need only exp and log: an error in 1 - x or in
+    exp(y) cancels between numerator and denominator. Computed in float64, once per program.
     """
     small = x.to(tl.float64)
     u = 1 - small
@@ -83,9 +83,9 @@ def perturbed(w, g, scale, adaptive):
 
 @triton.jit
 def hashed(w, g):
-    """13 random bits from those of w and g, by the finalizer of MurmurHash3.
+    """Hash the bits of w and g to 13 random bits with the finalizer of MurmurHash3.
 
-    They are the same for w + e and w - e, and others in the next step.
+    w + e and w - e use the same bits; the next step uses others.
     """
     h = w.to(tl.uint32, bitcast=True) ^ (g.to(tl.uint32, bitcast=True) * 0x9E3779B1)
     h = (h ^ (h >> 16)) * 0x85EBCA6B
@@ -95,10 +95,11 @@ def hashed(w, g):
 
 @triton.jit
 def dithered(x, random, dtype: tl.constexpr):
-    """x rounded down after q u is added, where q is the distance of neighbours in `dtype` and u a number in [0, 1).
+    """Round x stochastically to `dtype`.
 
-    So it is rounded up with the probability of the part that is cut off. All but x + q u is exact. Numbers next to 0,
-    which `dtype` could round more finely, are treated as larger ones.
+    Adds q u and rounds down, where q is the distance between neighboring numbers in `dtype`, and u the random number in
+    [0, 1). The probability of rounding up is the part that is cut off, divided by q. All operations except x + q u are
+    exact. Below SMALLEST, q stays constant, although `dtype` may be finer there.
     """
     DIGITS: tl.constexpr = digits(dtype)
     SMALLEST: tl.constexpr = smallest_exponent(dtype)
@@ -115,7 +116,7 @@ def basis(grads):
 
 
 class Decision(NamedTuple):
-    """What `coefficients` has decided."""
+    """The results of `coefficients`."""
 
     pass_weights: Tensor  #: [PASSES - 1, groups]
     factor: Tensor | None  #: 0-dim
@@ -149,22 +150,22 @@ def combined(weights, grads):
 
 @triton.jit
 def direction(weights, grads):
-    """h = c ((g+ - g0) + sum of c_i (g_i - g0)), which ghat adds to g0"""
+    """h = c ((g+ - g0) + sum of c_i (g_i - g0)), the difference of ghat and g0"""
     return weights[PASSES - 1] * with_differences(weights, grads[1] - grads[0], grads)
 
 
 @triton.jit
 def added_to_gradient(row, direction_weight, dtype: tl.constexpr):
-    """The address and the weight of a row's direction, where there is a weight."""
+    """The address and the weight of a row's direction; empty if there is no weight."""
     if direction_weight is None:
         return ()
     else:
         return tl.load(row + DIRECTION), tl.load(direction_weight).to(compute_dtype(dtype))
 
 
-# The update rules. Each has two functions: one works out what the other needs, from the options of a group, how many
-# steps the row has taken and whether it has state; where it has none, the state is 0 and what is left there is lost. Of
-# the options, the first is always `maximize`.
+# The update rules. Each rule has two functions. The first one computes the numbers that the second one needs, from the
+# options of a group, the number of steps of the row, and whether the row has state. If the row has no state, the state
+# is 0 on entry and its new value is discarded. `maximize` is always the first option.
 MAXIMIZE = tl.constexpr(0)
 
 SGD_LR = tl.constexpr(1)
@@ -183,7 +184,7 @@ ADAM_DECOUPLED_WEIGHT_DECAY = tl.constexpr(6)
 
 @triton.jit
 def sgd_of(options, step, has_state, dtype: tl.constexpr):
-    """What torch.optim.SGD needs to know for one group. Its first momentum is the gradient itself, undamped."""
+    """The numbers of torch.optim.SGD for one group. Its first momentum is the gradient itself, without dampening."""
     momentum = tl.where(has_state, resolve(options + WORDS * SGD_MOMENTUM, dtype), 0.0)
     dampened = has_state & (step > 1)
     return (
@@ -199,7 +200,7 @@ def sgd_of(options, step, has_state, dtype: tl.constexpr):
 def sgd(rule, w, state, g):
     """w and the state, m, after a step of torch.optim.SGD; without momentum, m is the gradient.
 
-    g += weight_decay w,  m = momentum m + (1 - dampening) g,  w -= lr m, or nesterov: w -= lr (g + momentum m)
+    g += weight_decay w,  m = momentum m + (1 - dampening) g,  w -= lr m, or with nesterov w -= lr (g + momentum m)
     """
     lr, momentum, undamped, weight_decay, nesterov = rule
     m = state[0]
@@ -210,7 +211,7 @@ def sgd(rule, w, state, g):
 
 @triton.jit
 def adam_of(options, step, dtype: tl.constexpr):
-    """What torch.optim.Adam and AdamW need to know for one group."""
+    """The numbers of torch.optim.Adam and AdamW for one group."""
     lr = resolve(options + WORDS * ADAM_LR, dtype)
     rest1 = resolve_complement(options + WORDS * ADAM_BETA1, dtype)
     rest2 = resolve_complement(options + WORDS * ADAM_BETA2, dtype)
@@ -235,8 +236,8 @@ def adam(rule, w, state, g):
     """w and the state, m and v, after a step of torch.optim.Adam or AdamW.
 
     m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
-    w = (1 - lr weight_decay) w - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps), and for Adam, before all
-    that, g += weight_decay w instead of the factor on w
+    w = (1 - lr weight_decay) w - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+    Adam first computes g += weight_decay w, and has no factor on w.
     """
     beta1, beta2, rest1, rest2, root_correction2, eps, step_size, weight_decay, shrink = rule
     m, v = state
@@ -249,7 +250,7 @@ def adam(rule, w, state, g):
 
 @triton.jit
 def prepared(options, step, has_state, dtype: tl.constexpr, RULE: tl.constexpr):
-    """What a rule needs to know for one group."""
+    """The numbers of a rule for one group."""
     if RULE == "sgd":
         return sgd_of(options, step, has_state, dtype)
     else:
@@ -266,24 +267,24 @@ def updated(rule, w, state, g, RULE: tl.constexpr):
 
 
 class Rule(NamedTuple):
-    """An update rule: how many options a group has, how many buffers its state has, and what a thread needs for it."""
+    """The sizes of an update rule."""
 
-    options: int
-    buffers: int
-    registers: int = REGISTERS
+    options: int  #: options per group
+    buffers: int  #: state buffers
+    registers: int = REGISTERS  #: maximum number of registers per thread
 
 
-#: By the names that options give them.
+#: The rules by the name in their options.
 RULES = {"sgd": Rule(options=6, buffers=1), "adam": Rule(options=7, buffers=2, registers=MORE_REGISTERS)}
 
 
 @triton.constexpr_function
 def options_of(rule):
-    """How many options a group has."""
+    """The number of options per group."""
     return RULES[rule].options
 
 
 @triton.constexpr_function
 def buffers_of(rule):
-    """How many buffers the state has."""
+    """The number of state buffers."""
     return RULES[rule].buffers

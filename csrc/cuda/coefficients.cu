@@ -1,10 +1,10 @@
-// What a few numbers per group decide.
+// Kernels that work on a few numbers per group.
 #include "kernels.h"
 #include "reduce.cuh"
 
 namespace crsam {
 
-// scale = rho / (sqrt(sum of squared norms) + epsilon), per group.   One block.
+// scale = rho / (sqrt(sum of squared norms) + epsilon), per group. One block.
 __global__ void __launch_bounds__(kThreads)
     perturbation_scale_kernel(const double* squared_norm, const double* rho, double epsilon, double* scale,
                               int32_t num_groups) {
@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int g = threadIdx.x; g < num_groups; g += kThreads) scale[g] = rho[g] / (sqrt(total[0]) + epsilon);
 }
 
-// weight = min(decay, max_ratio |g| / (|h| + epsilon)), times the scale of g.   One block.
+// weight = min(decay * grad_scale, max_ratio |g| / (|h| + epsilon)); grad_scale is 1 if null. One block.
 __global__ void __launch_bounds__(kThreads)
     direction_weight_kernel(const double* squared_norm, const double* squared_direction, const double* decay,
                             const double* grad_scale, double max_ratio, double epsilon, double* weight,
@@ -30,19 +30,19 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x > 0) return;
   const double most = max_ratio * sqrt(total[0]) / (sqrt(total[1]) + epsilon);
   const double decayed = *decay * (grad_scale ? *grad_scale : 1);
-  *weight = most > decayed ? decayed : most;  // a NaN stays one
+  *weight = most > decayed ? decayed : most;  // NaN stays NaN
 }
 
-// Squared norm of x g0 + y d1 + z d2 of one group, from its row of the Gram matrix.
+// The squared norm of x g0 + y d1 + z d2 of one group, from its row of the Gram matrix.
 __device__ inline double quadratic_form(const double* gram, double x, double y, double z) {
   return x * x * gram[0] + y * y * gram[3] + z * z * gram[5] +
          2 * (x * y * gram[1] + x * z * gram[2] + y * z * gram[4]);
 }
 
-// What torch.nn.utils.clip_grad_norm_ adds to the norm.
+// torch.nn.utils.clip_grad_norm_ adds this value to the norm.
 constexpr double kClipEpsilon = 1e-6;
 
-// a = alpha times this, of kappa, and b = beta times this, of sigma.
+// The factor in a = alpha * weight_of(kappa) and b = beta * weight_of(sigma).
 __device__ inline double weight_of(Regularizer regularizer, double x) {
   switch (regularizer) {
     case Regularizer::linear: return 1;
@@ -51,16 +51,16 @@ __device__ inline double weight_of(Regularizer regularizer, double x) {
   return 0;
 }
 
-// Rounding can leave a small negative number; a NaN stays one.
+// Rounding can make a squared norm slightly negative. NaN stays NaN.
 __device__ inline double norm_of(double squared) { return sqrt(squared < 0 ? 0 : squared); }
 
-// a, b, the clip factor and whether the step is sound, from sums over all elements; advances the counters.
-// One block: its inputs are a few numbers per group. See `Operators.coefficients` for the mathematics.
+// Computes a, b, the clip factor and whether the step is finite, from sums over all elements; advances the counters.
+// One block, because the inputs are a few numbers per group. See `Operators.coefficients` for the mathematics.
 __global__ void __launch_bounds__(kThreads) coefficients_kernel(CoefficientsArguments p) {
   const int groups = p.num_groups;
   const bool measures = p.regularizer != Regularizer::linear;
 
-  // What is summed over groups: everything, to see a NaN or an infinity; the norm of the last pass; kappa and sigma.
+  // Sums over groups: of all inputs, to detect NaN and Inf; of the last pass's squared norm; of kappa and sigma.
   enum { everything, last_norm, kappa_sum, sigma_sum, num_sums };
   __shared__ double total[num_sums];
   double sums[num_sums] = {};
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) coefficients_kernel(CoefficientsArgu
   }
   block_sum(sums, total);
   const bool ok = isfinite(total[everything]);
-  const double grad_scale = p.grad_scale ? *p.grad_scale : 1;  // of gradients and norms; e is free of it
+  const double grad_scale = p.grad_scale ? *p.grad_scale : 1;  // of gradients and norms; e is not scaled
   double kappa = total[kappa_sum] / 2 / grad_scale, sigma = total[sigma_sum] / grad_scale;
   if (p.losses[0]) {
     kappa = *p.losses[1] + *p.losses[2] - 2 * *p.losses[0];
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) coefficients_kernel(CoefficientsArgu
   const bool capped = ratio > p.max_regularizer_ratio;
   const double cap = capped ? p.max_regularizer_ratio / ratio : 1;
 
-  // The weights as they are used, and the norm of ghat = g0 + (1/2 + b) d1 + (1/2 + a) d2.
+  // The weights after the cap, and the norm of ghat = g0 + (1/2 + b) d1 + (1/2 + a) d2.
   __shared__ double squared_hat[1];
   double form[1] = {0};
   for (int g = threadIdx.x; g < groups; g += kThreads) {

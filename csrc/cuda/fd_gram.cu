@@ -5,11 +5,12 @@
 
 namespace crsam {
 
-// Inner products of (g0, d1, d2) and of h = g0, or w^2 g0 (ASAM), with each of them, per group.
-// Reads g0, g+, g-, and w for ASAM: 12 bytes an element in float32.
-// kCombines: also writes ghat, times the factor, into the row's kLive, which may be that of g-: 16 bytes.
+// Computes, per group, the inner products of (g0, d1, d2), and of h with each of them, where h is g0, or w^2 g0 (ASAM).
+// Reads g0, g+, g-, and w for ASAM: 12 bytes per element in float32 (16 with w).
+// kCombines: also writes ghat times the factor to the row's kLive, which may be the memory of g-: 16 bytes.
 //
-// Narrow dtypes have 8 elements of each gradient in flight beside the nine sums: 80 registers, hence a block less.
+// Narrow dtypes have 8 elements of each gradient in flight, besides the nine sums. This takes 80 registers, so there is
+// one block less per multiprocessor.
 template <typename T, bool kCombines>
 __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks - kHasMaster<T>)
     fd_gram_kernel(Table table, Decision decision, double* partial, double* gram) {

@@ -5,8 +5,8 @@
 
 namespace crsam {
 
-// |g|^2 per group, or | |w| g |^2 where weighted, or |g + x h|^2 with a direction h.
-// Reads g, and w where weighted: 4 bytes an element in float32; with a direction 8.
+// Computes |g|^2 per group, or | |w| g |^2 if weighted, or |g + x h|^2 with a direction h.
+// Reads g, and w or h if given: 4 or 8 bytes per element in float32.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks)
     grad_norm_kernel(Table table, const double* direction_weight, double* partial, double* norms) {

@@ -1,4 +1,4 @@
-// The launchers, as the host sees them: pointers, counts and a stream, never tensors.
+// The launchers for the host. They take pointers, counts and a stream, never tensors.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,8 +10,8 @@
 
 namespace crsam {
 
-// norms [groups] <- squared norm of the gradient, times `live` where `adaptive`, or, where there is a weight, with the
-// weighted direction added to it. partial [chunks] is scratch.
+// norms [groups] <- squared norm of the gradient, times `live` if `adaptive`; if direction_weight is not null, of the
+// gradient plus the weighted direction. partial [chunks] is scratch.
 void launch_grad_norm(Dtype dtype, const Table& table, const double* direction_weight, double* partial, double* norms,
                       cudaStream_t stream);
 
@@ -19,47 +19,47 @@ void launch_grad_norm(Dtype dtype, const Table& table, const double* direction_w
 void launch_perturbation_scale(const double* squared_norm, const double* rho, double epsilon, double* scale,
                                int32_t num_groups, cudaStream_t stream);
 
-// weight (0-dim) <- min(decay, max_ratio |g| / (|h| + epsilon)), times the scale of g where there is one.
+// weight (0-dim) <- min(decay * grad_scale, max_ratio |g| / (|h| + epsilon)); grad_scale is 1 if null.
 void launch_direction_weight(const double* squared_norm, const double* squared_direction, const double* decay,
                              const double* grad_scale, double max_ratio, double epsilon, double* weight,
                              int32_t num_groups, cudaStream_t stream);
 
-// live <- w + sign e. With sign +1, w is saved first. Float16 and bfloat16 may be rounded stochastically.
+// live <- w + sign e. With sign +1, w is saved first. `stochastic` applies to float16 and bfloat16.
 void launch_perturb(Dtype dtype, const Table& table, const double* scale, int sign, bool stochastic,
                     cudaStream_t stream);
 
-// gram [groups, kGram] <- inner products of (g0, d1, d2), and with h, which weighs with `saved` where `adaptive`.
-// partial [chunks, kGram] is scratch.
+// gram [groups, kGram] <- inner products of (g0, d1, d2), then of h with each of them; h is weighted with `saved` if
+// `adaptive`. partial [chunks, kGram] is scratch.
 void launch_fd_gram(Dtype dtype, const Table& table, double* partial, double* gram, cudaStream_t stream);
 
-// What `coefficients` has decided.
+// The results of `coefficients`, and the weight of a direction.
 struct Decision {
   const double* pass_weights;      // [kPasses - 1, groups]
   const double* factor;            // 0-dim or null
   const bool* ok;                  // 0-dim
-  const double* direction_weight;  // 0-dim, or null: of what is added where there is one gradient
+  const double* direction_weight;  // 0-dim; null if no direction is added to the single gradient
 };
 
-// Likewise, and live <- ghat times the factor.
+// gram as for launch_fd_gram, and live <- ghat times the factor.
 void launch_fd_combine(Dtype dtype, const Table& table, Decision decision, double* partial, double* gram,
                        cudaStream_t stream);
 
-// direction <- what ghat adds to g0, times the factor; 0 in a step that is skipped.
+// direction <- (ghat - g0) times the factor; 0 if the step is skipped.
 void launch_fd_direction(Dtype dtype, const Table& table, Decision decision, cudaStream_t stream);
 
 struct StepCounter {
   float* taken;       // [count]
-  const float* part;  // [count], 1 for those that take part
+  const float* part;  // [count], 1 for parameters that take part in the step
   int64_t count;
 };
 
 // The regularizers, in the order of crsam_ext.ops.REGULARIZERS.
 enum class Regularizer : int32_t { linear, log };
 
-// Nothing for a name that no regularizer has.
+// Returns nullopt for an unknown name.
 std::optional<Regularizer> regularizer_named(std::string_view name);
 
-// The results of `coefficients` that are no vectors, in the order of crsam_ext.ops.Coefficients.
+// The scalar results of `coefficients`, in the order of crsam_ext.ops.Coefficients.
 struct Numbers {
   double factor, kappa, sigma, regularizer_ratio;
 };
@@ -68,15 +68,15 @@ struct Flags {
 };
 
 struct CoefficientsArguments {
-  static constexpr int kCounters = 4;  // dtypes of a device
+  static constexpr int kCounters = 4;  // at most one bucket per dtype on a device
 
   const double* gram;            // [groups, kGram] or null
   const double* norms[kPasses];  // [groups] each
   const double* scale;           // [groups]
   const double* alpha;           // [groups]
   const double* beta;            // [groups]
-  const double* losses[3];       // 0-dim, or null: kappa and sigma come from the gradients
-  const double* grad_scale;      // 0-dim, what all gradients were multiplied with, or null
+  const double* losses[3];       // 0-dim, or null to compute kappa and sigma from the gradients
+  const double* grad_scale;      // 0-dim, the scale of all gradients, or null
   StepCounter steps[kCounters];
   int64_t* counters;  // [4]
   double max_regularizer_ratio;
@@ -92,21 +92,21 @@ struct CoefficientsArguments {
 
 void launch_coefficients(const CoefficientsArguments& arguments, cudaStream_t stream);
 
-// What an update rule asks of its caller.
+// The sizes of an update rule's arguments.
 struct RuleShape {
-  int buffers;  // of its state
-  int options;  // of a group
+  int buffers;  // state buffers
+  int options;  // options per group
 };
 
-// Nothing for a name that no rule has.
+// Returns nullopt for an unknown name.
 std::optional<RuleShape> shape_of_rule(std::string_view rule);
 
-// The step of a rule. `all_passes`: whether the gradients of all passes are given; else there is one, in kGrads.
-// options: [groups, RuleShape::options], in the order of the rule.
+// Applies an update rule. `all_passes`: whether the gradients of all passes are given; otherwise there is one gradient,
+// in kGrads. options: [groups, RuleShape::options], in the order of the rule.
 void launch_step(std::string_view rule, Dtype dtype, const Table& table, const Scalar* options, Decision decision,
                  bool all_passes, cudaStream_t stream);
 
-// ghat over the last gradient, w into live.
+// last gradient <- ghat, live <- w.
 void launch_combine(Dtype dtype, const Table& table, Decision decision, bool all_passes, cudaStream_t stream);
 
 }  // namespace crsam

@@ -1,4 +1,4 @@
-// How a kernel is launched, how a block finds its work and how it reads and writes memory.
+// Launches kernels, reads and writes memory, and iterates over chunks.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@
 
 namespace crsam {
 
-// A number of elements as a type, so that generic lambdas can declare arrays with it.
+// A number of elements as a type, so that generic lambdas can declare arrays of this size.
 template <int N>
 struct Width {
   __device__ constexpr operator int() const { return N; }
@@ -25,7 +25,7 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, 
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
-  cudaLaunchKernelEx(&config, kernel, arguments...);  // the caller asks for the last error
+  cudaLaunchKernelEx(&config, kernel, arguments...);  // the caller checks the last error
 }
 
 // Memory -------------------------------------------------------------------------------------------------------------
@@ -40,16 +40,16 @@ using word_t = std::conditional_t<
     kBytes == 16, uint4,
     std::conditional_t<kBytes == 8, unsigned long long, std::conditional_t<kBytes == 4, unsigned, unsigned short>>>;
 
-// How N elements of T are moved: in words of at most 128 bits, the widest access there is.
+// The words in which N elements of T are moved, of at most 128 bits, the widest memory access.
 template <typename T, int N>
 struct Words {
   static constexpr int kBytes = N * sizeof(T) < 16 ? N * sizeof(T) : 16;
-  static constexpr int kElements = kBytes / sizeof(T);  // of a word
+  static constexpr int kElements = kBytes / sizeof(T);  // per word
   static constexpr int kCount = N / kElements;
   using type = word_t<kBytes>;
 };
 
-// Reads N elements, widened. Streaming (evict first): no operator reads an element twice.
+// Reads N elements and widens them. Streaming (evict first), because no operator reads an element twice.
 template <int N, typename T>
 __device__ __forceinline__ void load(const T* from, compute_t<T> (&x)[N]) {
   using W = Words<T, N>;
@@ -63,7 +63,7 @@ __device__ __forceinline__ void load(const T* from, compute_t<T> (&x)[N]) {
   }
 }
 
-// Writes N elements, narrowed to T.
+// Narrows N elements to T and writes them.
 template <int N, typename T>
 __device__ __forceinline__ void store(T* to, const compute_t<T> (&x)[N]) {
   using W = Words<T, N>;
@@ -78,9 +78,9 @@ __device__ __forceinline__ void store(T* to, const compute_t<T> (&x)[N]) {
   }
 }
 
-// Calls body(i, Width<N>) for all elements i of a chunk, N at a time: as many as fit into 128 bits of T where the row
-// is aligned, else, and for the last few, one. kUnrolls: whether the compiler may work on several at once, which takes
-// more registers.
+// Calls body(i, Width<N>) for all elements i of a chunk, N elements at a time. N is the number of elements of T in 128
+// bits if the row is aligned, and 1 otherwise and for the remainder. kUnrolls: whether the compiler may unroll the
+// loop, which takes more registers.
 template <typename T, bool kUnrolls = true, typename Body>
 __device__ __forceinline__ void for_each(const Row& row, int32_t index, Body body) {
   constexpr int kWidth = 16 / sizeof(T);

@@ -1,4 +1,4 @@
-// What the host works out about the rows of a table.
+// Computes the host side of a table of rows.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace crsam {
 
-// Puts rows into the order that `Table` wants, and notes which ones can be moved in words of 128 bits.
+// Sorts rows into the order of `Table`, and marks the rows that can be accessed in words of 128 bits.
 inline void arrange(std::vector<Row>& rows) {
   std::stable_sort(rows.begin(), rows.end(), [](const Row& x, const Row& y) { return x.group < y.group; });
   for (Row& row : rows) {
@@ -20,7 +20,7 @@ inline void arrange(std::vector<Row>& rows) {
 
 inline int64_t chunks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
-// The parts of a table that depend on lengths and groups alone.
+// The parts of a table that depend only on lengths and groups.
 struct Layout {
   std::vector<int64_t> group_begin;
   std::vector<Chunk> chunks;

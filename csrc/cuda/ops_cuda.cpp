@@ -1,4 +1,4 @@
-// From tensors to pointers: checks, device, stream, table, launch.
+// Converts tensors to pointers: checks arguments, selects device and stream, builds the table, launches the kernel.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -23,7 +23,7 @@ namespace {
 cudaStream_t current_stream(at::Device device) { return c10::cuda::getCurrentCUDAStream(device.index()).stream(); }
 
 TableCache& cache() {
-  static TableCache* const cache = new TableCache;  // never destroyed: the driver may be gone before it
+  static TableCache* const cache = new TableCache;  // never destroyed: the driver may be unloaded first
   return *cache;
 }
 
@@ -32,10 +32,10 @@ std::string bytes_of(const std::vector<T>& items) {
   return std::string(reinterpret_cast<const char*>(items.data()), items.size() * sizeof(T));
 }
 
-// The rows of one call, as they are collected from its lists of tensors, which outlive it.
+// The rows of one call, collected from its lists of tensors, which must outlive this object.
 class Rows {
  public:
-  // `like` gives the rows their number, lengths, dtype and device.
+  // `like` determines the number, lengths, dtype and device of the rows.
   Rows(const char* op, const Column& like, const Argument& argument, const Groups& groups, int64_t num_groups)
       : op(op),
         device(first_of(like, argument).device()),
@@ -48,14 +48,14 @@ class Rows {
     check(like, argument, type);
   }
 
-  // Enters a list of tensors: of the rows' own dtype, or of the one in which they are computed.
+  // Adds a list of tensors, in the dtype of the rows or in their compute dtype.
   void enter(int pointer, const Column& tensors, const Argument& argument, at::ScalarType of_type) {
     check_count(tensors.size(), argument, size());
     check(tensors, argument, of_type);
     columns_[num_columns_++] = {pointer, tensors.addresses().data()};
   }
 
-  // Enters a list in which some may be missing, or have no elements, which is the same.
+  // Adds a list of optional tensors. A tensor without elements counts as missing.
   void enter(int pointer, Optional tensors, const Argument& argument, at::ScalarType of_type) {
     const Column& column = tensors.column;
     check_count(column.size(), argument, size());
@@ -67,7 +67,7 @@ class Rows {
     columns_[num_columns_++] = {pointer, column.addresses().data()};
   }
 
-  // The tensors that rows are weighted with, where there are any.
+  // Adds the tensors that weight the rows (ASAM), if any.
   void enter_weights(int pointer, Optional weights, at::ScalarType of_type) {
     enter(pointer, weights, {op, "weights"}, of_type);
     weights_ = weights.column.addresses().data();
@@ -92,7 +92,7 @@ class Rows {
     for (const int64_t numel : numels_) table.num_chunks += chunks_of(numel);
     TORCH_CHECK(table.num_chunks <= INT32_MAX, op, ": too many elements for one launch");
     table.rows = static_cast<const Row*>(cache().get(key(), device, stream, [&] { return bytes_of(arranged()); }));
-    // Lengths and groups stay from step to step, so this part, which is long, is not built again.
+    // Lengths and groups rarely change between steps, so this long part is cached separately.
     std::string lengths = "layout";
     append(lengths, &num_groups_, 1);
     append(lengths, numels_.data(), size());
@@ -119,7 +119,7 @@ class Rows {
       default: TORCH_CHECK(false, op, ": rows are ", type, ", not float64, float32, float16 or bfloat16");
     }
   }
-  // In which dtype the rows are computed, and their masters and state are.
+  // The dtype of the computation, the masters and the state.
   at::ScalarType compute_type() const { return type == at::kDouble ? at::kDouble : at::kFloat; }
   size_t size() const { return numels_.size(); }
   bool empty() const { return all_are(numels_, 0); }
@@ -158,7 +158,7 @@ class Rows {
     for (size_t i = 0; i < size(); ++i) check_tensor(tensors[i], argument.at(i), device, of_type, numels_[i]);
   }
 
-  // What decides on the rows.
+  // A cache key that determines the content of the rows.
   std::string key() const {
     std::string key = "rows";
     key.reserve((num_columns_ + 4) * (size() + 1) * sizeof(int64_t));
@@ -197,7 +197,7 @@ class Rows {
   size_t num_columns_ = 0;
   const int64_t* steps_ = nullptr;
   const int64_t* weights_ = nullptr;
-  std::vector<bool> adaptive_;  // for each group; empty if none is
+  std::vector<bool> adaptive_;  // for each group; empty if no group is adaptive
 };
 
 const double* numbers(const at::Tensor& tensor, const Argument& argument, at::Device device, int64_t count) {
@@ -224,7 +224,7 @@ Decision decision_of(const Rows& rows, const at::Tensor& pass_weights, const std
           number(factor, {rows.op, "factor"}, rows.device), ok, direction_weight};
 }
 
-// Enters what is added to a gradient, and returns its weight; null where there is none.
+// Adds a direction to the rows and returns its weight; returns null if there is no direction.
 const double* enter_direction(Rows& rows, const Column& direction, const std::optional<at::Tensor>& weight) {
   if (!weight) return nullptr;
   rows.enter(kDirection, direction, {rows.op, "direction"}, rows.compute_type());
@@ -302,7 +302,7 @@ void perturb_(const Column& live, const Column& saved, const Column& grads, cons
 
 namespace {
 
-// The Gram matrix of rows, to which `launch` adds the rest of a launch.
+// Prepares a launch that computes a Gram matrix, calls `launch` and returns the matrix.
 template <typename Launch>
 at::Tensor gram_of(Rows& rows, const Columns& grads, int64_t num_groups, Optional weights, Launch launch) {
   const auto passes = grads.of(rows.size());
@@ -375,10 +375,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coefficients(
   const auto per_group = [&](const at::Tensor& tensor, const Argument& argument) {
     return numbers(tensor, argument, device, groups);
   };
-  TORCH_CHECK(squared_norms.size() <= kPasses, op, ": squared_norms has ", squared_norms.size(), " entries, of ",
-              kPasses, " passes");
-  TORCH_CHECK(taken.size() <= Arguments::kCounters, op, ": taken has ", taken.size(), " entries, of ",
-              Arguments::kCounters, " dtypes");
+  TORCH_CHECK(squared_norms.size() <= kPasses, op, ": squared_norms has ", squared_norms.size(), " entries, more than ",
+              kPasses);
+  TORCH_CHECK(taken.size() <= Arguments::kCounters, op, ": taken has ", taken.size(), " entries, more than ",
+              Arguments::kCounters);
   check_count(part.size(), {op, "part"}, taken.size());
   check_tensor(counters, {op, "counters"}, device, at::kLong, 4);
   if (!losses.empty()) check_count(losses.size(), {op, "losses"}, 3);
@@ -407,7 +407,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coefficients(
   p.max_grad_norm = max_grad_norm;
   p.num_groups = static_cast<int32_t>(groups);
   const std::optional<Regularizer> known = regularizer_named(regularizer);
-  TORCH_CHECK(known, op, ": regularizer is ", regularizer, ", which is none");
+  TORCH_CHECK(known, op, ": unknown regularizer ", regularizer);
   p.regularizer = *known;
 
   at::Tensor pass_weights = new_numbers({kPasses - 1, groups}, device);
@@ -423,7 +423,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> coefficients(
 
 namespace {
 
-// Enters the gradients of a step, of all passes or of one, and says whether there are all.
+// Adds the gradients of a step to the rows, for one pass or all passes. Returns whether all passes are given.
 bool enter_gradients(Rows& rows, const std::vector<std::shared_ptr<const Column>>& passes) {
   TORCH_CHECK(passes.size() == 1 || passes.size() == kPasses, rows.op, ": grads has ", passes.size(),
               " entries, not 1 or ", kPasses);
@@ -433,7 +433,7 @@ bool enter_gradients(Rows& rows, const std::vector<std::shared_ptr<const Column>
   return passes.size() == kPasses;
 }
 
-// The options of all groups on the device.
+// Copies the options of all groups to the device.
 const Scalar* scalars(const Rows& rows, const std::vector<double>& options, Optional tensors, cudaStream_t stream) {
   const Argument argument = {rows.op, "option_tensors"};
   check_count(tensors.column.size(), argument, options.size());
@@ -463,7 +463,7 @@ void step_(const Column& live, const Column& saved, const Columns& state, const 
   if (live.empty()) return;
   const char* op = "step_";
   const std::optional<RuleShape> shape = shape_of_rule(rule);
-  TORCH_CHECK(shape, op, ": rule is ", rule, ", which is none");
+  TORCH_CHECK(shape, op, ": unknown rule ", rule);
   const int64_t num_groups = pass_weights.numel() / (kPasses - 1);
   Rows rows(op, live, {op, "live"}, groups, num_groups);
   const c10::DeviceGuard guard(rows.device);

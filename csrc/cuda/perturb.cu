@@ -5,15 +5,15 @@
 
 namespace crsam {
 
-// live = w + s g, or w + s w^2 g (ASAM), where w is `saved`.   In float32: reads w, g, writes live: 12 bytes.
-// kSave: first saves w.   In float32: reads live, g, writes saved, live: 16 bytes.
+// Writes live = w + s g, or w + s w^2 g (ASAM), where w is `saved`. In float32: reads w, g, writes live: 12 bytes.
+// kSave: first saves w. In float32: reads live, g, writes saved, live: 16 bytes.
 //
-// For float16 and bfloat16 `saved` is a master that normally rounds to `live`, and holds then more digits of w. Where
-// it does not, someone has changed the parameter since the last step, and w is `live`. Writes are rare, so they are
-// skipped where nothing has changed.
+// For float16 and bfloat16, `saved` is a master. Normally it rounds to `live` and contains more digits of w. If it does
+// not round to `live`, the user changed the parameter since the last step, and w is `live`. Such changes are rare, so
+// the master is written only if one was found.
 //
-// kStochastic, for these two: the step is made from w as the model has read it, rounded, and its end is rounded up or
-// down at random, so that on average the model moves by e, however small that is.
+// kStochastic, for these two dtypes: e is added to w as the model reads it, rounded. The sum is rounded up or down at
+// random, so that the model moves by e on average, even if e is very small.
 template <typename T, bool kSave, bool kStochastic>
 __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks)
     perturb_kernel(Table table, const double* scale, int sign) {

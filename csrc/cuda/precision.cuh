@@ -1,4 +1,4 @@
-// The dtypes that rows may have, and how each is computed with. crsam_ext/precision.py has the same table for Python.
+// The dtypes of rows and their compute dtypes. crsam_ext/precision.py has the same table for Python.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,11 +15,12 @@ __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// How rows of T are computed with.
+// The properties of rows of T.
 //
-// kBlocks: how many blocks share a multiprocessor: 64 registers a thread, or 128 where one number takes two of them.
-// Narrow dtypes have a master copy of w in the compute dtype. kDigits are those of the significand after the first,
-// kSmallestExponent is that of the smallest normal number as float32 stores it, biased by 127.
+// kBlocks: the number of blocks per multiprocessor, for 64 registers per thread, or 128 if a number takes two
+// registers. Narrow dtypes have a master copy of w in the compute dtype. For their stochastic rounding, kDigits is the
+// number of significand bits after the first one, and kSmallestExponent a lower bound on the exponent as float32 stores
+// it, biased by 127.
 template <typename T>
 struct Precision;
 
@@ -66,7 +67,7 @@ struct Type {
   using type = T;
 };
 
-// Calls `body` with the type of `dtype`.
+// Calls `body` with the C++ type of `dtype`.
 template <typename Body>
 void dispatch(Dtype dtype, Body body) {
   const auto try_types = [&](auto... types) {

@@ -1,11 +1,11 @@
-// Sums over all elements of a group, the same bits in every run.
+// Sums over all elements of a group, with the same bits in every run.
 #pragma once
 
 #include "launch.cuh"
 
 namespace crsam {
 
-// Adds up x over the threads of a block, in a fixed order; the K totals are in `total` when it returns.
+// Sums x over the threads of a block, in a fixed order, and writes the K totals to `total`.
 template <int K>
 __device__ __forceinline__ void block_sum(double (&x)[K], double* total) {
   constexpr int kWarps = kThreads / 32;
@@ -24,11 +24,12 @@ __device__ __forceinline__ void block_sum(double (&x)[K], double* total) {
   __syncthreads();
 }
 
-// Adds up `sums` over all threads of all blocks whose chunks are in `group`: out[group * K + k].
+// Sums `sums` over all threads of all blocks whose chunks are in `group`, and writes out[group * K + k].
 //
-// Every thread has summed its 64 elements in the compute dtype; from here on it is float64. A block leaves its partial
-// sums, and takes a ticket of its group; the block with the last ticket adds up those of all, whichever block it is, in
-// the order of the chunks. So the result does not depend on the order in which blocks run, and one launch is enough.
+// Every thread has summed its 64 elements in the compute dtype; all further sums are in float64. A block writes its
+// partial sums, then takes a ticket of its group. The block with the last ticket, whichever it is, adds the partial
+// sums of all blocks in the order of the chunks. So the result does not depend on the order in which blocks run, and
+// one launch is enough.
 template <int K, typename C>
 __device__ __forceinline__ void group_sum(const Table& table, int group, const C (&sums)[K], double* partial,
                                           double* out) {
@@ -37,7 +38,7 @@ __device__ __forceinline__ void group_sum(const Table& table, int group, const C
   for (int k = 0; k < K; ++k) x[k] = sums[k];
   block_sum(x, partial + static_cast<int64_t>(blockIdx.x) * K);
 
-  if (blockIdx.x == 0) {  // nobody else writes the sums of groups without rows
+  if (blockIdx.x == 0) {  // no other block writes the sums of groups without rows
     for (int g = threadIdx.x; g < table.num_groups; g += kThreads) {
       if (table.group_begin[g] < table.group_begin[g + 1]) continue;
       for (int k = 0; k < K; ++k) out[static_cast<int64_t>(g) * K + k] = 0;
@@ -47,9 +48,9 @@ __device__ __forceinline__ void group_sum(const Table& table, int group, const C
   const int64_t begin = table.group_begin[group], end = table.group_begin[group + 1];
   __shared__ bool last;
   if (threadIdx.x == 0) {
-    __threadfence();  // what the block has summed is seen before its ticket
+    __threadfence();  // makes the partial sums of this block visible before its ticket
     last = atomicAdd(&table.tickets[group], 1u) == end - begin - 1;
-    __threadfence();  // other blocks' partial sums are read after their tickets
+    __threadfence();  // orders reads of other blocks' partial sums after their tickets
   }
   __syncthreads();
   if (!last) return;

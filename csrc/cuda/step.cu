@@ -1,11 +1,11 @@
-// The updates: a kernel for every rule of update_math.cuh, and the gradient for any other optimizer.
+// The update kernels: one for each rule of update_math.cuh, and one that only combines gradients for other optimizers.
 #include "kernels.h"
 #include "launch.cuh"
 #include "update_math.cuh"
 
 namespace crsam {
 
-// What all threads of a block need to know, worked out by the first one.
+// Values for all threads of a block, computed by the first thread.
 template <typename C, typename Rule>
 struct Shared {
   Weights<C> weights;
@@ -25,10 +25,10 @@ struct Shared {
   }
 };
 
-// What ghat is made of: the gradient of one pass, that and a direction, or the gradients of all passes.
+// The inputs of ghat: one gradient, one gradient and a direction, or the gradients of all passes.
 enum Given { kOne, kOneAndDirection, kAll };
 
-// N elements of ghat, times the factor.
+// Computes N elements of ghat, times the factor.
 template <typename T, Given kGiven, int N>
 __device__ __forceinline__ void load_combined(const Row& row, int64_t i, const Weights<compute_t<T>>& weights,
                                               compute_t<T> (&ghat)[N]) {
@@ -52,7 +52,7 @@ __device__ __forceinline__ void load_combined(const Row& row, int64_t i, const W
   }
 }
 
-// A step that is skipped: live = w, and nothing else changes.
+// Restores live = w, for a skipped step; nothing else changes.
 template <typename T>
 __device__ __forceinline__ void restore(const Row& row, int32_t index) {
   if (row.pointers[kLive] == row.pointers[kSaved]) return;
@@ -63,8 +63,8 @@ __device__ __forceinline__ void restore(const Row& row, int32_t index) {
   });
 }
 
-// The step of a rule. In float32, with three gradients and n state buffers: reads w, the state and the gradients,
-// writes the state and live: 20 + 8 n bytes an element.
+// Applies an update rule. In float32, with three gradients and n state buffers: reads w, the state and the gradients,
+// writes the state and live: 20 + 8 n bytes per element.
 template <typename T, template <typename> typename RuleOf, Given kGiven>
 __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks)
     step_kernel(Table table, const Scalar* options, Decision decision) {
@@ -79,11 +79,11 @@ __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks)
   const Weights<C> weights = shared.weights;
   const Rule rule = shared.rule;
   const bool has_state = row.pointers[kState] != nullptr;
-  // Unrolled, the fourth stream would not fit into the registers.
+  // If unrolled, the fourth stream would not fit into the registers.
   for_each<T, kGiven != kOneAndDirection>(row, chunk.index, [&](int64_t i, auto width) {
     C w[width], state[Rule::kBuffers][width] = {}, g[width];
     load(pointer<const C>(row, kSaved) + i, w);
-    if (has_state) {  // before the gradients: after their first use, it would be waited for
+    if (has_state) {  // load it before the gradients: a load after their first use would stall
 #pragma unroll
       for (int b = 0; b < Rule::kBuffers; ++b) load(pointer<const C>(row, kState + b) + i, state[b]);
     }
@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks)
   });
 }
 
-// ghat over the last gradient, and live = w.   In float32: reads g0, g+, g-, w, writes g-, live: 24 bytes an element.
+// Writes ghat over the last gradient, and restores live = w.
+// In float32: reads g0, g+, g-, w, writes g-, live: 24 bytes per element.
 template <typename T, Given kGiven>
 __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks) combine_kernel(Table table, Decision decision) {
   using C = compute_t<T>;
@@ -124,8 +125,8 @@ __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks) combine_kerne
   restore<T>(row, chunk.index);
 }
 
-// What ghat adds to g0, times the factor; 0 in a step that is skipped.
-// In float32: reads g0, g+, g-, writes the direction: 16 bytes an element.
+// Writes h = ghat - g0, times the factor; 0 if the step is skipped.
+// In float32: reads g0, g+, g-, writes the direction: 16 bytes per element.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, Precision<T>::kBlocks) fd_direction_kernel(Table table, Decision decision) {
   using C = compute_t<T>;
@@ -152,7 +153,7 @@ std::optional<RuleShape> shape_of_rule(std::string_view rule) {
   std::optional<RuleShape> shape;
   with_rule(rule, [&](auto type) {
     using Rule = typename decltype(type)::template Rule<float>;
-    static_assert(Rule::kBuffers <= kBuffers && Rule::kMaximize == 0, "a rule that no row has room for");
+    static_assert(Rule::kBuffers <= kBuffers && Rule::kMaximize == 0, "the rule does not fit into a row");
     shape = RuleShape{Rule::kBuffers, Rule::kOptions};
   });
   return shape;

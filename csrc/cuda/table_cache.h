@@ -1,4 +1,4 @@
-// Bytes that kernels read, kept on the device and copied there only when they change.
+// Caches bytes for kernels on the device, so that they are copied only if they change.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,14 +15,14 @@
 
 namespace crsam {
 
-// The copy is asynchronous, through pinned memory. What was copied on a stream serves that stream only, so that a later
-// kernel there finds it complete, and memory that is given up is reused in order.
+// The copy is asynchronous, through pinned memory. An entry is valid only for the stream of its copy, so that later
+// kernels on this stream run after the copy, and freed memory is reused in order.
 //
-// A graph repeats the copies that were captured. So what is copied during a capture serves that capture only, and its
-// pinned source stays unchanged for the rest of the process: nobody tells when a graph is gone.
+// A graph replays captured copies. So an entry that is copied during a capture is valid only for this capture, and its
+// pinned source is never freed or changed: there is no callback when a graph is destroyed.
 class TableCache {
  public:
-  // The device address of what `build` returns; equal keys must stand for equal bytes.
+  // Returns the device address of the bytes that `build` returns. Equal keys must mean equal bytes.
   template <typename Build>
   void* get(std::string key, at::Device device, cudaStream_t stream, Build build) {
     const unsigned long long capture = capture_of(stream);
@@ -43,10 +43,10 @@ class TableCache {
  private:
   struct Entry {
     at::Tensor table;
-    at::Tensor source;  // kept for a graph only
+    at::Tensor source;  // defined only for an entry of a graph
     uint64_t used = 0;
   };
-  static constexpr size_t kEntries = 256;  // some 10 are in use in a training loop
+  static constexpr size_t kEntries = 256;  // a training loop uses about 10
 
   static unsigned long long capture_of(cudaStream_t stream) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -60,14 +60,14 @@ class TableCache {
     const auto options = at::TensorOptions(at::kByte);
     Entry entry;
     {
-      // Pinning memory is no work of a stream, and allowed during a capture.
+      // Pinning memory is not a stream operation, so it can be permitted during a capture.
       const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
       entry.source = at::empty({size}, options.pinned_memory(device.is_cuda()));
     }
     memcpy(entry.source.mutable_data_ptr(), bytes.data(), bytes.size());
     entry.table = at::empty({size}, options.device(device));
     entry.table.copy_(entry.source, /*non_blocking=*/true);
-    if (!captured) entry.source.reset();  // its allocator waits for the copy before it gives the memory away
+    if (!captured) entry.source.reset();  // the pinned allocator reuses the memory only after the copy
     return entry;
   }
 
@@ -88,7 +88,7 @@ class TableCache {
   std::mutex mutex_;
   std::unordered_map<std::string, Entry> entries_;
   uint64_t clock_ = 0;
-  size_t captured_ = 0;  // entries that graphs hold, at the last count
+  size_t captured_ = 0;  // number of entries of graphs at the last count
 };
 
 }  // namespace crsam

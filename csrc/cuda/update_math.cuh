@@ -1,6 +1,6 @@
-// The formulas, element by element. Everything else in this folder moves data to them and away.
+// The elementwise formulas. All other files in this folder move data to and from them.
 //
-// Multiply-adds are written as fma, so that the result does not depend on what a compiler contracts.
+// Multiply-adds are written as fma, so that the result does not depend on which operations a compiler contracts.
 #pragma once
 
 #include <math.h>
@@ -12,7 +12,7 @@
 
 namespace crsam {
 
-// Overloads, where C has only names with suffixes.
+// Overloads for functions that have different names in float and double.
 __device__ __forceinline__ float fused(float x, float y, float z) { return fmaf(x, y, z); }
 __device__ __forceinline__ double fused(double x, double y, double z) { return fma(x, y, z); }
 __device__ __forceinline__ float root(float x) { return sqrtf(x); }
@@ -38,8 +38,8 @@ __device__ __forceinline__ C perturbed(C w, C g, C scale, bool adaptive) {
   return fused(scale, adaptive ? w * w * g : g, w);
 }
 
-// 13 random bits from those of w and g, by the finalizer of MurmurHash3: the same for w + e and w - e, and others in
-// the next step.
+// Hashes the bits of w and g to 13 random bits with the finalizer of MurmurHash3. w + e and w - e use the same bits;
+// the next step uses others.
 __device__ __forceinline__ uint32_t hashed(float w, float g) {
   uint32_t h = __float_as_uint(w) ^ (__float_as_uint(g) * 0x9E3779B1u);
   h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
@@ -47,9 +47,9 @@ __device__ __forceinline__ uint32_t hashed(float w, float g) {
   return (h ^ (h >> 16)) >> 19;
 }
 
-// x rounded down after q u is added, where q is the distance of neighbours in T and u the random number in [0, 1): up
-// with the probability of the part that is cut off. All but q u + x is exact. Numbers next to 0, which T could round
-// more finely, are treated as larger ones.
+// Rounds x stochastically to T: adds q u and rounds down, where q is the distance between neighboring numbers in T, and
+// u the random number in [0, 1). The probability of rounding up is the part that is cut off, divided by q. All
+// operations except x + q u are exact. Below kSmallestExponent, q stays constant, although T may be finer there.
 template <typename T>
 __device__ __forceinline__ float dithered(float x, uint32_t random) {
   constexpr uint32_t kDigits = Precision<T>::kDigits, kSmallest = Precision<T>::kSmallestExponent;
@@ -60,7 +60,7 @@ __device__ __forceinline__ float dithered(float x, uint32_t random) {
   return floorf(fmaf(x, inverse, random * 0x1p-13f)) * q;
 }
 
-// Of element j of the gradients of all passes: g0 and the differences, d1 = g+ - g-,  d2 = (g+ - g0) + (g- - g0)
+// g0 and the differences d1 = g+ - g- and d2 = (g+ - g0) + (g- - g0), of element j of the gradients of all passes.
 template <typename C>
 struct Basis {
   C vectors[kPasses];
@@ -69,7 +69,7 @@ struct Basis {
       : vectors{g[0][j], g[1][j] - g[2][j], (g[1][j] - g[0][j]) + (g[2][j] - g[0][j])} {}
 };
 
-// The upper triangle of the Gram matrix of the basis.
+// Adds the upper triangle of the Gram matrix of the basis to the sums.
 template <typename C, int N>
 __device__ __forceinline__ void add_products(C (&sums)[kGram], const C (&g)[kPasses][N], int j) {
   const Basis<C> basis(g, j);
@@ -81,6 +81,7 @@ __device__ __forceinline__ void add_products(C (&sums)[kGram], const C (&g)[kPas
   }
 }
 
+// Adds the products of h with the basis to the sums.
 template <typename C, int N>
 __device__ __forceinline__ void add_products_with(C (&sums)[kGram], C h, const C (&g)[kPasses][N], int j) {
   const Basis<C> basis(g, j);
@@ -88,7 +89,7 @@ __device__ __forceinline__ void add_products_with(C (&sums)[kGram], C h, const C
   for (int x = 0; x < kPasses; ++x) sums[kProducts + x] = fused(h, basis.vectors[x], sums[kProducts + x]);
 }
 
-// What `coefficients` has decided, for one group. The factor is negative where the group is maximized.
+// The results of `coefficients` for one group. The factor is negative if the group is maximized.
 template <typename C>
 struct Weights {
   C passes[kPasses - 1];  // of g_i - g0
@@ -96,7 +97,7 @@ struct Weights {
   C factor;
 };
 
-// Those of a group, the factor not negative.
+// Loads the weights of a group. The caller negates the factor if the group is maximized.
 template <typename C>
 __device__ __forceinline__ Weights<C> weights_of(const Decision& decision, int32_t group, int32_t num_groups) {
   Weights<C> weights;
@@ -121,7 +122,7 @@ __device__ __forceinline__ C combined(const Weights<C>& weights, const C (&g)[kP
   return weights.factor * with_differences(weights, g[1][j], g, j);
 }
 
-// h = c ((g+ - g0) + sum of c_i (g_i - g0)), which ghat adds to g0
+// h = c ((g+ - g0) + sum of c_i (g_i - g0)), the difference of ghat and g0
 template <typename C, int N>
 __device__ __forceinline__ C direction(const Weights<C>& weights, const C (&g)[kPasses][N], int j) {
   return weights.factor * with_differences(weights, g[1][j] - g[0][j], g, j);
@@ -129,12 +130,12 @@ __device__ __forceinline__ C direction(const Weights<C>& weights, const C (&g)[k
 
 // The update rules ---------------------------------------------------------------------------------------------------
 //
-// A rule has a name, a number of state buffers, the order of a group's options in the array of scalars, of which the
-// first is `maximize`, and is called for every element. It is made once a block, from the options of its group, how
-// many steps the row has taken, and whether the row has state; where it has none, `state` is 0 and what is left there
-// is lost.
+// A rule defines its name, the number of its state buffers, and the order of a group's options in the array of scalars;
+// `maximize` is the first option. It is constructed once per block, from the options of the group, the number of steps
+// of the row, and whether the row has state. It is called for every element. If the row has no state, `state` is 0 on
+// entry and its new value is discarded.
 
-// torch.optim.SGD. Its state is momentum_buffer, which a group without momentum does not have.
+// torch.optim.SGD. Its state is momentum_buffer; a group without momentum has no state.
 template <typename C>
 struct Sgd {
   static constexpr const char* kName = "sgd";
@@ -148,12 +149,12 @@ struct Sgd {
   __device__ __forceinline__ Sgd(const Scalar* options, C step, bool has_state)
       : lr(resolve<C>(options[kLr])),
         momentum(has_state ? resolve<C>(options[kMomentum]) : C(0)),
-        // torch's first momentum is the gradient itself, undamped
+        // In torch, the first momentum is the gradient itself, without dampening.
         undamped(has_state && step > 1 ? resolve_complement<C>(options[kDampening]) : C(1)),
         weight_decay(resolve<C>(options[kWeightDecay])),
         nesterov(options[kNesterov].value != 0) {}
 
-  // g += weight_decay w,  m = momentum m + (1 - dampening) g,  w -= lr m, or nesterov: w -= lr (g + momentum m)
+  // g += weight_decay w,  m = momentum m + (1 - dampening) g,  w -= lr m, or with nesterov w -= lr (g + momentum m)
   __device__ __forceinline__ void operator()(C& w, C (&state)[kBuffers], C g) const {
     C& m = state[0];
     if (weight_decay != 0) g = fused(weight_decay, w, g);
@@ -189,8 +190,8 @@ struct Adam {
   }
 
   // m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
-  // w = (1 - lr weight_decay) w - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps), and for Adam, before all
-  // that, g += weight_decay w instead of the factor on w
+  // w = (1 - lr weight_decay) w - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+  // Adam first computes g += weight_decay w, and has no factor on w.
   __device__ __forceinline__ void operator()(C& w, C (&state)[kBuffers], C g) const {
     C &m = state[0], &v = state[1];
     if (weight_decay != 0) g = fused(weight_decay, w, g);
@@ -206,7 +207,7 @@ struct RuleType {
   using Rule = R<C>;
 };
 
-// Calls `body` with the rule that has a name, and says whether one has.
+// Calls `body` with the rule of this name. Returns whether there is one.
 template <typename Body>
 bool with_rule(std::string_view name, Body body) {
   const auto among = [&](auto... rules) {
