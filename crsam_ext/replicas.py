@@ -229,7 +229,7 @@ class Replicas:
 
 
 def parts(rows: Sequence[Tensor]) -> Iterator[slice]:
-    """Split rows of one dtype into runs of about ``PIECE`` bytes, one reduction each."""
+    """Split rows of one dtype into pieces of at most ``PIECE`` bytes or one row; each is reduced at once."""
     start, size = 0, 0
     for index, row in enumerate(rows):
         if index > start and size + row.nbytes > PIECE:
