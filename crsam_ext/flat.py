@@ -144,7 +144,7 @@ class Slot:
 
 @dataclass(eq=False)
 class Row:
-    """A contiguous run of a bucket's tensors: one large slot, or several small neighbours."""
+    """A contiguous run of a bucket's tensors: one large slot, or several small neighbors."""
 
     slots: list[Slot]
     staging: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
@@ -857,7 +857,7 @@ class FlatParameters:
             key = (slot, index)
             if key not in self._copies:
                 self._copies[key] = torch.empty_strided(slot.shape, slot.stride, dtype=slot.dtype, device=g.device)
-            if keep and slot.numel and g.data_ptr() == self._copies[key].data_ptr():  # left in p.grad by the last step
+            if keep and slot.numel and g.data_ptr() == self._copies[key].data_ptr():  # the last step left it there
                 slot.param.grad = as_shard_of(slot.param, g.clone())
             g = self._copies[key].copy_(g)
         return g
