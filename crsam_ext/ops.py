@@ -19,8 +19,8 @@ Conventions for all operators:
   float64 rows, otherwise float32. For float16 and bfloat16 it is the master copy, which persists between steps. For the
   other dtypes it is valid from ``perturb_(sign=+1)`` to the end of the step.
 - Arithmetic uses the compute dtype; sums over elements end in float64.
-- The name of an operator that writes into its arguments ends in an underscore. Only ``fd_combine_`` also returns a
-  result.
+- The name of an operator that writes into its arguments ends in an underscore, and the operator returns nothing. There
+  are two exceptions: ``fd_combine_`` returns the Gram matrix, and ``coefficients`` advances counters.
 - No operator synchronizes with the host: results stay on the device.
 
 Each operator reads its rows once; ``KERNELS`` in :mod:`crsam_ext.backends.fused` has the bytes that it moves. :math:`w`

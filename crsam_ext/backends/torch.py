@@ -144,7 +144,7 @@ def _hashed(w: Tensor, g: Tensor) -> Tensor:
 def _dithered(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
     """Round x stochastically to ``dtype``, see csrc/cuda/update_math.cuh.
 
-    The probability of rounding up is the part that is cut off.
+    The probability of rounding up is the part that is cut off, divided by the distance between neighboring numbers.
     """
     digits, smallest = PRECISIONS[dtype].digits, PRECISIONS[dtype].smallest_exponent
     exponent = (x.view(torch.int32) >> 23 & 255).clamp_(min=smallest)
