@@ -129,7 +129,7 @@ def _rows_until(path: Path, step: int) -> list[dict[str, str]]:
     except OSError:  # the user has removed it
         return []
     rows = csv.DictReader(line for line in lines if line.endswith("\n"))
-    return [row for row in rows if int(row["step"]) <= step]
+    return [{name: row.get(name, "") for name in STEP_COLUMNS} for row in rows if int(row["step"]) <= step]
 
 
 def _tensorboard(options: Namespace, step: int) -> Any:

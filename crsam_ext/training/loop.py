@@ -25,7 +25,7 @@ from .profile import profile
 from .progress import Bar, progress, say, warn
 from .randomness import reseed, seed_of
 from .ranks import ALONE, Ranks
-from .schedules import Schedules
+from .schedules import Schedules, warmup_steps
 from .state import Run, claim, restore, save, save_best
 from .steps import Objective, Step, create_optimizer
 from .stop import Requests
@@ -73,6 +73,7 @@ def _run(options: Namespace, device: torch.device, ranks: Ranks) -> None:
         _evaluate_checkpoint(options, data, device, ranks)
         return
     check_packages(options)
+    warmup_steps(options, data.steps)  # before anything is written
     state = start(options, data, device, ranks)
     requests = Requests(ranks, options.save_minutes)
     if options.profile is not None:
@@ -327,7 +328,8 @@ class Training:
         row: dict[str, Any] = {"epoch": number, "lr": float(group["lr"])}
         row |= {"train_loss": means["loss"], "train_accuracy": means["accuracy"]}
         row |= {"grad_norm": means["grad_norm"], **state.epoch.counts, "bad_files": len(state.epoch.bad)}
-        row["images_per_second"] = images / (time.perf_counter() - began)
+        if images:  # none if the run was stopped between the last step and the test
+            row["images_per_second"] = images / (time.perf_counter() - began)
         if number % options.val_interval == 0 or number == options.epochs:
             state.ranks.unify(state.model, None if state.ema is None else state.ema.module)
             row |= evaluate(state.evaluated, state.objective, self.data.test(), state.ranks)
@@ -381,16 +383,18 @@ def _evaluate_checkpoint(options: Namespace, data: Data, device: torch.device, r
 
 
 def _step_line(row: dict[str, Any], done: int, steps: int, epochs: int) -> str:
-    def percent(name: str) -> str:
-        return "–" if row[name] is None else f"{row[name]:.0f} %"
-
-    return (
-        f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}  batch {done:{len(str(steps))}}/{steps}  "
-        f"loss {row['loss']:.4f}  lr {row['lr']:.4g}  rho {row['rho']:.4g}  "
-        f"{row['images_per_second']:.0f} images/s  {row['gradients_per_second']:.0f} gradients/s  "
-        f"data {percent('data_percent')}  optimizer {percent('optimizer_percent')}  MFU {percent('mfu_percent')}  "
-        f"skipped {row['skipped']}  bad files {row['bad_files']}  left {_clock(row['remaining_seconds'])}"
-    )
+    parts = [
+        f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}  batch {done:{len(str(steps))}}/{steps}",
+        f"loss {row['loss']:.4f}  lr {row['lr']:.4g}  rho {row['rho']:.4g}",
+        f"{row['images_per_second']:.0f} images/s  {row['gradients_per_second']:.0f} gradients/s",
+    ]
+    for label, name in (("data", "data_percent"), ("optimizer", "optimizer_percent"), ("MFU", "mfu_percent")):
+        if row[name] is not None:
+            parts.append(f"{label} {row[name]:.0f} %")
+    for label, name in (("skipped", "skipped"), ("bad files", "bad_files")):
+        if row[name]:
+            parts.append(f"{label} {row[name]}")
+    return "  ".join([*parts, f"{_clock(row['remaining_seconds'])} left"])
 
 
 def _clock(seconds: float) -> str:

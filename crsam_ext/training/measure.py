@@ -83,13 +83,16 @@ class Epoch:
         self.counts = {"skipped": 0, "curvature_dropped": 0}
 
     def add(self, loss: Tensor, logits: Tensor, y: Tensor, grad_norm: Tensor | None) -> None:
-        """Enter a step: its mean loss, what the network said, and the norm of the gradient, if known and finite."""
+        """Enter a step: its mean loss, if finite, the logits, and the norm of the gradient, if known and finite."""
         labels = y if y.ndim == 1 else y.argmax(1)
+        sound = torch.isfinite(loss)  # else the step was skipped, and would make the mean of the epoch a NaN
         norm = loss.new_zeros((), dtype=torch.float64) if grad_norm is None else grad_norm.double()
         known = torch.isfinite(norm) if grad_norm is not None else torch.zeros_like(norm)
-        row = [loss.double() * len(y), (logits.argmax(1) == labels).sum(), torch.where(known.bool(), norm, 0.0), known]
-        numbers = torch.stack([number.to(norm.device, torch.float64) for number in row])
-        self._pending.append(torch.cat([numbers[:2], numbers.new_full((1,), len(y)), numbers[2:]]))
+        row = [
+            torch.where(sound, loss.double(), 0.0) * len(y), sound * (logits.argmax(1) == labels).sum(), sound * len(y),
+            torch.where(known.bool(), norm, 0.0), known,
+        ]  # fmt: skip
+        self._pending.append(torch.stack([number.to(norm.device, torch.float64) for number in row]))
 
     def fold(self) -> None:
         """Fetch what was added since, from all ranks: a collective call, for which the host waits."""
@@ -103,12 +106,12 @@ class Epoch:
         self.steps = torch.cat([self.steps, total])
 
     def means(self, first: int = 0) -> dict[str, float]:
-        """Loss and accuracy (0 to 1) over the samples, and the mean grad_norm (NaN if unknown), from a step on."""
+        """Loss and accuracy (0 to 1) over the samples, and the mean grad_norm, from a step on; NaN if unknown."""
         sums = [math.fsum(column) for column in self.steps[first:].T.tolist()]
         loss, correct, samples, norm, norms = sums
         return {
-            "loss": loss / samples,
-            "accuracy": correct / samples,
+            "loss": loss / samples if samples else math.nan,
+            "accuracy": correct / samples if samples else math.nan,
             "grad_norm": norm / norms if norms else math.nan,
         }
 

@@ -37,10 +37,7 @@ class Schedules:
     """
 
     def __init__(self, optimizer: CRSAM, options: Namespace, steps_per_epoch: int) -> None:
-        total = options.epochs * steps_per_epoch
-        warmup = options.warmup_steps or round(options.warmup_epochs * steps_per_epoch)
-        if warmup >= total:
-            raise TrainingError(f"the warm-up of {warmup} steps must be shorter than the run of {total} steps")
+        total, warmup = options.epochs * steps_per_epoch, warmup_steps(options, steps_per_epoch)
         self._schedulers = [_scheduler(optimizer, options.schedule, total, warmup, options.min_lr)]
         self._optimizer, self._options, self._proportional = optimizer, options, False
         for option in SCHEDULED:
@@ -60,6 +57,19 @@ class Schedules:
             for group in self._optimizer.param_groups:
                 part = (group["lr"] - o.min_lr) / (o.lr - o.min_lr) if o.lr > o.min_lr else 1.0
                 group["rho"] = o.min_rho + (o.rho - o.min_rho) * min(max(part, 0.0), 1.0)
+
+
+def warmup_steps(options: Namespace, steps_per_epoch: int) -> int:
+    """The steps of ``--warmup-steps`` or ``--warmup-epochs``.
+
+    Raises:
+        TrainingError: they are as many as those of the run.
+    """
+    total = options.epochs * steps_per_epoch
+    warmup: int = options.warmup_steps or round(options.warmup_epochs * steps_per_epoch)
+    if warmup >= total:
+        raise TrainingError(f"the warm-up of {warmup} steps must be shorter than the run of {total} steps")
+    return warmup
 
 
 def _scheduler(optimizer: Optimizer, kind: str, total: int, warmup: int, minimum: float) -> Scheduler:

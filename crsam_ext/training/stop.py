@@ -1,6 +1,5 @@
 """Stopping when somebody asks for it: signals, and the step after which all processes of a run stop or save."""
 
-import math
 import signal
 import time
 from collections.abc import Iterator
@@ -30,11 +29,11 @@ class Requests:
 
     Args:
         ranks: the processes.
-        save_minutes: minutes between two saves; None for never.
+        save_minutes: minutes between two saves.
     """
 
-    def __init__(self, ranks: Ranks, save_minutes: float | None) -> None:
-        self._ranks, self._period = ranks, math.inf if save_minutes is None else 60 * save_minutes
+    def __init__(self, ranks: Ranks, save_minutes: float) -> None:
+        self._ranks, self._period = ranks, 60 * save_minutes
         self._asked, self._saved = _NOTHING, time.monotonic()
         self._group: Any = dist.new_group(backend="gloo") if ranks.size > 1 else None
         self._work: Any = None
