@@ -3,14 +3,14 @@ r"""Measures the curvature of any model and loss over all batches of a loader, o
 L(w) is the mean loss over the loader, g its gradient and H its Hessian with respect to all parameters that require a
 gradient.
 
-==========================  =======================================================================================
-:func:`hessian_trace`       Tr H
-:func:`normalized_trace`    Tr H / ‖g‖, the C(w) of CR-SAM (Wu, Luo, Wunsch, AAAI 2024)
-:func:`top_eigenvalues`     the largest eigenvalues of H
-:func:`gradient_norm`       ‖g‖
+=============================  ====================================================================
+:func:`hessian_trace`          Tr H
+:func:`normalized_trace`       Tr H / ‖g‖, the C(w) of CR-SAM (Wu, Luo, Wunsch, AAAI 2024)
+:func:`top_eigenvalues`        the largest eigenvalues of H
+:func:`gradient_norm`          ‖g‖
 :func:`directional_curvature`  vᵀHv along v = g/‖g‖, the curvature that the optimizer uses
-:func:`ascent_gap`          the loss increase of one ascent step, relative to that of many ascent steps
-==========================  =======================================================================================
+:func:`ascent_gap`             the loss increase of one ascent step, relative to that of many
+=============================  ====================================================================
 
 All functions take ``(model, loss_fn, loader)`` and these options:
 
