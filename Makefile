@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.crsam_ext-installed
 HAS_TORCH := $(PYTHON) -c 'import torch, pytest, hypothesis, xdist' 2>/dev/null
 
-.PHONY: help train test test-oldest quick lint bench experiments gpu dist clean
+.PHONY: help train test test-oldest quick lint docs bench experiments gpu dist clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ lint: $(INSTALLED)  ## Check style, format and types
 	find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
+docs: $(INSTALLED)  ## Build the documentation into docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -q -n -W --keep-going docs docs/_build/html
+
 bench: $(INSTALLED)  ## Measure the cost of a step; table, figures and numbers go to benchmarks/results
 	$(BIN)/python -m pytest -q benchmarks --benchmark-quiet
 
@@ -56,7 +59,7 @@ dist: $(INSTALLED)  ## Build the source distribution and the pure wheel of a rel
 	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## Remove build outputs and caches; .venv and runs/ stay
-	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS) | $(BIN)/python
