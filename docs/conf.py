@@ -17,19 +17,25 @@ author = "The crsam_ext authors"
 project_copyright = author
 version = release = crsam_ext.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax", "sphinx-mathjax-offline",  # MathJax is part of the site, which so needs no network
+]  # fmt: skip
 exclude_patterns = ["_build"]
+smartquotes_action = "De"  # dashes; quotes stay straight, as in code
 
 html_theme = "furo"
 html_title = f"crsam_ext {release}"
 html_show_copyright = False
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["layout.css"]
 
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
 
 nitpicky = True
@@ -58,9 +64,10 @@ class ProgramHelp(Directive):
         return [nodes.literal_block(output.getvalue(), output.getvalue(), language="text")]
 
 
-def link_files(app, docname: str, source: list[str]) -> None:
-    """Make links to Markdown files outside this folder downloads: Sphinx takes them for pages."""
-    source[0] = re.sub(r"\]\((\.\./[^)#]+\.md)\)", r"](path:\1)", source[0])
+def prepare_page(app, docname: str, source: list[str]) -> None:
+    """Make links to Markdown files outside this folder downloads, as Sphinx takes them for pages; keep numbers whole."""
+    text = re.sub(r"\]\((\.\./[^)#]+\.md)\)", r"](path:\1)", source[0])
+    source[0] = re.sub(r"(?<=\d) (?=[±%])|(?<=±) (?=\d)", "\u00a0", text)
 
 
 def keep_colons(app, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
@@ -72,6 +79,6 @@ def keep_colons(app, what: str, name: str, obj: object, options: object, lines: 
 def setup(app) -> dict[str, bool]:
     """Register what is defined above."""
     app.add_directive("program-help", ProgramHelp)
-    app.connect("source-read", link_files)
+    app.connect("source-read", prepare_page)
     app.connect("autodoc-process-docstring", keep_colons, priority=400)  # napoleon has 500
     return {"parallel_read_safe": True, "parallel_write_safe": True}

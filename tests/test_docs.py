@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_docs_build_without_a_warning(tmp_path):
-    for package in ("sphinx", "myst_parser", "furo", "lightning", "transformers", "timm"):  # the extra docs
+    for package in ("sphinx", "myst_parser", "furo", "sphinx-mathjax-offline", "lightning", "transformers", "timm"):  # the extra docs
         pytest.importorskip(package)
     command = [sys.executable, "-m", "sphinx", "-q", "-n", "-W", "--keep-going", "-d", tmp_path / "trees"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
