@@ -67,7 +67,7 @@ class ProgramHelp(Directive):
 def prepare_page(app, docname: str, source: list[str]) -> None:
     """Make links to Markdown files outside this folder downloads, as Sphinx takes them for pages; keep numbers whole."""
     text = re.sub(r"\]\((\.\./[^)#]+\.md)\)", r"](path:\1)", source[0])
-    source[0] = re.sub(r"(?<=\d) (?=[±%])|(?<=±) (?=\d)", "\u00a0", text)
+    source[0] = re.sub(r"(?<=\d) (?=[±%]|[kMGT]?B\b|[mu]?s\b)|(?<=±) (?=\d)", "\u00a0", text)
 
 
 def keep_colons(app, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
