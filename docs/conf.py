@@ -65,7 +65,7 @@ class ProgramHelp(Directive):
 
 
 def prepare_page(app, docname: str, source: list[str]) -> None:
-    """Make links to Markdown files outside this folder downloads, as Sphinx takes them for pages; keep numbers whole."""
+    """Make links to Markdown files outside this folder downloads, not pages; keep numbers and units in one line."""
     text = re.sub(r"\]\((\.\./[^)#]+\.md)\)", r"](path:\1)", source[0])
     source[0] = re.sub(r"(?<=\d) (?=[±%]|[kMGT]?B\b|[mu]?s\b)|(?<=±) (?=\d)", "\u00a0", text)
 

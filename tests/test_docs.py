@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_docs_build_without_a_warning(tmp_path):
-    for package in ("sphinx", "myst_parser", "furo", "sphinx-mathjax-offline", "lightning", "transformers", "timm"):  # the extra docs
-        pytest.importorskip(package)
+    for module in ("sphinx", "myst_parser", "furo", "sphinx-mathjax-offline", "lightning", "transformers", "timm"):
+        pytest.importorskip(module)  # of the extra docs
     command = [sys.executable, "-m", "sphinx", "-q", "-n", "-W", "--keep-going", "-d", tmp_path / "trees"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, ROOT / "docs", tmp_path / "html"], env=env, capture_output=True, text=True)
