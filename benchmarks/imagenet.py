@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import sys
 import time
 from argparse import Namespace
@@ -135,7 +136,7 @@ def run(arguments: Namespace) -> dict[str, Any]:
         data, record = loaded[0]
         options = options_of(arguments, model, method, record["decoder"])
         state = start(options, data, device, ALONE)
-        compute, both = measure(Training(options, data, state, Requests(ALONE, None), None), half, data_alone=False)
+        compute, both = measure(Training(options, data, state, Requests(ALONE, math.inf), None), half, data_alone=False)
         return [compute | {"cores_per_device": bench.cores_per_device(compute, record)}, both]
 
     for decoder in arguments.decoders:

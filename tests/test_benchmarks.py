@@ -271,3 +271,13 @@ def test_host_times():
     times = host.measure("cuda", "sgd", [(3,), (4, 5)], "closure", rounds=5)
     assert len(times.step) == len(times.floor) == 5
     assert 0 < min(times.floor) < min(times.step)
+
+
+def test_decoding_compares_all_pipelines_on_the_same_images(tmp_path):
+    from benchmarks import decoding
+
+    files = decoding.photographs(2)
+    rates = decoding.measure({"500x375": files, "prepared": decoding.shrunk(files, tmp_path)}, 2)
+    assert all(len(values) == 2 and min(values) > 0 for values in rates.values())
+    assert {"timm, 500x375", "crsam-train, pillow, prepared"} <= rates.keys()
+    assert " 1.00 1.00 1.00" in decoding.table(rates)
