@@ -1,4 +1,4 @@
-"""The program ``crsam-train``: runs the training, and turns errors and Ctrl-C into one line and an exit code."""
+"""The program ``crsam-train``: runs a command, and turns errors and Ctrl-C into one line and an exit code."""
 
 import os
 import sys
@@ -11,15 +11,15 @@ from .ranks import started
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the command line says.
+    """Run ``crsam-train`` with the given command line.
 
     Args:
-        argv: the arguments without the name of the program; those of the process by default.
+        argv: the arguments without the program name; ``sys.argv[1:]`` by default.
 
     Returns:
-        The exit code: 0, 1 when nobody reads the output, 2 after an error that the user can mend, 75 after SIGTERM or
-        SIGUSR1, when the run goes on with --resume, 130 after Ctrl-C. A process that torchrun has started ends with it
-        here: threads of gloo may abort an interpreter that shuts down.
+        The exit code: 0 after success, 1 if the output pipe was closed, 2 after an error that the user can correct, 75
+        after SIGTERM or SIGUSR1 (``--resume`` continues the run), 130 after Ctrl-C. A process started by torchrun exits
+        here with this code instead of returning: gloo threads may abort an interpreter that is shutting down.
     """
     code = _main(argv)
     if started()[1] > 1:
@@ -41,7 +41,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
             return prepare(arguments[1:])
         options = parse(argv)
-        # Not at the top: the help and mistakes in the options need none of the packages that training needs.
+        # Not at the top: --help and errors in the options must not need the packages that training needs.
         from .loop import run
 
         run(options)
@@ -53,32 +53,32 @@ def _main(argv: Sequence[str] | None) -> int:
         package = (error.name or str(error)).partition(".")[0]
         return _complain(f"the package {package} is missing: pip install 'crsam_ext[train]'", 2)
     except KeyboardInterrupt:
-        return _complain("interrupted; with --resume it goes on after the last checkpoint", 130)
+        return _complain("interrupted; --resume continues from the last checkpoint", 130)
     except BrokenPipeError:
-        return _complain("nobody reads the output any more; with --resume it goes on after the last checkpoint", 1)
-    except OSError as error:  # of stdout or stderr: those of files have become a TrainingError
-        return _complain(f"{error}; with --resume it goes on after the last checkpoint", 2)
+        return _complain("the output pipe was closed; --resume continues from the last checkpoint", 1)
+    except OSError as error:  # from stdout or stderr; errors of files were raised as TrainingError
+        return _complain(f"{error}; --resume continues from the last checkpoint", 2)
     return 0
 
 
 def _make_streams_robust() -> None:
-    """Whatever the terminal cannot show is escaped; streams that are closed go nowhere."""
+    """Escape characters that the terminal cannot show, and discard output to closed streams."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, it stays open as long as the program runs
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, stays open until the program ends
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _complain(message: str, code: int) -> int:
-    if started()[0] == 0:  # of the processes of a run, the first speaks for all
+    if started()[0] == 0:  # in a distributed run only rank 0 prints
         with suppress(OSError):
             print(f"crsam-train: {' '.join(message.split())}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # or Python would fail at it once more as it ends, with a code of its own
+        except OSError:  # otherwise Python would fail again on exit and replace the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
 

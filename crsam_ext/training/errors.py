@@ -1,15 +1,15 @@
-"""What ends a run before its end."""
+"""The exceptions that end a run early."""
 
-#: The exit status of a run that a signal stopped, and that goes on with --resume: EX_TEMPFAIL of sysexits.h.
+#: The exit status of a run that a signal stopped and that --resume continues: EX_TEMPFAIL of sysexits.h.
 RESUME_ME = 75
 
 
 class TrainingError(Exception):
-    """What the user can mend: the program prints the message, one line, and ends with exit code 2."""
+    """An error that the user can correct: the program prints the one-line message and exits with code 2."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and its checkpoint is written.
+    """The run was asked to stop, and its checkpoint has been written.
 
     Attributes:
         status: the exit status.

@@ -1,4 +1,4 @@
-"""The command line of ``crsam-train``, and the defaults of each data set."""
+"""The command line of ``crsam-train``, and the default options of each data set."""
 
 import argparse
 import itertools
@@ -13,13 +13,13 @@ from .errors import TrainingError
 
 OPTIMIZERS = ("sgd", "adamw", "sam", "crsam")
 SCHEDULES = ("cosine", "linear", "step", "constant")
-SCHEDULED = ("rho", "alpha", "beta")  # besides the learning rate
+SCHEDULED = ("rho", "alpha", "beta")  # in addition to the learning rate
 WITH_PATH = ("cifar10", "cifar100", "folder", "tar")
 SYNTHETIC = ("synthetic", "synthetic-jpeg")
 IMAGENET_LIKE = ("folder", "tar", *SYNTHETIC)
-THROUGH_WORKERS = (*WITH_PATH, "synthetic-jpeg")  # data that other processes prepare
+THROUGH_WORKERS = (*WITH_PATH, "synthetic-jpeg")  # data that worker processes prepare
 
-# Where and how a run is computed may change when it is resumed. Everything else is what the run is.
+# Options that may change when a run is resumed: where and how it is computed. All others define the run.
 MACHINE_OPTIONS = (
     "output", "resume", "overwrite", "device", "threads", "workers", "compile", "cuda_graph", "channels_last",
     "deterministic", "decoder", "data_timeout", "log_interval", "save_steps", "save_minutes", "tensorboard", "wandb",
@@ -47,7 +47,7 @@ _IMAGENET = {
     "mean": [0.485, 0.456, 0.406],
     "std": [0.229, 0.224, 0.225],
 }
-# Batches of the small sets are too little work to share: threads would mostly wait for each other.
+# A batch of a small data set is too little work for several threads: they would mostly wait for each other.
 DATA_DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {"model": "cnn", "epochs": 20, "batch_size": 64, "lr": 0.05, "weight_decay": 1e-3, "threads": 1},
     "mnist1d": {"model": "mlp", "epochs": 60, "batch_size": 128, "lr": 0.05, "weight_decay": 1e-3, "threads": 1},
@@ -57,7 +57,7 @@ DATA_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 ADAMW_DEFAULTS = {"lr": 1e-3, "weight_decay": 0.05}
 
-# Options that would silently do nothing are refused; each of these is unset (None or False) by default.
+# Options that would have no effect are refused. Each of these is unset (None or False) by default.
 OPTION_NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "rho": ("optimizer", ("sam", "crsam")),
     "adaptive": ("optimizer", ("sam", "crsam")),
@@ -96,23 +96,23 @@ FLAGS = (
     "skip_bad_val", "adaptive", "sync_perturbation", "reuse", "nesterov", "bce_loss", "amp", "compile", "cuda_graph",
     "channels_last", "deterministic", "tensorboard",
 )  # fmt: skip
-# What a command does, and not what a run is.
+# Options that select an action; they do not describe a run.
 NOT_IN_FILES = ("config", "evaluate", "profile", "resume", "overwrite")
-#: The data, as --data takes them.
+#: The accepted forms of --data.
 _FORMS = (
     "digits, mnist1d, cifar10:PATH, cifar100:PATH, folder:PATH, tar:PATH, synthetic:CLASSES or synthetic-jpeg:CLASSES"
 )
 
 
 class Parser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` whose errors are one line, without the usage in front."""
+    """An ``ArgumentParser`` that raises its errors as TrainingError, in one line without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise TrainingError(message)
 
 
 def number(minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
-    """A converter for finite numbers in [minimum, maximum], to be given to ``argparse`` as ``type``."""
+    """Return a converter for finite numbers in [minimum, maximum], for use as ``type`` in ``argparse``."""
 
     def convert(text: str) -> float:
         value = float(text)
@@ -126,7 +126,7 @@ def number(minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
 
 
 def integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
-    """A converter for integers in [minimum, maximum], to be given to ``argparse`` as ``type``."""
+    """Return a converter for integers in [minimum, maximum], for use as ``type`` in ``argparse``."""
 
     def convert(text: str) -> int:
         value = int(text)
@@ -139,12 +139,12 @@ def integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
 
 
 def image_sizes(text: str) -> list[tuple[float, int]]:
-    """What ``SIZE[,SIZE@FRACTION...]`` says: pairs of the part of the run from which a size is used, and the size.
+    """Parse ``SIZE[,SIZE@FRACTION...]`` into pairs of a fraction of the run and the size that is used from there.
 
-    The first is used from 0 on; sizes are in pixels, fractions grow and are less than 1.
+    The first fraction is 0. Sizes are in pixels; fractions increase and are less than 1.
 
     Raises:
-        ValueError: the text has another form.
+        ValueError: the text does not have this form.
     """
     sizes = []
     for part in text.split(","):
@@ -166,10 +166,10 @@ _image_sizes.__name__ = "list of image sizes, such as 224 or 160,192@0.75"
 
 
 def key_and_value(text: str) -> tuple[str, Any]:
-    """What ``KEY=VALUE`` says; the value is read as JSON, or is the text itself.
+    """Parse ``KEY=VALUE``. The value is parsed as JSON; text that is not JSON stays a string.
 
     Raises:
-        ValueError: the text has another form.
+        ValueError: the text does not have this form.
     """
     key, equals, value = text.partition("=")
     if not key.isidentifier() or not equals:
@@ -189,11 +189,13 @@ _key_and_value.__name__ = "KEY=VALUE"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of ``crsam-train``. Unset options are ``None`` here; :func:`parse` fills them in."""
+    """Build the parser of ``crsam-train``. Unset options are ``None`` here; :func:`parse` fills them in."""
     parser = Parser(
         prog="crsam-train",
         description="Train an image classifier with CR-SAM, SAM or their base optimizer.",
-        epilog="Unset options take the defaults of the data set; config.json in the output folder holds them all.",
+        epilog="The default of an option may depend on the data set; config.json in the output folder records all "
+        "options of a run. 'crsam-train prepare SOURCE TARGET' shrinks the images of a data set once, so that training "
+        "reads and decodes less: see 'crsam-train prepare --help'.",
         allow_abbrev=False,
     )
     flag = argparse.BooleanOptionalAction
@@ -203,144 +205,237 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="options from YAML files, or from recipes that are shipped, by name; later files and the command line win",
+        help="read options from YAML files or shipped recipes (by name); later files override earlier ones, and the "
+        "command line overrides all files",
     )
     add(
         "--data",
-        help=f"{_FORMS}. A folder holds train/ and val/, and these a folder for each class; tar is train.tar and "
-        "val.tar with such folders. Images are the files that Pillow opens, with 8 bits a channel: more bits, or more "
-        "pixels than Pillow allows, are an error. Hidden files and folders, files beside the class folders and files "
-        "that are no images are left out and named. Folders within a class, classes of train without images and "
-        "classes of val that train lacks are an error. Training images that cannot be read are replaced, named, and "
-        "counted in log.csv as bad_files. Synthetic images have 100 to train and 10 to test in each class: tensors on "
-        "the device, or encoded as JPEG and read like files (default: digits)",
+        help=f"the data set: {_FORMS}. folder:PATH contains train/ and val/, each with one folder per class; tar:PATH "
+        "contains train.tar and val.tar with the same folders. Images are the files that Pillow can open. An image "
+        "with more than 8 bits per channel, or with more pixels than Pillow allows, is an error. Hidden files and "
+        "folders, files outside the class folders and files that are not images are ignored, with a warning. A folder "
+        "inside a class folder, a class without training images and a class in val that train lacks are errors. A "
+        "training image that cannot be read is reported, replaced by another, and counted in log.csv as bad_files. The "
+        "synthetic data sets have 100 training and 10 validation images per class: synthetic holds tensors on the device, "
+        "synthetic-jpeg JPEG files that are decoded like real ones (default: digits)",
     )
-    add("--max-bad-files", type=integer(0), help="end at more training images that cannot be read (default: 100)")
-    add("--skip-bad-val", action=flag, help="leave out validation images that cannot be read, which is an error else")
-    add("--model", help="mlp, cnn, cifar_resnet18, wrn28_10, pyramidnet110 or any model of timm")
-    add("--drop-path", type=number(0, 1), help="rate of stochastic depth of models of timm")
+    add(
+        "--max-bad-files",
+        type=integer(0),
+        help="stop with an error if more training images cannot be read (default: 100)",
+    )
+    add(
+        "--skip-bad-val",
+        action=flag,
+        help="ignore validation images that cannot be read, instead of stopping with an error",
+    )
+    add("--model", help="mlp, cnn, cifar_resnet18, wrn28_10, pyramidnet110 or any timm model")
+    add("--drop-path", type=number(0, 1), help="stochastic depth rate, for timm models")
     add(
         "--model-kwargs",
         type=_key_and_value,
         nargs="+",
         metavar="KEY=VALUE",
-        help="further arguments of models of timm, such as global_pool=avg class_token=false",
+        help="additional arguments for timm models, such as global_pool=avg class_token=false",
     )
-    add("--head-init-bias", type=float, help="initial bias of the classifier, such as -10 with --bce-loss")
+    add("--head-init-bias", type=float, help="initial bias of the classifier layer, such as -10 with --bce-loss")
     add(
         "--image-size",
         type=_image_sizes,
         metavar="SIZE[,SIZE@FRACTION...]",
-        help="side of the training images in pixels; 160,192@0.75: 192 for the last quarter of the run (default: 224)",
+        help="training image size in pixels; 160,192@0.75 means 192 for the last quarter of the run (default: 224)",
     )
-    add("--val-image-size", type=integer(1), help="side of the images to test (default: the last of --image-size)")
-    add("--crop-pct", type=number(0.01, 1), help="part of the side that the crop for a test takes (default: 0.875)")
-    add("--mean", type=float, nargs=3, metavar="M", help="subtracted from pixels in [0, 1] (default: ImageNet's)")
-    add("--std", type=number(1e-6), nargs=3, metavar="S", help="what they are divided by then (default: ImageNet's)")
-    add("--decoder", choices=("auto", "torchcodec", "pillow"), help="of JPEG (default: torchcodec where it imports)")
+    add(
+        "--val-image-size",
+        type=integer(1),
+        help="size of the validation images in pixels (default: last of --image-size)",
+    )
+    add(
+        "--crop-pct",
+        type=number(0.01, 1),
+        help="center crop of validation images, relative to the resized short side (default: 0.875)",
+    )
+    add(
+        "--mean",
+        type=float,
+        nargs=3,
+        metavar="M",
+        help="mean of each channel, for pixels in [0, 1] (default: ImageNet's)",
+    )
+    add(
+        "--std",
+        type=number(1e-6),
+        nargs=3,
+        metavar="S",
+        help="standard deviation of each channel (default: ImageNet's)",
+    )
+    add(
+        "--decoder",
+        choices=("auto", "torchcodec", "pillow"),
+        help="JPEG decoder (default: auto, torchcodec if it can be imported)",
+    )
 
     add = parser.add_argument_group("augmentation").add_argument
-    add("--scale", type=number(0.0001, 1), nargs=2, metavar=("MIN", "MAX"), help="area of crops (default: 0.08 1)")
-    add("--interpolation", choices=("bilinear", "bicubic"), help="to resize by (default: bilinear)")
-    add("--auto-augment", metavar="POLICY", help="of timm, such as rand-m9-mstd0.5")
-    add("--mixup", type=number(0), metavar="ALPHA", help="timm's mixup (default: 0, none)")
-    add("--cutmix", type=number(0), metavar="ALPHA", help="timm's cutmix; with --mixup, each in half of the steps")
-    add("--reprob", type=number(0, 1), metavar="PROBABILITY", help="of random erasing (default: 0)")
+    add(
+        "--scale",
+        type=number(0.0001, 1),
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="relative area of random crops (default: 0.08 1)",
+    )
+    add("--interpolation", choices=("bilinear", "bicubic"), help="interpolation for resizing (default: bilinear)")
+    add("--auto-augment", metavar="POLICY", help="augmentation policy of timm, such as rand-m9-mstd0.5")
+    add("--mixup", type=number(0), metavar="ALPHA", help="mixup alpha (default: 0, off)")
+    add(
+        "--cutmix",
+        type=number(0),
+        metavar="ALPHA",
+        help="cutmix alpha (default: 0, off); with --mixup, each step uses one at random",
+    )
+    add("--reprob", type=number(0, 1), metavar="PROBABILITY", help="probability of random erasing (default: 0)")
 
     add = parser.add_argument_group("optimizer").add_argument
     add("--optimizer", choices=OPTIMIZERS, help="default: crsam")
-    add("--base", choices=("sgd", "adamw"), help="what sam and crsam hand their gradient to (default: sgd)")
+    add("--base", choices=("sgd", "adamw"), help="base optimizer of sam and crsam (default: sgd)")
     add("--rho", type=number(0), help="radius of the perturbation (default: 0.1)")
-    add("--alpha", type=number(0), help="weight of the curvature (default: 0.1, log: 0.01)")
-    add("--beta", type=number(0), help="weight of the gradient norm (default: 0.01)")
-    add("--regularizer", choices=tuple(REGULARIZERS), help="default: linear")
-    add("--estimator", choices=("gradient", "loss"), help="where log takes its curvature from (default: gradient)")
-    add("--adaptive", action=flag, help="scale the perturbation with the weights (ASAM)")
+    add("--alpha", type=number(0), help="weight of the curvature term (default: 0.1; with --regularizer log: 0.01)")
+    add("--beta", type=number(0), help="weight of the gradient-norm term (default: 0.01)")
+    add("--regularizer", choices=tuple(REGULARIZERS), help="form of the curvature term (default: linear)")
+    add(
+        "--estimator", choices=("gradient", "loss"), help="how the log form estimates the curvature (default: gradient)"
+    )
+    add("--adaptive", action=flag, help="scale the perturbation by the magnitude of the weights (ASAM)")
     add(
         "--sync-perturbation",
         action=flag,
-        help="with several processes: perturb all with that of the whole batch, and not each with its own",
+        help="with several processes: perturb with the gradient of the global batch; by default each process uses the "
+        "gradient of its own samples",
     )
     add("--interval", type=integer(1), metavar="K", help="perturb in every K-th step only (default: 1)")
-    add("--reuse", action=flag, help="with --interval: go on with what the last perturbation has added")
-    add("--curvature-interval", type=integer(1), metavar="K", help="take the third pass every K-th time (default: 1)")
+    add(
+        "--reuse",
+        action=flag,
+        help="with --interval: add the last sharpness direction in the steps without a perturbation",
+    )
+    add(
+        "--curvature-interval",
+        type=integer(1),
+        metavar="K",
+        help="run the third pass in every K-th perturbed step (default: 1)",
+    )
     add("--max-grad-norm", type=number(1e-12), help="clip the norm of the combined gradient")
     add("--lr", type=number(0), help="peak learning rate")
     add("--momentum", type=number(0, 1), help="of SGD (default: 0.9)")
-    add("--nesterov", action=flag)
-    add("--weight-decay", type=number(0))
+    add("--nesterov", action=flag, help="Nesterov momentum of SGD")
+    add("--weight-decay", type=number(0), help="weight decay of the base optimizer")
     add(
         "--decay-of",
         choices=("all", "matrices"),
-        help="which parameters decay: all, or those of at least two dimensions, that is not biases and norms "
-        "(default: matrices for ImageNet's kind of data, else all)",
+        help="parameters with weight decay: all, or matrices, those with at least two dimensions, which excludes "
+        "biases and norms (default: matrices for folder, tar and synthetic data, otherwise all)",
     )
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=integer(1))
+    add("--epochs", type=integer(1), help="number of epochs")
     add(
         "--batch-size",
         type=integer(1),
-        help="of all processes together; of the last batch, a single sample is left out, with several processes all",
+        help="global batch size, summed over all processes. For digits and mnist1d, an incomplete last batch is dropped "
+        "if it holds one sample, with mixup or cutmix, or with several processes; for all other data, always",
     )
     add(
         "--schedule",
         choices=SCHEDULES,
-        help="of the learning rate, per step; step divides by 10 after each third of the run (default: cosine)",
+        help="learning-rate schedule, updated in each step; step divides by 10 after each third of the run (default: "
+        "cosine)",
     )
     for option in SCHEDULED:
         choices = (*SCHEDULES, "proportional") if option == "rho" else SCHEDULES
-        more = "; proportional: as the learning rate, from --rho to --min-rho" if option == "rho" else ""
-        add(f"--{option}-schedule", choices=choices, help=f"of {option}, as --schedule{more} (default: constant)")
-    add("--min-rho", type=number(0), help="at the end of its schedule (default: 0)")
+        more = "; proportional follows the learning rate, from --rho to --min-rho" if option == "rho" else ""
+        add(
+            f"--{option}-schedule",
+            choices=choices,
+            help=f"schedule of {option}, as for --schedule{more} (default: constant)",
+        )
+    add("--min-rho", type=number(0), help="rho at the end of its schedule (default: 0)")
     add("--min-lr", type=number(0), help="learning rate at the end of a cosine or linear schedule (default: 0)")
-    add("--warmup-epochs", type=number(0), help="linear, of the learning rate, part of --epochs (default: 0)")
-    add("--warmup-steps", type=integer(0), help="the same in steps of the optimizer")
-    add("--label-smoothing", type=number(0, 1), help="default: 0")
-    add("--bce-loss", action=flag, help="binary cross-entropy of each class, summed over classes")
-    add("--ema", type=number(0, 1), metavar="DECAY", help="evaluate a moving average of the weights, such as 0.999")
-    add("--amp", action=flag, help="forward passes in bfloat16 (autocast)")
-    add("--seed", type=integer(0), help="default: 0")
-    add("--val-interval", type=integer(1), metavar="EPOCHS", help="epochs between tests (default: 1)")
+    add(
+        "--warmup-epochs", type=number(0), help="linear warm-up of the learning rate, included in --epochs (default: 0)"
+    )
+    add("--warmup-steps", type=integer(0), help="warm-up in optimizer steps, instead of --warmup-epochs")
+    add("--label-smoothing", type=number(0, 1), help="label smoothing (default: 0)")
+    add("--bce-loss", action=flag, help="use binary cross-entropy, summed over the classes")
+    add(
+        "--ema",
+        type=number(0, 1),
+        metavar="DECAY",
+        help="evaluate an exponential moving average of the weights, with a decay such as 0.999",
+    )
+    add("--amp", action=flag, help="mixed precision: forward passes in bfloat16 (autocast)")
+    add("--seed", type=integer(0), help="random seed (default: 0)")
+    add("--val-interval", type=integer(1), metavar="N", help="evaluate after every N-th epoch (default: 1)")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", help="cpu, cuda, ... (default: auto, cuda where there is one)")
-    add("--threads", type=integer(1), help="CPU threads (default: 1 for digits and mnist1d, else PyTorch's choice)")
-    add("--workers", type=integer(0), help="processes that prepare images, for each device (default: 4)")
-    add("--data-timeout", type=integer(1), metavar="SECONDS", help="to wait for images before giving up (default: 600)")
+    add("--device", help="cpu, cuda, ... (default: auto, cuda if available)")
+    add(
+        "--threads",
+        type=integer(1),
+        help="CPU threads (default: 1 for digits and mnist1d, otherwise PyTorch's default)",
+    )
+    add("--workers", type=integer(0), help="worker processes that prepare images, per device (default: 4)")
+    add(
+        "--data-timeout",
+        type=integer(1),
+        metavar="SECONDS",
+        help="stop with an error after waiting this long for images (default: 600)",
+    )
     add("--compile", action=flag, help="torch.compile the model and the loss")
-    add("--cuda-graph", action=flag, help="capture the whole step in a CUDA graph, one for each image size")
-    add("--channels-last", action=flag, help="lay images out with the channels last")
-    add("--deterministic", action=flag, help="the same bits in each run on a GPU, at some cost")
+    add("--cuda-graph", action=flag, help="capture each optimizer step in a CUDA graph, one per batch shape")
+    add("--channels-last", action=flag, help="use the channels-last memory format")
+    add("--deterministic", action=flag, help="make runs on a GPU bit-for-bit reproducible, at some cost in speed")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output", type=Path, help="default: runs/DATA-MODEL-OPTIMIZER-seedSEED")
+    add("--output", type=Path, help="output folder (default: runs/DATA-MODEL-OPTIMIZER-seedSEED)")
     add("--log-interval", type=integer(1), metavar="STEPS", help="steps between log lines (default: 50)")
-    add("--save-steps", type=integer(1), metavar="N", help="save a checkpoint every N steps, besides after each epoch")
-    add("--save-minutes", type=number(0), metavar="M", help="and every M minutes (default: 30)")
+    add("--save-steps", type=integer(1), metavar="N", help="save a checkpoint every N steps, in addition to each epoch")
+    add("--save-minutes", type=number(0), metavar="M", help="save a checkpoint every M minutes (default: 30)")
     add("--checkpoint-hist", type=integer(1), metavar="K", help="keep the weights of the best K epochs (default: 1)")
-    add("--tensorboard", action=flag, help="write the log for TensorBoard too")
-    add("--wandb", metavar="PROJECT", help="send the log to Weights & Biases too")
-    add("--peak-tflops", type=number(1e-6), help="of one device, for the model FLOPs utilization of unknown devices")
+    add("--tensorboard", action=flag, help="also log to TensorBoard")
+    add("--wandb", metavar="PROJECT", help="also log to Weights & Biases")
+    add(
+        "--peak-tflops",
+        type=number(1e-6),
+        help="peak TFLOPS of one device, to compute the model FLOPs utilization of a device that is not known",
+    )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in the output folder; give the options it was started with",
+        help="continue the run in the output folder; give the same options as at its start",
     )
     existing.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
 
     add = parser.add_argument_group("instead of training").add_argument
-    add("--evaluate", type=Path, metavar="CHECKPOINT", help="test the weights of a checkpoint, with its options")
-    add("--profile", type=number(0.1), metavar="SECONDS", help="measure the data alone, the step alone, and both")
+    add(
+        "--evaluate",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="evaluate the weights of a checkpoint, with the options stored in it",
+    )
+    add(
+        "--profile",
+        type=number(0.1),
+        metavar="SECONDS",
+        help="measure the speed of data loading alone, of training steps alone, and of both together",
+    )
     return parser
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line, with the files of --config beneath it, and fill in every default.
+    """Parse the command line, add the options of the --config files, and fill in all defaults.
 
     Raises:
-        TrainingError: an option is unknown, has an unusable value or would do nothing.
+        TrainingError: an option is unknown, has an invalid value or would have no effect.
     """
     parser = build_parser()
     options = parser.parse_args(argv)
@@ -351,7 +446,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     chosen = {"optimizer": optimizer, "base": base, "data": kind}
     _refuse_idle_options(options, chosen)
     if options.warmup_steps is not None or options.warmup_epochs is not None:
-        configured.warmup_steps = configured.warmup_epochs = None  # one stands for the other
+        configured.warmup_steps = configured.warmup_epochs = None  # the command line may set the other one of the two
     for name, value in vars(configured).items():
         if getattr(options, name) is None and not _is_idle(name, chosen):
             setattr(options, name, value)
@@ -364,7 +459,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _configured(options: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options beneath the command line: of a checkpoint to evaluate, or of files."""
+    """Return the options that the command line overrides: from the checkpoint to evaluate or the --config files."""
     if options.evaluate:
         from . import checkpoint
 
@@ -398,36 +493,36 @@ def _kind_of_data(data: str) -> str:
         **dict.fromkeys(SYNTHETIC, rest.isdecimal() and int(rest) > 1),
     }
     if not fits.get(kind):
-        raise TrainingError(f"--data {data}: give {_FORMS}")
+        raise TrainingError(f"--data {data} is not valid: use {_FORMS}")
     return kind
 
 
 def _refuse_contradictions(options: argparse.Namespace) -> None:
     if options.warmup_epochs and options.warmup_steps:
-        raise TrainingError("give --warmup-epochs or --warmup-steps, not both")
+        raise TrainingError("use --warmup-epochs or --warmup-steps, not both")
     if options.warmup_epochs >= options.epochs:
         raise TrainingError(f"--warmup-epochs {options.warmup_epochs:g} must be less than --epochs {options.epochs}")
     if (options.mixup or options.cutmix) and options.batch_size % 2:
         flag = "--mixup" if options.mixup else "--cutmix"
         raise TrainingError(f"{flag} pairs the samples of a batch: --batch-size {options.batch_size} must be even")
     if options.profile is not None and (options.resume or options.evaluate is not None):
-        raise TrainingError("--profile goes with neither --resume nor --evaluate")
+        raise TrainingError("--profile cannot be combined with --resume or --evaluate")
     if options.cuda_graph and options.compile:
-        raise TrainingError("give --cuda-graph or --compile, not both")
+        raise TrainingError("use --cuda-graph or --compile, not both")
 
 
 def run_config(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that decide what a run computes: what --resume compares."""
+    """Return the options that determine what a run computes; --resume compares them."""
     return {name: value for name, value in vars(options).items() if name not in MACHINE_OPTIONS}
 
 
 def full_config(options: argparse.Namespace) -> dict[str, Any]:
-    """What config.json holds, which --config reads: all options but the output folder and what is done there."""
+    """Return the content of config.json, which --config can read: all options except --output and the actions."""
     return {name: value for name, value in vars(options).items() if name not in ("output", *NOT_IN_FILES)}
 
 
 def _is_idle(name: str, chosen: dict[str, str]) -> bool:
-    """Whether an option would do nothing."""
+    """Return whether an option would have no effect."""
     if name not in OPTION_NEEDS:
         return False
     choice, allowed = OPTION_NEEDS[name]

@@ -1,7 +1,7 @@
-"""Random numbers as functions of where they are used: a sample of an epoch, or a step on a rank.
+"""Seeds that depend only on where random numbers are used: a sample of an epoch, or a step on a rank.
 
-Nothing of them has to be saved: a run that goes on in the middle of an epoch, with other workers or other ranks, draws
-what it would have drawn.
+No generator state has to be saved: a run that resumes in the middle of an epoch, with another number of workers or
+ranks, draws the same numbers for its images and batches.
 """
 
 import random
@@ -11,9 +11,9 @@ import torch
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed in [0, 2**63) that differs for all that differ in one of the numbers, in [0, 2**64), or in their order.
+    """Return a seed in [0, 2**63) that depends on all numbers and their order.
 
-    SplitMix64 (Steele, Lea and Flood 2014), one round for each number.
+    The numbers are in [0, 2**64). Each takes one round of SplitMix64 (Steele, Lea and Flood 2014).
     """
     mixed = 0
     for number in numbers:
@@ -25,11 +25,13 @@ def seed_of(*numbers: int) -> int:
 
 
 def reseed(seed: int, device: torch.device | None = None) -> None:
-    """Seed Python, NumPy and PyTorch on the CPU, and on one device: some 15 µs, where ``torch.manual_seed`` takes 240.
+    """Seed Python, NumPy, PyTorch on the CPU, and optionally PyTorch on one device.
+
+    This takes about 15 µs; ``torch.manual_seed`` takes 240 µs.
 
     Args:
         seed: in [0, 2**63).
-        device: as well; None or the CPU for none.
+        device: the additional device to seed; None or a CPU device for none.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)

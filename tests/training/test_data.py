@@ -139,7 +139,7 @@ def test_synthetic_tensors():
     assert sum(len(batch.y) for batch in data.test()) == 30
     again = load_data("--data synthetic:3 --image-size 16,24@0.5 --epochs 2 --batch-size 32")
     assert next(iter(again.train(0, 0))).x.equal(batches[0][0].x)
-    with pytest.raises(TrainingError, match="more than there are training samples"):
+    with pytest.raises(TrainingError, match="larger than the number of training samples"):
         load_data("--data synthetic:3 --batch-size 301")
 
 

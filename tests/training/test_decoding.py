@@ -141,7 +141,7 @@ def test_images_of_few_pixels(size, decoder, picture):
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 def test_more_than_8_bits_are_refused(mode, decoder):
     numbers = np.arange(64).reshape(8, 8).astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])
-    with pytest.raises(TrainingError, match=r"^here has more than 8 bits a channel \(mode"):
+    with pytest.raises(TrainingError, match=r"^here has more than 8 bits per channel \(mode"):
         decode(encode(Image.fromarray(numbers), "TIFF"), "here", decoder)
 
 
@@ -235,7 +235,7 @@ def test_without_torchcodec_pillow_decodes(without_torchcodec):
     from crsam_ext.training.data import load
 
     assert choose("auto") == "pillow"
-    with pytest.raises(TrainingError, match=f"^--decoder torchcodec: it cannot be imported: {without_torchcodec}$"):
+    with pytest.raises(TrainingError, match=f"^--decoder torchcodec: torchcodec cannot be imported: {without_torchcodec}$"):
         choose("torchcodec")
     options = parse(["--data", "synthetic-jpeg:2", "--image-size", "32", "--batch-size", "8", "--workers", "0"])
     load(options, torch.device("cpu"))

@@ -37,9 +37,9 @@ def refuse(crsam_train, here, capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("--data nothing", "--data nothing: give digits, mnist1d, cifar10:PATH"),
-        ("--data cifar10", "--data cifar10: give digits"),
-        ("--data digits:path", "--data digits:path: give digits"),
+        ("--data nothing", "--data nothing is not valid: use digits, mnist1d, cifar10:PATH"),
+        ("--data cifar10", "--data cifar10 is not valid: use digits"),
+        ("--data digits:path", "--data digits:path is not valid: use digits"),
         ("--data cifar10:missing", "folder missing/cifar-10-batches-py is missing"),
         ("--data cifar100:missing", "folder missing/cifar-100-python is missing"),
         ("--data folder:missing", "there is no folder missing/train"),
@@ -50,7 +50,7 @@ def refuse(crsam_train, here, capsys):
         ("--beta one", "--beta: invalid number value: 'one'"),
         ("--momentum 2", "--momentum: 2 is not a number of at least 0 and at most 1"),
         ("--epochs 0", "--epochs: 0 is not an integer"),
-        ("--mixup 1 --batch-size 2000", "--batch-size 2000 is more than"),
+        ("--mixup 1 --batch-size 2000", "--batch-size 2000 is larger than"),
         ("--warmup-epochs 20", "--warmup-epochs 20 must be less than --epochs 20"),
         ("--mixup 1 --batch-size 63", "--batch-size 63 must be even"),
         ("--optimizer sgd --rho 0.1", "--rho is only for --optimizer sam or crsam"),
@@ -65,10 +65,10 @@ def refuse(crsam_train, here, capsys):
         ("--device nonsense", "--device nonsense: "),
         ("--output /dev/null/run", "--output /dev/null/run: Not a directory"),
         ("--resume", "there is no checkpoint runs/digits-cnn-crsam-seed0/last.pt"),
-        ("--warmup-epochs 1 --warmup-steps 10", "give --warmup-epochs or --warmup-steps, not both"),
+        ("--warmup-epochs 1 --warmup-steps 10", "use --warmup-epochs or --warmup-steps, not both"),
         ("--cuda-graph", "--cuda-graph: the step cannot be captured: the parameters are on cpu"),
-        ("--cuda-graph --compile", "give --cuda-graph or --compile, not both"),
-        ("--drop-path 0.1", "--drop-path and --model-kwargs are for models of timm, not for cnn"),
+        ("--cuda-graph --compile", "use --cuda-graph or --compile, not both"),
+        ("--drop-path 0.1", "--drop-path and --model-kwargs need a timm model, not cnn"),
         ("--evaluate missing.pt", "there is no checkpoint missing.pt"),
         ("--resume --overwrite", "not allowed with"),
     ],
@@ -93,7 +93,7 @@ def test_mistake_over_an_existing_run(refuse, here, finished, option):
 def test_run_in_the_way(refuse, here, finished):
     shutil.copytree(finished, here / "out")
 
-    assert "out is not empty: give --resume, --overwrite or another --output" in refuse("--output out")
+    assert "out is not empty: use --resume, --overwrite or another --output" in refuse("--output out")
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,8 @@ def drop_a_weight(path):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (save_foreign, "is not a checkpoint of crsam-train"),
-        (save_tensor, "is not a checkpoint of crsam-train"),
+        (save_foreign, "is not a checkpoint of this version of crsam-train"),
+        (save_tensor, "is not a checkpoint of this version of crsam-train"),
         (save_code, "is damaged or not a checkpoint"),
         (truncate, "is damaged or not a checkpoint"),
         (empty, "is damaged or not a checkpoint"),

@@ -59,7 +59,7 @@ def test_what_is_no_data_is_left_out_and_named(stray, split, image_folder, capsy
     capsys.readouterr()
     data = load_data(image_folder)
     name = stray if stray.startswith("ape/.h") or "/" not in stray else stray.removesuffix("/0.png")
-    assert capsys.readouterr().err == f"crsam-train: left out of {image_folder / split}: {name}\n"
+    assert capsys.readouterr().err == f"crsam-train: ignored in {image_folder / split}: {name}\n"
     assert (data.classes, data.steps) == (expected.classes, expected.steps)
     assert sum(len(batch.y) for batch in data.test()) == sum(len(batch.y) for batch in expected.test())
 
@@ -127,12 +127,12 @@ def only_in_val(folder):
 
 def nested(folder):
     picture(folder / "train" / "ape" / "young" / "0.png")
-    return "ape/young is a folder within a class"
+    return "ape/young is a folder inside a class folder"
 
 
 def nested_in_val(folder):
     picture(folder / "val" / "bee" / "young" / "0.png")
-    return "bee/young is a folder within a class"
+    return "bee/young is a folder inside a class folder"
 
 
 def empty_class(folder):
@@ -154,17 +154,17 @@ def empty_train(folder):
 
 def sixteen_bits(folder):
     picture(folder / "val" / "bee" / "0.png", "I;16")
-    return r"bee/0.png has more than 8 bits a channel \(mode I;16\)"
+    return r"bee/0.png has more than 8 bits per channel \(mode I;16\)"
 
 
 def floats(folder):
     picture(folder / "val" / "bee" / "2.tiff", "F")
-    return r"bee/2.tiff has more than 8 bits a channel \(mode F\)"
+    return r"bee/2.tiff has more than 8 bits per channel \(mode F\)"
 
 
 def integers(folder):
     picture(folder / "val" / "bee" / "2.tiff", "I")
-    return r"bee/2.tiff has more than 8 bits a channel \(mode I\)"
+    return r"bee/2.tiff has more than 8 bits per channel \(mode I\)"
 
 
 def bomb(folder):
@@ -375,7 +375,7 @@ def test_what_is_no_data_is_left_out_of_a_tar_file_and_named(around, stray, imag
 def test_links_in_a_tar_file_are_left_out_and_named(image_folder, capsys):
     (image_folder / "train" / "ape" / "9.png").symlink_to("0.png")
     data = load_data(packed(image_folder), kind="tar")
-    assert f"left out of {image_folder}/train.tar, links or other than files: ./ape/9.png\n" in capsys.readouterr().err
+    assert f"ignored in {image_folder}/train.tar (links and special files): ./ape/9.png\n" in capsys.readouterr().err
     assert data.steps == 3
 
 
@@ -399,20 +399,20 @@ def compressed(kind):
     def compress(folder):
         with tarfile.open(folder / "train.tar", f"w:{kind}") as tar:
             tar.add(folder / "train", ".")
-        return f"{folder}/train.tar is compressed: images are read in place, so uncompress it"
+        return f"{folder}/train.tar is compressed, but images are read in place: decompress it"
 
     return compress
 
 
 def no_archive(folder):
     html(folder / "val.tar")
-    return f"{folder}/val.tar is no tar file, or is damaged"
+    return f"{folder}/val.tar is not a tar file or is damaged"
 
 
 def shortened(folder):
     with (folder / "train.tar").open("r+b") as file:
         file.truncate(50_000)  # within a file
-    return f"{folder}/train.tar is no tar file, or is damaged: "
+    return f"{folder}/train.tar is not a tar file or is damaged: "
 
 
 def without_classes(folder):
@@ -506,12 +506,12 @@ def test_a_last_batch_of_one(batch_size, steps, capsys):
     sizes = [len(batch.y) for batch in data.train(0, 0)]
     assert len(sizes) == data.steps == steps
     assert 1 not in sizes
-    assert ("it is left out" in capsys.readouterr().err) == (1437 % batch_size == 1)
+    assert ("it is dropped" in capsys.readouterr().err) == (1437 % batch_size == 1)
 
 
 def test_batches_of_one_under_batch_norm(crsam_train, here, capsys):
     assert crsam_train("--model test_resnet --batch-size 1 --output out") == 2
-    assert "batch norm takes no batch of one sample: give a larger --batch-size" in capsys.readouterr().err
+    assert "batch norm cannot train on a batch of one sample: use a larger --batch-size" in capsys.readouterr().err
 
 
 def test_not_enough_memory(crsam_train, here, capsys, monkeypatch):
@@ -527,5 +527,5 @@ def test_not_enough_memory(crsam_train, here, capsys, monkeypatch):
                 patch.setattr(loop, where, fails)
                 assert crsam_train("--model mlp --overwrite --output out") == 2
             said = capsys.readouterr().err
-            assert said.startswith("crsam-train: there is not enough memory")
+            assert said.startswith("crsam-train: out of memory")
             assert said.count("\n") == 1

@@ -177,11 +177,11 @@ def test_training_leaves_the_last_batch_out_and_no_process_without(photograph_cr
     for batch_size, steps in ((47, 1), (48, 1), (16, 3), (10, 4)):
         data = load_data(f"{command} {batch_size}")
         assert [len(batch.x) for batch in data.train(0, 0)] == [batch_size] * steps
-    with pytest.raises(TrainingError, match="--batch-size 49 is more than there are training samples"):
+    with pytest.raises(TrainingError, match="--batch-size 49 is larger than the number of training samples"):
         load_data(f"{command} 49")
     with pytest.raises(TrainingError, match="cannot be divided among 3 processes"):
         load_data(f"{command} 16", ranks=Pretended(0, 3))
-    with pytest.raises(TrainingError, match="--mixup pairs samples: 3 of --batch-size 6 in each process is odd"):
+    with pytest.raises(TrainingError, match="--mixup pairs samples: the 3 samples of each process must be an even number"):
         load_data(f"{command} 6 --mixup 1", ranks=Pretended(0, 2))
 
 
@@ -266,7 +266,7 @@ def test_a_worker_that_is_killed(photograph_crops, monkeypatch):
     monkeypatch.setattr(images, "Files", Failing)
     data = load_data(f"--data folder:{photograph_crops} --image-size 32 --batch-size 8", 2)
     assert len(workers_now()) == 2
-    with pytest.raises(TrainingError, match=r"^a process that prepares images has died.*give fewer --workers"):
+    with pytest.raises(TrainingError, match=r"^a worker process died.*use fewer --workers"):
         list(data.train(0, 0))
     assert workers_now() == []
 
@@ -291,7 +291,7 @@ def test_a_file_that_hangs(jpeg_folder):
     os.mkfifo(path)
     data = load_data(f"--data folder:{jpeg_folder} --image-size 32 --batch-size 8 --data-timeout 2", 2)
     start = time.perf_counter()
-    with pytest.raises(TrainingError, match=r"^a process that prepares images gave none for 2 seconds.*--data-timeout"):
+    with pytest.raises(TrainingError, match=r"^a worker process delivered no images for 2 seconds.*--data-timeout"):
         list(data.train(0, 0))
     assert time.perf_counter() - start < 30
     assert workers_now() == []

@@ -177,7 +177,7 @@ def test_evaluating_on_other_data(crsam_train, averaged, capsys):
     assert crsam_train(f"--evaluate {averaged / 'best.pt'} --data mnist1d") == 2
     assert capsys.readouterr().err == (f"crsam-train: {averaged / 'best.pt'} does not fit the model cnn on this data\n")
     assert crsam_train(f"--evaluate {averaged / 'best.pt'} --data nothing") == 2
-    assert "--data nothing: give digits" in capsys.readouterr().err
+    assert "--data nothing is not valid: use digits" in capsys.readouterr().err
 
 
 def test_evaluating_what_is_no_checkpoint(crsam_train, here, averaged, capsys):
@@ -186,7 +186,7 @@ def test_evaluating_what_is_no_checkpoint(crsam_train, here, averaged, capsys):
     torch.save({"model": torch.zeros(3)}, here / "foreign.pt")
     for name, message in (
         ("cut.pt", "cut.pt is damaged or not a checkpoint"),
-        ("foreign.pt", "foreign.pt is not a checkpoint of crsam-train, or of another version"),
+        ("foreign.pt", "foreign.pt is not a checkpoint of this version of crsam-train, or of another version"),
         ("missing.pt", "there is no checkpoint missing.pt"),
     ):
         assert crsam_train(f"--evaluate {name}") == 2

@@ -71,7 +71,7 @@ def test_timm_model_for_one_image_size_is_made_for_that_of_the_data():
 
 
 def test_model_that_does_not_take_the_samples():
-    with pytest.raises(TrainingError, match=r"vit_tiny_patch16_224 does not take samples of shape \(3, 8, 8\): "):
+    with pytest.raises(TrainingError, match=r"vit_tiny_patch16_224 does not accept samples of shape \(3, 8, 8\): "):
         create_model("vit_tiny_patch16_224", (3, 8, 8), 10)
 
 
@@ -90,7 +90,7 @@ def test_stochastic_depth():
     rates = [m.drop_prob for m in create_model("test_vit", (3, 64, 64), 10, drop_path=0.2).modules() if drops(m)]
     assert max(rates) == pytest.approx(0.2)
     assert not any(drops(module) for module in create_model("test_vit", (3, 64, 64), 10).modules())
-    with pytest.raises(TrainingError, match="--drop-path and --model-kwargs are for models of timm, not for mlp"):
+    with pytest.raises(TrainingError, match="--drop-path and --model-kwargs need a timm model, not mlp"):
         create_model("mlp", (3, 64, 64), 10, drop_path=0.2)
 
 

@@ -428,7 +428,7 @@ def test_other_options_are_refused(more, changed, complete, source, made, tmp_pa
     before = contents(made)
     capsys.readouterr()
     assert run(source, made, *more) == 2
-    assert f"{made} was made with other {changed}: give another TARGET, or --overwrite" in capsys.readouterr().err
+    assert f"{made} was made with a different {changed}: use another TARGET, or --overwrite" in capsys.readouterr().err
     assert contents(made) == before
     assert run(source, made, *more, "--overwrite") == 0
     assert run(source, tmp_path / "other", *more) == 0
@@ -481,7 +481,7 @@ def test_a_source_of_links_into_the_target(source, tmp_path, capsys):
         (tmp_path / "links" / split).symlink_to(tmp_path / "out" / split)
     before = contents(tmp_path / "out")
     assert run(tmp_path / "links", tmp_path / "out", "--to", "folder", "--overwrite") == 2
-    assert "must not lie within each other" in capsys.readouterr().err
+    assert "must not contain each other" in capsys.readouterr().err
     assert contents(tmp_path / "out") == before
 
 
@@ -490,7 +490,7 @@ def test_source_and_target_within_each_other(where, source, tmp_path, capsys):
     (tmp_path / "link").symlink_to(source)
     before = contents(source)
     assert run(source, tmp_path / where, "--overwrite") == 2
-    assert "must not lie within each other" in capsys.readouterr().err
+    assert "must not contain each other" in capsys.readouterr().err
     assert contents(source) == before
 
 
@@ -614,7 +614,7 @@ def test_signals(number, code, workers, source, tmp_path):
     assert exitcode == code, err
     bad, line = err.splitlines()
     assert "3.JPEG cannot be read" in bad
-    assert line == "crsam-train: interrupted; started again, it goes on where it was"
+    assert line == "crsam-train: interrupted; run the same command again to continue"
     assert run(source, tmp_path / "out") == 0
     assert run(source, tmp_path / "whole") == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -624,7 +624,7 @@ def test_a_worker_that_is_killed(source, tmp_path, monkeypatch, capsys):
     """As a system without memory does it."""
     monkeypatch.setattr(prepare, "shrink", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     assert run(source, tmp_path / "out", "--workers", 2) == 2
-    assert "a process that prepares images has died" in capsys.readouterr().err
+    assert "a worker process died" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -634,7 +634,7 @@ def test_not_enough_memory(workers, source, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(prepare, "shrink", fails)
     assert run(source, tmp_path / "out", "--workers", workers) == 2
-    line = f"crsam-train: there is not enough memory for {source}/train/bee/0.JPEG: give fewer --workers\n"
+    line = f"crsam-train: out of memory for {source}/train/bee/0.JPEG: use fewer --workers\n"
     assert capsys.readouterr().err == line
 
 

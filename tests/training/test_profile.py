@@ -94,11 +94,11 @@ def test_profile_and_run_share_a_folder(here, capsys):
     profile([*DIGITS], here / "out", 0.2)
     assert main(short) == 0
     assert main([*short, "--profile", "0.2"]) == 2
-    assert "profile.json is there already: give --overwrite" in capsys.readouterr().err
+    assert "profile.json already exists: use --overwrite" in capsys.readouterr().err
     assert main([*short, "--profile", "0.2", "--overwrite"]) == 0
     assert (here / "out" / "last.pt").exists()
     assert main([*short, "--profile", "0.2", "--resume"]) == 2
-    assert "--profile goes with neither --resume nor --evaluate" in capsys.readouterr().err
+    assert "--profile cannot be combined with --resume or --evaluate" in capsys.readouterr().err
 
 
 def test_profile_of_two_processes(here):

@@ -100,7 +100,7 @@ def test_sigterm_to_torchrun(tmp_path):
     assert process.returncode != 0
     (line,) = lines_of(err)
     step = torch.load(folder / "last.pt", weights_only=True)["step"]
-    assert line == f"crsam-train: stopped after step {step}, as asked; with --resume it goes on from there"
+    assert line == f"crsam-train: stopped after step {step} on request; --resume continues from there"
     assert "exitcode: -" not in err.replace(" ", "")  # none was ended by a signal
 
 
@@ -115,7 +115,7 @@ def test_signal_to_one_of_two(two, assert_same_run, here):
         state = torch.load(here / "stopped" / "last.pt", weights_only=True)
         assert state["step"] in (step, step + 1)  # the request may have been sent with the next step
         assert (
-            err == f"crsam-train: stopped after step {state['step']}, as asked; with --resume it goes on from there\n"
+            err == f"crsam-train: stopped after step {state['step']} on request; --resume continues from there\n"
         )
         assert not state["buffers"][0][0]["2.running_mean"].equal(state["buffers"][1][0]["2.running_mean"])
     assert two(f"{NORMED} stopped --resume") == ([0, 0], "")
@@ -131,7 +131,7 @@ def test_kill_of_one_of_two(two, assert_same_run):
     statuses, err = two(f"{command} killed", step=8, rank=1, signals=[signal.SIGKILL])
     assert statuses == [2, -signal.SIGKILL]
     assert err == (
-        "crsam-train: another process of the run has ended; with --resume it goes on after the last checkpoint\n"
+        "crsam-train: another process of the run has ended; --resume continues from the last checkpoint\n"
     )
     assert two(f"{command} killed --resume", step=13, rank=0, signals=[signal.SIGKILL]) == ([-signal.SIGKILL, 2], "")
     assert two(f"{command} killed --resume") == ([0, 0], "")
@@ -153,7 +153,7 @@ def test_bad_files_of_all_are_counted(two, here, read_log):
     statuses, err = two(f"{command} run", bad=bad)
     assert statuses == [0, 0]
     assert [line.rpartition(" ")[2] for line in lines_of(err)] == ["b.jpg", "c.jpg"]
-    assert "2 training images cannot be read, others took their place: a.jpg, b.jpg" in err
+    assert "2 training images cannot be read and were replaced: a.jpg, b.jpg" in err
     assert [row["bad_files"] for row in read_log(here / "run")] == ["3"]
 
 
@@ -216,7 +216,7 @@ def test_one_line_for_a_mistake(two, here):
     (here / "full").mkdir()
     (here / "full" / "file").write_text("mine")
     for command, message in (
-        (f"{SHORT} full", "full is not empty: give --resume, --overwrite or another --output"),
+        (f"{SHORT} full", "full is not empty: use --resume, --overwrite or another --output"),
         (f"{SHORT} new --batch-size 65", "--batch-size 65 cannot be divided among 2 processes"),
         (f"{SHORT} new --resume", "there is no checkpoint new/last.pt"),
     ):

@@ -158,11 +158,11 @@ def test_killed_in_the_test_after_an_epoch(forked_train, assert_same_run, here, 
 @pytest.mark.parametrize(
     ("signals", "status", "line"),
     [
-        ([signal.SIGTERM], 75, "stopped after step 7, as asked; with --resume it goes on from there"),
-        ([signal.SIGUSR1], 75, "stopped after step 7, as asked; with --resume it goes on from there"),
-        ([signal.SIGINT], 130, "stopped after step 7, as asked; with --resume it goes on from there"),
-        ([signal.SIGTERM, signal.SIGINT, signal.SIGTERM], 130, "stopped after step 7, as asked; with --resume"),
-        ([signal.SIGINT, signal.SIGINT], 130, "interrupted; with --resume it goes on after the last checkpoint"),
+        ([signal.SIGTERM], 75, "stopped after step 7 on request; --resume continues from there"),
+        ([signal.SIGUSR1], 75, "stopped after step 7 on request; --resume continues from there"),
+        ([signal.SIGINT], 130, "stopped after step 7 on request; --resume continues from there"),
+        ([signal.SIGTERM, signal.SIGINT, signal.SIGTERM], 130, "stopped after step 7 on request; --resume"),
+        ([signal.SIGINT, signal.SIGINT], 130, "interrupted; --resume continues from the last checkpoint"),
     ],
     ids=["SIGTERM", "SIGUSR1", "SIGINT", "both", "twice"],
 )
@@ -244,9 +244,9 @@ def test_bad_files_are_counted_once_and_limited(forked_train, assert_same_run, h
     statuses, out, err = forked_train(f"{command} straight", bad=bad)
     assert statuses == [0]
     assert err.splitlines() == [
-        "crsam-train: 1 training images cannot be read, others took their place: a.jpg",
-        "crsam-train: 1 training images cannot be read, others took their place: b.jpg",
-        "crsam-train: 1 training images cannot be read, others took their place: c.jpg",
+        "crsam-train: 1 training images cannot be read and were replaced: a.jpg",
+        "crsam-train: 1 training images cannot be read and were replaced: b.jpg",
+        "crsam-train: 1 training images cannot be read and were replaced: c.jpg",
     ]
     assert [row["bad_files"] for row in read_log(here / "straight")] == ["2", "2"]
     assert [row["bad_files"] for row in read_log(here / "straight", "steps.csv")] == ["1", "2", "2", "1", "2", "2"]
