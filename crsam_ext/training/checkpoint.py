@@ -1,4 +1,4 @@
-"""Atomic files, and loading checkpoints with checks."""
+"""Atomic file writes, and checkpoint loading with checks."""
 
 import json
 import os
@@ -18,14 +18,14 @@ PARTIAL = ".partial"
 
 
 def write(path: Path, content: Callable[[IO[bytes]], object]) -> None:
-    """Write a file so that it is either complete or as it was, whenever the process is killed.
+    """Write a file atomically: if the process is killed, the old file or the complete new one remains.
 
     Args:
-        path: of the file; while it is being written, a file next to it has the suffix ``.partial``.
-        content: is given a binary file to write to.
+        path: the file. The content is first written to a file next to it with the suffix ``.partial``.
+        content: called with a binary file to write to.
 
     Raises:
-        TrainingError: the folder or the disk does not take the file.
+        TrainingError: the file cannot be written.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
@@ -35,25 +35,25 @@ def write(path: Path, content: Callable[[IO[bytes]], object]) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        # torch.save hides an OSError of the file behind a RuntimeError of its own.
+        # torch.save raises a RuntimeError whose context is the OSError of the file.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         with suppress(OSError):
-            partial.unlink()  # on a disk that is full
+            partial.unlink()  # free the space of a full disk
         raise TrainingError(f"cannot write {path}: {cause.strerror or cause}") from error
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint that ``torch.load(path, weights_only=True)`` reads."""
+    """Write a checkpoint that ``torch.load(path, weights_only=True)`` can read."""
     write(path, lambda file: torch.save({"format": FORMAT} | state, file))
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint written by :func:`save`, its tensors on the CPU.
+    """Load a checkpoint written by :func:`save`, with its tensors on the CPU.
 
     Raises:
-        TrainingError: there is none, it is damaged, or another program wrote it.
+        TrainingError: the file is missing, damaged, or not a checkpoint of this program.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -61,15 +61,15 @@ def load(path: Path) -> dict[str, Any]:
         raise TrainingError(f"there is no checkpoint {path}") from error
     except OSError as error:
         raise TrainingError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # a damaged file raises whatever the bytes lead the unpickler to
+    except Exception as error:  # the unpickler may raise any exception on a damaged file
         raise TrainingError(f"{path} is damaged or not a checkpoint") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise TrainingError(f"{path} is not a checkpoint of crsam-train, or of another version")
+        raise TrainingError(f"{path} is not a checkpoint of this version of crsam-train")
     return state
 
 
 def as_json(content: Any) -> bytes:
-    """As an indented JSON file."""
+    """Return the content as indented JSON."""
     return (json.dumps(content, indent=2) + "\n").encode()
 
 

@@ -1,11 +1,11 @@
 """Data sets, and the batches of an epoch.
 
-The small sets are kept whole on the device, in tensors that batches are cut from. Images come from processes that read,
-decode and augment them. Nothing is ever downloaded.
+The small data sets are stored as tensors on the device and sliced into batches. Images are read, decoded and augmented
+by worker processes. Nothing is ever downloaded.
 
-An epoch of training is a permutation of the samples, cut into batches; of each, a process takes the part that its rank
-stands for. What is random in a batch is a function of the seed and its place. So an epoch can begin at any step, with
-any number of processes and workers, and its batches are the same.
+An epoch of training is a permutation of the samples, split into global batches; each rank takes its part of each batch.
+The random numbers of a batch depend only on the seed and its position. So an epoch can start at any step, with any
+number of ranks and workers, and its batches are the same.
 """
 
 from argparse import Namespace
@@ -27,35 +27,35 @@ from .ranks import ALONE, Ranks
 
 
 class Batch(NamedTuple):
-    """Samples of one step, on the device."""
+    """The samples of one step, on the device."""
 
     x: Tensor  #: float32 (N, *shape)
     y: Tensor  #: int64 (N,), or, in training with mixup or cutmix, float32 (N, classes)
-    bad: tuple[str, ...] = ()  #: training files among them that could not be read, and were replaced
+    bad: tuple[str, ...] = ()  #: training files that could not be read and were replaced
 
 
 class Data(NamedTuple):
     """A classification problem."""
 
-    shape: tuple[int, ...]  #: of a sample to test, without the batch dimension
+    shape: tuple[int, ...]  #: shape of a validation sample, without the batch dimension
     classes: int
-    steps: int  #: batches in an epoch of training
-    train: Callable[[int, int], Iterable[Batch]]  #: of an epoch, from a step on, both from 0; this process's part
-    test: Callable[[], Iterable[Batch]]  #: the test samples that are this process's, in order
+    steps: int  #: steps in an epoch of training
+    train: Callable[[int, int], Iterable[Batch]]  #: (epoch, first step), both from 0, to this rank's batches
+    test: Callable[[], Iterable[Batch]]  #: this rank's validation samples, in order
 
 
 def load(options: Namespace, device: torch.device, ranks: Ranks = ALONE) -> Data:
-    """Load the data set of ``--data`` and lay its batches out on ``device``, of which ``ranks`` take parts.
+    """Load the data set of ``--data``, with batches on ``device``, split among ``ranks``.
 
-    Sets ``options.decoder`` to the decoder that is used, where there is one.
+    Sets ``options.decoder`` to the decoder in use, if the data set needs one.
 
     Raises:
-        TrainingError: there is no such data at the path given, or it cannot be used.
+        TrainingError: the data set is missing or cannot be used.
     """
     part = ranks.part(options.batch_size)
     if (options.mixup or options.cutmix) and part % 2:
         flag = "--mixup" if options.mixup else "--cutmix"
-        raise TrainingError(f"{flag} pairs samples: {part} of --batch-size {options.batch_size} in each process is odd")
+        raise TrainingError(f"{flag} pairs samples: the {part} samples of each process must be an even number")
     kind, _, rest = options.data.partition(":")
     if options.decoder:
         from .decoding import choose
@@ -74,21 +74,23 @@ def load(options: Namespace, device: torch.device, ranks: Ranks = ALONE) -> Data
     else:
         data = _file_data(Path(rest), kind == "tar", options, device, ranks)
     if not data.steps:
-        raise TrainingError(f"--batch-size {options.batch_size} is more than there are training samples")
+        raise TrainingError(f"--batch-size {options.batch_size} is larger than the number of training samples")
     return _with_mixing(data, options) if options.mixup or options.cutmix else data
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
-    """The permutation of ``size`` samples in an epoch: int64 (size,), a function of the arguments and nothing else.
+    """Return the permutation of ``size`` samples in an epoch, int64 (size,), as a function of the arguments alone.
 
-    Epochs are a large prime apart, so that runs whose seeds are neighbours share no permutation.
+    The seeds of successive epochs differ by a large prime, so that runs with adjacent seeds share no permutation.
     """
     return torch.randperm(size, generator=torch.Generator().manual_seed((seed + 1_000_003 * epoch) % 2**32))
 
 
 def _parts(order: Tensor, batch_size: int, ranks: Ranks, first: int = 0) -> Iterator[Tensor]:
-    """This process's parts of the batches that an order is cut into, from batch ``first`` on. The last may be smaller,
-    and a part of it empty: that is left out."""
+    """Split an order into global batches and yield this rank's parts, starting with batch ``first``.
+
+    The last batch may be smaller; if this rank's part of it is empty, nothing is yielded.
+    """
     for indices in order[first * batch_size :].split(batch_size):
         own = ranks.share(indices)
         if len(own):
@@ -102,7 +104,7 @@ def _tensor_data(
     size, batch_size = len(x), options.batch_size
     alone = size % batch_size == 1 < batch_size and ranks.size == 1
     if alone:
-        warn("the last batch of an epoch would be a single sample, which batch norm cannot take: it is left out")
+        warn("the last batch of an epoch would hold one sample, which batch norm cannot train on: it is dropped")
     drop_last = alone or options.mixup > 0 or options.cutmix > 0 or ranks.size > 1
     used = size - size % batch_size if drop_last else size
 
@@ -119,7 +121,7 @@ def _tensor_data(
 
 
 def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scikit-learn's 1797 handwritten digits in [0, 1], (N, 1, 8, 8): 1437 to train with, 360 to test."""
+    """scikit-learn's 1797 handwritten digits in [0, 1], (N, 1, 8, 8): 1437 for training, 360 for validation."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -134,7 +136,7 @@ def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _mnist1d() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """MNIST-1D as its package makes it by default, (N, 40), not normalized: 4000 to train with, 1000 to test."""
+    """MNIST-1D with its default settings, (N, 40), not normalized: 4000 for training, 1000 for validation."""
     from mnist1d.data import get_dataset_args, make_dataset
 
     raw = make_dataset(get_dataset_args())
@@ -154,7 +156,7 @@ CIFAR = {
 
 
 class _Pixels:
-    """Images that are in memory, as torchvision's CIFAR has them."""
+    """Images in memory, from torchvision's CIFAR data sets."""
 
     def __init__(self, dataset: Any) -> None:
         self._pixels, self._labels = torch.from_numpy(dataset.data), torch.tensor(dataset.targets)
@@ -196,7 +198,7 @@ def _whole(pixels: Tensor, size: int) -> Tensor:
 def _file_data(root: Path, is_tar: bool, options: Namespace, device: torch.device, ranks: Ranks) -> Data:
     from .images import find
 
-    # Read by one process: another might see a file more, and number what comes after it differently.
+    # Only one process lists the files: another might see an additional file and number the rest differently.
     train, val, classes = ranks.first(lambda: find(root, f"--data {options.data}", is_tar, options.decoder))
     return _augmented_data(train, val, classes, options, device, ranks)
 
@@ -211,7 +213,7 @@ def _jpeg_data(classes: int, options: Namespace, device: torch.device, ranks: Ra
 def _augmented_data(
     train: Source, val: Source, classes: int, options: Namespace, device: torch.device, ranks: Ranks
 ) -> Data:
-    """Images of any size, augmented as ImageNet's are."""
+    """Return images of any size, with the augmentation that is usual for ImageNet."""
     crop = partial(random_resized_crop, scale=tuple(options.scale), interpolation=options.interpolation)
     augment = Augmentation(crop, options.auto_augment, options.mean, options.interpolation)
     to_test = partial(centre_crop, crop_pct=options.crop_pct, interpolation=options.interpolation)
@@ -227,7 +229,7 @@ def _normalization(
 
 
 def _size_of(options: Namespace, epoch: int) -> int:
-    """The side of training images in an epoch."""
+    """Return the training image size of an epoch, in pixels."""
     sizes = image_sizes(options.image_size)
     return [size for fraction, size in sizes if fraction <= epoch / options.epochs][-1]
 
@@ -263,19 +265,21 @@ def _image_data(
 
 
 def _readable(to_test: Callable[[Tensor], Iterator[Answer]], val: Source, options: Namespace, ranks: Ranks) -> Tensor:
-    """The indices of the validation images that can be read. Before hours of training, and not after the first epoch.
+    """Return the indices of the validation images that can be read.
+
+    All are read before the training, so that an error appears now and not after the first epoch.
 
     Raises:
-        TrainingError: there are others, and they are not to be left out.
+        TrainingError: some cannot be read, and ``--skip-bad-val`` is not set.
     """
     from .images import named
 
     order = torch.arange(len(val))
     if options.data.partition(":")[0] not in ("folder", "tar"):
-        return order  # it has been read already, or made
+        return order  # already in memory, or generated
     bad = ranks.union(name for answer in to_test(order) for name in answer.bad)
     if options.skip_bad_val and 0 < len(bad) < len(val):
-        warn(f"{len(bad)} of {len(val)} validation images cannot be read and are left out: {named(bad)}")
+        warn(f"{len(bad)} of {len(val)} validation images cannot be read and are ignored: {named(bad)}")
         gone = set(bad)
         return torch.tensor([index for index in order.tolist() if val.name(index) not in gone])
     _refuse(bad, len(val), options)
@@ -289,15 +293,15 @@ def _refuse(bad: list[str], count: int, options: Namespace) -> None:
     if bad:
         raise TrainingError(
             f"{len(bad)} of {count} validation images cannot be read: {named(bad)}"
-            + ("" if options.skip_bad_val else "; --skip-bad-val leaves them out")
+            + ("" if options.skip_bad_val else "; use --skip-bad-val to ignore them")
         )
 
 
-_SYNTHETIC_BATCHES = 4  # that are on the device, and used in turn
+_SYNTHETIC_BATCHES = 4  # kept on the device and used in turn
 
 
 def _synthetic_data(classes: int, options: Namespace, device: torch.device, ranks: Ranks) -> Data:
-    """Random pixels on the device: what a step costs if images cost nothing."""
+    """Return random pixels on the device, to measure steps without the cost of loading images."""
     from .synthetic import PER_CLASS
 
     batch_size = options.batch_size

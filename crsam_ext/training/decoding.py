@@ -1,8 +1,8 @@
-"""Encoded images to pixels, with the same pixels from every decoder.
+"""Decodes images. Every decoder returns the same pixels.
 
-Pillow opens every file, and reads its header only, in some 0.05 ms: so what is an image, what is refused and which way
-is up is decided in one place. torchcodec then decodes what it is faster at and gives the very pixels of Pillow for:
-JPEG, RGB, grey or CMYK, baseline or progressive, that needs no rotation. Pillow decodes the rest.
+Pillow opens every file and reads only its header, in about 0.05 ms. So one place decides which files are images, which
+are refused, and how they are rotated. torchcodec then decodes the files for which it is faster and returns exactly
+Pillow's pixels: JPEGs (RGB, gray or CMYK, baseline or progressive) that need no rotation. Pillow decodes the rest.
 """
 
 import io
@@ -19,21 +19,21 @@ from .errors import TrainingError
 
 
 def choose(decoder: str) -> str:
-    """The decoder that ``auto``, ``torchcodec`` or ``pillow`` stands for here: ``torchcodec`` or ``pillow``.
+    """Resolve ``auto``, ``torchcodec`` or ``pillow`` to the decoder to use: ``torchcodec`` or ``pillow``.
 
     Raises:
-        TrainingError: torchcodec is asked for and does not import.
+        TrainingError: torchcodec was requested and cannot be imported.
     """
     if decoder == "pillow":
         return decoder
     try:
         _torchcodec()
-    # Libraries that torchcodec needs and does not find are an OSError or a RuntimeError.
+    # If a shared library is missing, importing torchcodec raises OSError or RuntimeError.
     except (ImportError, OSError, RuntimeError) as error:
         if decoder == "auto":
             return "pillow"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TrainingError(f"--decoder torchcodec: it cannot be imported: {reason}") from error
+        raise TrainingError(f"--decoder torchcodec: torchcodec cannot be imported: {reason}") from error
     return "torchcodec"
 
 
@@ -45,38 +45,38 @@ def _torchcodec() -> Callable[[bytes], Tensor]:
 
 
 def decode(data: bytes, name: str, decoder: str = "pillow") -> Tensor | None:
-    """The pixels of an encoded image as RGB, uint8 (height, width, 3), turned as EXIF says; None if it is broken.
+    """Decode an image to RGB, uint8 (height, width, 3), rotated according to EXIF; return None if it is broken.
 
     Args:
-        data: the file.
-        name: of the file, for messages.
+        data: content of the file.
+        name: name of the file, for messages.
         decoder: ``pillow`` or ``torchcodec``.
 
     Raises:
-        TrainingError: it has more than 8 bits a channel, or too many pixels.
-        MemoryError: there is not enough for its pixels.
+        TrainingError: the image has more than 8 bits per channel, or too many pixels.
+        MemoryError: the pixels do not fit in memory.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of many pixels, of palettes with transparency, of damaged EXIF
+            warnings.simplefilter("ignore")  # about many pixels, transparent palettes, damaged EXIF
             with Image.open(io.BytesIO(data)) as image:
                 if image.mode[0] in "IF":
-                    raise TrainingError(f"{name} has more than 8 bits a channel (mode {image.mode}): convert it to 8")
+                    raise TrainingError(f"{name} has more than 8 bits per channel (mode {image.mode}): convert it to 8")
                 if decoder == "torchcodec" and image.format == "JPEG" and _is_upright(image):
                     try:
                         return _torchcodec()(data).permute(1, 2, 0)
                     except (RuntimeError, ValueError):
-                        pass  # Pillow decides whether it is broken
+                        pass  # Pillow decides whether the image is broken
                 return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB")))
     except Image.DecompressionBombError as error:
         raise TrainingError(f"{name}: {error}") from error
     except (TrainingError, MemoryError):
         raise
-    except Exception:  # what Pillow raises depends on the format, and on where it breaks
+    except Exception:  # the exception depends on the format and on the damage
         return None
 
 
 def _is_upright(image: Image.Image) -> bool:
-    """Whether every reader of EXIF leaves the image as it is; readers differ where a tag is malformed, or in XMP."""
+    """Return whether no EXIF reader rotates the image; readers disagree on malformed tags and on XMP."""
     orientation = image.getexif().get(ExifTags.Base.Orientation)
     return orientation == 1 or (orientation is None and "exif" not in image.info)

@@ -1,15 +1,15 @@
-"""Folders of images, and tar files of such folders: which files are the data.
+"""Finds the images of a data set, in folders or in tar files of such folders.
 
 ==============================  ====================================================================================
-``train/CLASS/FILE``            an image, if Pillow opens files with its ending; sorted, the folders number the classes
-``train.tar``                   the same, of its members CLASS/FILE; all may be in one folder, or begin with ./
-other files, hidden folders     are left out, and named on stderr
-folders within a class          are refused: which of the two levels is the class?
-a class of ``val/`` alone       is refused; one of ``train/`` alone is named on stderr
-more than 8 bits a channel,     is refused when it is read: nothing says which range of values is black to white
-more pixels than Pillow allows
-broken training files           the next readable file takes their place; named, counted as ``bad_files``
-broken validation files         are refused before the training begins, or left out with ``--skip-bad-val``
+``train/CLASS/FILE``            an image, if Pillow can open its file type; classes are numbered in sorted order
+``train.tar``                   members CLASS/FILE; a common parent folder or a leading ./ is allowed
+other files, hidden folders     ignored, with a warning
+folders inside a class folder   an error: either level could be the class
+a class only in ``val/``        an error; a class only in ``train/`` is a warning
+more than 8 bits per channel,   an error when the image is read; for the first, the range from black to white is not
+more pixels than Pillow allows  known
+broken training files           replaced by the next readable file, with a warning; counted as ``bad_files``
+broken validation files         an error before the training, or ignored with ``--skip-bad-val``
 ==============================  ====================================================================================
 """
 
@@ -33,14 +33,14 @@ from .progress import warn
 
 _Array = NDArray[np.integer[Any]]
 
-_NAMED = 5  # files that a line names; of more it gives the number
-# Of the system, and not of the file.
+_NAMED = 5  # files that a message lists; it gives the number of the others
+# Errors of the system, not of the file.
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 
 class Entry(NamedTuple):
-    """Something in a folder. ``place`` is where a member of a tar file has its bytes: offset and size."""
+    """An entry of a folder. ``place`` is the offset and the size of the content of a tar member."""
 
     name: str
     is_folder: bool = False
@@ -48,14 +48,14 @@ class Entry(NamedTuple):
 
 
 class Files:
-    """The images of a split, and their classes.
+    """The image files of a split, and their classes.
 
-    Names and places are in a few arrays: Python objects, one for each file, would be copied into every process that
-    counts references to them.
+    Names and places are stored in a few arrays. One Python object per file would be copied into every worker, because
+    reading it changes its reference count.
 
     Args:
         root: the folder that the names are relative to, or the tar file.
-        classes: the files of each class, in the order of the classes' numbers.
+        classes: name and files of each class, in the order of the class numbers.
         decoder: ``pillow`` or ``torchcodec``.
     """
 
@@ -80,23 +80,23 @@ class Files:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the names, classes and places take."""
+        """Memory of the names, classes and places, in bytes."""
         return sum(array.nbytes for array in (self._names, self._ends, self._labels, self._places))
 
     def label(self, index: int) -> int:
-        """The class of a file."""
+        """Return the class number of a file."""
         return int(self._labels[index])
 
     def name(self, index: int) -> str:
-        """The path of a file; below that of the tar file for a member."""
+        """Return the path of a file; for a tar member, the path of the tar file followed by the member name."""
         start, end = self._ends[index : index + 2]
         return f"{self.root}/{os.fsdecode(self._names[start:end].tobytes())}"
 
     def pixels(self, index: int) -> Tensor | None:
-        """The pixels of a file, uint8 (height, width, 3); None if it is broken or missing.
+        """Return the pixels of a file, uint8 (height, width, 3); None if it is broken or missing.
 
         Raises:
-            TrainingError: it cannot be used, or the system is short of something.
+            TrainingError: the image is not supported, or the system lacks memory or file descriptors.
         """
         name = self.name(index)
         try:
@@ -117,15 +117,15 @@ class Files:
 
 @lru_cache
 def _opened(path: str) -> int:
-    """A descriptor of a file that stays open. Processes may share it: reads that say where they begin move nothing."""
+    """Open a file and keep it open. Processes may share the descriptor: ``pread`` does not move its position."""
     return os.open(path, os.O_RDONLY)
 
 
 def find(root: Path, option: str, is_tar: bool = False, decoder: str = "pillow") -> tuple[Files, Files, int]:
-    """Training and validation files below ``root``, or in its tar files, and the number of classes.
+    """Return the training files, the validation files and the number of classes below ``root``, or in its tar files.
 
     Raises:
-        TrainingError: beginning with ``option``, that there is no such data, or that it cannot be used.
+        TrainingError: the data are missing or cannot be used; the message starts with ``option``.
     """
     places = [root / (f"{split}.tar" if is_tar else split) for split in ("train", "val")]
     try:
@@ -135,12 +135,13 @@ def find(root: Path, option: str, is_tar: bool = False, decoder: str = "pillow")
         raise TrainingError(f"{option}: cannot read {error.filename}: {error.strerror}") from error
     empty = [name for name, files in train.items() if not files]
     if empty or not train:
-        raise TrainingError(f"{option}: 0 images in {places[0]}, class {named(empty) if empty else 'none'}")
+        of_class = f", class {named(empty)}" if empty else ": it has no class folders"
+        raise TrainingError(f"{option}: no images in {places[0]}{of_class}")
     unknown = [name for name, files in val.items() if name not in train and files]
     if unknown:
         raise TrainingError(f"{option}: {places[1]} has classes that {places[0]} lacks: {named(unknown)}")
     if not any(val.values()):
-        raise TrainingError(f"{option}: 0 images in {places[1]}")
+        raise TrainingError(f"{option}: no images in {places[1]}")
     lacking = [name for name in train if not val.get(name)]
     if lacking:
         warn(f"{places[1]} has no images of {named(lacking)}")
@@ -152,16 +153,16 @@ def find(root: Path, option: str, is_tar: bool = False, decoder: str = "pillow")
 
 
 def named(things: Sequence[Any]) -> str:
-    """The first few names of a list, and how many there are."""
+    """Return the first few names of a list, and the number of the others."""
     names = ", ".join(map(str, things[:_NAMED]))
     return names if len(things) <= _NAMED else f"{names} and {len(things) - _NAMED} more"
 
 
-Tree = Iterable[tuple[str, Iterable[Entry] | None]]  # the names at the top, and what is in those that are folders
+Tree = Iterable[tuple[str, Iterable[Entry] | None]]  # top-level names, with the entries of those that are folders
 
 
 def _classes(place: Path, tree: Tree, option: str) -> dict[str, list[Entry]]:
-    """The images of each class, both in natural order."""
+    """Return the images of each class; classes and images are in natural order."""
     endings = {ending for ending, format in Image.registered_extensions().items() if format in Image.OPEN}
     classes: dict[str, list[Entry]] = {}
     ignored: list[str] = []
@@ -175,15 +176,15 @@ def _classes(place: Path, tree: Tree, option: str) -> dict[str, list[Entry]]:
                 ignored.append(f"{name}/{entry.name}")
             elif entry.is_folder:
                 raise TrainingError(
-                    f"{option}: {place}/{name}/{entry.name} is a folder within a class: images belong into the folder "
-                    "of their class"
+                    f"{option}: {place}/{name}/{entry.name} is a folder inside a class folder: images must lie "
+                    "directly in the folder of their class"
                 )
             elif os.path.splitext(entry.name)[1].lower() in endings:
                 files.append(entry)
             else:
                 ignored.append(f"{name}/{entry.name}")
     if ignored:
-        warn(f"left out of {place}: {named(ignored)}")
+        warn(f"ignored in {place}: {named(ignored)}")
     return classes
 
 
@@ -201,18 +202,18 @@ def _inside(folder: str) -> Iterator[Entry]:
 
 
 def _members(path: Path, option: str) -> Tree:
-    """The files in a tar file, as in the folder that it would unpack to."""
+    """Return the files of a tar file, as ``_folder`` does for the folder that it unpacks to."""
     if not path.is_file():
         raise TrainingError(f"{option}: there is no file {path}")
     with path.open("rb") as file:
         if file.read(6).startswith(_COMPRESSED):
-            raise TrainingError(f"{option}: {path} is compressed: images are read in place, so uncompress it")
-    tree: dict[str, Any] = {}  # a folder is a dictionary, a file the place of its bytes
+            raise TrainingError(f"{option}: {path} is compressed, but images are read in place: decompress it")
+    tree: dict[str, Any] = {}  # a folder is a dictionary, a file is the place of its content
     ignored: list[str] = []
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                tar.members.clear()  # type: ignore[attr-defined]  # otherwise tarfile keeps every member
                 *folders, name = [part for part in member.name.split("/") if part != "."] or [""]
                 is_file = member.isreg() and not member.issparse()
                 if not (is_file or member.isdir()):
@@ -225,10 +226,14 @@ def _members(path: Path, option: str) -> Tree:
                     inside[name] = (member.offset_data, member.size)
                 elif name:
                     inside.setdefault(name, {})
-    except (tarfile.TarError, TypeError, AttributeError) as error:  # or a file that is said to be a folder
-        raise TrainingError(f"{option}: {path} is no tar file, or is damaged: {error}") from error
+    except (
+        tarfile.TarError,
+        TypeError,
+        AttributeError,
+    ) as error:  # the latter two if a path is both a file and a folder
+        raise TrainingError(f"{option}: {path} is not a tar file or is damaged: {error}") from error
     if ignored:
-        warn(f"left out of {path}, links or other than files: {named(ignored)}")
+        warn(f"ignored in {path} (links and special files): {named(ignored)}")
     shown = [name for name in tree if not _is_hidden(name)]
     around = tree[shown[0]] if len(shown) == 1 else None
     if isinstance(around, dict) and any(isinstance(inside, dict) for inside in around.values()):
@@ -244,7 +249,7 @@ def _listed(folder: dict[str, Any]) -> list[Entry]:
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
-    """A key that sorts 9 before 10, and no two names alike; timm's takes 01 for 1, and fails at 5²."""
+    """Return a sort key that puts 9 before 10 and is unique; timm's treats 01 like 1, and fails for 5²."""
     parts = re.split(r"(\d+)", name.lower())
     return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
 

@@ -1,7 +1,7 @@
-"""Images from processes that prepare them: PyTorch's DataLoader, told by the main process what each batch consists of.
+"""Worker processes that prepare images: PyTorch's DataLoader, driven by requests of the main process.
 
-A request says what is wanted of which samples, and the answer depends on the request alone. So the workers, which start
-once, know nothing of epochs, resuming or ranks, and how many there are changes nothing.
+A request describes one batch, and its answer depends on the request alone. So the workers, which start once, need no
+knowledge of epochs, resuming or ranks, and their number does not change the batches.
 """
 
 import atexit
@@ -26,8 +26,8 @@ from .randomness import reseed, seed_of
 
 T = TypeVar("T")
 
-# Batches that each worker is ahead. Two keep it busy: one is being prepared while another waits to be used. As means of
-# many files, batches take nearly equal times, so more would mostly fill /dev/shm, where all of them are.
+# Batches that each worker prepares ahead. Two keep it busy: it prepares one while the other waits to be used. A batch
+# averages over many files, so all take similar times, and more batches would mostly fill /dev/shm.
 PREFETCH = 2
 
 
@@ -37,40 +37,40 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def label(self, index: int) -> int:
-        """The class of an image."""
+        """Return the class number of an image."""
 
     def name(self, index: int) -> str:
-        """What messages call an image."""
+        """Return the name of an image, for messages."""
 
     def pixels(self, index: int) -> Tensor | None:
-        """Its pixels, uint8 (height, width, 3); None if they cannot be read."""
+        """Return the pixels of an image, uint8 (height, width, 3); None if they cannot be read."""
 
 
 class Request(NamedTuple):
-    """A batch that is wanted: of an epoch of training, or to test (None)."""
+    """A request for a batch: of an epoch of training, or for validation (``epoch`` is None)."""
 
     epoch: int | None
-    size: int  #: of the images, in pixels
+    size: int  #: image size in pixels
     indices: list[int]
 
 
 class Answer(NamedTuple):
-    """That batch."""
+    """The batch that answers a request."""
 
     pixels: Tensor  #: uint8 (N, size, size, 3)
     labels: Tensor  #: int64 (N,)
-    bad: list[str]  #: names of the files that could not be read, in training all that were tried
+    bad: list[str]  #: names of all files that could not be read
 
 
 class Images(Dataset[Any]):
-    """What becomes of a request.
+    """Answers requests.
 
     Args:
-        train: the images to train with. The next readable one takes the place of one that is bad.
-        val: the images to test. A bad one is black.
+        train: the training images. An unreadable image is replaced by the next readable one.
+        val: the validation images. An unreadable image becomes black.
         augment: takes the pixels of a training image and a size; draws from the global generators.
-        crop: the same for an image to test, without drawing.
-        seed: of the run.
+        crop: the same for a validation image, without random numbers.
+        seed: the seed of the run.
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class Images(Dataset[Any]):
         self._augment, self._crop, self._seed = augment, crop, seed
 
     def __getitem__(self, request: Request) -> Answer | TrainingError:
-        """The batch, or the error that ends the run: raised in a worker it would come as the text of a traceback."""
+        """Return the batch, or the error that ends the run: raised in a worker, it would arrive as a traceback."""
         bad: dict[str, None] = {}
         get = self._to_test if request.epoch is None else self._to_train
         try:
             pixels, labels = zip(*(get(index, request, bad) for index in request.indices), strict=True)
         except TrainingError as error:
             return error
-        # In a worker this is in shared memory from the start.
+        # In a worker, default_collate allocates the batch in shared memory.
         return Answer(default_collate(list(pixels)), torch.tensor(labels), list(bad))
 
     def _to_train(self, index: int, request: Request, bad: dict[str, None]) -> tuple[Tensor, int]:
@@ -115,7 +115,7 @@ class Images(Dataset[Any]):
 
 
 class _Requests(Sampler[Request]):
-    """The requests of the iteration that is beginning."""
+    """The requests of the next iteration."""
 
     def __init__(self) -> None:
         self.pending: Iterable[Request] = ()
@@ -125,21 +125,21 @@ class _Requests(Sampler[Request]):
 
 
 class Pool:
-    """The processes that answer requests. They start at the first request and live as long as this.
+    """The worker processes that answer requests. They start with the first request and live as long as this object.
 
     Args:
-        images: what answers.
-        workers: number of processes; with 0 the answers are made here.
-        timeout: seconds to wait for an answer of a worker.
-        pinned: whether answers come in pinned memory.
+        images: the data set that answers requests.
+        workers: number of processes; with 0, the main process prepares the batches.
+        timeout: seconds to wait for an answer from a worker.
+        pinned: whether answers are in pinned memory.
     """
 
     def __init__(self, images: Images, workers: int, timeout: float, pinned: bool = False) -> None:
         self._requests, self._iterations = _Requests(), 0
         self._processes: list[BaseProcess] = []
-        # Left to PyTorch, which asks them to end, and then sends SIGTERM, this might take 10 seconds for each.
+        # PyTorch would ask the workers to end and then send SIGTERM, which may take 10 seconds for each.
         finalize(self, _kill, self._processes, os.getpid()).atexit = False
-        # Forked, processes share the arrays of names. Elsewhere than on Linux, forking is not safe.
+        # Forked processes share the arrays of names. Forking is safe on Linux only.
         forked: dict[str, Any] = {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
         several: dict[str, Any] = {
             "num_workers": workers,
@@ -151,19 +151,19 @@ class Pool:
         self._loader: DataLoader[Any] = _quietly(
             DataLoader,
             images,
-            batch_size=None,  # a request is a batch already
+            batch_size=None,  # a request is already a batch
             sampler=self._requests,
             collate_fn=_unchanged,
             pin_memory=pinned,
-            generator=torch.Generator(),  # what the loader draws for itself is not drawn from the global one
+            generator=torch.Generator(),  # so that the loader does not draw from the global generator
             **(several | forked if workers else {}),
         )
 
     def answers(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """The answers, in the order of the requests. Another call ends this one, which need not have come to its end.
+        """Yield the answers in the order of the requests. A new call ends an earlier iteration, even an unfinished one.
 
         Raises:
-            TrainingError: no image can be read, a worker has died, or gave no answer in time.
+            TrainingError: no image can be read, or a worker died or gave no answer in time.
         """
         self._iterations += 1
         iteration, self._requests.pending = self._iterations, requests
@@ -173,7 +173,7 @@ class Pool:
                     raise answer
                 yield answer
                 if iteration != self._iterations:
-                    raise RuntimeError("the images of another iteration have been asked for")
+                    raise RuntimeError("another iteration over the images has started, which ended this one")
         except RuntimeError as error:
             mended = explained(error)
             if mended is None:
@@ -191,28 +191,30 @@ class Pool:
 
 
 def explained(error: RuntimeError) -> TrainingError | None:
-    """What an error of the DataLoader means: that a worker has died, which may be raised anywhere, or gave no answer.
+    """Translate an error of the DataLoader: a worker died, or gave no answer in time.
+
+    PyTorch raises the error of a dead worker wherever the main process happens to be.
 
     Returns:
-        An error of one line with advice; None for other errors.
+        A one-line error with advice; None for other errors.
     """
     message = str(error)
     if "DataLoader timed out" in message:
         seconds = message.partition("after ")[2].partition(" ")[0]
         return TrainingError(
-            f"a process that prepares images gave none for {seconds} seconds: a file cannot be read to its end, or the "
-            "file system is slow; give a longer --data-timeout, or fewer --workers"
+            f"a worker process delivered no images for {seconds} seconds: a file cannot be read to its end, or the "
+            "file system is slow; use a longer --data-timeout or fewer --workers"
         )
     if "DataLoader worker" in message and "pid" in message:
         return TrainingError(
-            "a process that prepares images has died, perhaps for lack of memory or of room in /dev/shm: give fewer "
-            f"--workers, or a smaller --batch-size ({message.splitlines()[0]})"
+            "a worker process died, perhaps because memory or /dev/shm is full: use fewer --workers or a smaller "
+            f"--batch-size ({message.splitlines()[0]})"
         )
     return None
 
 
 def _quietly(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Without the warning that there are more workers than cores, which ``--workers`` asks for."""
+    """Call a function without the warning about more workers than cores: the user chose ``--workers``."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         return function(*arguments, **options)
@@ -223,7 +225,7 @@ def _unchanged(answer: Any) -> Any:
 
 
 def _ignore_signals(worker: int) -> None:
-    """Signals to the whole group of processes are for the main one, which needs its workers to finish its step."""
+    """Ignore signals to the whole process group: the main process handles them, and needs workers for its last step."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -233,10 +235,10 @@ _OWNER = os.getpid()
 
 
 def _kill(processes: Iterable[BaseProcess], owner: int) -> None:
-    """End workers that the process ``owner`` has started. PyTorch and Python would send SIGTERM, which they ignore."""
+    """Kill workers started by the process ``owner``. PyTorch and Python would send SIGTERM, which workers ignore."""
     if os.getpid() != owner or threading.current_thread() is not threading.main_thread():
-        return  # in a worker that has this pool as well, or where nothing can be done about signals
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's takes it for an accident
+        return  # in a forked worker, or in a thread, which cannot set signal handlers
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report a crash
     try:
         for process in processes:
             process.kill()
@@ -246,8 +248,8 @@ def _kill(processes: Iterable[BaseProcess], owner: int) -> None:
         signal.signal(signal.SIGCHLD, handler)
 
 
-# Before those of multiprocessing, which was imported earlier.
+# Runs before the handlers of multiprocessing, which was imported earlier.
 @atexit.register
 def kill_all() -> None:
-    """End all workers: what leaves the interpreter by ``os._exit`` calls it first."""
+    """Kill all workers. Code that ends the process with ``os._exit`` must call this first."""
     _kill(list(_ALL_PROCESSES), _OWNER)

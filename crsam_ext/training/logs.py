@@ -1,7 +1,7 @@
-"""What a run leaves behind to be read: CSV files, the picture, lines on the terminal, TensorBoard, Weights & Biases.
+"""The logs of a run: CSV files, the figure, TensorBoard, Weights & Biases.
 
-``steps.csv`` has a row for each log line and grows; ``log.csv`` has one for each epoch and is written anew from the
-history in the checkpoint. A run that goes on first cuts from ``steps.csv`` what its checkpoint does not know.
+``steps.csv`` gets a new row with each log line. ``log.csv`` has one row per epoch; it is rewritten from the history in
+the checkpoint. A resumed run first removes the rows of ``steps.csv`` that are newer than its checkpoint.
 """
 
 import csv
@@ -20,7 +20,7 @@ from .errors import TrainingError
 from .options import full_config
 from .plot import draw
 
-#: Columns that no two runs share.
+#: Columns that differ between two runs with the same options.
 TIMES = (
     "seconds", "images_per_second", "images_per_second_per_device", "gradients_per_second", "data_percent",
     "optimizer_percent", "mfu_percent", "remaining_seconds",
@@ -37,25 +37,25 @@ EPOCH_COLUMNS = (
 
 
 class Logs:
-    """The files of a run, written by one of its processes.
+    """The log files of a run; only rank 0 writes them.
 
     Args:
-        options: the options, with the folder ``output``.
-        step: steps that the run has taken: rows of later ones are cut off.
+        options: the options of the run; ``output`` is the folder.
+        step: steps taken so far; rows of later steps are removed.
     """
 
     def __init__(self, options: Namespace, step: int) -> None:
         self._options, self._path = options, options.output / "steps.csv"
         rows = [] if step == 0 else _rows_until(self._path, step)
         write_csv(self._path, STEP_COLUMNS, rows)
-        self._file: IO[str] = open(self._path, "a", newline="", encoding="utf-8")  # noqa: SIM115, as long as the run
+        self._file: IO[str] = open(self._path, "a", newline="", encoding="utf-8")  # noqa: SIM115, stays open
         self._writer = csv.DictWriter(self._file, STEP_COLUMNS, lineterminator="\n")
         text = checkpoint.as_json(full_config(options))
         checkpoint.write(options.output / "config.json", lambda file: file.write(text))
         self._board, self._wandb = _tensorboard(options, step), _wandb(options, step)
 
     def add_step(self, row: Mapping[str, Any]) -> None:
-        """Append a row of steps.csv."""
+        """Append a row to steps.csv."""
         try:
             self._writer.writerow(row)
             self._file.flush()
@@ -64,7 +64,7 @@ class Logs:
         self._send("step", row, int(row["step"]))
 
     def add_epoch(self, history: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Write log.csv, of whose rows the last is new."""
+        """Write log.csv after an epoch, whose row is the last."""
         self.write_history(history)
         self._send("epoch", history[-1], step)
 
@@ -73,11 +73,11 @@ class Logs:
         write_csv(self._options.output / "log.csv", EPOCH_COLUMNS, history)
 
     def sync(self) -> None:
-        """Have steps.csv on the disk before a checkpoint that counts on it."""
+        """Flush steps.csv to disk, before a checkpoint that relies on it is written."""
         os.fsync(self._file.fileno())
 
     def draw(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Draw the curves."""
+        """Draw curves.png."""
         o = self._options
         title = f"{o.model} on {o.data.partition(':')[0]}, {o.optimizer}, seed {o.seed}"
         checkpoint.write(o.output / "curves.png", lambda file: draw(file, history, title))
@@ -100,7 +100,7 @@ class Logs:
 
 
 def check_packages(options: Namespace) -> None:
-    """Raise a TrainingError if a package is missing that the logs need."""
+    """Raise a TrainingError if a package that the logs need is missing."""
     for package, module, asked in (
         ("tensorboard", "torch.utils.tensorboard", options.tensorboard),
         ("wandb", "wandb", options.wandb is not None),
@@ -114,7 +114,7 @@ def check_packages(options: Namespace) -> None:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a whole CSV file, atomically."""
+    """Write a CSV file atomically."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -123,10 +123,10 @@ def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, An
 
 
 def _rows_until(path: Path, step: int) -> list[dict[str, str]]:
-    """The complete rows of steps that were taken: the last line may be half a row."""
+    """Return the complete rows up to ``step``; the last line of the file may be incomplete."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except OSError:  # the user has removed it
+    except OSError:  # the user may have removed the file
         return []
     rows = csv.DictReader(line for line in lines if line.endswith("\n"))
     return [{name: row.get(name, "") for name in STEP_COLUMNS} for row in rows if int(row["step"]) <= step]
@@ -137,7 +137,7 @@ def _tensorboard(options: Namespace, step: int) -> Any:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    # What a run that was overwritten, or went on after its last checkpoint, has left there is purged.
+    # Purge the events of an overwritten run, and those after the checkpoint of a resumed one.
     return SummaryWriter(str(options.output / "tensorboard"), purge_step=step + 1)
 
 
@@ -146,7 +146,7 @@ def _wandb(options: Namespace, step: int) -> Any:
         return None
     import wandb
 
-    path = options.output / "wandb-id.txt"  # names of folders are not unique
+    path = options.output / "wandb-id.txt"  # folder names are not unique
     if step == 0 or not path.exists():
         name = secrets.token_hex(8).encode()
         checkpoint.write(path, lambda file: file.write(name))

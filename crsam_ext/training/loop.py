@@ -1,4 +1,4 @@
-"""The course of a run: epochs of steps, tests, log lines, checkpoints."""
+"""The training loop: steps, evaluation, log lines, checkpoints."""
 
 import math
 import os
@@ -30,18 +30,18 @@ from .state import Run, claim, restore, save, save_best
 from .steps import Objective, Step, create_optimizer
 from .stop import Requests
 
-# A picture takes half a second: after an epoch of at least this many seconds it is drawn at once, else at the end.
+# Drawing the figure takes half a second. It is drawn after each epoch longer than this many seconds, and at the end.
 SLOW_EPOCH = 10.0
 
 
 def run(options: Namespace) -> None:
-    """Train, or test a checkpoint, as the options say, which :func:`crsam_ext.training.options.parse` returned.
+    """Train, evaluate a checkpoint or profile, with the options of :func:`crsam_ext.training.options.parse`.
 
-    The results go to ``options.output``; nothing is written before the data, the model and the optimizer are there.
+    Results are written to ``options.output``, but not before the data, the model and the optimizer have been created.
 
     Raises:
-        TrainingError: something that the user gave cannot be used, or the training diverged.
-        Stopped: a signal has asked for it; the checkpoint is written.
+        TrainingError: an option or the data cannot be used, or the training diverged.
+        Stopped: a signal asked the run to stop; its checkpoint has been written.
     """
     device = prepare_device(options)
     ranks = Ranks.of_torchrun(device)
@@ -56,15 +56,17 @@ def _clear_errors() -> Iterator[None]:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise TrainingError(f"batch norm takes no batch of one sample: give a larger --batch-size ({error})") from error
+        raise TrainingError(
+            f"batch norm cannot train on a batch of one sample: use a larger --batch-size ({error})"
+        ) from error
     except (RuntimeError, MemoryError) as error:
-        # PyTorch raises for a worker that has died wherever the main process happens to be.
+        # PyTorch raises the error of a dead worker wherever the main process happens to be.
         mended = explained(error) if isinstance(error, RuntimeError) else None
         if mended is not None:
             raise mended from error
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "t allocate memory" not in str(error):
             raise
-        raise TrainingError("there is not enough memory: give a smaller --batch-size, or fewer --workers") from error
+        raise TrainingError("out of memory: use a smaller --batch-size or fewer --workers") from error
 
 
 def _run(options: Namespace, device: torch.device, ranks: Ranks) -> None:
@@ -73,7 +75,7 @@ def _run(options: Namespace, device: torch.device, ranks: Ranks) -> None:
         _evaluate_checkpoint(options, data, device, ranks)
         return
     check_packages(options)
-    warmup_steps(options, data.steps)  # before anything is written
+    warmup_steps(options, data.steps)  # checked before anything is written
     state = start(options, data, device, ranks)
     requests = Requests(ranks, options.save_minutes)
     if options.profile is not None:
@@ -105,7 +107,7 @@ def _run(options: Namespace, device: torch.device, ranks: Ranks) -> None:
 
 
 def _finish(state: Run, logs: Logs | None, alone: bool = False) -> None:
-    """Draw the picture and close the files; all processes wait for the one that does, unless one of them failed."""
+    """Draw the figure and close the files. All ranks wait for rank 0, unless one of them failed (``alone``)."""
     if logs is not None:
         if state.history:
             logs.draw(state.history)
@@ -115,10 +117,10 @@ def _finish(state: Run, logs: Logs | None, alone: bool = False) -> None:
 
 
 def prepare_device(options: Namespace) -> torch.device:
-    """The device of ``--device``, set up as the options say.
+    """Return the device of ``--device``, configured as the options require.
 
     Raises:
-        TrainingError: there is no such device.
+        TrainingError: the device is not available.
     """
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -126,7 +128,7 @@ def prepare_device(options: Namespace) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # torchrun counts the processes of a machine
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # set by torchrun: number of the process on its machine
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -134,7 +136,7 @@ def prepare_device(options: Namespace) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if options.amp:
-            torch.set_float32_matmul_precision("high")  # TensorFloat-32 for what autocast leaves
+            torch.set_float32_matmul_precision("high")  # TensorFloat-32 for operations that autocast leaves in float32
         torch.backends.cudnn.benchmark = not options.deterministic
         if options.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -143,8 +145,8 @@ def prepare_device(options: Namespace) -> torch.device:
 
 
 def start(options: Namespace, data: Data, device: torch.device, ranks: Ranks) -> Run:
-    """A run that has taken no step."""
-    # After the data: making some of it seeds the global generators.
+    """Create the state of a run that has taken no step."""
+    # After the data: generating some data sets seeds the global generators.
     checkpoint.seed_everything(options.seed)
     model = _create_model(options, data).to(device)
     if options.channels_last:
@@ -173,29 +175,31 @@ def _create_model(options: Namespace, data: Data) -> torch.nn.Module:
 
 
 class Training:
-    """The steps of a run, from where it is to its end.
+    """Trains a run from its current step to its end.
 
     Args:
-        state: is trained.
-        requests: what signals ask for.
-        logs: files to write to; None in all processes but one.
+        options: the options of the run.
+        data: the data set.
+        state: the state of the run, updated in place.
+        requests: requests to stop or save.
+        logs: the log files; None on all ranks but the first.
     """
 
     def __init__(self, options: Namespace, data: Data, state: Run, requests: Requests, logs: Logs | None) -> None:
         self.options, self.data, self.state, self.requests, self.logs = options, data, state, requests, logs
         self.schedules = Schedules(state.optimizer, options, data.steps)
-        self.schedules.set(max(state.step - 1, 0))  # what the last step used, and a test after it tells
+        self.schedules.set(max(state.step - 1, 0))  # the values of the last step, which an evaluation logs
         self.parts = Parts(state.device)
         self.step = Step(state.trained, state.optimizer, self.parts, options.cuda_graph)
         self.peak = peak_tflops(state.device, options.peak_tflops, options.amp)
-        self.flops: dict[tuple[int, ...], float | None] = {}  # of a pass, by the shape of a sample
-        self._since = time.perf_counter()  # the last log line
+        self.flops: dict[tuple[int, ...], float | None] = {}  # FLOPs of a pass for each sample shape
+        self._since = time.perf_counter()  # time of the last log line
         self._images = self._gradients = 0  # samples, and samples times passes, since then
         self._counted = self._counters()
         self._began = time.perf_counter(), state.step
 
     def run(self) -> None:
-        """Train to the end, or until a signal asks to stop."""
+        """Train until the end, or until a signal asks the run to stop."""
         state, steps = self.state, self.data.steps
         with progress(self.options.epochs, steps, state.step) as bar:
             while len(state.history) < self.options.epochs:
@@ -204,10 +208,10 @@ class Training:
                 self._end_of_epoch(images, began, bar)
 
     def _steps_of_epoch(self, epoch: int, bar: Bar) -> int:
-        """Train for the rest of an epoch; returns how many samples of all ranks that were."""
+        """Train for the rest of an epoch. Return the number of samples, over all ranks."""
         state, options, steps = self.state, self.options, self.data.steps
         first = state.step - epoch * steps
-        if first == steps:  # stopped between the last step and the test
+        if first == steps:  # the run was stopped between the last step and the evaluation
             return 0
         state.trained.train()
         images = 0
@@ -232,8 +236,8 @@ class Training:
         """Take the next step."""
         state, optimizer = self.state, self.state.optimizer
         self.schedules.set(state.step)
-        # Dropout and the like are a function of the step, so nothing of them has to be saved. Seeds of images and
-        # batches are made of three and four numbers.
+        # Dropout depends only on the step and the rank, so no generator state has to be saved. The seeds of images and
+        # batches combine three and four numbers; this one combines five.
         epoch, step = divmod(state.step, self.data.steps)
         reseed(seed_of(self.options.seed, epoch, step, state.ranks.rank, 0), state.device)
         self._images += len(batch.x) * state.ranks.size
@@ -247,7 +251,7 @@ class Training:
         state.epoch.bad.update(batch.bad)
 
     def _fold(self) -> None:
-        """Bring the sums of all ranks, the counters and the files that are bad up to date."""
+        """Update the sums over all ranks, the counters and the set of bad files."""
         state, epoch = self.state, self.state.epoch
         epoch.fold()
         counted = self._counters()
@@ -258,7 +262,7 @@ class Training:
         new = sorted(epoch.bad - state.bad)
         state.bad.update(new)
         if new:
-            warn(f"{len(new)} training images cannot be read, others took their place: {named(new)}")
+            warn(f"{len(new)} training images cannot be read and were replaced: {named(new)}")
         limit = self.options.max_bad_files
         if limit is not None and len(state.bad) > limit:
             raise TrainingError(
@@ -282,7 +286,7 @@ class Training:
         self._fold()
         if state.epoch.counts["skipped"] == done:
             raise TrainingError(
-                "the training diverged: every step of the epoch gave a NaN or an infinity; try a lower --lr"
+                "the training diverged: all steps of this epoch were skipped because of a NaN or Inf; try a lower --lr"
             )
         parts, now = self.parts.seconds(), time.perf_counter()
         seconds, whole = now - self._since, sum(parts.values())
@@ -307,7 +311,7 @@ class Training:
             bar.line(_step_line(row, done, self.data.steps, options.epochs))
 
     def _mfu(self, shape: tuple[int, ...], passes_per_second: float) -> float | None:
-        """Model FLOPs utilization in percent (Chowdhery et al. 2022), or None where the peak is unknown."""
+        """Return the model FLOPs utilization in percent (Chowdhery et al. 2022); None if the peak is unknown."""
         if self.peak is None:
             return None
         if shape not in self.flops:
@@ -328,7 +332,7 @@ class Training:
         row: dict[str, Any] = {"epoch": number, "lr": float(group["lr"])}
         row |= {"train_loss": means["loss"], "train_accuracy": means["accuracy"]}
         row |= {"grad_norm": means["grad_norm"], **state.epoch.counts, "bad_files": len(state.epoch.bad)}
-        if images:  # none if the run was stopped between the last step and the test
+        if images:  # zero if the run was stopped between the last step and the evaluation
             row["images_per_second"] = images / (time.perf_counter() - began)
         if number % options.val_interval == 0 or number == options.epochs:
             state.ranks.unify(state.model, None if state.ema is None else state.ema.module)
@@ -352,7 +356,7 @@ class Training:
 def evaluate(
     model: torch.nn.Module, objective: Objective, batches: Iterable[Batch], ranks: Ranks = ALONE
 ) -> dict[str, float]:
-    """Test a model: the mean loss, and the accuracies (0 to 1) in the first and the first five, over all ranks."""
+    """Evaluate a model over all ranks: mean loss, top-1 and top-5 accuracy (0 to 1)."""
     model.eval()
     sums: list[Tensor] = []
     for x, y, *_ in batches:

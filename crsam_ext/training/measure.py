@@ -1,4 +1,4 @@
-"""What is measured while a network trains, without waiting for the device between two log lines."""
+"""Training metrics and timing. The host does not wait for the device between two log lines."""
 
 import copy
 import math
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .ranks import ALONE, Ranks
 
-#: Peak of dense bfloat16 in TFLOPS, by a part of the device's name (data sheets of NVIDIA).
+#: Peak TFLOPS of dense bfloat16, by a part of the device name (from NVIDIA data sheets).
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.4,
@@ -28,10 +28,10 @@ PEAK_TFLOPS = {
 
 
 class Parts:
-    """Where the time goes: every moment belongs to one part, and the parts add up to the whole.
+    """Divides the time of training into parts. Every moment belongs to exactly one part.
 
-    On a CUDA device these are times of the device, taken with events: "data" is how long it waits for a batch, copies
-    and prepares it. Elsewhere they are times of the host.
+    On a CUDA device, times are measured on the device with events: "data" is the time in which the device waits for a
+    batch, copies it and prepares it. On other devices, times are measured on the host.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,11 +41,11 @@ class Parts:
         self._last = self._now()
 
     def mark(self, part: str) -> None:
-        """Say that the time since the last mark was spent on this part."""
+        """Assign the time since the last mark to a part."""
         self._marks.append((part, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each part since the last call; waits for the device."""
+        """Return the seconds of each part since the last call. This waits for the device."""
         if self._cuda:
             torch.cuda.synchronize(self._device)
         sums: dict[str, float] = {}
@@ -65,12 +65,12 @@ class Parts:
 
 
 class Epoch:
-    """Sums over the steps of an epoch, of all ranks, on every rank the same numbers.
+    """Sums over the steps of an epoch and over all ranks; every rank has the same numbers.
 
-    They stay on the device until :meth:`fold` fetches them, and do not depend on when that is.
+    New steps stay on the device until :meth:`fold` fetches them. The sums do not depend on when that happens.
 
     Args:
-        ranks: whose samples are added up.
+        ranks: the ranks to sum over.
     """
 
     NAMES = ("loss", "correct", "samples", "grad_norm", "ranks_with_norm")
@@ -83,9 +83,9 @@ class Epoch:
         self.counts = {"skipped": 0, "curvature_dropped": 0}
 
     def add(self, loss: Tensor, logits: Tensor, y: Tensor, grad_norm: Tensor | None) -> None:
-        """Enter a step: its mean loss, if finite, the logits, and the norm of the gradient, if known and finite."""
+        """Add a step. A loss that is not finite (a skipped step) and an unknown gradient norm are not counted."""
         labels = y if y.ndim == 1 else y.argmax(1)
-        sound = torch.isfinite(loss)  # else the step was skipped, and would make the mean of the epoch a NaN
+        sound = torch.isfinite(loss)  # otherwise the step was skipped, and would turn the mean into NaN
         norm = loss.new_zeros((), dtype=torch.float64) if grad_norm is None else grad_norm.double()
         known = torch.isfinite(norm) if grad_norm is not None else torch.zeros_like(norm)
         row = [
@@ -95,7 +95,7 @@ class Epoch:
         self._pending.append(torch.stack([number.to(norm.device, torch.float64) for number in row]))
 
     def fold(self) -> None:
-        """Fetch what was added since, from all ranks: a collective call, for which the host waits."""
+        """Fetch the steps added since the last call, from all ranks. Collective; the host waits for the device."""
         if not self._pending:
             return
         own = torch.stack(self._pending).cpu()
@@ -106,7 +106,7 @@ class Epoch:
         self.steps = torch.cat([self.steps, total])
 
     def means(self, first: int = 0) -> dict[str, float]:
-        """Loss and accuracy (0 to 1) over the samples, and the mean grad_norm, from a step on; NaN if unknown."""
+        """Return mean loss, accuracy (0 to 1) and gradient norm of the steps from ``first``; NaN if unknown."""
         sums = [math.fsum(column) for column in self.steps[first:].T.tolist()]
         loss, correct, samples, norm, norms = sums
         return {
@@ -116,24 +116,25 @@ class Epoch:
         }
 
     def state(self) -> dict[str, Any]:
-        """What a run goes on from."""
+        """Return the state for a checkpoint."""
         return {"steps": self.steps, "bad": sorted(self.bad), "counts": dict(self.counts)}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Restore the state of :meth:`state`."""
         self.steps, self.bad = state["steps"], set(state["bad"])
         self.counts = dict(state["counts"])
 
 
 def correct_in_top(logits: Tensor, y: Tensor, k: int) -> Tensor:
-    """How many of the labels (N,) are among the k largest logits of their row (N, classes); 0-dim."""
+    """Count the labels (N,) that are among the k largest logits (N, classes) of their row; 0-dim."""
     return (logits.topk(min(k, logits.shape[1]), dim=1).indices == y[:, None]).any(1).sum()
 
 
 def flops_of_pass(model: nn.Module, shape: Sequence[int]) -> float | None:
-    """Floating-point operations of forward and backward pass of one sample, counted on the meta device.
+    """Count the floating-point operations of one forward and backward of one sample, on the meta device.
 
     Returns:
-        The number, or None where an operator of the model does not run there.
+        The number, or None if an operator of the model does not support the meta device.
     """
     try:
         copied = copy.deepcopy(model).to("meta").train()
@@ -146,7 +147,7 @@ def flops_of_pass(model: nn.Module, shape: Sequence[int]) -> float | None:
 
 
 def peak_tflops(device: torch.device, given: float | None, amp: bool) -> float | None:
-    """Peak of a device in TFLOPS: as given, else in bfloat16 by its name; None where it is unknown."""
+    """Return the peak TFLOPS of a device: as given, or for bfloat16 by its name; None if unknown."""
     if given is not None:
         return given
     if device.type != "cuda" or not amp:

@@ -1,4 +1,4 @@
-"""Models: two for small inputs, three CIFAR networks, and everything that timm can create.
+"""Models: two for small inputs, three CIFAR networks, and all timm models.
 
 The CIFAR networks follow their papers for 32x32 inputs: ResNet-18 with a 3x3 stem and no pooling (He et al. 2016),
 WRN-28-10 (Zagoruyko and Komodakis 2016), PyramidNet-110 with basic blocks and additive alpha = 270 (Han et al. 2017).
@@ -30,7 +30,7 @@ def mlp(shape: Sequence[int], classes: int) -> nn.Module:
 
 
 def cnn(shape: Sequence[int], classes: int) -> nn.Module:
-    """Two convolutions with batch norm, then average pooling; input (N, C, H, W) or, in one dimension, (N, length)."""
+    """Two convolutions with batch norm, then average pooling; input (N, C, H, W), or (N, length) for 1-D data."""
     stem: nn.Module
     conv: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
@@ -97,7 +97,7 @@ def cifar_resnet18(shape: Sequence[int], classes: int) -> nn.Module:
 
 
 class _WideBlock(nn.Module):
-    """Pre-activation block: where the shape changes, the shortcut starts behind the first activation."""
+    """Pre-activation block. If the shape changes, the shortcut starts after the first activation."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def wrn28_10(shape: Sequence[int], classes: int) -> nn.Module:
 
 
 class _PadShortcut(nn.Module):
-    """Identity without parameters: average pooling where the block strides, zeros for the added channels."""
+    """Identity shortcut without parameters: average pooling if the block has a stride, zeros for added channels."""
 
     def __init__(self, added: int, stride: int) -> None:
         super().__init__()
@@ -192,21 +192,21 @@ def create_model(
     """Create a model on the CPU, randomly initialized from the global random state.
 
     Args:
-        name: one of :data:`MODELS`, or a model of timm (never with pretrained weights).
-        shape: of one sample, without the batch dimension: (length,) or (channels, height, width).
-        classes: size of the output.
-        drop_path: rate of stochastic depth, of models of timm.
+        name: one of :data:`MODELS`, or a timm model (never with pretrained weights).
+        shape: shape of one sample, without the batch dimension: (length,) or (channels, height, width).
+        classes: number of classes.
+        drop_path: stochastic depth rate, for timm models.
         head_bias: initial bias of the last layer.
-        other_sizes: whether it is to take images of other sizes, too.
-        kwargs: further arguments of models of timm.
+        other_sizes: whether the model must also accept images of other sizes.
+        kwargs: additional arguments for timm models.
 
     Raises:
-        TrainingError: the name is unknown, or the model does not take samples of this shape or these options.
+        TrainingError: the name is unknown, or the model does not accept this sample shape or these options.
     """
     if name not in MODELS and not timm.is_model(name):
         raise TrainingError(f"--model {name} is unknown{_suggestion(name)}")
     if name in MODELS and (drop_path is not None or kwargs):
-        raise TrainingError(f"--drop-path and --model-kwargs are for models of timm, not for {name}")
+        raise TrainingError(f"--drop-path and --model-kwargs need a timm model, not {name}")
     model: Any
     try:
         if name in MODELS:
@@ -223,9 +223,9 @@ def create_model(
             outputs = model.eval()(torch.zeros(2, *shape))
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TrainingError(f"--model {name} does not take samples of shape {tuple(shape)}: {reason}") from error
+        raise TrainingError(f"--model {name} does not accept samples of shape {tuple(shape)}: {reason}") from error
     if outputs.shape != (2, classes):
-        raise TrainingError(f"--model {name} is no classifier: its output has the shape {tuple(outputs.shape)}")
+        raise TrainingError(f"--model {name} is not a classifier: its output has shape {tuple(outputs.shape)}")
     if head_bias is not None:
         head: Any = model.get_classifier() if hasattr(model, "get_classifier") else list(model.modules())[-1]
         if getattr(head, "bias", None) is None:

@@ -216,8 +216,8 @@ def build_parser() -> argparse.ArgumentParser:
         "folders, files outside the class folders and files that are not images are ignored, with a warning. A folder "
         "inside a class folder, a class without training images and a class in val that train lacks are errors. A "
         "training image that cannot be read is reported, replaced by another, and counted in log.csv as bad_files. The "
-        "synthetic data sets have 100 training and 10 validation images per class: synthetic holds tensors on the device, "
-        "synthetic-jpeg JPEG files that are decoded like real ones (default: digits)",
+        "synthetic data sets have 100 training and 10 validation images per class: synthetic holds tensors on the "
+        "device, synthetic-jpeg holds JPEG files that are decoded like real ones (default: digits)",
     )
     add(
         "--max-bad-files",
@@ -340,8 +340,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--batch-size",
         type=integer(1),
-        help="global batch size, summed over all processes. For digits and mnist1d, an incomplete last batch is dropped "
-        "if it holds one sample, with mixup or cutmix, or with several processes; for all other data, always",
+        help="global batch size, summed over all processes. For digits and mnist1d, an incomplete last batch is "
+        "dropped if it holds one sample, with mixup or cutmix, or with several processes; for all other data, always",
     )
     add(
         "--schedule",

@@ -1,4 +1,4 @@
-"""The picture of a run."""
+"""The figure of loss and accuracy over the epochs."""
 
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
@@ -14,9 +14,9 @@ def draw(file: IO[bytes], history: Sequence[Mapping[str, Any]], title: str) -> N
     """Draw the loss and the accuracy over the epochs, as PNG.
 
     Args:
-        file: binary, to write to.
+        file: binary file to write to.
         history: the rows of log.csv, at least one.
-        title: of the picture.
+        title: title of the figure.
     """
     figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=12)

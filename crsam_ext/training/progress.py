@@ -1,4 +1,4 @@
-"""What a run shows while it works: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from .ranks import started
 
 
 def is_quiet() -> bool:
-    """Whether another process speaks for this one: of those that torchrun starts, the first does."""
+    """Return whether this process prints nothing: in a distributed run only rank 0 prints."""
     return started()[0] > 0
 
 
@@ -23,7 +23,7 @@ def warn(line: str) -> None:
 
 
 def say(line: str, console: Console | None = None) -> None:
-    """Print one line on stdout as it is, neither wrapped nor coloured."""
+    """Print one line on stdout, without wrapping or color."""
     if is_quiet():
         return
     (console or Console()).print(line, soft_wrap=True, highlight=False, markup=False)
@@ -37,7 +37,7 @@ class Bar:
         self._task = bar.add_task(self._text(done), total=epochs * steps, completed=done)
 
     def step(self, done: int) -> None:
-        """So many steps are taken."""
+        """Set the number of steps taken."""
         self._bar.update(self._task, completed=done, description=self._text(done))
 
     def line(self, text: str) -> None:
@@ -51,7 +51,7 @@ class Bar:
 
 @contextmanager
 def progress(epochs: int, steps: int, done: int) -> Iterator[Bar]:
-    """Show the progress of ``epochs`` of ``steps`` each, of which ``done`` steps are taken."""
+    """Show the progress of a run of ``epochs`` times ``steps`` steps; ``done`` steps are already taken."""
     console = Console()
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()

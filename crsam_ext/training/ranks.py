@@ -1,6 +1,6 @@
-"""The processes of a run that torchrun has started: which samples each takes, what is added up, and who writes.
+"""The processes of a distributed run: how samples are split, how results are gathered, and which process writes.
 
-``--batch-size`` is that of all processes together, so a run can be resumed with another number of them.
+``--batch-size`` is the global batch size, so a run can be resumed with another number of processes.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ T = TypeVar("T")
 
 
 def started() -> tuple[int, int]:
-    """The number of this process and how many there are, as torchrun has told: 0 and 1 without it."""
+    """Return rank and number of processes from the environment variables of torchrun; (0, 1) without torchrun."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Ranks:
-    """This process among those of the run.
+    """This process's place among the processes of the run.
 
     Args:
-        rank: its number.
-        size: how many there are.
-        store: through which they tell each other why they fail.
+        rank: rank of this process.
+        size: number of processes.
+        store: key-value store that carries error messages between processes.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None) -> None:
@@ -41,7 +41,7 @@ class Ranks:
 
     @classmethod
     def of_torchrun(cls, device: torch.device) -> Ranks:
-        """Meet the other processes, where torchrun has started this one."""
+        """Initialize the process group if torchrun started this process."""
         if started()[1] == 1:
             return ALONE
         store, rank, size = next(rendezvous("env://"))
@@ -54,10 +54,10 @@ class Ranks:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Within, the first error of a process is that of all: they fail as soon as they wait for one that has ended.
+        """Make all processes fail with the first error of any: each fails when it waits for one that has ended.
 
         Raises:
-            TrainingError: another process failed, and its message, if it could leave one.
+            TrainingError: another process failed; the message is the one that it left, if it could.
         """
         try:
             yield
@@ -69,29 +69,29 @@ class Ranks:
         except Exception as error:
             if self._store is None:
                 raise
-            lost = "onnection" in str(error)  # gloo's words for a process that has gone
+            lost = "onnection" in str(error)  # gloo's message when a process has ended
             own = f"process {self.rank} failed: {type(error).__name__}: {error}"
             if lost:
-                own = "another process of the run has ended; with --resume it goes on after the last checkpoint"
+                own = "another process of the run has ended; --resume continues from the last checkpoint"
             message = self._leave_message(own)
             if message == own and not lost:
                 raise
             raise TrainingError(message) from error
 
     def _leave_message(self, message: str) -> str:
-        """Leave a message for all processes; returns the first that was left."""
+        """Leave a message for all processes. Return the first message that any process left."""
         if self._store is not None:
-            with suppress(RuntimeError):  # the process that keeps the store has gone
+            with suppress(RuntimeError):  # the process that hosts the store has ended
                 return self._store.compare_set("error", "", message).decode()
         return message
 
     def leave(self) -> None:
-        """Call when the run is over: nobody ends while others still talk to it."""
+        """Wait for all processes at the end of the run, so that none exits while others still communicate with it."""
         if self.size > 1:
             dist.barrier()
 
     def first(self, function: Callable[[], T]) -> T:
-        """What a function returns in the first process, in all; so is the TrainingError that it raises."""
+        """Call a function on rank 0 only, and return its result, or raise its TrainingError, on all ranks."""
         if self.size == 1:
             return function()
         told: list[Any] = [None, None]
@@ -107,7 +107,7 @@ class Ranks:
         return result
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes."""
+        """Return the values of all ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -115,36 +115,36 @@ class Ranks:
         return values
 
     def union(self, values: Iterable[T]) -> list[T]:
-        """The values of all processes, each once."""
+        """Return the values of all ranks without duplicates."""
         return list(dict.fromkeys(value for of_rank in self.gather(list(values)) for value in of_rank))
 
     def part(self, batch_size: int) -> int:
-        """How many samples of a batch are this process's.
+        """Return the number of samples of a global batch that belong to this rank.
 
         Raises:
-            TrainingError: if the processes cannot have equal parts.
+            TrainingError: the batch cannot be split equally.
         """
         if batch_size % self.size:
-            raise TrainingError(f"--batch-size {batch_size} cannot be divided among {self.size} processes")
+            raise TrainingError(f"--batch-size {batch_size} cannot be divided equally among {self.size} processes")
         return batch_size // self.size
 
     def share(self, samples: Tensor) -> Tensor:
-        """Those of some samples that are this process's: a slice; those of all ranks in turn are all."""
+        """Return this rank's contiguous slice of the samples. The slices of all ranks, in order, are all samples."""
         start, stop = (len(samples) * rank // self.size for rank in (self.rank, self.rank + 1))
         return samples[start:stop]
 
     def ddp(self, model: nn.Module, device: torch.device) -> nn.Module | None:
-        """A DistributedDataParallel around the model; None in a run of one process."""
+        """Return a DistributedDataParallel around the model; None in a run of one process."""
         if self.size == 1:
             return None
-        # Running statistics are those of a rank's own samples until :meth:`unify`, and not sent in each pass.
+        # Each rank keeps the running statistics of its own samples until :meth:`unify`; they are not sent in each pass.
         known = inspect.signature(DistributedDataParallel.__init__).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.14
         devices: Any = [device] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, **{name: False})  # type: ignore[arg-type]
 
     def unify(self, *models: nn.Module | None) -> None:
-        """Give all processes the same running statistics: the means over them."""
+        """Set the running statistics of all ranks to their means over the ranks."""
         if self.size > 1:
             from timm.utils import distribute_bn
 

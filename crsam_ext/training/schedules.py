@@ -1,4 +1,4 @@
-"""Schedules of the learning rate and of rho, alpha and beta, per step: timm's schedulers, and rho after the rate."""
+"""Schedules of the learning rate, rho, alpha and beta, per step: timm's schedulers, and rho proportional to the rate."""
 
 import math
 from argparse import Namespace
@@ -14,9 +14,9 @@ from .options import SCHEDULED
 
 
 class Schedules:
-    r"""Set the scheduled options of all groups for a step.
+    r"""Sets the scheduled options of all parameter groups for a step.
 
-    With T steps, W of them for warm-up, and :math:`s = (t - W) / (T - W)`, the learning rate of step t is
+    With T steps, of these W warm-up steps, and :math:`s = (t - W) / (T - W)`, the learning rate of step t is
 
     ============  ==================================================================
     ``t < W``     peak t / W
@@ -26,14 +26,15 @@ class Schedules:
     ============  ==================================================================
 
     Other options have no warm-up. ``proportional`` is min_rho + (rho - min_rho) (lr - min_lr) / (peak - min_lr) (GSAM,
-    Zhuang et al. 2022), clamped to what lies between min_rho and rho: in warm-up the rate is less than min_lr.
+    Zhuang et al. 2022), clamped to [min_rho, rho]: during warm-up the rate can be less than min_lr.
 
     Args:
-        optimizer: whose groups hold the peaks, or, where its state was loaded, held them at the beginning.
-        steps_per_epoch: how many steps are an epoch.
+        optimizer: its groups hold the peak values, or held them before its state was loaded.
+        options: the options of the run.
+        steps_per_epoch: steps in an epoch.
 
     Raises:
-        TrainingError: the warm-up is as long as the run.
+        TrainingError: the warm-up is not shorter than the run.
     """
 
     def __init__(self, optimizer: CRSAM, options: Namespace, steps_per_epoch: int) -> None:
@@ -49,7 +50,7 @@ class Schedules:
                 self._schedulers.append(_scheduler(Scheduled(optimizer, option), kind, total, 0, minimum))
 
     def set(self, step: int) -> None:
-        """Set what a step uses, counted from 0 over the whole run: a function of the number alone."""
+        """Set the values for a step, counted from 0 over the whole run. They depend on the step number alone."""
         for scheduler in self._schedulers:
             scheduler.step_update(step)
         if self._proportional:
@@ -60,10 +61,10 @@ class Schedules:
 
 
 def warmup_steps(options: Namespace, steps_per_epoch: int) -> int:
-    """The steps of ``--warmup-steps`` or ``--warmup-epochs``.
+    """Return the number of warm-up steps, from ``--warmup-steps`` or ``--warmup-epochs``.
 
     Raises:
-        TrainingError: they are as many as those of the run.
+        TrainingError: the warm-up is not shorter than the run.
     """
     total = options.epochs * steps_per_epoch
     warmup: int = options.warmup_steps or round(options.warmup_epochs * steps_per_epoch)

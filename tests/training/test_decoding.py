@@ -235,7 +235,9 @@ def test_without_torchcodec_pillow_decodes(without_torchcodec):
     from crsam_ext.training.data import load
 
     assert choose("auto") == "pillow"
-    with pytest.raises(TrainingError, match=f"^--decoder torchcodec: torchcodec cannot be imported: {without_torchcodec}$"):
+    with pytest.raises(
+        TrainingError, match=f"^--decoder torchcodec: torchcodec cannot be imported: {without_torchcodec}$"
+    ):
         choose("torchcodec")
     options = parse(["--data", "synthetic-jpeg:2", "--image-size", "32", "--batch-size", "8", "--workers", "0"])
     load(options, torch.device("cpu"))

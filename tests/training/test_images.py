@@ -137,19 +137,19 @@ def nested_in_val(folder):
 
 def empty_class(folder):
     (folder / "train" / "cow").mkdir()
-    return "0 images in .*train, class cow"
+    return "no images in .*train, class cow"
 
 
 def empty_val(folder):
     shutil.rmtree(folder / "val")
     (folder / "val" / "bee").mkdir(parents=True)
-    return "0 images in .*val"
+    return "no images in .*val"
 
 
 def empty_train(folder):
     shutil.rmtree(folder / "train")
     (folder / "train").mkdir()
-    return "0 images in .*train"
+    return "no images in .*train"
 
 
 def sixteen_bits(folder):
@@ -280,7 +280,7 @@ def test_no_training_file_can_be_read(workers, image_folder):
 def test_broken_validation_files_are_refused_before_the_training(harm, workers, image_folder):
     path = image_folder / "val" / "cat" / "1.png"
     harm(path)
-    message = f"^1 of 5 validation images cannot be read: {path}; --skip-bad-val leaves them out$"
+    message = f"^1 of 5 validation images cannot be read: {path}; use --skip-bad-val to ignore them$"
     with pytest.raises(TrainingError, match=message):
         load_data(image_folder, workers=workers)
 
@@ -290,7 +290,7 @@ def test_broken_validation_files_are_left_out_when_asked(workers, image_folder, 
     """They count neither as right nor as wrong, and no other image counts twice."""
     html(image_folder / "val" / "cat" / "1.png")
     (one,) = load_data(image_folder, "--skip-bad-val", workers).test()
-    assert "1 of 5 validation images cannot be read and are left out" in capsys.readouterr().err
+    assert "1 of 5 validation images cannot be read and are ignored" in capsys.readouterr().err
     (image_folder / "val" / "cat" / "1.png").unlink()
     (other,) = load_data(image_folder, "--skip-bad-val", workers).test()
     assert one.x.equal(other.x)
@@ -383,7 +383,7 @@ def test_broken_files_in_a_tar_file(image_folder):
     for split in ("train", "val"):
         html(image_folder / split / "bee" / "1.png")
     packed(image_folder)
-    with pytest.raises(TrainingError, match=f"1 of 5 .*: {image_folder}/val.tar/bee/1.png; --skip-bad-val"):
+    with pytest.raises(TrainingError, match=f"1 of 5 .*: {image_folder}/val.tar/bee/1.png; use --skip-bad-val"):
         load_data(image_folder, kind="tar")
     data = load_data(image_folder, "--skip-bad-val", kind="tar")
     assert bad_files(data) == [f"{image_folder}/train.tar/bee/1.png"]
@@ -418,7 +418,7 @@ def shortened(folder):
 def without_classes(folder):
     with tarfile.open(folder / "train.tar", "w") as tar:
         tar.add(folder / "train" / "ape" / "0.png", "0.png")
-    return f"0 images in {folder}/train.tar, class none"
+    return f"no images in {folder}/train.tar: it has no class folders"
 
 
 @pytest.mark.parametrize("harm", [no_tar, compressed("gz"), compressed("bz2"), compressed("xz"), no_archive, shortened,

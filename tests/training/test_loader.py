@@ -167,7 +167,7 @@ def test_processes_share_the_check_of_validation_images(jpeg_folder):
         labels = processes(shared_check, str(jpeg_folder), "--skip-bad-val")
     finally:
         processes.close()
-    assert refusals == [f"1 of 15 validation images cannot be read: {path}; --skip-bad-val leaves them out"] * 2
+    assert refusals == [f"1 of 15 validation images cannot be read: {path}; use --skip-bad-val to ignore them"] * 2
     assert [len(of_rank) for of_rank in labels] == [7, 7]
     assert sorted(labels[0] + labels[1]) == [0] * 5 + [1] * 4 + [2] * 5
 
@@ -179,9 +179,11 @@ def test_training_leaves_the_last_batch_out_and_no_process_without(photograph_cr
         assert [len(batch.x) for batch in data.train(0, 0)] == [batch_size] * steps
     with pytest.raises(TrainingError, match="--batch-size 49 is larger than the number of training samples"):
         load_data(f"{command} 49")
-    with pytest.raises(TrainingError, match="cannot be divided among 3 processes"):
+    with pytest.raises(TrainingError, match="cannot be divided equally among 3 processes"):
         load_data(f"{command} 16", ranks=Pretended(0, 3))
-    with pytest.raises(TrainingError, match="--mixup pairs samples: the 3 samples of each process must be an even number"):
+    with pytest.raises(
+        TrainingError, match="--mixup pairs samples: the 3 samples of each process must be an even number"
+    ):
         load_data(f"{command} 6 --mixup 1", ranks=Pretended(0, 2))
 
 

@@ -114,9 +114,7 @@ def test_signal_to_one_of_two(two, assert_same_run, here):
         assert statuses == [status, status]
         state = torch.load(here / "stopped" / "last.pt", weights_only=True)
         assert state["step"] in (step, step + 1)  # the request may have been sent with the next step
-        assert (
-            err == f"crsam-train: stopped after step {state['step']} on request; --resume continues from there\n"
-        )
+        assert err == f"crsam-train: stopped after step {state['step']} on request; --resume continues from there\n"
         assert not state["buffers"][0][0]["2.running_mean"].equal(state["buffers"][1][0]["2.running_mean"])
     assert two(f"{NORMED} stopped --resume") == ([0, 0], "")
 
@@ -130,9 +128,7 @@ def test_kill_of_one_of_two(two, assert_same_run):
 
     statuses, err = two(f"{command} killed", step=8, rank=1, signals=[signal.SIGKILL])
     assert statuses == [2, -signal.SIGKILL]
-    assert err == (
-        "crsam-train: another process of the run has ended; --resume continues from the last checkpoint\n"
-    )
+    assert err == ("crsam-train: another process of the run has ended; --resume continues from the last checkpoint\n")
     assert two(f"{command} killed --resume", step=13, rank=0, signals=[signal.SIGKILL]) == ([-signal.SIGKILL, 2], "")
     assert two(f"{command} killed --resume") == ([0, 0], "")
 
