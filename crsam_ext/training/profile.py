@@ -1,7 +1,7 @@
-"""Where the time of training goes: ``crsam-train --profile`` measures the data alone, the step alone, and both.
+"""``crsam-train --profile``: measures the data alone, the step alone, and both together.
 
-The three take turns in short rounds, so that all of them see what the machine does otherwise. Nothing is trained: the
-learning rate is 0, so that no step is left out because the loss diverged.
+The three measurements alternate in short rounds, so that other load on the machine affects all of them equally. Nothing
+is trained: the learning rate is 0, so that the loss cannot diverge and no step is skipped for that reason.
 """
 
 from __future__ import annotations
@@ -35,22 +35,23 @@ if TYPE_CHECKING:
     from .loop import Training
 
 ROUNDS = 5
-PACKAGES = ("torch", "timm", "torchcodec", "pillow")  # whose versions matter
+PACKAGES = ("torch", "timm", "torchcodec", "pillow")  # their versions are recorded
 
 
 def profile(training: Training, seconds: float) -> None:
-    """Measure for about ``seconds`` each, print a table, and write ``profile.json`` to the output folder.
+    """Measure each part for about ``seconds``, print a table, and write ``profile.json`` to the output folder.
 
     Args:
-        training: a run that has taken no step. It cannot go on after this.
+        training: a run that has taken no step. It cannot be trained afterwards.
+        seconds: duration of each measurement.
 
     Raises:
-        TrainingError: there is such a file already, and no --overwrite; or the folder cannot be made.
+        TrainingError: profile.json exists and ``--overwrite`` is not set, or the folder cannot be created.
     """
     options, state = training.options, training.state
     path: Path = options.output / PROFILE
     state.ranks.first(lambda: _claim(path, options.overwrite))
-    say(f"data alone, compute alone, and both: about {seconds:g} s each, after the first steps")
+    say(f"measuring data alone, compute alone, and both: about {seconds:g} s each, after a warm-up")
     records = measure(training, seconds)
     report = {
         **bench.machine(state.device, PACKAGES),
@@ -61,31 +62,31 @@ def profile(training: Training, seconds: float) -> None:
     say(bench.table(report))
     if state.ranks.is_first:
         checkpoint.write(path, lambda file: file.write(checkpoint.as_json(report)))
-        say(f"written to {path}")
+        say(f"results in {path}")
     state.ranks.leave()
 
 
 def _claim(path: Path, overwrite: bool) -> None:
-    """Make the folder, in which a run may be: only an earlier profile is in the way."""
+    """Create the output folder. It may contain a run, but not an earlier profile."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not overwrite:
-            raise TrainingError(f"{path} is there already: give --overwrite or another --output")
+            raise TrainingError(f"{path} already exists: use --overwrite or another --output")
     except OSError as error:
         raise TrainingError(f"--output {path.parent}: {error.strerror}") from error
 
 
 def measure(training: Training, seconds: float, data_alone: bool = True) -> list[dict[str, Any]]:
-    """How many images are trained with in a second: a collective call.
+    """Measure the images per second of training. Collective.
 
     Args:
         training: a run that has taken no step.
-        seconds: to measure each part for, after a warm-up, in up to :data:`ROUNDS` rounds.
-        data_alone: whether the data are measured alone, too.
+        seconds: duration of each measurement, after a warm-up, in up to :data:`ROUNDS` rounds.
+        data_alone: whether to measure the data alone, too.
 
     Returns:
         A record for each part, "data", "compute" and "both", with ``images_per_second`` of all ranks for each round,
-        and what :func:`crsam_ext.bench.table` shows besides.
+        and the other values that :func:`crsam_ext.bench.table` shows.
     """
     meter = _Meter(training)
     loader, plan = meter.loader, meter.plan(seconds)
@@ -95,18 +96,18 @@ def measure(training: Training, seconds: float, data_alone: bool = True) -> list
         loader.drain()
         if data_alone:
             sections["data"].append(loader.load(plan.data))
-        meter.steps(islice(loader.batches, 1))  # waits for the first batch as no other step does
+        meter.steps(islice(loader.batches, 1))  # only this step waits for the first batch
         sections["both"].append(meter.steps(islice(loader.batches, plan.both)))
     skipped = int(training.state.optimizer.stats.skipped)
     if skipped:
-        warn(f"{skipped} steps gave a NaN or an infinity and were cut short: the rates are too high")
+        warn(f"{skipped} steps were skipped because of a NaN or Inf, which takes less time: the rates are too high")
     return _records(training, meter.batch, sections)
 
 
 def measure_data(
     data: Data, options: Namespace, device: torch.device, seconds: float, ranks: Ranks = ALONE
 ) -> dict[str, Any]:
-    """The record of the data alone, as :func:`measure` makes it, for no model: a collective call."""
+    """Return the record of the data alone, as :func:`measure` does, but without a model. Collective."""
     loader = _Loader(data, options, device, ranks)
     batch = next(loader.batches)
     each = loader.seconds_each(seconds / ROUNDS / 4)
@@ -118,7 +119,7 @@ def measure_data(
 
 
 def method(options: Namespace) -> str:
-    """The optimizer as results name it: ``crsam sgd, interval 5, reuse``."""
+    """Return the name of the optimizer in results, such as ``crsam sgd, interval 5, reuse``."""
     optimizer, base = options.optimizer, options.base
     words = [optimizer if optimizer == base else f"{optimizer} {base}"]
     words += [f"interval {options.interval}"] if (options.interval or 1) > 1 else []
@@ -128,7 +129,7 @@ def method(options: Namespace) -> str:
 
 
 class _Plan(NamedTuple):
-    """How many rounds, and how many batches of each part in a round."""
+    """The number of rounds, and the number of batches of each part in a round."""
 
     rounds: int
     data: int
@@ -137,16 +138,16 @@ class _Plan(NamedTuple):
 
 
 class _Section(NamedTuple):
-    """A part in one round, on this rank."""
+    """The measurement of a part in one round, on this rank."""
 
     images: int
     seconds: float
     passes: int = 0
-    parts: dict[str, float] = {}  # noqa: RUF012, a tuple's default is never changed
+    parts: dict[str, float] = {}  # noqa: RUF012, the default is never mutated
 
 
 class _Held(Schedules):
-    """The schedules of a run in its middle, where warm-up is over and rho is not yet 0; but a learning rate of 0."""
+    """Schedules fixed at the middle of the run, after warm-up and before rho reaches 0, with a learning rate of 0."""
 
     def __init__(self, schedules: Schedules, optimizer: CRSAM, step: int) -> None:
         self._schedules, self._optimizer, self._middle = schedules, optimizer, step
@@ -158,7 +159,7 @@ class _Held(Schedules):
 
 
 class _Loader:
-    """This rank's batches of an epoch, which is repeated: its images have the first of --image-size."""
+    """This rank's batches of the first epoch, repeated; their size is the first of --image-size."""
 
     def __init__(self, data: Data, options: Namespace, device: torch.device, ranks: Ranks) -> None:
         self._device, self._ranks, self._ahead = device, ranks, PREFETCH * (options.workers or 0)
@@ -166,11 +167,11 @@ class _Loader:
         self.batches: Iterator[Batch] = itertools.chain.from_iterable(data.train(0, 0) for _ in itertools.count())
 
     def drain(self) -> None:
-        """Take the batches that were prepared while nobody asked for them."""
+        """Discard the batches that the workers prepared ahead."""
         self.load(self._ahead)
 
     def load(self, count: int) -> _Section:
-        """Take batches, and do nothing with them."""
+        """Load batches without using them."""
         self.wait()
         began = time.perf_counter()
         images = sum(len(batch.x) for batch in islice(self.batches, count))
@@ -178,12 +179,12 @@ class _Loader:
         return _Section(images, time.perf_counter() - began)
 
     def seconds_each(self, enough: float) -> float:
-        """Seconds of a batch on the slowest rank, measured over ``enough`` seconds."""
+        """Return the seconds per batch on the slowest rank, measured for ``enough`` seconds."""
         self.drain()
         return _seconds_each(lambda count: max(self._ranks.gather(self.load(count).seconds)), self.workers, enough)
 
     def wait(self) -> None:
-        """Wait for the device."""
+        """Synchronize the device."""
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
 
@@ -200,15 +201,16 @@ class _Meter:
         self._state.trained.train()
 
     def plan(self, seconds: float) -> _Plan:
-        """Warm up, and plan how to measure each part for so many seconds.
+        """Warm up, and plan rounds that measure each part for ``seconds``.
 
-        Rounds consist of whole cycles: of the steps that --interval and --curvature-interval make differ (of those of
-        --interval alone, if a whole one would take longer than ``seconds``), and of the workers, whose batches arrive
-        together. If that takes long there are fewer rounds, at least one.
+        A round consists of whole cycles. For steps, a cycle covers all kinds of steps of --interval and
+        --curvature-interval, or of --interval alone if the full cycle would take longer than ``seconds``. For data, a
+        cycle is one batch of each worker, since these arrive together. If cycles are long, there are fewer rounds, at
+        least one.
         """
         optimizer, target = self._state.optimizer, seconds / ROUNDS
         cycle, workers = optimizer.interval * optimizer.curvature_interval, self.loader.workers
-        # Until steps of each number of passes were taken; a graph is captured at the fourth of a kind.
+        # Enough steps to run each number of passes; a graph is captured at the fourth step of its kind.
         first = 5 * cycle if self._training.options.cuda_graph else max(optimizer.interval + 1, 3)
         self.steps(itertools.repeat(self.batch, first))
         step = _seconds_each(self._seconds_of_slowest, optimizer.interval, target / 4)
@@ -216,18 +218,18 @@ class _Meter:
         both = max(step, batch)
         if cycle * both > seconds:
             cycle = optimizer.interval
-        # Where steps wait for data, they are taken in the cycles of the workers.
+        # If steps wait for data, their rounds also consist of whole cycles of the workers.
         cycle_of_both = cycle if step > batch else math.ceil(workers / cycle) * cycle
         data, compute = _multiple(target / batch, workers), _multiple(target / step, cycle)
         count = _multiple(target / both, cycle_of_both)
         return _Plan(_rounds(seconds, max(data * batch, compute * step, count * both)), data, compute, count)
 
     def steps(self, batches: Iterable[Batch]) -> _Section:
-        """Train as a run does."""
+        """Take steps as a training run does, and measure them."""
         training, parts, images, passes = self._training, self._training.parts, 0, 0
         self.loader.wait()
         parts.mark("other")
-        parts.seconds()  # what came before is not of this section
+        parts.seconds()  # discard the time before this section
         began = time.perf_counter()
         for batch in batches:
             parts.mark("data")
@@ -243,19 +245,19 @@ class _Meter:
         return _Section(images, seconds, passes, of_parts)
 
     def _seconds_of_slowest(self, count: int) -> float:
-        """Of some steps: all ranks are to take as many."""
+        """Return the seconds of some steps on the slowest rank, so that all ranks plan the same number."""
         return max(self._state.ranks.gather(self.steps(itertools.repeat(self.batch, count)).seconds))
 
 
 def _seconds_each(measure: Callable[[int], float], count: int, enough: float) -> float:
-    """Seconds of one of ``count``, or of twice as many until they take ``enough`` together."""
+    """Return the seconds of one item. ``count`` is doubled until all of them take at least ``enough`` seconds."""
     while (taken := measure(count)) < enough:
         count *= 2
     return taken / count
 
 
 def _multiple(number: float, of: int) -> int:
-    """The multiple nearest to a number, at least one of it."""
+    """Return the positive multiple of ``of`` that is nearest to a number."""
     return max(round(number / of), 1) * of
 
 
@@ -299,13 +301,13 @@ def _data_record(common: dict[str, Any], rates: list[float]) -> dict[str, Any]:
 
 
 def _rates(of_ranks: list[list[_Section]]) -> list[float]:
-    """Images a second of all ranks together, for each round."""
+    """Return the images per second of all ranks together, for each round."""
     rounds = zip(*of_ranks, strict=True)
     return [sum(section.images / section.seconds for section in of_round) for of_round in rounds]
 
 
 def _shares(of_round: Iterable[_Section]) -> dict[str, float]:
-    """Percent of the time that each part took, the mean over ranks."""
+    """Return the percentage of the time of each part, averaged over ranks."""
     sections = list(of_round)
     return {
         part: statistics.fmean(100 * section.parts[part] / section.seconds for section in sections)

@@ -1,4 +1,4 @@
-"""Schedules of the learning rate, rho, alpha and beta, per step: timm's schedulers, and rho proportional to the rate."""
+"""Schedules of the learning rate, rho, alpha and beta, per step: timm's schedulers, and rho proportional to lr."""
 
 import math
 from argparse import Namespace

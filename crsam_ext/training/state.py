@@ -1,9 +1,9 @@
-"""Everything that training changes, its checkpoints, and going on from them.
+"""The state of a run: saving it, resuming from it, and keeping the best weights.
 
-``last.pt`` is the one truth about a run: it is written before the first step, whenever a checkpoint is due, after the
-steps of each epoch and after its test, and holds the history too. ``best.pt`` and the ``epoch-N.pt`` of
-``--checkpoint-hist`` are written before it, the CSV files are cut and written after it. So a run that is killed at any
-moment goes on after its last checkpoint, with every file as if it had never stopped.
+``last.pt`` is the authoritative state of a run, including its history. It is written before the first step, whenever a
+checkpoint is due, after the steps of each epoch, and after each evaluation. ``best.pt`` and the ``epoch-N.pt`` files of
+``--checkpoint-hist`` are written before it; the CSV files are truncated and written after it. So a run that is killed at
+any moment resumes from its last checkpoint, and all its files become the same as without the interruption.
 """
 
 from argparse import Namespace
@@ -25,12 +25,12 @@ from .ranks import Ranks
 from .steps import Objective
 
 FILES = ("last.pt", "best.pt", "log.csv", "steps.csv", "curves.png", "config.json")
-PROFILE = "profile.json"  # of no run: it may lie in the folder before one begins, and stays there
+PROFILE = "profile.json"  # not part of a run: it may exist before the run starts, and is kept
 
 
 @dataclass
 class Run:
-    """Everything that training changes."""
+    """The state of a run: everything that training changes."""
 
     device: torch.device
     ranks: Ranks
@@ -38,11 +38,11 @@ class Run:
     optimizer: CRSAM
     ema: ModelEmaV3 | None
     trained: nn.Module  #: the objective, or the DistributedDataParallel around it
-    epoch: Epoch  #: the running epoch
+    epoch: Epoch  #: sums over the current epoch
     steps_of_epoch: int
     step: int = 0  #: steps taken
     history: list[dict[str, Any]] = field(default_factory=list)  #: the rows of log.csv
-    bad: set[str] = field(default_factory=set)  #: files that could not be read, of the whole run
+    bad: set[str] = field(default_factory=set)  #: files that could not be read in the whole run
 
     @property
     def model(self) -> nn.Module:
@@ -50,22 +50,22 @@ class Run:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model whose accuracy counts: the moving average where there is one."""
+        """The model to evaluate: the moving average if there is one."""
         return self.model if self.ema is None else self.ema.module
 
 
 def claim(options: Namespace) -> None:
-    """Make the output folder; in one that holds files, begin anew only where that was asked for.
+    """Create the output folder. With ``--overwrite``, delete the files of an earlier run in it.
 
     Raises:
-        TrainingError: it holds files, or cannot be made.
+        TrainingError: the folder is not empty and ``--overwrite`` is not set, or it cannot be created.
     """
     output = options.output
     try:
         output.mkdir(parents=True, exist_ok=True)
         used = any(path.suffix != checkpoint.PARTIAL and path.name != PROFILE for path in output.iterdir())
         if used and not options.overwrite:
-            raise TrainingError(f"{output} is not empty: give --resume, --overwrite or another --output")
+            raise TrainingError(f"{output} is not empty: use --resume, --overwrite or another --output")
         for path in (*(output / name for name in FILES), *_files_of_epochs(output).values()):
             path.unlink(missing_ok=True)
     except OSError as error:
@@ -73,7 +73,7 @@ def claim(options: Namespace) -> None:
 
 
 def save(run: Run, options: Namespace) -> None:
-    """Write last.pt: a collective call."""
+    """Write last.pt. Collective."""
     run.epoch.fold()
     buffers = run.ranks.gather([_buffers(model) for model in _models(run)])
     if not run.ranks.is_first:
@@ -94,7 +94,7 @@ def save(run: Run, options: Namespace) -> None:
 
 
 def save_best(run: Run, options: Namespace) -> None:
-    """Write the weights that the last row of the history tested, if they are among the best, and forget worse ones."""
+    """Write the weights of the last evaluation if they are among the best, and delete those that no longer are."""
     if not run.ranks.is_first or run.history[-1].get("test_accuracy") is None:
         return
     row, kept = run.history[-1], _best_epochs(run.history, options.checkpoint_hist)
@@ -116,16 +116,16 @@ def _files_of_epochs(output: Path) -> dict[int, Path]:
 
 
 def _best_epochs(history: list[dict[str, Any]], count: int) -> list[int]:
-    """The epochs of the greatest test accuracies, the best first, of equal ones the earlier."""
+    """Return the epochs with the highest test accuracy, best first; among equal ones, the earlier first."""
     tested = [row for row in history if row.get("test_accuracy") is not None]
     return [row["epoch"] for row in sorted(tested, key=lambda row: -row["test_accuracy"])[:count]]
 
 
 def restore(run: Run, options: Namespace) -> None:
-    """Go on from last.pt.
+    """Restore a run from last.pt.
 
     Raises:
-        TrainingError: there is none, or it is of another run.
+        TrainingError: last.pt is missing, or belongs to a run with other options or data.
     """
     path = options.output / "last.pt"
     saved = run.ranks.first(lambda: checkpoint.load(path))
@@ -136,8 +136,8 @@ def restore(run: Run, options: Namespace) -> None:
             raise TrainingError(f"cannot resume with {flag} {value}: {options.output} was started with {flag} {before}")
     if saved["steps_of_epoch"] != run.steps_of_epoch:
         raise TrainingError(
-            f"cannot resume with {run.steps_of_epoch} steps in an epoch: {options.output} was started with "
-            f"{saved['steps_of_epoch']}, on other data or, where the last batch is small, with more or fewer processes"
+            f"cannot resume with {run.steps_of_epoch} steps per epoch: {options.output} was started with "
+            f"{saved['steps_of_epoch']}; check --data, and the number of processes if the last batch is small"
         )
     try:
         run.model.load_state_dict(saved["model"])
@@ -160,7 +160,7 @@ def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _restore_buffers(run: Run, saved: list[list[dict[str, torch.Tensor]]] | None) -> None:
-    """Give this rank its own running statistics, or, where there were other ranks, the means that a test would use."""
+    """Restore this rank's running statistics, or their means if the number of ranks has changed."""
     if saved is None:
         return
     for index, model in enumerate(_models(run)):

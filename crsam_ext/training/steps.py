@@ -1,4 +1,4 @@
-"""One step of training: the model and its loss, the optimizer, and what becomes of a batch."""
+"""One training step: the loss, the optimizer, and all passes over a batch."""
 
 from argparse import Namespace
 from contextlib import AbstractContextManager
@@ -17,13 +17,13 @@ from .measure import Parts
 
 
 def criterion(logits: Tensor, y: Tensor, label_smoothing: float = 0.0, bce: bool = False) -> Tensor:
-    """The mean loss of a batch.
+    """Return the mean loss of a batch.
 
     Args:
         logits: (N, classes).
         y: int64 (N,), or probabilities (N, classes).
-        label_smoothing: s in (1 - s) y + s / classes.
-        bce: binary cross-entropies, summed over the classes (Beyer et al. 2020), instead of the cross-entropy.
+        label_smoothing: s in the target (1 - s) y + s / classes.
+        bce: use binary cross-entropy, summed over the classes (Beyer et al. 2020), instead of cross-entropy.
     """
     if not bce:
         return F.cross_entropy(logits, y, label_smoothing=label_smoothing)
@@ -34,7 +34,7 @@ def criterion(logits: Tensor, y: Tensor, label_smoothing: float = 0.0, bce: bool
 
 
 class Objective(nn.Module):
-    """A model and its loss as one function, so that one compilation, or one DistributedDataParallel, holds both."""
+    """A model and its loss as one module, so that torch.compile and DistributedDataParallel cover both."""
 
     def __init__(self, model: nn.Module, options: Namespace) -> None:
         super().__init__()
@@ -42,28 +42,29 @@ class Objective(nn.Module):
         self._label_smoothing, self._bce, self._amp = options.label_smoothing, options.bce_loss, options.amp
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, 0-dim, and the logits, (N, classes)."""
+        """Return the loss, 0-dim, and the logits, (N, classes)."""
         with self.autocast(x.device):
             logits = self.model(x)
             return criterion(logits, y, self._label_smoothing, self._bce), logits
 
     def loss_to_test(self, logits: Tensor, y: Tensor) -> Tensor:
-        """The mean loss of test samples, without label smoothing."""
+        """Return the mean loss of validation samples, without label smoothing."""
         return criterion(logits, y, bce=self._bce)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """bfloat16 for forward passes where ``--amp`` asks for it."""
+        """Return a context for forward passes: bfloat16 autocast with ``--amp``, otherwise a no-op."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self._amp)
 
 
 def create_optimizer(objective: nn.Module, options: Namespace) -> CRSAM:
-    """The optimizer of ``--optimizer`` over all parameters, also of a DistributedDataParallel.
+    """Create the optimizer of ``--optimizer`` over all parameters; ``objective`` may be a DistributedDataParallel.
 
-    ``sgd`` and ``adamw`` are CRSAM with rho = 0, which runs one pass and is its base: so every optimizer shares one
-    loop, the same clipping, the same skipping of bad steps and the same measurements, and only the method differs.
+    ``sgd`` and ``adamw`` are CRSAM with rho = 0, which runs one pass and equals its base optimizer. So all optimizers
+    share the loop, the gradient clipping, the skipping of steps with NaN or Inf, and the measurements.
 
     Raises:
-        TrainingError: the options do not fit each other or the parameters, or ``--cuda-graph`` this step.
+        TrainingError: the options contradict each other or do not fit the parameters, or ``--cuda-graph`` cannot
+            capture the step.
     """
     if options.base == "adamw":
         base: type[torch.optim.Optimizer] = torch.optim.AdamW
@@ -106,13 +107,13 @@ def _pick(options: Namespace, *names: str) -> dict[str, Any]:
 
 
 class Step:
-    """Steps of the optimizer on batches, each of them with all its passes.
+    """Runs optimizer steps, each with all its passes.
 
     Args:
-        objective: what gives loss and logits.
-        optimizer: over its parameters.
-        parts: is told where the time goes.
-        graph: whether the step is captured in a CUDA graph, anew for each shape of batches.
+        objective: computes loss and logits.
+        optimizer: the optimizer of its parameters.
+        parts: records the time of each part.
+        graph: whether to capture the step in a CUDA graph, once per batch shape.
     """
 
     def __init__(self, objective: nn.Module, optimizer: CRSAM, parts: Parts, graph: bool = False) -> None:
@@ -124,7 +125,7 @@ class Step:
         """Take a step.
 
         Returns:
-            The loss, 0-dim, and the logits, (N, classes), at the weights before it; in a graph, the next step
+            The loss, 0-dim, and the logits, (N, classes), at the weights before the step. With a graph, the next step
             overwrites them.
         """
         if self._graph:
@@ -162,7 +163,7 @@ class Step:
             loss, outputs = objective(self._x, self._y)
             loss.backward()
             if optimizer.pass_index == 0:
-                if self._logits is None:  # in the first step, which is an ordinary one
+                if self._logits is None:  # in the first step, which is not captured
                     self._logits = torch.empty_like(outputs)
                 self._logits.copy_(outputs.detach())
             return loss

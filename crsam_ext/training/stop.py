@@ -1,4 +1,4 @@
-"""Stopping when somebody asks for it: signals, and the step after which all processes of a run stop or save."""
+"""Stopping on signals, and agreeing on the step after which all processes of a run stop or save."""
 
 import signal
 import time
@@ -22,14 +22,14 @@ _SIGNALS = {
 
 
 class Requests:
-    """What the processes of a run are asked for; after each step all of them know the same.
+    """Requests to stop or save. After each step, all processes agree on them.
 
-    A request of one process reaches the others by a reduction on the CPU, which runs while the step does. So it costs
-    no time, and takes effect after the running step or the one after it.
+    A request to one process reaches the others through an all-reduce on the CPU, which runs concurrently with the step.
+    So it costs no time, and takes effect after the current step or the next one.
 
     Args:
-        ranks: the processes.
-        save_minutes: minutes between two saves.
+        ranks: the processes of the run.
+        save_minutes: minutes between two checkpoints.
     """
 
     def __init__(self, ranks: Ranks, save_minutes: float) -> None:
@@ -41,10 +41,10 @@ class Requests:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, the signals are requests; a second SIGINT acts at once.
+        """Treat signals as requests within the context; a second SIGINT acts immediately.
 
-        It lasts until the files are closed: torchrun sends SIGTERM to all when one has ended, also to the one that
-        still writes.
+        The context must last until the files are closed: when one process ends, torchrun sends SIGTERM to all others,
+        including the one that is still writing.
         """
         before = {}
 
@@ -68,33 +68,33 @@ class Requests:
             self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group, async_op=True)
 
     def end_step(self) -> None:
-        """Call after a step; the properties then tell what all processes are to do."""
+        """Call after a step. The requests are then the same on all processes."""
         if self._group is None:
             self._flag.fill_(self._own())
         else:
             self._work.wait()
 
     def _own(self) -> int:
-        """What this process is asked for; the first one looks at the clock for all."""
+        """Return the request to this process. Only rank 0 checks whether a checkpoint is due."""
         due = self._ranks.is_first and time.monotonic() - self._saved > self._period
         return max(self._asked, _SAVE if due else _NOTHING)
 
     @property
     def save(self) -> bool:
-        """Whether a checkpoint is to be written."""
+        """Whether a checkpoint must be written."""
         return self._flag.item() != _NOTHING
 
     def saved(self) -> None:
-        """A checkpoint is written."""
+        """Record that a checkpoint has been written."""
         self._saved = time.monotonic()
 
     def raise_if_stopped(self, step: int) -> None:
-        """Raise what ends the run, if it is to stop.
+        """Raise an exception that ends the run, if a stop was requested.
 
         Raises:
-            Stopped: it is.
+            Stopped: a stop was requested.
         """
         flag = self._flag.item()
         if flag in (_STOP, _INTERRUPT):
             status = RESUME_ME if flag == _STOP else 130
-            raise Stopped(f"stopped after step {step}, as asked; with --resume it goes on from there", status)
+            raise Stopped(f"stopped after step {step} on request; --resume continues from there", status)

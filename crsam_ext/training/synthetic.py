@@ -1,4 +1,4 @@
-"""Images made of random numbers, to measure with: JPEG files that workers decode, or tensors on the device."""
+"""Generated images, for measurements without a data set: JPEG files that workers decode."""
 
 import io
 from functools import lru_cache
@@ -10,18 +10,18 @@ from torch import Tensor
 from .decoding import decode
 
 PER_CLASS = {"train": 100, "val": 10}  # images
-_VARIANTS = 4  # of the pictures of a class
-_PALETTES = 8  # classes whose pictures differ
+_VARIANTS = 4  # pictures per class
+_PALETTES = 8  # classes with different pictures
 
 
 class Jpegs:
-    """JPEG files of 500×375 pixels and some 60 kB, as ImageNet's mostly are, in the memory of each process.
+    """JPEG files of 500×375 pixels and about 60 kB, like typical ImageNet files, in the memory of each process.
 
-    A class has four pictures, and every eighth class the same, so a process encodes 32 and decodes ever after.
+    Each class has four pictures, and every eighth class has the same ones. So a process encodes only 32 pictures.
 
     Args:
         classes: number of classes.
-        per_class: images of each.
+        per_class: images per class.
         decoder: ``pillow`` or ``torchcodec``.
     """
 
@@ -32,22 +32,22 @@ class Jpegs:
         return self._size
 
     def label(self, index: int) -> int:
-        """The class of an image."""
+        """Return the class number of an image."""
         return index // self._per_class
 
     def name(self, index: int) -> str:
-        """What messages call an image."""
+        """Return the name of an image, for messages."""
         return f"synthetic image {index}"
 
     def pixels(self, index: int) -> Tensor | None:
-        """Its pixels, uint8 (375, 500, 3)."""
+        """Return the pixels of an image, uint8 (375, 500, 3)."""
         data = picture(self.label(index) % _PALETTES, index % self._per_class % _VARIANTS)
         return decode(data, self.name(index), self._decoder)
 
 
 @lru_cache(_PALETTES * _VARIANTS)
 def picture(palette: int, variant: int) -> bytes:
-    """A JPEG of smooth colours under fine grain, a function of the arguments alone."""
+    """Return a JPEG of smooth colors with fine grain, as a function of the arguments alone."""
     generator = np.random.default_rng((palette, variant))
     colours = Image.fromarray(generator.integers(256, size=(6, 8, 3), dtype=np.uint8))
     smooth = np.asarray(colours.resize((500, 375), Image.Resampling.BICUBIC), np.float32)

@@ -195,12 +195,12 @@ def test_file_is_taken_before_the_recipe_of_its_name(here):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rate: 0.1", "bad.yaml: learning_rate is no option"),
-        ("epoch: 3", "bad.yaml: epoch is no option; did you mean epochs?"),
-        ("rho-shedule: cosine", "bad.yaml: rho-shedule is no option; did you mean rho_schedule?"),
-        ("7: 3", "bad.yaml: 7 is no option"),
-        ("resume: true", "bad.yaml: resume is for the command line alone"),
-        ("config: other.yaml", "bad.yaml: config is for the command line alone"),
+        ("learning_rate: 0.1", "bad.yaml: learning_rate is not an option"),
+        ("epoch: 3", "bad.yaml: epoch is not an option; did you mean epochs?"),
+        ("rho-shedule: cosine", "bad.yaml: rho-shedule is not an option; did you mean rho_schedule?"),
+        ("7: 3", "bad.yaml: 7 is not an option"),
+        ("resume: true", "bad.yaml: resume can only be given on the command line"),
+        ("config: other.yaml", "bad.yaml: config can only be given on the command line"),
         ("amp: 1", "bad.yaml: amp must be true or false, got 1"),
         ("amp: 'no'", "bad.yaml: amp must be true or false, got 'no'"),
         ("model: no", "bad.yaml: model must be a number or text, got False"),

@@ -1,4 +1,4 @@
-"""Options in YAML files: those that a user has, and the recipes in this folder."""
+"""Options from YAML files: files of the user, and the recipes in this folder."""
 
 import argparse
 import difflib
@@ -13,23 +13,26 @@ FOLDER = Path(__file__).parent
 
 
 def names() -> list[str]:
-    """The recipes that are shipped."""
+    """Return the names of the shipped recipes."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def read(sources: Sequence[str]) -> dict[str, Any]:
-    """The options in some files, the later ones on top; names have underscores, values are as YAML has them.
+    """Return the options of several files; later files override earlier ones.
 
     Args:
         sources: paths of files, or names of recipes.
 
+    Returns:
+        Option names with underscores, and the values as YAML parses them.
+
     Raises:
-        TrainingError: there is no such file or recipe, it is no YAML, it has a key that is no option, or an option has
-            a list, a mapping or a truth value where it takes something else.
+        TrainingError: a file or recipe does not exist or is not YAML, a key is not an option, or a value is a list, a
+            mapping or a boolean and the option needs another type.
     """
     import yaml
 
-    # argparse lists the actions of a parser nowhere else.
+    # argparse has no public list of the actions of a parser.
     options = {action.dest: action for action in build_parser()._actions if action.dest != "help"}
     config: dict[str, Any] = {}
     for source in sources:
@@ -59,16 +62,16 @@ def _path_of(source: str) -> Path:
         return FOLDER / f"{source}.yaml"
     close = difflib.get_close_matches(source, names(), n=1)
     advice = f"did you mean {close[0]}?" if close else f"the recipes are {', '.join(names())}"
-    raise TrainingError(f"--config {source}: there is no such file or recipe; {advice}")
+    raise TrainingError(f"--config {source}: no such file or recipe; {advice}")
 
 
 def _check(name: str, value: object, options: dict[str, argparse.Action]) -> None:
-    """Refuse what is no option, and what its words on a command line could not say. The parser checks the rest."""
+    """Check that a key is an option and that its value can be written on a command line; the parser checks the rest."""
     if name in NOT_IN_FILES:
-        raise ValueError("is for the command line alone")
+        raise ValueError("can only be given on the command line")
     if name not in options:
         close = difflib.get_close_matches(name, set(options) - set(NOT_IN_FILES), n=1)
-        raise ValueError("is no option" + (f"; did you mean {close[0]}?" if close else ""))
+        raise ValueError("is not an option" + (f"; did you mean {close[0]}?" if close else ""))
     if value is None:
         return
     nargs = options[name].nargs
@@ -78,7 +81,7 @@ def _check(name: str, value: object, options: dict[str, argparse.Action]) -> Non
         fits, wanted = isinstance(value, list) and len(value) == nargs, f"a list of {nargs} values"
     elif nargs == "+":
         fits, wanted = isinstance(value, list) and len(value) > 0, "a list"
-    else:  # YAML reads an unquoted no, off, yes or on as a truth value
+    else:  # YAML parses an unquoted no, off, yes or on as a boolean
         fits, wanted = isinstance(value, str | int | float) and not isinstance(value, bool), "a number or text"
     if not fits:
-        raise ValueError(f"takes {wanted}, but is {value!r}")
+        raise ValueError(f"must be {wanted}, got {value!r}")
