@@ -1,8 +1,9 @@
-"""Results of benchmarks/: one table, two figures, and the comparison of two files. The program is `crsam-bench`.
+"""``crsam-bench``: show benchmark results as a table or as figures, and compare two result files.
 
-A result file is JSON: "results", a list of records, one for each peer and case, of which "seconds", "copy" and "loop"
-hold one value a round; "host" and "shares"; "training", of which "images_per_second" holds one value a round; device,
-versions and command. Each of the lists may be absent. benchmarks/README.md says what they mean.
+A result file is JSON. "results" is a list of records, one for each peer and case; their "seconds", "copy" and "loop" have
+one value per round. "host" and "shares" are further lists. "training" is a list of records whose "images_per_second" has
+one value per round. Each list may be absent. The file also holds device, versions and command. benchmarks/README.md
+describes all values.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ Results = dict[str, Any]
 _KEY = ("model", "method", "base", "dtype", "peer")
 _HOST_KEY = ("backend", "model", "base", "form")
 _TRAINING_KEY = ("model", "method", "data", "decoder", "part")
-#: A difference that is smaller than this is none, however narrow the spread.
+#: A smaller relative difference is ignored, however narrow the spread.
 TOLERANCE = 0.05
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """p20, p50 and p80."""
+    """Return the 20th, 50th and 80th percentiles."""
     if len(values) < 2:
         return (values[0],) * 3
     cuts = statistics.quantiles(values, n=10, method="inclusive")
@@ -39,12 +40,12 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def ratios(record: dict[str, Any], of: str) -> list[float]:
-    """Time over that of "copy" or "loop", round by round: both drift with the machine."""
+    """Return the time divided by that of "copy" or "loop" of the same round, since both drift with the machine."""
     return [x / y for x, y in zip(record["seconds"], record[of], strict=True)]
 
 
 def machine(device: torch.device, packages: Sequence[str]) -> dict[str, Any]:
-    """What a result file says about the machine: device, cores that this process may use, versions."""
+    """Return the description of the machine for a result file: device, cores available to this process, versions."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -59,23 +60,23 @@ def machine(device: torch.device, packages: Sequence[str]) -> dict[str, Any]:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Return the number of cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def rate_of_core(data: dict[str, Any]) -> float:
-    """Images a second that one process prepares: the rate of the data alone / (devices x max(workers, 1))."""
+    """Return the images per second of one process: rate of the data alone / (devices x max(workers, 1))."""
     rate = statistics.median(data["images_per_second"])
     return rate / (data["devices"] * max(data["workers"], 1))
 
 
 def cores_per_device(compute: dict[str, Any], data: dict[str, Any]) -> int:
-    """Processes, each with a core, that keep up with a device: ceil(rate of compute alone / rate of a core)."""
+    """Return the cores (one process each) that keep up with a device: ceil(rate of compute alone / rate per core)."""
     return math.ceil(statistics.median(compute["images_per_second"]) / compute["devices"] / rate_of_core(data))
 
 
 def table(results: Results) -> str:
-    """All that was measured, a line for each record."""
+    """Return all results as text, with one line per record."""
     sections = [_steps_table(results), _host_table(results), _shares_table(results), _training_table(results)]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
@@ -94,7 +95,7 @@ def _steps_table(results: Results) -> list[str]:
             lines.append(" ".join(case) + f", {r['elements']:,} elements")
         p20, p50, p80 = (1e3 * q for q in quantiles(r["seconds"]))
         speed = r["bytes"] / p50 / 1e6
-        # The copy of `floor_bytes`, at its own speed in the same rounds.
+        # Relative to the speed of the copy of `floor_bytes` in the same rounds.
         share = statistics.median(
             r["bytes"] / s / (r["floor_bytes"] / c) for s, c in zip(r["seconds"], r["copy"], strict=True)
         )
@@ -148,7 +149,8 @@ def _training_table(results: Results) -> list[str]:
         )
     if any("cores_per_device" in r for r in results["training"]):
         lines.append(
-            "  a core: data alone / (devices x processes); cores for a device: ceil(compute / devices / a core)"
+            "  images/s per core: data alone / (devices x processes); cores per device: ceil(compute / devices / "
+            "images/s per core)"
         )
     return lines
 
@@ -161,11 +163,11 @@ def _details(record: dict[str, Any]) -> str:
     details = []
     if "images_per_second_per_core" in record:
         details.append(
-            f"a core: {record['images_per_second_per_core']:.1f}; devices: {record['devices']}, "
+            f"images/s per core: {record['images_per_second_per_core']:.1f}; devices: {record['devices']}, "
             f"processes: {max(record['workers'], 1)}"
         )
     if "cores_per_device" in record:
-        details.append(f"cores for a device: {record['cores_per_device']}")
+        details.append(f"cores per device: {record['cores_per_device']}")
     if record["part"] == "both":
         rounds = record["parts_percent"]
         means = {part: statistics.fmean(of_round[part] for of_round in rounds) for part in sorted(rounds[0])}
@@ -174,7 +176,7 @@ def _details(record: dict[str, Any]) -> str:
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Two figures: time of a step by model and peer, and bytes moved against the floor; needs matplotlib."""
+    """Draw two figures: time of a step by model and peer, and bytes moved relative to the floor. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     cases: dict[str, list[dict[str, Any]]] = {}
@@ -213,11 +215,11 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 
 def compare(before: Results, after: Results) -> list[str]:
-    """What is slower in ``after``: more than :data:`TOLERANCE`, and beyond the spread (p20 over the other's p80).
+    """Return a line for each result that is slower in ``after`` or moves more bytes.
 
-    Times are compared as ratios to the copy (host times to their floor) of the same round, so that files of a machine
-    that drifts can be compared. Bytes are compared as they are, and so are the images a second of training, of which
-    more are better: their inverse is the time.
+    Slower means: by more than :data:`TOLERANCE`, and beyond the spread (p20 above the other's p80). Times are compared as
+    ratios to the copy of the same round (host times: to their floor), so that results of a drifting machine can be
+    compared. Bytes and the time per training image are compared directly.
     """
     lines = []
     old = {tuple(r[k] for k in _KEY): r for r in before.get("results", [])}
@@ -237,7 +239,7 @@ def compare(before: Results, after: Results) -> list[str]:
     for r in after.get("training", []):
         if (key := tuple(r[k] for k in _TRAINING_KEY)) in old:
             own, other = ([1e3 / rate for rate in record["images_per_second"]] for record in (r, old[key]))
-            pairs.append((f"{_training_name(r)}, ms an image", other, own, None, None))
+            pairs.append((f"{_training_name(r)}, ms per image", other, own, None, None))
     for name, x, y, old_bytes, new_bytes in pairs:
         (_, x50, x80), (y20, y50, _) = quantiles(x), quantiles(y)
         if y20 > x80 and y50 > (1 + TOLERANCE) * x50:
@@ -250,13 +252,15 @@ def compare(before: Results, after: Results) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `crsam-bench`; the exit status is 1 where something is slower."""
-    parser = argparse.ArgumentParser(prog="crsam-bench", description="Look at results of benchmarks/.")
+    """Run ``crsam-bench``. The exit code of ``compare`` is 1 if anything is slower."""
+    parser = argparse.ArgumentParser(prog="crsam-bench", description="Show and compare benchmark results.")
     commands = parser.add_subparsers(dest="command", required=True)
-    comparison = commands.add_parser("compare", help="exit with 1 if the second is slower than the first")
-    comparison.add_argument("before", type=Path)
-    comparison.add_argument("after", type=Path)
-    for name, text in (("table", "print it"), ("draw", "draw two figures beside it")):
+    comparison = commands.add_parser(
+        "compare", help="compare two result files; exit with code 1 if AFTER is slower than BEFORE"
+    )
+    comparison.add_argument("before", type=Path, metavar="BEFORE")
+    comparison.add_argument("after", type=Path, metavar="AFTER")
+    for name, text in (("table", "print the results as a table"), ("draw", "draw two figures next to the result file")):
         commands.add_parser(name, help=text).add_argument("file", type=Path)
     given = parser.parse_args(arguments)
     if given.command != "compare":

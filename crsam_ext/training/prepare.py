@@ -1,18 +1,18 @@
-"""``crsam-train prepare``: shrink a folder of images once, so that every epoch reads and decodes less.
+"""``crsam-train prepare``: shrink the images of a data set once, so that every epoch reads and decodes less.
 
 =======================  ===========================================================================================
 ``train.tar``,           the images as ``CLASS/NAME.jpg``, in the order of the source; or folders ``train`` and ``val``
 ``val.tar``
-``manifest-train.csv``,  for each image its name, its bytes before and after, and the SHA-256 of its content; for one
-``manifest-val.csv``     that could not be read, the name of the source only
+``manifest-train.csv``,  the list of a split: for each image its name, its bytes before and after, and the SHA-256 of its
+``manifest-val.csv``     content; for an image that could not be read, only the name of the source
 ``manifest.json``        options, versions, classes in order, and for each split the counts, the bytes, and the SHA-256
-                         of its list; it is written last: where it is, all is complete
-``options.json``         while the work goes on: what is being made
+                         of its list. It is written last: if it exists, the folder is complete
+``options.json``         options of the command; exists only until the folder is complete
 =======================  ===========================================================================================
 
-A list holds the name and the hash of each image, so the hash of the list stands for all names and contents; it is the
-same for tar files and folders. A list is also the journal: images are listed once they are stored, and a run that goes
-on cuts off what is not listed. Its result has the same bytes as that of a run in one piece.
+A list contains the name and the hash of each image, so the hash of the list identifies all names and contents; it is
+the same for tar files and folders. A list is also the journal: an image is listed after it is stored, and a resumed
+command discards images that are not listed. Its result has the same bytes as that of an uninterrupted command.
 """
 
 import csv
@@ -48,14 +48,14 @@ from .ranks import started
 FORMAT = "crsam-train prepare 1"
 SPLITS = ("train", "val")
 
-_BATCH = 16  # images that a worker hands over at a time
-_COMMIT = 1.0  # seconds between entries in the list: what a run that is killed may have to do again
-_METADATA = 4096  # bytes in a JPEG that is left as it is: a profile of sRGB has 3 kB, a thumbnail more
+_BATCH = 16  # images in a batch of a worker
+_COMMIT = 1.0  # seconds between writes to the list: the most work that is lost if the command is killed
+_METADATA = 4096  # most bytes of metadata in a JPEG that is copied: an sRGB profile has 3 kB, a thumbnail more
 _COLUMNS = ("name", "source_bytes", "bytes", "sha256")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prepare a folder as the command line says.
+    """Run ``crsam-train prepare``.
 
     Args:
         argv: the arguments that follow ``prepare``.
@@ -64,16 +64,16 @@ def main(argv: Sequence[str]) -> int:
         The exit code: 0, 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
-        TrainingError: the options, the source or the target cannot be used, or too many files cannot be read.
+        TrainingError: the options, the source or the target are invalid, or too many files cannot be read.
     """
     options = _parse(argv)
     if started()[1] > 1:
-        raise TrainingError("prepare starts its own --workers: start it once, without torchrun")
+        raise TrainingError("prepare starts its own worker processes (--workers): run it without torchrun")
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         line = _prepare(options)
     except KeyboardInterrupt as interrupt:
-        warn("interrupted; started again, it goes on where it was")
+        warn("interrupted; run the same command again to continue")
         return 128 + (signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT)
     except OSError as error:
         raise TrainingError(f"cannot write {error.filename or options.target}: {error.strerror or error}") from error
@@ -84,45 +84,46 @@ def main(argv: Sequence[str]) -> int:
 
 
 def shrink(path: Path, size: int, quality: int) -> tuple[int, bytes | None]:
-    """The bytes of an image file, and the image as JPEG with a short side of at most ``size``; None if it is broken.
+    """Return the size of an image file in bytes, and the image as JPEG with a short side of at most ``size`` pixels.
 
-    A JPEG that is small, upright, RGB or grey, and has little metadata is left as it is. All else becomes RGB without
-    metadata, turned as EXIF says. Transparency and colour profiles are ignored, as they are when images are read.
+    The JPEG is None if the image is broken. A JPEG file that is small, upright, RGB or gray, and has little metadata is
+    copied. All other images become RGB without metadata, rotated according to EXIF. Transparency and color profiles are
+    ignored, as they are when images are read for training.
 
     Args:
-        path: of the image.
-        size: the limit, in pixels; smaller images keep their size.
-        quality: of the JPEG, from 1 to 100.
+        path: the image file.
+        size: limit of the short side in pixels; smaller images keep their size.
+        quality: JPEG quality, from 1 to 100.
 
     Raises:
-        TrainingError: it has more than 8 bits a channel, or too many pixels.
-        MemoryError: there is not enough for its pixels.
+        TrainingError: the image has more than 8 bits per channel, or too many pixels.
+        MemoryError: the pixels do not fit in memory.
     """
     content = b""
     try:
         content = path.read_bytes()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of many pixels, of palettes with transparency, of damaged EXIF
+            warnings.simplefilter("ignore")  # about many pixels, transparent palettes, damaged EXIF
             with Image.open(io.BytesIO(content)) as image:
                 if image.mode[0] in "IF":
-                    raise TrainingError(f"{path} has more than 8 bits a channel (mode {image.mode}): convert it to 8")
+                    raise TrainingError(f"{path} has more than 8 bits per channel (mode {image.mode}): convert it to 8")
                 if _fits(image, size):
-                    image.load()  # it may be cut off
+                    image.load()  # fails if the file is truncated
                     return len(content), content
                 return len(content), _jpeg(image, size, quality)
     except Image.DecompressionBombError as error:
         raise TrainingError(f"{path}: {error}") from error
     except (TrainingError, MemoryError):
         raise
-    except Exception:  # what Pillow raises depends on the format, and on where it breaks
+    except Exception:  # the exception depends on the format and on the damage
         return len(content), None
 
 
 def member_names(names: Iterable[str]) -> dict[str, str]:
-    """The names of the prepared files of a class: NAME.png becomes NAME.jpg.
+    """Return the names of the prepared files of a class: NAME.png becomes NAME.jpg.
 
-    Files that would share a name get theirs with .jpg at its end: a.png and a.gif become a.png.jpg and a.gif.jpg. So
-    does a file that would then share one of these.
+    Files that would get the same name keep their full name and get .jpg at the end: a.png and a.gif become a.png.jpg and
+    a.gif.jpg. The same holds for a file whose name would collide with one of these.
     """
     names, whole = set(names), set[str]()
     while True:
@@ -137,34 +138,45 @@ def member_names(names: Iterable[str]) -> dict[str, str]:
 def _parse(argv: Sequence[str]) -> Namespace:
     parser = Parser(
         prog="crsam-train prepare",
-        description="Shrink a folder of images once: as JPEG, upright, without metadata. What is interrupted goes on "
-        "when it is started again, and ends with the same bytes.",
+        description="Shrink the images of a data set once, for faster training: JPEG files, rotated upright, without "
+        "metadata. An interrupted command continues when it is run again; the result has the same bytes.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("source", type=Path, metavar="SOURCE", help="holds train/ and val/, and these a folder for each class")
-    add("target", type=Path, metavar="TARGET", help="a new folder, for --data tar:TARGET or folder:TARGET")
-    add("--size", type=integer(1), default=256, help="of the short side in pixels; smaller ones stay (default: 256)")
-    add("--quality", type=integer(1, 100), default=90, help="of the JPEG files (default: 90)")
-    add("--to", choices=("tar", "folder"), default="tar", help="train.tar and val.tar, or folders (default: tar)")
-    add("--workers", type=integer(0), default=os.cpu_count() or 1, help="processes, or 0 (default: one for each CPU)")
+    add("source", type=Path, metavar="SOURCE", help="folder with train/ and val/, each with one folder per class")
+    add("target", type=Path, metavar="TARGET", help="new folder, for --data tar:TARGET or --data folder:TARGET")
+    add(
+        "--size",
+        type=integer(1),
+        default=256,
+        help="short side in pixels; smaller images keep their size (default: 256)",
+    )
+    add("--quality", type=integer(1, 100), default=90, help="JPEG quality (default: 90)")
+    add("--to", choices=("tar", "folder"), default="tar", help="write train.tar and val.tar, or folders (default: tar)")
+    add(
+        "--workers",
+        type=integer(0),
+        default=os.cpu_count() or 1,
+        help="worker processes; 0 for none (default: number of CPUs)",
+    )
     add(
         "--max-bad-files",
         type=integer(0),
         default=100,
-        help="end at more files that cannot be read, of train and val together; they are left out (default: 100)",
+        help="stop with an error if more files of train and val together cannot be read; such files are left out "
+        "(default: 100)",
     )
-    add("--overwrite", action="store_true", help="replace a TARGET that is complete, or was made with other options")
+    add("--overwrite", action="store_true", help="replace a TARGET that is complete or was made with different options")
     return parser.parse_args(argv)
 
 
 def _prepare(options: Namespace) -> str:
-    """Prepare both splits, and say in one line what there is now."""
+    """Prepare both splits, and return a one-line summary."""
     target = options.target.resolve()
-    for folder in (options.source, *(options.source / split for split in SPLITS)):  # each may be a link
+    for folder in (options.source, *(options.source / split for split in SPLITS)):  # each may be a symbolic link
         source = folder.resolve()
         if source.is_relative_to(target) or target.is_relative_to(source):
-            raise TrainingError(f"SOURCE {options.source} and TARGET {options.target} must not lie within each other")
+            raise TrainingError(f"SOURCE {options.source} and TARGET {options.target} must not contain each other")
     found = find(options.source, "SOURCE")
     samples = [[(Path(files.name(index)), files.label(index)) for index in range(len(files))] for files in found[:2]]
     splits = dict(zip(SPLITS, map(_with_members, samples), strict=True))
@@ -179,7 +191,7 @@ def _prepare(options: Namespace) -> str:
         "quality": options.quality,
         "to": options.to,
         "classes": list(classes.values()),
-        "source_sha256": names.hexdigest(),  # of the names of the files
+        "source_sha256": names.hexdigest(),  # of the file names
         "pillow": PIL.__version__,
         "libjpeg": features.version("jpg"),
     }
@@ -201,11 +213,11 @@ def _prepare(options: Namespace) -> str:
         f"{counts} images, {_gigabytes(before)} before, {_gigabytes(after)} after, {rate:.0f} images/s, {bad} bad files"
     )
     missing = len(results["val"]["bad_files"])
-    return f"{line}: {missing} of val, which are missing from every test" if missing else line
+    return f"{line}, {missing} of them in val, missing from every evaluation" if missing else line
 
 
 def _with_members(samples: Sequence[tuple[Path, int]]) -> list[tuple[Path, str]]:
-    """The files, each with the name CLASS/NAME.jpg that it gets."""
+    """Return the files, each with its new name CLASS/NAME.jpg."""
     classes = defaultdict(list)
     for path, _ in samples:
         classes[path.parent].append(path.name)
@@ -214,26 +226,26 @@ def _with_members(samples: Sequence[tuple[Path, int]]) -> list[tuple[Path, str]]
 
 
 def _claim(target: Path, identity: dict[str, Any], overwrite: bool) -> bool:
-    """Make the folder ready to begin or to go on, and return whether there is nothing left to do."""
+    """Prepare the folder for a new or a resumed command, and return whether it is already complete."""
     manifest, begun = target / "manifest.json", target / "options.json"
     target.mkdir(parents=True, exist_ok=True)
     others = {path.name for path in target.iterdir()} - {begun.name + PARTIAL}
     complete = manifest.exists()
     made = _read_json(manifest if complete else begun) if complete or begun.exists() else {}
     if made.get("format") == FORMAT:
-        # Another Pillow may write other bytes: what is begun cannot go on with it, what is complete can be used.
+        # Another version of Pillow may write other bytes: it cannot continue a folder, but a complete one can be used.
         keys = identity.keys() - ({"pillow", "libjpeg"} if complete else set())
         changed = sorted(key for key in keys if made.get(key) != identity[key])
         if changed and not overwrite:
             raise TrainingError(
-                f"{target} was made with other {', '.join(changed)}: give another TARGET, or --overwrite to replace it"
+                f"{target} was made with a different {', '.join(changed)}: use another TARGET, or --overwrite to replace it"
             )
         if complete and not overwrite:
-            begun.unlink(missing_ok=True)  # killed between these two files
+            begun.unlink(missing_ok=True)  # killed after manifest.json was written
             return True
         if not changed and not complete:
             return False
-        _write_json(begun, {"format": FORMAT})  # if it is killed here, it is of other options
+        _write_json(begun, {"format": FORMAT})  # if killed from here on, the folder does not match any options
         manifest.unlink(missing_ok=True)
         for split in SPLITS:
             _list_of(target, split).unlink(missing_ok=True)
@@ -241,7 +253,7 @@ def _claim(target: Path, identity: dict[str, Any], overwrite: bool) -> bool:
                 for path in (target / name, target / (name + PARTIAL)):
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif others:
-        raise TrainingError(f"{target} holds what prepare has not made: give a new folder")
+        raise TrainingError(f"TARGET {target} contains files that prepare did not write: use a new folder")
     _write_json(begun, identity)
     return False
 
@@ -249,14 +261,14 @@ def _claim(target: Path, identity: dict[str, Any], overwrite: bool) -> bool:
 def _prepare_split(
     split: str, files: Sequence[tuple[Path, str]], target: Path, options: Namespace, bad_before: int
 ) -> tuple[dict[str, Any], int]:
-    """Prepare one split, from where it was on; returns its part of the manifest, and how many files it has read."""
+    """Prepare the rest of a split. Return its part of the manifest, and the number of files read now."""
     final = target / (f"{split}.tar" if options.to == "tar" else split)
     partial = final.with_name(final.name + PARTIAL)
-    if final.exists():  # killed in the next split: the list is checked, and there is nothing to read
+    if final.exists():  # killed in the next split: only check the list
         os.replace(final, partial)
     listing, header = _list_of(target, split), _row(_COLUMNS)
     result: dict[str, Any] = {"images": 0, "source_bytes": 0, "bytes": 0, "bad_files": []}
-    classes: set[str] = set()  # that have an image
+    classes: set[str] = set()  # classes with an image
 
     def count(name: str, source_bytes: int | str, size: int | str, digest: str) -> None:
         if digest:
@@ -296,8 +308,8 @@ def _prepare_split(
                 bad = bad_before + len(result["bad_files"])
                 if bad > options.max_bad_files:
                     raise TrainingError(
-                        f"{bad} files cannot be read, more than --max-bad-files {options.max_bad_files}: with a higher "
-                        f"limit it goes on; once they are mended, delete {options.target} and start again"
+                        f"{bad} files cannot be read, more than --max-bad-files {options.max_bad_files}: raise the "
+                        f"limit to continue, or repair them, delete {options.target} and start again"
                     )
                 rows.append(_row(entry))
                 if time.monotonic() - committed >= _COMMIT:
@@ -306,7 +318,7 @@ def _prepare_split(
         _commit(storage, entries, rows)
     lost = sorted({member.partition("/")[0] for _, member in files} - classes) if split == "train" else []
     if lost:
-        raise TrainingError(f"no training image can be read of class {named(lost)}")
+        raise TrainingError(f"no training image of class {named(lost)} can be read")
     os.replace(partial, final)
     hashed = sha256()
     with open(listing, "rb") as content:
@@ -318,20 +330,20 @@ def _prepare_split(
 def _shrunk(
     split: str, total: int, left: list[Path], options: Namespace
 ) -> Generator[tuple[int, bytes | TrainingError | None], None, None]:
-    """What becomes of each file that is left, in order, made by worker processes."""
+    """Yield the result of :func:`shrink` for each remaining file, in order, from worker processes."""
     console = Console()
     columns = (TextColumn(split), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
     task = bar.add_task("", total=total, completed=total - len(left))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of more workers than CPUs
-            # The workers are forked here, before the bar has a thread.
+            warnings.simplefilter("ignore")  # about more workers than CPUs
+            # The workers are forked here, before the progress bar starts a thread.
             batches = iter(
                 DataLoader(
                     _Shrink(options.size, options.quality),
                     batch_size=_BATCH,
-                    sampler=left,  # the keys of a map-style data set are free
+                    sampler=left,  # a map-style data set may have any keys
                     num_workers=min(options.workers, -(-len(left) // _BATCH)),
                     collate_fn=list,
                     worker_init_fn=_ignore_signals,
@@ -345,12 +357,12 @@ def _shrunk(
         if "DataLoader worker" not in str(error):
             raise
         raise TrainingError(
-            f"a process that prepares images has died, perhaps for lack of memory: give fewer --workers ({error})"
+            f"a worker process died, perhaps because memory is full: use fewer --workers ({error})"
         ) from error
 
 
 class _Shrink(Dataset[Any]):
-    """What :func:`shrink` makes of a file. The files are not kept here: of a million, each worker would get a copy."""
+    """Applies :func:`shrink` to a path. It stores no list of files, because each worker would get a copy."""
 
     def __init__(self, size: int, quality: int) -> None:
         self._size, self._quality = size, quality
@@ -358,14 +370,14 @@ class _Shrink(Dataset[Any]):
     def __getitem__(self, path: Any) -> tuple[int, bytes | TrainingError | None]:
         try:
             return shrink(path, self._size, self._quality)
-        except TrainingError as error:  # raised here, it would arrive with a traceback in its message
+        except TrainingError as error:  # if raised here, it would arrive with a traceback in its message
             return 0, error
         except MemoryError:
-            return 0, TrainingError(f"there is not enough memory for {path}: give fewer --workers")
+            return 0, TrainingError(f"out of memory for {path}: use fewer --workers")
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM often reach all processes of a job: the first of them ends the others."""
+    """Ignore Ctrl-C and SIGTERM, which often reach all processes of a job: the main process ends the workers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -373,7 +385,7 @@ def _ignore_signals(worker: int) -> None:
 def _fits(image: Image.Image, size: int) -> bool:
     return (
         isinstance(image, JpegImagePlugin.JpegImageFile)
-        and image.format == "JPEG"  # or several pictures in one file
+        and image.format == "JPEG"  # not MPO, which holds several pictures
         and image.mode in ("RGB", "L")
         and min(image.size) <= size
         and sum(len(content) for _, content in image.applist) <= _METADATA
@@ -386,21 +398,21 @@ def _jpeg(image: Image.Image, size: int, quality: int) -> bytes:
     box, short = None, min(width, height)
     if short > size:
         width, height = (max(1, round(side * size / short)) for side in (width, height))
-        # The decoder shrinks by 2, 4 or 8, and a box filter by any integer, both with aliases; as they leave Lanczos to
-        # shrink by at least 2, it removes what lies above half of the frequencies that remain, and so most of these.
+        # The decoder shrinks by 2, 4 or 8, and a box filter by any integer; both alias. They leave a factor of at least 2
+        # to Lanczos, which removes the upper half of the remaining frequencies, and with it most of the aliases.
         drafted = image.draft(None, (2 * width, 2 * height))
         box = drafted[1] if drafted else None
     shrunk = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=2.0)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = _orientation(image)
-    shrunk.info = {"exif": exif.tobytes()}  # and nothing else, such as a comment
+    shrunk.info = {"exif": exif.tobytes()}  # no other metadata, such as a comment
     content = io.BytesIO()
     ImageOps.exif_transpose(shrunk).save(content, "JPEG", quality=quality)
     return content.getvalue()
 
 
 def _orientation(image: Image.Image) -> int:
-    """What EXIF says, from 1 to 8; 1 where it says nothing, 0 where it says something else, which turns nothing."""
+    """Return the EXIF orientation, from 1 to 8; 1 if it is missing, 0 if it is invalid, which means no rotation."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
@@ -409,10 +421,10 @@ def _orientation(image: Image.Image) -> int:
 
 
 class _Tar:
-    """An uncompressed tar file in GNU's format, which is a function of names and contents."""
+    """An uncompressed tar file in GNU format. Its bytes depend only on names and contents."""
 
     def __init__(self, path: Path) -> None:
-        self._file, self._end = open(path, "a+b"), 0  # noqa: SIM115, it is a context manager itself
+        self._file, self._end = open(path, "a+b"), 0  # noqa: SIM115, closed by __exit__
         self._size = path.stat().st_size
 
     def __enter__(self) -> "_Tar":
@@ -420,13 +432,13 @@ class _Tar:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            # Two blocks of zeros, and more to a whole record, as tar has it.
+            # End of archive: two blocks of zeros, padded to a full record.
             self._file.write(bytes(1024 + -(self._end + 1024) % tarfile.RECORDSIZE))
             self.flush()
         self._file.close()
 
     def holds(self, name: str, size: int) -> bool:
-        """Whether the next member, which is of this name and size, is there as a whole."""
+        """Return whether the next member, with this name and size, is complete; if so, move past it."""
         end = self._end + len(_tar_header(name, size)) + size + -size % tarfile.BLOCKSIZE
         if end > self._size:
             return False
@@ -434,7 +446,7 @@ class _Tar:
         return True
 
     def begin(self) -> None:
-        """Cut off what has not been asked for."""
+        """Truncate the file after the members confirmed by :meth:`holds`."""
         self._file.truncate(self._end)
 
     def add(self, name: str, content: bytes) -> None:
@@ -444,13 +456,13 @@ class _Tar:
         self._file.write(member)
 
     def flush(self) -> None:
-        """Return when all is on the disk."""
+        """Flush all members to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
 
 class _Folder:
-    """A folder with the methods of :class:`_Tar`. Its files are not synchronized one by one, which takes hours."""
+    """A folder with the methods of :class:`_Tar`. Files are not fsynced one by one, which would take hours."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -463,12 +475,12 @@ class _Folder:
         pass
 
     def holds(self, name: str, size: int) -> bool:
-        """Whether there is such a file; after a loss of power, some may be empty."""
+        """Return whether the file exists with this size; after a power failure, some files may be empty."""
         path = self._path / name
         return path.is_file() and path.stat().st_size == size
 
     def begin(self) -> None:
-        """Files that are there but not listed are written again."""
+        """Do nothing: files that exist but are not listed will be overwritten."""
 
     def add(self, name: str, content: bytes) -> None:
         """Write a file."""
@@ -477,11 +489,11 @@ class _Folder:
         path.write_bytes(content)
 
     def flush(self) -> None:
-        """Each file has been handed to the system."""
+        """Do nothing: each file has already been written."""
 
 
 def _tar_header(name: str, size: int) -> bytes:
-    info = tarfile.TarInfo(name)  # of time 0, user and group 0
+    info = tarfile.TarInfo(name)  # with time, user and group 0
     info.size = size
     return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
@@ -489,7 +501,7 @@ def _tar_header(name: str, size: int) -> bytes:
 def _listed(
     listing: Path, files: Sequence[tuple[Path, str]], storage: _Tar | _Folder
 ) -> Iterator[tuple[str, str, str, str]]:
-    """The entries of a list up to the first that is cut off, or whose image is not there."""
+    """Yield the entries of a list up to the first that is incomplete or whose image is missing."""
     size = listing.stat().st_size
     with open(listing, newline="", encoding="utf-8", errors="surrogateescape") as text, suppress(csv.Error, ValueError):
         rows = csv.reader(text)
@@ -504,7 +516,7 @@ def _listed(
 
 
 def _commit(storage: _Tar | _Folder, entries: IO[bytes], rows: list[bytes]) -> None:
-    """List images, after they are stored."""
+    """Flush the images, then add them to the list."""
     storage.flush()
     entries.write(b"".join(rows))
     entries.flush()
@@ -527,7 +539,7 @@ def _list_of(target: Path, split: str) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """What is in a file of this program; nothing, if another has written it."""
+    """Return the content of a JSON file; an empty dictionary if it is not a JSON object."""
     try:
         content = json.loads(path.read_bytes())
     except ValueError:

@@ -62,7 +62,7 @@ def profile(training: Training, seconds: float) -> None:
     say(bench.table(report))
     if state.ranks.is_first:
         checkpoint.write(path, lambda file: file.write(checkpoint.as_json(report)))
-        say(f"results in {path}")
+        say(f"results written to {path}")
     state.ranks.leave()
 
 

@@ -389,12 +389,12 @@ def test_what_is_said(source, tmp_path, capsys):
 def test_bad_files_of_val_are_said_to_be_missing(source, tmp_path, capsys):
     (source / "val" / "bee" / "0.JPEG").write_bytes(b"")
     assert run(source, tmp_path / "out") == 0
-    assert capsys.readouterr().out.endswith(" 2 bad files: 1 of val, which are missing from every test\n")
+    assert capsys.readouterr().out.endswith(" 2 bad files, 1 of them in val, missing from every evaluation\n")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["splits"]["val"]["bad_files"] == ["bee/0.JPEG"]
 
 
 def test_too_many_bad_files(source, tmp_path, capsys):
-    """Of both splits together; with a higher limit it goes on."""
+    """Of both splits together; with a higher limit the command continues."""
     (source / "val" / "bee" / "0.JPEG").write_bytes(b"")
     assert run(source, tmp_path / "out", "--max-bad-files", 1) == 2
     assert "2 files cannot be read, more than --max-bad-files 1" in capsys.readouterr().err
@@ -408,7 +408,7 @@ def test_a_class_of_which_nothing_can_be_read(source, tmp_path, capsys):
     for path in (source / "train" / "bee").iterdir():
         path.write_bytes(b"")
     assert run(source, tmp_path / "out") == 2
-    assert "no training image can be read of class bee" in capsys.readouterr().err
+    assert "no training image of class bee can be read" in capsys.readouterr().err
     assert not (tmp_path / "out" / "train.tar").exists()
 
 
@@ -459,7 +459,7 @@ def test_a_folder_of_somebody_else_is_refused(source, tmp_path, capsys):
     (tmp_path / "out" / "train").mkdir(parents=True)
     (tmp_path / "out" / "train" / "thesis.txt").write_text("years of work")
     assert run(source, tmp_path / "out", "--overwrite") == 2
-    assert "holds what prepare has not made" in capsys.readouterr().err
+    assert "contains files that prepare did not write" in capsys.readouterr().err
     assert contents(tmp_path / "out") == {"train/thesis.txt": b"years of work"}
 
 
@@ -470,7 +470,7 @@ def test_a_manifest_of_somebody_else_is_no_permit(name, content, source, tmp_pat
     (tmp_path / "out" / name).write_text(content)
     before = contents(tmp_path / "out")
     assert run(source, tmp_path / "out", "--overwrite", "--to", "folder") == 2
-    assert "holds what prepare has not made" in capsys.readouterr().err
+    assert "contains files that prepare did not write" in capsys.readouterr().err
     assert contents(tmp_path / "out") == before
 
 

@@ -204,7 +204,7 @@ def test_other_processes_and_another_number_of_steps(two, forked_train, here):
     statuses, _, err = forked_train(f"{SHORT} run --resume")
     assert statuses == [2]
     assert err.startswith(
-        "crsam-train: cannot resume with 23 steps in an epoch: run was started with 22, on other data"
+        "crsam-train: cannot resume with 23 steps per epoch: run was started with 22; check --data, and"
     )
 
 
