@@ -1,9 +1,9 @@
 """``crsam-bench``: show benchmark results as a table or as figures, and compare two result files.
 
-A result file is JSON. "results" is a list of records, one for each peer and case; their "seconds", "copy" and "loop" have
-one value per round. "host" and "shares" are further lists. "training" is a list of records whose "images_per_second" has
-one value per round. Each list may be absent. The file also holds device, versions and command. benchmarks/README.md
-describes all values.
+A result file is JSON. "results" is a list of records, one for each peer and case; their "seconds", "copy" and "loop"
+have one value per round. "host" and "shares" are further lists. "training" is a list of records whose
+"images_per_second" has one value per round. Each list may be absent. The file also holds device, versions and command.
+benchmarks/README.md describes all values.
 """
 
 from __future__ import annotations
@@ -217,8 +217,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
 def compare(before: Results, after: Results) -> list[str]:
     """Return a line for each result that is slower in ``after`` or moves more bytes.
 
-    Slower means: by more than :data:`TOLERANCE`, and beyond the spread (p20 above the other's p80). Times are compared as
-    ratios to the copy of the same round (host times: to their floor), so that results of a drifting machine can be
+    Slower means: by more than :data:`TOLERANCE`, and beyond the spread (p20 above the other's p80). Times are compared
+    as ratios to the copy of the same round (host times: to their floor), so that results of a drifting machine can be
     compared. Bytes and the time per training image are compared directly.
     """
     lines = []

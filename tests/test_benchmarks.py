@@ -222,7 +222,7 @@ def test_imagenet_benchmark(tmp_path, capsys, monkeypatch):
     assert all(r["cores_per_device"] >= 1 for r in results["training"] if r["part"] == "compute")
     assert bench.main(["compare", str(file), str(file)]) == 0
     assert bench.main(["table", str(file)]) == 0
-    assert "cores for a device: ceil(" in capsys.readouterr().out
+    assert "cores per device: ceil(" in capsys.readouterr().out
 
 
 def test_imagenet_benchmark_keeps_to_its_limit():

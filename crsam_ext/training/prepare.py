@@ -3,8 +3,8 @@
 =======================  ===========================================================================================
 ``train.tar``,           the images as ``CLASS/NAME.jpg``, in the order of the source; or folders ``train`` and ``val``
 ``val.tar``
-``manifest-train.csv``,  the list of a split: for each image its name, its bytes before and after, and the SHA-256 of its
-``manifest-val.csv``     content; for an image that could not be read, only the name of the source
+``manifest-train.csv``,  the list of a split: for each image its name, its bytes before and after, and the SHA-256 of
+``manifest-val.csv``     its content; for an image that could not be read, only the name of the source
 ``manifest.json``        options, versions, classes in order, and for each split the counts, the bytes, and the SHA-256
                          of its list. It is written last: if it exists, the folder is complete
 ``options.json``         options of the command; exists only until the folder is complete
@@ -122,8 +122,8 @@ def shrink(path: Path, size: int, quality: int) -> tuple[int, bytes | None]:
 def member_names(names: Iterable[str]) -> dict[str, str]:
     """Return the names of the prepared files of a class: NAME.png becomes NAME.jpg.
 
-    Files that would get the same name keep their full name and get .jpg at the end: a.png and a.gif become a.png.jpg and
-    a.gif.jpg. The same holds for a file whose name would collide with one of these.
+    Files that would get the same name keep their full name and get .jpg at the end: a.png and a.gif become a.png.jpg
+    and a.gif.jpg. The same holds for a file whose name would collide with one of these.
     """
     names, whole = set(names), set[str]()
     while True:
@@ -238,7 +238,8 @@ def _claim(target: Path, identity: dict[str, Any], overwrite: bool) -> bool:
         changed = sorted(key for key in keys if made.get(key) != identity[key])
         if changed and not overwrite:
             raise TrainingError(
-                f"{target} was made with a different {', '.join(changed)}: use another TARGET, or --overwrite to replace it"
+                f"{target} was made with a different {', '.join(changed)}: use another TARGET, or --overwrite to "
+                "replace it"
             )
         if complete and not overwrite:
             begun.unlink(missing_ok=True)  # killed after manifest.json was written
@@ -398,8 +399,8 @@ def _jpeg(image: Image.Image, size: int, quality: int) -> bytes:
     box, short = None, min(width, height)
     if short > size:
         width, height = (max(1, round(side * size / short)) for side in (width, height))
-        # The decoder shrinks by 2, 4 or 8, and a box filter by any integer; both alias. They leave a factor of at least 2
-        # to Lanczos, which removes the upper half of the remaining frequencies, and with it most of the aliases.
+        # The decoder shrinks by 2, 4 or 8, and a box filter by any integer; both alias. They leave a factor of at least
+        # 2 to Lanczos, which removes the upper half of the remaining frequencies, and with it most of the aliases.
         drafted = image.draft(None, (2 * width, 2 * height))
         box = drafted[1] if drafted else None
     shrunk = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS, box, reducing_gap=2.0)

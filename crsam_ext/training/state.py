@@ -2,8 +2,8 @@
 
 ``last.pt`` is the authoritative state of a run, including its history. It is written before the first step, whenever a
 checkpoint is due, after the steps of each epoch, and after each evaluation. ``best.pt`` and the ``epoch-N.pt`` files of
-``--checkpoint-hist`` are written before it; the CSV files are truncated and written after it. A run that is killed at any
-moment therefore resumes from its last checkpoint, and its files become the same as without the interruption.
+``--checkpoint-hist`` are written before it; the CSV files are truncated and written after it. A run that is killed at
+any moment therefore resumes from its last checkpoint, and its files become the same as without the interruption.
 """
 
 from argparse import Namespace

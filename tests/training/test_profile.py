@@ -52,8 +52,8 @@ def test_profile(arguments, here, capsys):
     assert of_core == statistics.median(records["data"]["images_per_second"])  # one process
     needed = math.ceil(statistics.median(compute["images_per_second"]) / of_core)
     assert compute["cores_per_device"] == needed
-    assert f"cores for a device: {needed}" in printed
-    assert "ceil(compute / devices / a core)" in printed
+    assert f"cores per device: {needed}" in printed
+    assert "ceil(compute / devices / images/s per core)" in printed
     # Nothing is a run.
     assert [path.name for path in (here / "out").iterdir()] == [PROFILE]
 
