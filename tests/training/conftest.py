@@ -1,4 +1,4 @@
-"""Runs of the program, and image folders as small as can be."""
+"""Fixtures: runs of the program, and very small image folders."""
 
 import csv
 import json
@@ -51,7 +51,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def read_log():
-    """The rows of a log.csv, or of another CSV file, without the columns that no two runs share."""
+    """The rows of a log.csv, or of another CSV file, without the columns that differ between runs."""
 
     def read(folder, name="log.csv"):
         with open(folder / name, newline="") as file:
@@ -62,7 +62,7 @@ def read_log():
 
 @pytest.fixture
 def read_state():
-    """A checkpoint as a flat dictionary, tensors as their hashes, to be compared bit for bit."""
+    """A checkpoint as a flat dictionary with hashes of the tensors, for bit-for-bit comparison."""
 
     def flatten(value, name):
         if isinstance(value, torch.Tensor):
@@ -78,8 +78,8 @@ def read_state():
     return lambda path: flatten(torch.load(path, weights_only=True), "")
 
 
-# Runs the program for each line that comes in, in a fork or, with ranks, in some that talk to each other, and answers
-# with their exit statuses. So the packages are imported once. Each fork arranges what is to happen to it.
+# Runs the program once for each input line, in one fork or, with ranks, in several connected forks, and replies with
+# their exit codes. So the packages are imported only once. Each fork sets up its own signals and failures.
 FORKS = """
 import json, os, signal, sys, time
 import crsam_ext.training.loop, sklearn.datasets, sklearn.model_selection
@@ -126,7 +126,7 @@ def arrange(left, file=None, moment=None, step=None, test=None, rank=None, signa
         loop.evaluate = counted_evaluate
 
 def run(folder, command, environment, plan, log):
-    signal.alarm(200)  # whatever hangs
+    signal.alarm(200)  # in case the run hangs
     os.chdir(folder)
     os.environ |= environment
     for name in ("stdout", "stderr"):
@@ -156,7 +156,7 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def forks():
     """The process that runs FORKS."""
-    # Libraries that start threads when they are imported would leave their locks to the forks.
+    # Libraries that start threads at import would leave locked locks in the forks.
     one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     environment = {**os.environ, **one, "GLOO_SOCKET_IFNAME": "lo"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -207,7 +207,7 @@ def assert_same_run(here, read_log, read_state):
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
     """A folder in the layout of CIFAR-10, with 20 random images instead of 10 000 in each of its six files."""
-    # The genuine files are recognised by their checksums.
+    # torchvision checks the checksums of the real files.
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: True)
     folder = tmp_path / "cifar" / "cifar-10-batches-py"
     folder.mkdir(parents=True)
@@ -241,7 +241,7 @@ def image_folder(tmp_path):
 
 @pytest.fixture(scope="session")
 def photographs():
-    """Photographs that packages ship, by name: RGB, 640×427 twice and 512×600."""
+    """Photographs shipped with packages, by name: RGB, 640×427 twice and 512×600."""
     from matplotlib import get_data_path
     from sklearn.datasets import load_sample_image
 
@@ -252,7 +252,7 @@ def photographs():
 
 @pytest.fixture(scope="session")
 def photograph_crops(photographs, tmp_path_factory):
-    """A folder in the layout of ImageNet: JPEGs of 200×160, parts of three photographs, which are the classes."""
+    """A folder in the layout of ImageNet: JPEGs of 200×160, crops of three photographs, one class per photograph."""
     root = tmp_path_factory.mktemp("crops")
     generator = np.random.default_rng(0)
     for split, count in (("train", 16), ("val", 5)):
@@ -269,5 +269,5 @@ def photograph_crops(photographs, tmp_path_factory):
 
 @pytest.fixture
 def jpeg_folder(photograph_crops, tmp_path):
-    """The same, to be changed."""
+    """A copy of the folder that tests may change."""
     return shutil.copytree(photograph_crops, tmp_path / "jpegs")

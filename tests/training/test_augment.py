@@ -1,4 +1,4 @@
-"""What a worker does to an image, and the device to a batch."""
+"""Augmentation of images in the workers and of batches on the device."""
 
 import random
 
@@ -31,13 +31,13 @@ def pixels(photographs):
 
 
 def difference(tensor, image):
-    """The largest, of pixels."""
+    """The largest difference between pixels."""
     return (tensor.int() - torch.from_numpy(np.array(image)).int()).abs().max().item()
 
 
 @pytest.mark.parametrize("interpolation", MODES)
 @pytest.mark.parametrize("size", [64, 224])
-def test_crops_are_those_of_timm_resized_as_by_pillow(size, interpolation, pixels):
+def test_random_crops_match_timm_and_pillow(size, interpolation, pixels):
     image = Image.fromarray(pixels.numpy())
     for seed in range(20):
         random.seed(seed)
@@ -45,12 +45,12 @@ def test_crops_are_those_of_timm_resized_as_by_pillow(size, interpolation, pixel
         random.seed(seed)
         crop = RandomResizedCropAndInterpolation(size, (0.08, 1.0), interpolation=interpolation)
         assert (cropped.shape, cropped.dtype) == ((size, size, 3), torch.uint8)
-        # Both round twice, after each direction, weights that have 8 bits more than a pixel.
+        # Both round after each direction, and their weights have 8 more bits than a pixel.
         assert difference(cropped, crop(image)) <= 2
 
 
 @pytest.mark.parametrize("scale", [(0.25, 0.25), (0.5, 1.0)])
-def test_scale_is_the_area_of_crops(scale, pixels, monkeypatch):
+def test_scale_is_the_relative_area_of_crops(scale, pixels, monkeypatch):
     areas = []
     monkeypatch.setattr(
         "crsam_ext.training.augment._resize", lambda part, *_: areas.append(part.shape[0] * part.shape[1] / 32000)
@@ -64,7 +64,7 @@ def test_scale_is_the_area_of_crops(scale, pixels, monkeypatch):
 @pytest.mark.parametrize("interpolation", MODES)
 @pytest.mark.parametrize(("size", "crop_pct"), [(64, 0.875), (96, 1.0), (224, 0.9), (33, 0.875)])
 @pytest.mark.parametrize("upright", [False, True])
-def test_the_image_to_test_is_that_of_timm(upright, size, crop_pct, interpolation, pixels):
+def test_center_crop_matches_timm(upright, size, crop_pct, interpolation, pixels):
     pixels = pixels.swapaxes(0, 1) if upright else pixels
     transform = create_transform(size, crop_pct=crop_pct, interpolation=interpolation, use_prefetcher=True)
     expected = transform(Image.fromarray(pixels.contiguous().numpy()))
@@ -73,7 +73,7 @@ def test_the_image_to_test_is_that_of_timm(upright, size, crop_pct, interpolatio
     assert (cropped.permute(2, 0, 1).int() - torch.as_tensor(expected).int()).abs().max() <= 2
 
 
-def test_shifts_are_by_at_most_the_padding(pixels):
+def test_shifts_are_at_most_the_padding(pixels):
     pixels = pixels[:32, :32]
     padded = torch.nn.functional.pad(pixels, (0, 0, 4, 4, 4, 4))
     possible = {padded[i : i + 32, j : j + 32].numpy().tobytes() for i in range(9) for j in range(9)}
@@ -81,7 +81,7 @@ def test_shifts_are_by_at_most_the_padding(pixels):
     assert seen == possible
 
 
-def test_every_second_image_is_mirrored(pixels):
+def test_half_of_the_images_are_flipped(pixels):
     augment = Augmentation(lambda pixels, size: pixels, None, MEAN, "bilinear")
     results = [augment(pixels, 160) for _ in range(200)]
     assert 60 < sum(result.equal(pixels) for result in results) < 140
@@ -89,7 +89,7 @@ def test_every_second_image_is_mirrored(pixels):
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5", "original", "v0", "3a", "augmix-m3-w3"])
-def test_policies_of_timm(policy, pixels):
+def test_policies_match_timm(policy, pixels):
     augment = Augmentation(lambda pixels, size: pixels[:size, :size], policy, MEAN, "bilinear")
     results = []
     for seed in range(10):
@@ -102,7 +102,7 @@ def test_policies_of_timm(policy, pixels):
 
 
 @pytest.mark.parametrize("policy", ["rand-x9", "nonsense"])
-def test_a_policy_that_timm_has_not(policy):
+def test_unknown_policy_is_an_error(policy):
     with pytest.raises(TrainingError, match=f"--auto-augment {policy}: timm has no such policy"):
         Augmentation(random_shift, policy, MEAN, "bilinear")
 
@@ -140,7 +140,7 @@ def test_erasing_does_not_depend_on_the_number_of_processes(layout):
 
 @pytest.mark.parametrize("more", ["--mixup 0.5", "--cutmix 1", "--mixup 0.5 --cutmix 1"])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_neighbours_are_mixed(more, layout):
+def test_adjacent_samples_are_mixed(more, layout):
     mixing = Mixing(options(more), 4)
     x = torch.rand(16, 3, 16, 16).contiguous(memory_format=layout)
     y = torch.arange(16) % 4
@@ -163,7 +163,7 @@ def test_neighbours_are_mixed(more, layout):
     assert kinds == {word.removeprefix("--") for word in more.split() if word.startswith("--")}
 
 
-def test_vectors_are_mixed_too():
+def test_vectors_can_be_mixed():
     x, y = torch.rand(8, 40), torch.arange(8)
     mixed, _ = Mixing(options("--mixup 0.5"), 8)(x, y, 0, 0)
     assert (mixed.shape, mixed.equal(x)) == ((8, 40), False)

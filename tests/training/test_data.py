@@ -62,7 +62,7 @@ def test_cifar_is_normalized_with_its_own_statistics(cifar10):
     torch.testing.assert_close(x, (pixels / 255 - mean) / std, rtol=1e-4, atol=1e-4)
 
 
-def test_cifar_is_shifted_and_mirrored_in_training(cifar10):
+def test_cifar_is_shifted_and_flipped_in_training(cifar10):
     data = load_data(f"--data cifar10:{cifar10} --batch-size 50 --workers 0")
     originals = torch.from_numpy(CIFAR10(cifar10).data).permute(0, 3, 1, 2)
     padded = torch.nn.functional.pad(originals, (4,) * 4)
@@ -84,7 +84,7 @@ def test_cifar_is_shifted_and_mirrored_in_training(cifar10):
     assert 60 < sum(mirrored for *_, mirrored in seen) < 140
 
 
-def test_auto_augmentation_reaches_cifar(cifar10):
+def test_auto_augment_applies_to_cifar(cifar10):
     command = f"--data cifar10:{cifar10} --batch-size 100 --workers 0"
     plain, augmented = load_data(command), load_data(f"{command} --auto-augment rand-m9-n4")
     ((x, _, _),) = plain.train(0, 0)
@@ -99,7 +99,7 @@ def test_cifar_can_be_mixed_and_erased(cifar10):
     assert [(batch.x.shape, batch.y.shape) for batch in data.train(0, 0)] == [((50, 3, 32, 32), (50, 10))] * 2
 
 
-def test_class_that_validation_lacks_does_not_shift_the_others(image_folder):
+def test_class_without_validation_images_does_not_renumber_the_others(image_folder):
     data = load_data(f"--data folder:{image_folder} --image-size 32 --batch-size 8 --workers 0")
     ((x, y, _),) = data.test()
 
@@ -128,7 +128,7 @@ def test_mixing_digits_does_not_depend_on_the_number_of_processes(more):
         assert batch.y.equal(torch.cat([first.y, second.y]))
 
 
-def test_synthetic_tensors():
+def test_synthetic_tensors_are_fixed_by_the_seed():
     data = load_data("--data synthetic:3 --image-size 16,24@0.5 --epochs 2 --batch-size 32 --channels-last")
     batches = [list(data.train(epoch, 0)) for epoch in range(2)]
     assert (data.shape, data.classes, data.steps) == ((3, 24, 24), 3, 9)
@@ -143,7 +143,7 @@ def test_synthetic_tensors():
         load_data("--data synthetic:3 --batch-size 301")
 
 
-def test_synthetic_files_are_of_the_size_of_those_of_imagenet():
+def test_synthetic_jpegs_have_the_size_of_imagenet_files():
     from crsam_ext.training.synthetic import Jpegs, picture
 
     source = Jpegs(10, 100)
@@ -156,7 +156,7 @@ def test_synthetic_files_are_of_the_size_of_those_of_imagenet():
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_missing_half_of_a_folder(image_folder, split):
+def test_missing_split_is_an_error(image_folder, split):
     (image_folder / split).rename(image_folder / "elsewhere")
 
     with pytest.raises(TrainingError, match=f"there is no folder .*{split}"):

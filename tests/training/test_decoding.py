@@ -1,4 +1,4 @@
-"""The same pixels from both decoders, of every kind of file that ImageNet has and some that it has not."""
+"""Both decoders return the same pixels, for every kind of file in ImageNet and for some others."""
 
 import io
 import struct
@@ -26,7 +26,7 @@ decoders = pytest.mark.parametrize("decoder", ["pillow", pytest.param("torchcode
 
 @pytest.fixture
 def picture(photographs):
-    """An RGB image whose sides are no multiples of a block."""
+    """An RGB image whose sides are not multiples of a JPEG block."""
     return photographs["flower"].crop((200, 100, 305, 183))
 
 
@@ -43,7 +43,7 @@ def exif(orientation):
 
 
 def with_segment(data, content):
-    """A JPEG with an APP1 segment in front."""
+    """A JPEG that starts with an APP1 segment."""
     return data[:2] + b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content + data[2:]
 
 
@@ -52,7 +52,7 @@ def with_segment(data, content):
 @pytest.mark.parametrize(
     "options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 2, "quality": 30}], ids=str
 )
-def test_jpegs_have_the_pixels_of_pillow(mode, options, decoder, picture):
+def test_jpegs_decode_to_the_pixels_of_pillow(mode, options, decoder, picture):
     data = encode(picture.convert(mode), quality=options.pop("quality", 92), **options)
     with Image.open(io.BytesIO(data)) as image:
         expected = np.array(image.convert("RGB"))
@@ -62,14 +62,14 @@ def test_jpegs_have_the_pixels_of_pillow(mode, options, decoder, picture):
 
 
 def with_transform(data, transform):
-    """A CMYK JPEG that says so of its colours: 2 is YCCK."""
+    """A CMYK JPEG with this color transform: 2 is YCCK."""
     at = data.index(b"Adobe") + 11
     return data[:at] + bytes([transform]) + data[at + 1 :]
 
 
 @decoders
 @pytest.mark.parametrize("transform", [0, 2])
-def test_cmyk_jpegs_of_adobe(transform, decoder, picture):
+def test_adobe_cmyk_jpegs_decode_to_the_pixels_of_pillow(transform, decoder, picture):
     data = with_transform(encode(picture.convert("CMYK")), transform)
     with Image.open(io.BytesIO(data)) as image:
         expected = np.array(image.convert("RGB"))
@@ -79,7 +79,7 @@ def test_cmyk_jpegs_of_adobe(transform, decoder, picture):
 @decoders
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_all_orientations_are_turned_upright(mode, orientation, decoder, picture):
+def test_all_orientations_are_rotated_upright(mode, orientation, decoder, picture):
     stored = np.array(picture.convert(mode).convert("RGB"))
     turns = {1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: lambda x: x.swapaxes(0, 1),
              6: lambda x: np.rot90(x, 3), 7: lambda x: np.rot90(x, 2).swapaxes(0, 1), 8: np.rot90}  # fmt: skip
@@ -87,7 +87,9 @@ def test_all_orientations_are_turned_upright(mode, orientation, decoder, picture
     pixels = decode(data, "x", decoder).numpy().astype(int)
     expected = turns[orientation](stored)
     assert pixels.shape == expected.shape
-    assert np.abs(pixels - expected).max() <= 6  # what JPEG loses at quality 100; another turn is off by 100 and more
+    assert (
+        np.abs(pixels - expected).max() <= 6
+    )  # the loss of JPEG at quality 100; a wrong rotation differs by 100 or more
 
 
 _TAG = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12" + b"%s" + b"\0\0\0\0"
@@ -104,7 +106,7 @@ ODD_TAGS = {
 @decoders
 @pytest.mark.parametrize("tag", ODD_TAGS.values(), ids=ODD_TAGS)
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_odd_orientations_are_those_of_pillow(tag, decoder, picture):
+def test_malformed_orientations_are_handled_as_in_pillow(tag, decoder, picture):
     data = with_segment(encode(picture), tag)
     with Image.open(io.BytesIO(data)) as image:
         expected = np.array(ImageOps.exif_transpose(image))
@@ -113,7 +115,7 @@ def test_odd_orientations_are_those_of_pillow(tag, decoder, picture):
 
 @decoders
 @pytest.mark.parametrize("format", ["PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
-def test_other_formats_whatever_they_are_called(format, decoder, picture):
+def test_other_formats_are_recognized_under_any_name(format, decoder, picture):
     """n02105855_2933.JPEG of ImageNet is a PNG."""
     options = {"lossless": True} if format == "WEBP" else {}
     stored = picture.quantize(200) if format == "GIF" else picture
@@ -123,7 +125,7 @@ def test_other_formats_whatever_they_are_called(format, decoder, picture):
 
 @decoders
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "transparent P"])
-def test_modes_of_png_are_made_rgb(mode, decoder, picture):
+def test_png_modes_are_converted_to_rgb(mode, decoder, picture):
     image = picture.quantize(50) if "P" in mode else picture.convert(mode)
     options = {"transparency": 3} if mode == "transparent P" else {}
     pixels = decode(encode(image, "PNG", **options), "x", decoder)
@@ -133,7 +135,7 @@ def test_modes_of_png_are_made_rgb(mode, decoder, picture):
 
 @decoders
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (17, 1), (3, 40)])
-def test_images_of_few_pixels(size, decoder, picture):
+def test_tiny_images_are_decoded(size, decoder, picture):
     assert decode(encode(picture.resize(size)), "x", decoder).shape == (size[1], size[0], 3)
 
 
@@ -156,13 +158,13 @@ def test_too_many_pixels_are_refused(format, decoder, monkeypatch, picture):
 
 @decoders
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"\xff\xd8\xff\xe0" + bytes(range(256))], ids=len)
-def test_what_is_no_image_is_broken(data, decoder):
+def test_data_that_are_not_an_image_are_broken(data, decoder):
     assert decode(data, "x", decoder) is None
 
 
 @decoders
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_jpeg_that_is_cut_off_anywhere_is_broken(progressive, decoder, picture):
+def test_a_jpeg_truncated_anywhere_is_broken(progressive, decoder, picture):
     data = encode(picture, progressive=progressive)
     for length in (*range(0, len(data) - 2, 97), len(data) - 2):
         assert decode(data[:length], "x", decoder) is None, length
@@ -171,7 +173,7 @@ def test_a_jpeg_that_is_cut_off_anywhere_is_broken(progressive, decoder, picture
 
 
 @with_torchcodec
-def test_damaged_jpegs_are_the_same_to_both(picture):
+def test_damaged_jpegs_give_the_same_result_in_both_decoders(picture):
     data = encode(picture)
     generator = np.random.default_rng(0)
     broken = 0
@@ -189,7 +191,7 @@ def test_damaged_jpegs_are_the_same_to_both(picture):
 @pytest.mark.parametrize(
     "error", [RuntimeError, NotImplementedError, AttributeError, KeyError, struct.error, zlib.error]
 )
-def test_whatever_pillow_raises_the_file_is_broken(error, monkeypatch, picture):
+def test_any_exception_of_pillow_means_a_broken_file(error, monkeypatch, picture):
     """AVIF raises RuntimeError, BLP NotImplementedError, SPIDER AttributeError, and so on."""
 
     def fails(*_):
@@ -200,7 +202,7 @@ def test_whatever_pillow_raises_the_file_is_broken(error, monkeypatch, picture):
 
 
 @decoders
-def test_memory_that_is_short_is_no_broken_file(decoder, monkeypatch, picture):
+def test_lack_of_memory_does_not_mean_a_broken_file(decoder, monkeypatch, picture):
     def fails(*_, **__):
         raise MemoryError
 
@@ -212,14 +214,14 @@ def test_memory_that_is_short_is_no_broken_file(decoder, monkeypatch, picture):
 
 
 @with_torchcodec
-def test_torchcodec_is_used_where_it_imports():
+def test_auto_uses_torchcodec_if_it_can_be_imported():
     assert (choose("auto"), choose("torchcodec"), choose("pillow")) == ("torchcodec", "torchcodec", "pillow")
 
 
 @pytest.fixture(params=["ImportError('No module named torchcodec')", "OSError('libnvrtc.so.13: cannot open\\nmore')",
                         "RuntimeError('no libavutil')", "OSError()"])  # fmt: skip
 def without_torchcodec(request, tmp_path, monkeypatch):
-    """A torchcodec that raises an error; returns the first line of it."""
+    """A torchcodec whose import fails; returns the first line of the error."""
     from crsam_ext.training import decoding
 
     (tmp_path / "torchcodec.py").write_text(f"raise {request.param}")
@@ -231,7 +233,7 @@ def without_torchcodec(request, tmp_path, monkeypatch):
     decoding._torchcodec.cache_clear()
 
 
-def test_without_torchcodec_pillow_decodes(without_torchcodec):
+def test_auto_uses_pillow_without_torchcodec(without_torchcodec):
     from crsam_ext.training.data import load
 
     assert choose("auto") == "pillow"

@@ -1,4 +1,4 @@
-"""Real pixels through the whole program: two processes, killed and resumed, on parts of photographs and on clothes."""
+"""The whole program on real images: two processes, killed and resumed, on crops of photographs and on Fashion-MNIST."""
 
 import csv
 import gzip
@@ -16,7 +16,7 @@ from crsam_ext.training.logs import TIMES
 
 pytestmark = pytest.mark.slow
 
-# Dies as a process does that is killed, after a step of each start.
+# Dies like a killed process, after a given step of each start.
 PROGRAM = """
 import os, signal, sys
 from crsam_ext.training import loop
@@ -36,7 +36,7 @@ sys.exit(main())
 
 @pytest.fixture(scope="module")
 def many_crops(photographs, tmp_path_factory):
-    """A folder in the layout of ImageNet: 3000 JPEGs of 100×80 to train and 300 to test, of three photographs."""
+    """A folder in the layout of ImageNet: 3000 training and 300 validation JPEGs of 100×80, from three photographs."""
     root = tmp_path_factory.mktemp("many")
     generator = np.random.default_rng(0)
     for split, count in (("train", 1000), ("val", 100)):
@@ -54,7 +54,7 @@ def many_crops(photographs, tmp_path_factory):
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts the program in some processes, and lets rank 0 or all die after a step; returns what is left of it."""
+    """Starts the program in several processes, and lets rank 0 or all ranks die after a step."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
 
@@ -91,8 +91,8 @@ def assert_same(first, second):
         ("test_vit", "--epochs 6 --optimizer crsam --base adamw --lr 2e-3 --rho 0.05", ()),
     ],
 )
-def test_photographs_are_told_apart(model, options, dies, many_crops, start, tmp_path):
-    """In two processes, of which one run is killed twice; 90 to 180 steps suffice for 95 %, whichever the method."""
+def test_training_on_photographs_reaches_its_accuracy(model, options, dies, many_crops, start, tmp_path):
+    """Two processes; one run is killed twice. 90 to 180 steps suffice for 95 % with every method."""
     command = (
         f"--data folder:{many_crops} --model {model} --image-size 64 --batch-size 100 --workers 1 "
         f"--scale 0.3 1 --save-steps 15 --log-interval 10 --warmup-steps 10 {options}"
@@ -112,7 +112,7 @@ def test_photographs_are_told_apart(model, options, dies, many_crops, start, tmp
 
 
 def idx(path):
-    """An array in the format of MNIST."""
+    """An array in MNIST's file format."""
     data = gzip.decompress(path.read_bytes())
     shape = [int.from_bytes(data[4 * i : 4 * i + 4], "big") for i in range(1, 1 + data[3])]
     return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
@@ -123,7 +123,7 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 @pytest.fixture(scope="module")
 def clothes(tmp_path_factory):
-    """Fashion-MNIST's 10 000 test images as grey JPEGs of 64×64 in folders: 9000 to train, 1000 to test."""
+    """Fashion-MNIST's 10,000 test images as gray 64×64 JPEGs in folders: 9000 for training, 1000 for validation."""
     if not FASHION.is_dir():
         pytest.skip("Debian's package dataset-fashion-mnist is not installed")
     root = tmp_path_factory.mktemp("clothes")
@@ -138,8 +138,8 @@ def clothes(tmp_path_factory):
     return root
 
 
-def test_clothes_from_a_folder_and_from_tar_files(clothes, start, tmp_path):
-    """`prepare` leaves small JPEGs as they are, so both give the same weights, to the bit."""
+def test_fashion_mnist_from_folders_and_tar_files_gives_the_same_run(clothes, start, tmp_path):
+    """`prepare` copies small JPEGs, so both runs give bit-for-bit equal weights."""
     prepared = subprocess.run(
         [sys.executable, "-m", "crsam_ext.training", "prepare", str(clothes), str(tmp_path / "prepared")],
         capture_output=True, text=True, timeout=500,

@@ -1,4 +1,4 @@
-"""Mistakes: one line on stderr, exit code 2, and not a byte on the disk has changed."""
+"""User errors: one line on stderr, exit code 2, and no change on the disk."""
 
 import shutil
 import sys
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def refuse(crsam_train, here, capsys):
-    """Runs a command that must be refused, and returns what it says."""
+    """Runs a command that must be refused, and returns its error message."""
 
     def contents():
         return {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} | {
@@ -73,24 +73,24 @@ def refuse(crsam_train, here, capsys):
         ("--resume --overwrite", "not allowed with"),
     ],
 )
-def test_mistake_in_the_options(refuse, command, message):
+def test_invalid_options_are_refused(refuse, command, message):
     assert message in refuse(command)
 
 
-def test_output_that_is_a_file(refuse, here):
+def test_output_that_is_a_file_is_refused(refuse, here):
     (here / "out").write_text("mine")
 
     assert "--output out: " in refuse("--output out")
 
 
 @pytest.mark.parametrize("option", ["", "--overwrite"])
-def test_mistake_over_an_existing_run(refuse, here, finished, option):
+def test_invalid_options_leave_an_existing_run_unchanged(refuse, here, finished, option):
     shutil.copytree(finished, here / "out")
 
     assert "unknown" in refuse(f"--model nonsense --output out {option}")
 
 
-def test_run_in_the_way(refuse, here, finished):
+def test_an_existing_run_is_not_overwritten(refuse, here, finished):
     shutil.copytree(finished, here / "out")
 
     assert "out is not empty: use --resume, --overwrite or another --output" in refuse("--output out")
@@ -105,7 +105,7 @@ def test_run_in_the_way(refuse, here, finished):
         ("--ema 0.9", "cannot resume with --ema 0.9: out was started with --ema None"),
     ],
 )
-def test_resume_with_other_options(refuse, here, finished, change, message):
+def test_resume_with_other_options_is_refused(refuse, here, finished, change, message):
     shutil.copytree(finished, here / "out")
     assert message in refuse(f"--model mlp --epochs 1 --output out --resume {change}")
 
@@ -153,28 +153,28 @@ def drop_a_weight(path):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_resume_from_a_bad_checkpoint(refuse, here, finished, harm, message):
+def test_resume_from_a_bad_checkpoint_is_refused(refuse, here, finished, harm, message):
     shutil.copytree(finished, here / "out")
     harm(here / "out" / "last.pt")
 
     assert f"out/last.pt {message}" in refuse("--model mlp --epochs 1 --output out --resume")
 
 
-def test_policy_that_timm_does_not_know(refuse, image_folder):
+def test_unknown_policy_is_refused(refuse, image_folder):
     shutil.copytree(image_folder / "train" / "ape", image_folder / "val" / "ape")
     command = f"--data folder:{image_folder} --batch-size 4 --model test_resnet --image-size 32"
 
     assert "--auto-augment nonsense: timm has no such policy" in refuse(f"{command} --auto-augment nonsense")
 
 
-def test_empty_image_folder(refuse, tmp_path):
+def test_empty_image_folder_is_refused(refuse, tmp_path):
     (tmp_path / "images" / "train" / "ape").mkdir(parents=True)
     (tmp_path / "images" / "val" / "ape").mkdir(parents=True)
 
     assert "no images" in refuse(f"--data folder:{tmp_path / 'images'}")
 
 
-def test_divergence_keeps_the_last_sound_epoch(crsam_train, here, capsys, read_log):
+def test_divergence_keeps_the_last_good_epoch(crsam_train, here, capsys, read_log):
     assert crsam_train("--model mlp --lr 1e30 --epochs 3 --log-interval 1 --output out") == 2
     assert "diverged" in capsys.readouterr().err
     assert len(read_log(here / "out")) == 1
@@ -186,7 +186,7 @@ def test_divergence_keeps_the_last_sound_epoch(crsam_train, here, capsys, read_l
 def test_missing_package(refuse, monkeypatch, module, package):
     for name in ("loop", "progress"):
         monkeypatch.delitem(sys.modules, f"crsam_ext.training.{name}", raising=False)
-        # Or other tests would patch the module that is imported here, which nobody uses then.
+        # Otherwise later tests would patch the module imported here, which is not in use then.
         monkeypatch.delattr(f"crsam_ext.training.{name}", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
 

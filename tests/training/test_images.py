@@ -1,4 +1,4 @@
-"""Folders of images as people have them: what is the data, and what is said of the rest."""
+"""Image folders as found in practice: which files are the data, and which messages the others cause."""
 
 import os
 import shutil
@@ -48,7 +48,7 @@ def picture(path, mode="RGB", **options):
 @pytest.mark.parametrize("stray", [".ipynb_checkpoints/0.png", "preview.png", "__MACOSX/0.png", "notes.txt",
                                    "ape/.hidden.png", "ape/notes.txt", "ape/.thumbnails/0.png"])  # fmt: skip
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_what_is_no_data_is_left_out_and_named(stray, split, image_folder, capsys):
+def test_files_that_are_not_data_are_ignored_with_a_warning(stray, split, image_folder, capsys):
     shutil.copytree(image_folder / "train" / "ape", image_folder / "val" / "ape")
     expected = load_data(image_folder)
     path = image_folder / split / stray
@@ -64,7 +64,7 @@ def test_what_is_no_data_is_left_out_and_named(stray, split, image_folder, capsy
     assert sum(len(batch.y) for batch in data.test()) == sum(len(batch.y) for batch in expected.test())
 
 
-def test_many_files_that_are_left_out_are_counted(image_folder, capsys):
+def test_the_warning_counts_further_ignored_files(image_folder, capsys):
     for index in range(12):
         (image_folder / "train" / f"notes{index}.txt").write_text("nothing")
     load_data(image_folder)
@@ -73,7 +73,7 @@ def test_many_files_that_are_left_out_are_counted(image_folder, capsys):
 
 
 @pytest.mark.parametrize("ending", ["webp", "WEBP", "JPG", "jpeg", "bmp", "gif", "tif", "ppm"])
-def test_endings(ending, image_folder):
+def test_file_extensions_of_images(ending, image_folder):
     for index in range(8):
         picture(image_folder / "train" / "dog" / f"{index}.{ending}")
     picture(image_folder / "val" / "dog" / f"0.{ending}")
@@ -95,8 +95,8 @@ def test_classes_are_numbered_in_natural_order(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("01", "1"), ("5", "5²"), ("b", "①")])
-def test_the_order_is_a_function_of_the_names(names, tmp_path, monkeypatch):
-    """Whatever the order in which the file system lists them; digits that int() does not take are letters."""
+def test_the_order_depends_only_on_the_names(names, tmp_path, monkeypatch):
+    """In any order in which the file system lists them; digits that int() does not accept count as letters."""
     for name in names:
         for split in ("train", "val"):
             picture(tmp_path / split / name / "0.png")
@@ -183,7 +183,7 @@ def test_folders_that_are_refused(harm, image_folder):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mode", ["I;16", "bomb"])
 def test_training_images_that_are_refused(mode, workers, image_folder):
-    """When they are read: in one line, also from a worker."""
+    """The error is raised when they are read, in one line, also from a worker."""
     path = image_folder / "train" / "ape" / "0.png"
     if mode == "bomb":
         Image.new("1", (20_000, 20_000)).save(path)
@@ -195,7 +195,7 @@ def test_training_images_that_are_refused(mode, workers, image_folder):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_class_that_validation_lacks_is_named(image_folder, capsys):
+def test_a_class_without_validation_images_is_a_warning(image_folder, capsys):
     load_data(image_folder)
     assert f"{image_folder / 'val'} has no images of ape\n" in capsys.readouterr().err
 
@@ -232,8 +232,8 @@ def bad_files(data, epoch=0):
 
 @breaks
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_training_files(harm, workers, image_folder):
-    """Each is named in the batch that it would have been in."""
+def test_broken_training_files_are_replaced_and_reported(harm, workers, image_folder):
+    """Each is reported in the batch to which it belongs."""
     paths = [image_folder / "train" / "bee" / f"{index}.png" for index in (0, 3)]
     for path in paths:
         harm(path)
@@ -260,14 +260,14 @@ def test_broken_files_are_replaced_by_the_next_readable_ones(image_folder):
     data_set = Images(train, val, lambda pixels, size: pixels, lambda pixels, size: pixels, seed=0)
     answer = data_set[Request(0, 32, list(range(24)))]
     assert answer.pixels[23].equal(answer.pixels[22])
-    assert answer.pixels[23].equal(answer.pixels[0])  # the next one after the last is the first
+    assert answer.pixels[23].equal(answer.pixels[0])  # after the last image comes the first
     assert len({pixels.numpy().tobytes() for pixels in answer.pixels}) == 22
     assert answer.labels.tolist() == 8 * [0] + 8 * [1] + 6 * [2] + [0, 0]
     assert answer.bad == [str(image_folder / "train" / "cat" / f"{index}.png") for index in (6, 7)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_no_training_file_can_be_read(workers, image_folder):
+def test_no_readable_training_file_is_an_error(workers, image_folder):
     for path in (image_folder / "train").rglob("*.png"):
         html(path)
     data = load_data(image_folder, workers=workers)
@@ -277,7 +277,7 @@ def test_no_training_file_can_be_read(workers, image_folder):
 
 @breaks
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_validation_files_are_refused_before_the_training(harm, workers, image_folder):
+def test_broken_validation_files_are_an_error_before_the_training(harm, workers, image_folder):
     path = image_folder / "val" / "cat" / "1.png"
     harm(path)
     message = f"^1 of 5 validation images cannot be read: {path}; use --skip-bad-val to ignore them$"
@@ -286,8 +286,8 @@ def test_broken_validation_files_are_refused_before_the_training(harm, workers, 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_validation_files_are_left_out_when_asked(workers, image_folder, capsys):
-    """They count neither as right nor as wrong, and no other image counts twice."""
+def test_broken_validation_files_are_ignored_with_skip_bad_val(workers, image_folder, capsys):
+    """They count neither as correct nor as wrong, and no other image counts twice."""
     html(image_folder / "val" / "cat" / "1.png")
     (one,) = load_data(image_folder, "--skip-bad-val", workers).test()
     assert "1 of 5 validation images cannot be read and are ignored" in capsys.readouterr().err
@@ -297,7 +297,7 @@ def test_broken_validation_files_are_left_out_when_asked(workers, image_folder, 
     assert one.y.tolist() == other.y.tolist() == [1, 1, 2, 2]
 
 
-def test_all_validation_files_are_broken(image_folder):
+def test_only_broken_validation_files_are_an_error(image_folder):
     for path in (image_folder / "val").rglob("*.png"):
         html(path)
     for more, advice in (("", True), ("--skip-bad-val", False)):
@@ -306,7 +306,7 @@ def test_all_validation_files_are_broken(image_folder):
         assert ("--skip-bad-val" in str(refusal.value)) == advice
 
 
-def test_a_validation_file_that_breaks_later(image_folder):
+def test_a_validation_file_that_breaks_later_is_an_error(image_folder):
     data = load_data(image_folder)
     assert len(list(data.test())) == 1
     html(image_folder / "val" / "cat" / "1.png")
@@ -314,7 +314,7 @@ def test_a_validation_file_that_breaks_later(image_folder):
         list(data.test())
 
 
-def test_names_that_are_not_utf8(image_folder):
+def test_names_may_be_other_than_utf8(image_folder):
     path = os.fsencode(image_folder / "train" / "ape") + b"/\xe4\xff.png"
     os.rename(image_folder / "train" / "ape" / "0.png", path)
     data = load_data(image_folder)
@@ -327,7 +327,7 @@ def test_names_that_are_not_utf8(image_folder):
 
 
 def packed(folder, around=".", **options):
-    """Puts the two halves of a folder in tar files beside them."""
+    """Puts both splits of a folder in tar files next to them."""
     for split in ("train", "val"):
         with tarfile.open(folder / f"{split}.tar", "w", **options) as tar:
             if around:
@@ -348,7 +348,7 @@ def same(one, other):
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 @pytest.mark.parametrize("around", [".", "{}", "./{}", ""])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_tar_file_is_the_folder_that_is_in_it(workers, around, format, image_folder):
+def test_a_tar_file_gives_the_data_of_its_folder(workers, around, format, image_folder):
     if format != tarfile.USTAR_FORMAT:
         long = image_folder / "train" / "ape" / f"{'long' * 60}.png"
         (image_folder / "train" / "ape" / "0.png").rename(long)
@@ -360,7 +360,7 @@ def test_a_tar_file_is_the_folder_that_is_in_it(workers, around, format, image_f
 @pytest.mark.parametrize("stray", [".ipynb_checkpoints/0.png", "preview.png", "__MACOSX/0.png", "notes.txt",
                                    "ape/.hidden.png", "ape/notes.txt", "ape/.thumbnails/0.png"])  # fmt: skip
 @pytest.mark.parametrize("around", [".", "{}"])
-def test_what_is_no_data_is_left_out_of_a_tar_file_and_named(around, stray, image_folder, capsys):
+def test_members_that_are_not_data_are_ignored_with_a_warning(around, stray, image_folder, capsys):
     path = image_folder / "train" / stray
     if path.suffix == ".png":
         picture(path)
@@ -372,7 +372,7 @@ def test_what_is_no_data_is_left_out_of_a_tar_file_and_named(around, stray, imag
     assert capsys.readouterr().err == before.replace("/train:", "/train.tar:").replace("/val has", "/val.tar has")
 
 
-def test_links_in_a_tar_file_are_left_out_and_named(image_folder, capsys):
+def test_links_in_a_tar_file_are_ignored_with_a_warning(image_folder, capsys):
     (image_folder / "train" / "ape" / "9.png").symlink_to("0.png")
     data = load_data(packed(image_folder), kind="tar")
     assert f"ignored in {image_folder}/train.tar (links and special files): ./ape/9.png\n" in capsys.readouterr().err
@@ -431,7 +431,7 @@ def test_tar_files_that_are_refused(harm, image_folder):
 
 @pytest.mark.parametrize("harm", [only_in_val, nested, nested_in_val, empty_class, empty_val, empty_train,
                                   sixteen_bits, floats, integers, bomb])  # fmt: skip
-def test_what_is_refused_in_a_folder_is_refused_in_a_tar_file(harm, image_folder):
+def test_tar_files_are_refused_for_the_same_reasons_as_folders(harm, image_folder):
     message = harm(image_folder)
     for old, new in (("train lacks", "train.tar lacks"), ("val has", "val.tar has"), ("train,", "train.tar,")):
         message = message.replace(old, new)
@@ -446,7 +446,7 @@ PROGRAM = [sys.executable, "-m", "crsam_ext.training", "--model", "mlp", "--epoc
 
 @pytest.mark.parametrize("size", [100, 20_000])
 def test_a_disk_that_is_full(size, tmp_path):
-    """Here: files may not be longer. The first is the configuration, the last a checkpoint."""
+    """Simulated by a limit on file sizes. The first file that fails is the configuration, the last a checkpoint."""
     limited = "import resource as r, runpy, sys; r.setrlimit(r.RLIMIT_FSIZE, 2 * (int(sys.argv.pop(1)),)); "
     limited += "runpy.run_module('crsam_ext.training', run_name='__main__')"
     command = [sys.executable, "-c", limited, str(size), *PROGRAM[3:], "--output", str(tmp_path / "out")]
@@ -459,7 +459,7 @@ def test_a_disk_that_is_full(size, tmp_path):
 
 
 @pytest.mark.parametrize("closed", ["stdout", "reader"])
-def test_nobody_reads(closed, tmp_path):
+def test_closed_output_streams(closed, tmp_path):
     command = " ".join([*PROGRAM, "--output", str(tmp_path / "out")])
     end = {"stdout": ">&-", "reader": "| true; exit ${PIPESTATUS[0]}"}[closed]
     done = subprocess.run(["bash", "-c", f"{command} {end}"], capture_output=True, text=True, check=False)
@@ -480,7 +480,7 @@ def test_stdout_is_a_file_on_a_full_disk(tmp_path):
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("crsam-train: [Errno 28] No space left on device")
     assert done.stderr.count("\n") == 1
-    assert (tmp_path / "out" / "log.csv").read_text().count("\n") == 2  # the epoch is there
+    assert (tmp_path / "out" / "log.csv").read_text().count("\n") == 2  # the header and the epoch
 
 
 @full
@@ -490,7 +490,7 @@ def test_stderr_is_a_file_on_a_full_disk():
     assert done.returncode == 2
 
 
-def test_a_terminal_that_knows_ascii_only(tmp_path):
+def test_a_terminal_that_supports_ascii_only(tmp_path):
     command = [*PROGRAM, "--output", str(tmp_path / "Läufe")]
     env = {"PYTHONIOENCODING": "ascii", "PATH": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
@@ -500,7 +500,7 @@ def test_a_terminal_that_knows_ascii_only(tmp_path):
 
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(359, 4), (718, 2), (64, 23), (1437, 1)])
-def test_a_last_batch_of_one(batch_size, steps, capsys):
+def test_a_last_batch_of_one_sample_is_dropped(batch_size, steps, capsys):
     options = parse(["--data", "digits", "--batch-size", str(batch_size)])
     data = load(options, torch.device("cpu"))
     sizes = [len(batch.y) for batch in data.train(0, 0)]
@@ -509,13 +509,13 @@ def test_a_last_batch_of_one(batch_size, steps, capsys):
     assert ("it is dropped" in capsys.readouterr().err) == (1437 % batch_size == 1)
 
 
-def test_batches_of_one_under_batch_norm(crsam_train, here, capsys):
+def test_batches_of_one_sample_with_batch_norm_are_an_error(crsam_train, here, capsys):
     assert crsam_train("--model test_resnet --batch-size 1 --output out") == 2
     assert "batch norm cannot train on a batch of one sample: use a larger --batch-size" in capsys.readouterr().err
 
 
 def test_not_enough_memory(crsam_train, here, capsys, monkeypatch):
-    loop = import_module("crsam_ext.training.loop")  # another test has it imported anew
+    loop = import_module("crsam_ext.training.loop")  # another test reloads it
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory."),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Batches are the same for any number of workers and processes; what happens when workers do not answer."""
+"""Batches are the same for any number of workers and processes; errors if workers do not answer."""
 
 import multiprocessing
 import os
@@ -32,13 +32,13 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux
 
 @pytest.fixture(autouse=True)
 def no_workers_left():
-    """Iterations that failed may be alive as long as their tracebacks."""
+    """Failed iterations may live as long as their tracebacks."""
     yield
     loader._kill_all()
 
 
 class Pretended(Ranks):
-    """One of several processes that finds nothing the others do not."""
+    """One of several ranks; the others find the same bad files."""
 
     def first(self, function):
         return function()
@@ -66,7 +66,7 @@ def tar_folder(photograph_crops, tmp_path):
 
 @pytest.fixture(params=["folder", "tar", "synthetic-jpeg", "cifar10", "synthetic"])
 def command(request, photograph_crops, tar_folder, cifar10):
-    """Options of every kind of images, with everything that is random."""
+    """Options for each kind of images, with all random augmentation."""
     kind = request.param
     path = {"folder": photograph_crops, "tar": tar_folder, "cifar10": cifar10}.get(kind, 2)
     command = f"--data {kind}:{path} --batch-size 16 {AUGMENTED}"
@@ -80,7 +80,7 @@ def epochs(data):
 
 
 def test_batches_do_not_depend_on_workers_and_processes(command):
-    """Two epochs, the second, but for CIFAR, of larger images."""
+    """Two epochs; except for CIFAR, the second has larger images."""
     if "synthetic:" in command:
         expected = epochs(load(parse(command.split()), CPU))
         workers_of = [load(parse(command.split()), CPU, Pretended(rank, 2)) for rank in range(2)]
@@ -96,7 +96,7 @@ def test_batches_do_not_depend_on_workers_and_processes(command):
         assert [bits(batch) for batch in joined] == expected[epoch]
 
 
-def test_an_epoch_that_begins_later_goes_on_the_same(command):
+def test_an_epoch_that_starts_later_has_the_same_batches(command):
     data = load(parse(command.split()), CPU)
     whole = [bits(batch) for batch in data.train(1, 0)]
     assert len(whole) == data.steps > 1
@@ -104,7 +104,7 @@ def test_an_epoch_that_begins_later_goes_on_the_same(command):
         assert [bits(batch) for batch in data.train(1, first)] == whole[first:]
 
 
-def test_no_file_of_the_steps_before_is_opened(photograph_crops, monkeypatch):
+def test_no_file_of_earlier_steps_is_opened(photograph_crops, monkeypatch):
     data = load_data(f"--data folder:{photograph_crops} --image-size 32 --batch-size 8")
     opened = []
     read = images.Files._read
@@ -117,7 +117,7 @@ def test_no_file_of_the_steps_before_is_opened(photograph_crops, monkeypatch):
     assert opened == whole[32:]
 
 
-def test_sizes_of_the_epochs(photograph_crops):
+def test_image_sizes_of_the_epochs(photograph_crops):
     data = load_data(f"--data folder:{photograph_crops} --image-size 24,32@0.5,40@0.75 --epochs 8 --batch-size 16", 2)
     sides = [next(iter(data.train(epoch, 0))).x.shape[-1] for epoch in range(8)]
     assert sides == [24, 24, 24, 24, 32, 32, 40, 40]
@@ -127,8 +127,8 @@ def test_sizes_of_the_epochs(photograph_crops):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 16])
 @pytest.mark.parametrize("kind", ["folder", "digits", "synthetic"])
-def test_every_test_sample_is_on_one_process_and_in_order(kind, size, photograph_crops):
-    """15 images in batches of 6, 8 or 16; the order of a process is that of the files."""
+def test_every_validation_sample_is_on_one_process_and_in_order(kind, size, photograph_crops):
+    """15 images in batches of 6, 8 or 16; each rank reads its files in order."""
     batch_size = 6 if size == 3 else max(8, size)
     command = {"folder": f"--data folder:{photograph_crops} --image-size 16 --workers 0", "digits": "--data digits",
                "synthetic": "--data synthetic:3 --image-size 16"}[kind]  # fmt: skip
@@ -149,7 +149,7 @@ def test_every_test_sample_is_on_one_process_and_in_order(kind, size, photograph
 
 
 def shared_check(rank, size, folder, more):
-    """What a process of a group says of a folder."""
+    """The messages of one rank about a folder."""
     try:
         data = load_data(f"--data folder:{folder} --image-size 16 --batch-size 4 {more}", ranks=Ranks(rank, size))
     except TrainingError as error:
@@ -158,7 +158,7 @@ def shared_check(rank, size, folder, more):
 
 
 def test_processes_share_the_check_of_validation_images(jpeg_folder):
-    """14 readable images: each process reads half of them, all know what one has found, and none counts twice."""
+    """14 readable images: each rank reads half of them, all know the result, and no image counts twice."""
     path = jpeg_folder / "val" / "flower" / "2.JPEG"
     path.write_bytes(b"")
     processes = Processes(2)
@@ -172,7 +172,7 @@ def test_processes_share_the_check_of_validation_images(jpeg_folder):
     assert sorted(labels[0] + labels[1]) == [0] * 5 + [1] * 4 + [2] * 5
 
 
-def test_training_leaves_the_last_batch_out_and_no_process_without(photograph_crops):
+def test_training_drops_the_last_batch_and_every_process_has_samples(photograph_crops):
     command = f"--data folder:{photograph_crops} --image-size 16 --batch-size"
     for batch_size, steps in ((47, 1), (48, 1), (16, 3), (10, 4)):
         data = load_data(f"{command} {batch_size}")
@@ -187,7 +187,7 @@ def test_training_leaves_the_last_batch_out_and_no_process_without(photograph_cr
         load_data(f"{command} 6 --mixup 1", ranks=Pretended(0, 2))
 
 
-def test_nobody_seeds_all_devices_for_a_sample(photograph_crops, monkeypatch):
+def test_no_sample_seeds_all_devices(photograph_crops, monkeypatch):
     """torch.manual_seed takes 240 µs."""
     command = f"--data folder:{photograph_crops} --batch-size 16 {AUGMENTED}"
     data = load_data(command)
@@ -197,7 +197,7 @@ def test_nobody_seeds_all_devices_for_a_sample(photograph_crops, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_others_draw_changes_nothing_and_the_loader_draws_nothing(workers, photograph_crops):
+def test_the_loader_neither_uses_nor_changes_the_global_generators(workers, photograph_crops):
     data = load_data(f"--data folder:{photograph_crops} --image-size 32 --batch-size 16", workers)
     torch.manual_seed(1)
     expected = [bits(batch) for batch in data.train(0, 0)]
@@ -230,7 +230,7 @@ def test_workers_start_once_and_an_epoch_may_be_abandoned(photograph_crops):
     assert workers_now() == started
 
 
-def test_two_iterations_at_once_are_a_mistake(photograph_crops):
+def test_two_iterations_at_once_are_an_error(photograph_crops):
     data = load_data(f"--data folder:{photograph_crops} --image-size 32 --batch-size 8", 2)
     training = iter(data.train(0, 0))
     next(training)
@@ -239,7 +239,7 @@ def test_two_iterations_at_once_are_a_mistake(photograph_crops):
         next(training)
 
 
-def test_workers_ignore_signals_to_the_group(photograph_crops):
+def test_workers_ignore_signals_to_the_process_group(photograph_crops):
     data = load_data(f"--data folder:{photograph_crops} --image-size 32 --batch-size 8", 2)
     iterator = iter(data.train(0, 0))
     batches = [next(iterator)]
@@ -252,7 +252,7 @@ def test_workers_ignore_signals_to_the_group(photograph_crops):
 
 
 class Failing(images.Files):
-    """Files that do something else when one is read."""
+    """Files that call a function when one of them is read."""
 
     def _read(self, index, name):
         if name.endswith("/7.JPEG") and "/train/" in name:
@@ -264,7 +264,7 @@ class Failing(images.Files):
 
 
 def test_a_worker_that_is_killed(photograph_crops, monkeypatch):
-    """As a system without memory does it."""
+    """As a system that runs out of memory does."""
     monkeypatch.setattr(images, "Files", Failing)
     data = load_data(f"--data folder:{photograph_crops} --image-size 32 --batch-size 8", 2)
     assert len(workers_now()) == 2
@@ -274,7 +274,7 @@ def test_a_worker_that_is_killed(photograph_crops, monkeypatch):
 
 
 def test_a_worker_that_is_killed_while_the_step_computes(photograph_crops):
-    """PyTorch raises then wherever the program is; `explained` tells what it means."""
+    """PyTorch raises wherever the program is; `explained` translates the error."""
     data = load_data(f"--data folder:{photograph_crops} --image-size 32 --batch-size 8", 2)
     iterator = iter(data.train(0, 0))
     next(iterator)
@@ -287,7 +287,7 @@ def test_a_worker_that_is_killed_while_the_step_computes(photograph_crops):
 
 
 def test_a_file_that_hangs(jpeg_folder):
-    """A FIFO into which nobody writes. The workers are gone soon after, though they ignore SIGTERM."""
+    """A FIFO without a writer. The workers end soon afterwards, although they ignore SIGTERM."""
     path = jpeg_folder / "train" / "china" / "3.JPEG"
     path.unlink()
     os.mkfifo(path)
@@ -300,7 +300,7 @@ def test_a_file_that_hangs(jpeg_folder):
 
 
 @pytest.mark.parametrize("end", ["sys.exit(3)", "os.kill(os.getpid(), signal.SIGINT)"])
-def test_the_program_ends_though_a_worker_hangs(end, jpeg_folder):
+def test_the_program_ends_although_a_worker_hangs(end, jpeg_folder):
     path = jpeg_folder / "train" / "china" / "3.JPEG"
     path.unlink()
     os.mkfifo(path)
@@ -320,7 +320,7 @@ def test_the_program_ends_though_a_worker_hangs(end, jpeg_folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_system_that_is_short_of_descriptors_is_no_broken_file(workers, photograph_crops, monkeypatch):
+def test_lack_of_file_descriptors_does_not_mean_a_broken_file(workers, photograph_crops, monkeypatch):
     def fail(self):
         raise OSError(24, "Too many open files")
 
@@ -343,7 +343,7 @@ def many():
     return images.Files(Path("."), ((f"n{label:08}", entries) for label in range(CLASSES)))
 
 
-def test_a_million_names_are_a_few_arrays(many):
+def test_a_million_names_are_stored_in_a_few_arrays(many):
     assert len(many) == CLASSES * PER_CLASS
     assert many.name(123_456) == "./n00000123/n0000_00000456.JPEG"
     assert many.label(123_456) == 123
@@ -352,7 +352,7 @@ def test_a_million_names_are_a_few_arrays(many):
 
 
 class _Named:
-    """What a worker does with a name, without a file."""
+    """What a worker does with a name, without opening a file."""
 
     def __init__(self, files):
         self._files = files
@@ -372,7 +372,7 @@ class _Named:
 
 
 def private(pid):
-    """Memory that a process shares with no other, in bytes."""
+    """Private memory of a process, in bytes."""
     with open(f"/proc/{pid}/smaps_rollup") as lines:
         return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty"))
 
@@ -390,8 +390,8 @@ def test_workers_do_not_copy_the_names(many):
 
     use(np.split(order[:4_000], 4))
     before = [private(pid) for pid in workers_now()]
-    use(np.split(order, 1000)[::10])  # 100 000 names, so nearly every page of the arrays
+    use(np.split(order, 1000)[::10])  # 100 000 names, so that nearly every page of the arrays is read
     grown = [private(pid) - old for pid, old in zip(workers_now(), before, strict=True)]
     assert len(grown) == 4
-    # A million Python strings would be 80 MB in each; this much is what requests and answers leave behind.
+    # A million Python strings would take 80 MB in each worker; requests and answers take this much.
     assert sum(grown) < 4 * 4e6

@@ -1,4 +1,4 @@
-"""What a run leaves behind to be read, and what --evaluate reads of it."""
+"""The logs of a run, and --evaluate."""
 
 import re
 import shutil
@@ -24,7 +24,7 @@ def scalars(folder):
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Has SIGKILL's like in a step: an error that nothing expects."""
+    """Interrupts a step with an error that no code expects."""
 
     def arrange(step):
         from crsam_ext.training.loop import Training
@@ -43,7 +43,7 @@ def stop_after(monkeypatch):
 
 
 def test_tensorboard_shows_the_log_once(crsam_train, here, read_log, stop_after):
-    """Also what is taken again, and, in a folder that is overwritten, nothing of the run before."""
+    """Steps that are repeated appear once, and an overwritten folder shows nothing of the earlier run."""
     pytest.importorskip("tensorboard")
     assert crsam_train(f"{RUN} out --tensorboard --lr 0.3") == 0
     stop_after(9)
@@ -100,7 +100,7 @@ def test_missing_package(crsam_train, here, monkeypatch, capsys, flag, package):
 
 
 def test_the_best_epochs_are_kept(crsam_train, here, monkeypatch):
-    """Files of others stay, as do those of the three best epochs, whichever these are."""
+    """Files that are not from the run stay, and so do those of the three best epochs."""
     accuracies = iter([0.2, 0.5, 0.1, 0.4, 0.5, 0.3])
     monkeypatch.setattr(
         "crsam_ext.training.loop.evaluate",
@@ -116,11 +116,11 @@ def test_the_best_epochs_are_kept(crsam_train, here, monkeypatch):
         "epoch-2.pt", "epoch-4.pt", "epoch-5.pt", "epoch-mine.pt",
     ]  # fmt: skip
     best, second = (torch.load(folder / f"{name}.pt", weights_only=True) for name in ("best", "epoch-2"))
-    assert (best["epoch"], best["test_accuracy"]) == (2, 0.5)  # of equal ones the first
+    assert (best["epoch"], best["test_accuracy"]) == (2, 0.5)  # of equal epochs the first
     assert all(best["model"][name].equal(weights) for name, weights in second["model"].items())
 
 
-def test_tests_after_every_second_epoch_and_the_last(crsam_train, here, read_log, capsys):
+def test_evaluation_after_every_second_epoch_and_the_last(crsam_train, here, read_log, capsys):
     assert crsam_train("--model mlp --epochs 5 --batch-size 512 --val-interval 2 --output out") == 0
 
     assert [row["test_accuracy"] != "" for row in read_log(here / "out")] == [False, True, False, True, True]
@@ -129,7 +129,7 @@ def test_tests_after_every_second_epoch_and_the_last(crsam_train, here, read_log
     assert lines[5].startswith("test accuracy")
 
 
-def test_lines_of_a_file(crsam_train, here, capsys):
+def test_log_lines_without_a_terminal(crsam_train, here, capsys):
     assert crsam_train(f"{RUN} out --peak-tflops 0.001") == 0
 
     out = capsys.readouterr().out
@@ -150,7 +150,7 @@ def test_lines_of_a_file(crsam_train, here, capsys):
 
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory):
-    """A run with a moving average, which is not best in its last epoch, if a network learns at all."""
+    """A run with a moving average whose best epoch should not be its last."""
     from crsam_ext.training.__main__ import main
 
     folder = tmp_path_factory.mktemp("averaged") / "run"
@@ -173,14 +173,14 @@ def test_evaluating_a_checkpoint(crsam_train, here, averaged, read_log, capsys, 
 
 
 def test_evaluating_on_other_data(crsam_train, averaged, capsys):
-    """Options of the command line come before those of the checkpoint."""
+    """Options on the command line override those of the checkpoint."""
     assert crsam_train(f"--evaluate {averaged / 'best.pt'} --data mnist1d") == 2
     assert capsys.readouterr().err == (f"crsam-train: {averaged / 'best.pt'} does not fit the model cnn on this data\n")
     assert crsam_train(f"--evaluate {averaged / 'best.pt'} --data nothing") == 2
     assert "--data nothing is not valid: use digits" in capsys.readouterr().err
 
 
-def test_evaluating_what_is_no_checkpoint(crsam_train, here, averaged, capsys):
+def test_evaluating_a_file_that_is_not_a_checkpoint(crsam_train, here, averaged, capsys):
     shutil.copy(averaged / "best.pt", here / "cut.pt")
     (here / "cut.pt").write_bytes((here / "cut.pt").read_bytes()[:-1000])
     torch.save({"model": torch.zeros(3)}, here / "foreign.pt")

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """Stands still unless it is told to go on."""
+    """A clock that moves only when told to."""
 
     def __init__(self):
         self.now = 100.0
@@ -103,7 +103,7 @@ def train_by_the_clock(clock, tmp_path, monkeypatch):
 def test_rates_of_a_log_line(train_by_the_clock):
     rows = train_by_the_clock("--optimizer crsam --peak-tflops 1e-6")
 
-    # A step takes 1 + 3 (0.5 + 2) + 0.5 = 9 s, for 10 images and 30 gradients; tests are in none of the rates.
+    # A step takes 1 + 3 (0.5 + 2) + 0.5 = 9 s, for 10 images and 30 gradients; evaluation is not part of the rates.
     for row in rows:
         assert row["images_per_second"] == row["images_per_second_per_device"] == pytest.approx(10 / 9)
         assert row["gradients_per_second"] == pytest.approx(30 / 9)
@@ -112,14 +112,14 @@ def test_rates_of_a_log_line(train_by_the_clock):
         # Forward: 2 * 6 * 3; backward: the same for the weights. The input needs no gradient.
         assert row["mfu_percent"] == pytest.approx(100 * (72 * 30 / 9) / 1e6)
     assert [row["step"] for row in rows] == [4, 8, 12, 16]
-    # 12 steps of 9 s are left, then 8, and then 4 of 16 in all, of which a part of the test was.
+    # 12 steps of 9 s are left, then 8, and then 4 of 16; evaluation took part of the time.
     assert [row["remaining_seconds"] for row in rows] == pytest.approx([108, 72, 4 * (108 + 100) / 12, 0])
 
 
 def test_rates_with_fewer_passes(train_by_the_clock):
     rows = train_by_the_clock("--optimizer crsam --curvature-interval 5 --epochs 5 --log-interval 40")
 
-    # The rows end with the epochs: 5 times 8 steps, of which every fifth took three passes and the others two.
+    # Rows end with the epochs: 5 times 8 steps, of which every fifth took three passes and the others two.
     gradients = sum(row["gradients_per_second"] / row["images_per_second"] for row in rows) / len(rows)
     assert gradients == pytest.approx(2.2)
     assert {row["mfu_percent"] for row in rows} == {None}  # the CPU's peak is unknown
@@ -155,32 +155,33 @@ def test_sums_do_not_depend_on_when_they_are_fetched():
     assert sums[0] == sums[1] == sums[2]
 
 
-def test_labels_among_the_largest_logits():
+def test_top_k_counts_labels_among_the_largest_logits():
     logits = torch.tensor([[5.0, 4, 3, 2, 1, 0], [0.0, 1, 2, 3, 4, 5]])
 
     assert [int(correct_in_top(logits, torch.tensor([1, 0]), k)) for k in (1, 2, 5, 6, 9)] == [0, 1, 1, 2, 2]
 
 
-def test_operations_of_linear_layers():
+def test_flops_of_linear_layers():
     model = nn.Sequential(nn.Flatten(), nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5))
 
-    # A product of matrices takes 2 operations a weight: forward, for its gradient, and, but for the first, its input's.
+    # A matrix product takes 2 operations per weight: for the forward, for the weight gradient and, except in the first
+    # layer, for the input gradient.
     assert flops_of_pass(model, (4, 5)) == 2 * (2 * 20 * 30 + 3 * 30 * 5)
     assert next(model.parameters()).device.type == "cpu"
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_operations_of_resnet18():
+def test_flops_of_resnet18():
     import timm
 
-    # 1.82 G multiplications and additions of He et al. 2016, forward; the first convolution has no backward to pixels.
+    # 1.82 G multiply-adds forward (He et al. 2016); the first convolution needs no gradient of the pixels.
     stem = 7 * 7 * 3 * 64 * 112**2
     assert flops_of_pass(timm.create_model("resnet18"), (3, 224, 224)) == pytest.approx(
         2 * (3 * 1.82e9 - stem), rel=0.01
     )
 
 
-def test_operations_of_a_model_that_does_not_run_without_numbers():
+def test_flops_are_unknown_for_a_model_that_reads_values():
     class Reads(nn.Linear):
         def forward(self, x):
             return super().forward(x) * float(x.sum().item())
@@ -188,7 +189,7 @@ def test_operations_of_a_model_that_does_not_run_without_numbers():
     assert flops_of_pass(Reads(2, 2), (2,)) is None
 
 
-def test_peak(monkeypatch):
+def test_peak_tflops_of_known_devices(monkeypatch):
     cuda = torch.device("cuda")
     name = "NVIDIA H100 PCIe"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)

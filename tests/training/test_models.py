@@ -1,4 +1,4 @@
-"""Models, and what a step makes of them: losses, parameter groups, passes, compilations."""
+"""Models and training steps: losses, parameter groups, passes, compilation."""
 
 import pytest
 import torch
@@ -63,19 +63,19 @@ def test_unknown_model_suggests_close_names():
         create_model("resnet5O", (3, 32, 32), 10)
 
 
-def test_timm_model_for_one_image_size_is_made_for_that_of_the_data():
+def test_timm_model_with_a_fixed_image_size_gets_the_size_of_the_data():
     model = create_model("vit_tiny_patch16_224", (3, 32, 48), 10)
 
     assert model.pos_embed.shape == (1, 1 + 2 * 3, 192)
     assert model(torch.zeros(2, 3, 32, 48)).shape == (2, 10)
 
 
-def test_model_that_does_not_take_the_samples():
+def test_model_that_does_not_accept_the_samples():
     with pytest.raises(TrainingError, match=r"vit_tiny_patch16_224 does not accept samples of shape \(3, 8, 8\): "):
         create_model("vit_tiny_patch16_224", (3, 8, 8), 10)
 
 
-def test_model_takes_other_sizes_where_they_change():
+def test_model_accepts_other_sizes_if_they_change():
     name = "vit_tiny_patch16_224"
     model = create_model(name, (3, 64, 64), 10, other_sizes=True)
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
@@ -125,7 +125,7 @@ def test_losses(smoothing):
     torch.testing.assert_close(criterion(logits, dense, smoothing, bce=True), single)
 
 
-def test_a_test_is_without_label_smoothing():
+def test_evaluation_uses_no_label_smoothing():
     objective = Objective(torch.nn.Identity(), parse(["--label-smoothing", "0.1"]))
     logits, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
 
@@ -153,7 +153,7 @@ def test_norms_and_biases_do_not_decay():
     assert {"fc.weight", "conv1.0.weight"} < groups[0.2]
 
 
-def test_a_model_may_name_what_does_not_decay():
+def test_a_model_may_exclude_parameters_from_weight_decay():
     groups, model = groups_of("test_vit", "--decay-of matrices --weight-decay 0.2")
 
     kept = set(model.no_weight_decay())
@@ -162,7 +162,7 @@ def test_a_model_may_name_what_does_not_decay():
     assert {"norm.weight", "head.bias", "blocks.0.norm1.weight"} < groups[0.0]
 
 
-def test_all_decay():
+def test_all_parameters_decay_by_default():
     assert set(groups_of("test_vit", "--decay-of all --weight-decay 0.2")[0]) == {0.2}
 
 
@@ -176,7 +176,7 @@ def stepping(command, model, cuda_graph=False):
 
 
 @pytest.mark.parametrize(("options", "passes"), [("--optimizer sgd", 1), ("--optimizer sam", 2), ("", 3)])
-def test_all_passes_of_a_step_see_one_tensor(options, passes):
+def test_all_passes_of_a_step_see_the_same_batch(options, passes):
     seen = []
 
     class Spy(torch.nn.Linear):
@@ -198,8 +198,8 @@ def test_all_passes_of_a_step_see_one_tensor(options, passes):
     torch.testing.assert_close(loss, F.cross_entropy(expected, y))
 
 
-def test_capturing_adds_no_pass_of_its_own(monkeypatch):
-    """The running statistics after a step in a graph are those of an ordinary one."""
+def test_graph_capture_adds_no_pass(monkeypatch):
+    """The running statistics after a captured step equal those of an eager one."""
     monkeypatch.setattr(steps, "GraphedStep", lambda optimizer, closure: lambda: optimizer.step(closure))
     results = []
     for graph in (False, True):
@@ -227,7 +227,7 @@ def test_bfloat16(name):
 
 
 def test_one_compilation_for_each_size():
-    """Of model and loss together, whatever the passes are."""
+    """One compilation covers model and loss for all passes."""
     from torch._dynamo.utils import counters
 
     class Tiny(torch.nn.Module):
@@ -248,7 +248,7 @@ def test_one_compilation_for_each_size():
 
     options = parse(["--label-smoothing", "0.1", "--lr", "0.01"])
     objective = Objective(Tiny(), options)
-    objective.compile(dynamic=False, backend=backend)  # as --compile does, but for the time that Inductor takes
+    objective.compile(dynamic=False, backend=backend)  # as --compile does, without the time of Inductor
     optimizer = create_optimizer(objective, options)
     step = Step(objective, optimizer, Parts(CPU))
     for size in (8, 8, 12, 12, 8):
@@ -262,8 +262,8 @@ def test_one_compilation_for_each_size():
     torch._dynamo.reset()
 
 
-def test_compiled_program_is_the_plain_one(crsam_train, here, read_log):
-    """With Inductor, once: sums are made in another order, so that float32 losses differ by some 1e-6."""
+def test_compiled_run_matches_the_eager_one(crsam_train, here, read_log):
+    """With Inductor, once: the order of sums differs, so float32 losses differ by about 1e-6."""
     command = "--model mlp --epochs 1 --batch-size 512 --mixup 0.1 --optimizer sam --output"
     assert crsam_train(f"{command} plain") == 0
     assert crsam_train(f"{command} compiled --compile") == 0

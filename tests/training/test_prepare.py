@@ -1,4 +1,4 @@
-"""``crsam-train prepare``: what becomes of each image, which bytes there are in the end, and what is refused."""
+"""``crsam-train prepare``: the prepared images, the bytes of the result, resuming, and errors."""
 
 import csv
 import hashlib
@@ -37,7 +37,7 @@ def jpeg(**options):
 
 @pytest.fixture
 def source(tmp_path):
-    """Two classes; of the files of train, one is small and one is broken."""
+    """Two classes; one training file is small and one is broken."""
     root = tmp_path / "source"
     for split, label, count in (("train", "bee", 7), ("train", "rose", 6), ("val", "bee", 2), ("val", "rose", 1)):
         folder = root / split / label
@@ -84,7 +84,7 @@ def members(path):
 
 
 def shrunk(content, size=40, name="image", **options):
-    """The image in what `shrink` makes of bytes."""
+    """The image that `shrink` makes of some bytes."""
 
     def make(tmp_path):
         path = tmp_path / name
@@ -104,7 +104,7 @@ def opened(content):
 
 
 def difference(image, expected, quality=90):
-    """Mean absolute difference of a prepared image and what is expected, written as JPEG too: in levels of 255."""
+    """Mean absolute difference between a prepared and an expected image, also written as JPEG, in levels of 255."""
     assert image.size == expected.size
     content = io.BytesIO()
     expected.convert("RGB").save(content, "JPEG", quality=quality)
@@ -124,8 +124,8 @@ def test_the_short_side_is_the_size_and_nothing_is_enlarged(size, expected, tmp_
 
 
 @pytest.mark.parametrize("scale", [2, 4.5, 9])
-def test_the_decoder_shrinks_as_lanczos_does(scale, tmp_path):
-    """As close to it as Pillow's bicubic filter is, some 1.1 levels; 0.5 of these are the rounding of JPEG."""
+def test_shrinking_in_the_decoder_matches_lanczos(scale, tmp_path):
+    """As close to Lanczos as Pillow's bicubic filter, about 1.1 levels; 0.5 of these are JPEG rounding."""
     large = Image.fromarray(load_sample_image("china.jpg"))
     content = io.BytesIO()
     large.save(content, "JPEG", quality=100, subsampling=0)
@@ -163,7 +163,7 @@ def test_metadata_is_dropped(tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"comment": b"a" * 4000}])
-def test_a_jpeg_within_the_limit_is_left_as_it_is(mode, options, tmp_path):
+def test_a_jpeg_within_the_limit_is_copied(mode, options, tmp_path):
     content = io.BytesIO()
     FLOWER.convert(mode).save(content, "JPEG", quality=30, **options)
     assert shrunk(content.getvalue(), 100)(tmp_path) == content.getvalue()
@@ -171,7 +171,7 @@ def test_a_jpeg_within_the_limit_is_left_as_it_is(mode, options, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"comment": b"a" * 5000}, {"icc_profile": b"a" * 200_000}])
-def test_a_small_jpeg_with_much_metadata_is_written_anew(options, tmp_path):
+def test_a_small_jpeg_with_much_metadata_is_reencoded(options, tmp_path):
     result = shrunk(jpeg(**options), 100)(tmp_path)
     assert opened(result).size == (150, 100)
     assert len(result) < 30_000
@@ -187,7 +187,7 @@ def test_modes_become_rgb(mode, kind, size, tmp_path):
     content = io.BytesIO()
     FLOWER.convert(mode).save(content, kind, quality=95)
     if (mode, kind) == ("CMYK", "JPEG"):
-        assert b"Adobe" in content.getvalue()[:100]  # whose colours are inverted
+        assert b"Adobe" in content.getvalue()[:100]  # its colors are inverted
     result = shrunk(content.getvalue(), size)(tmp_path)
     if (mode, kind) in (("L", "JPEG"), ("YCbCr", "JPEG")) and size == 256:
         assert result == content.getvalue()
@@ -213,14 +213,14 @@ def test_quality(tmp_path):
         assert image.quantization == Image.open(reference).quantization
 
 
-def test_damaged_exif_is_no_orientation(tmp_path):
+def test_damaged_exif_means_no_rotation(tmp_path):
     assert opened(shrunk(jpeg(exif=b"Exif\0\0nonsense" + bytes(50)))(tmp_path)).size == (60, 40)
 
 
 @pytest.mark.parametrize(("size", "expected"), [(40, (60, 40)), (256, (150, 100))])
 @pytest.mark.parametrize("orientation", [0, 9])
-def test_an_orientation_that_is_none_is_dropped(orientation, size, expected, tmp_path):
-    """From small files too: readers differ in what they make of it."""
+def test_an_invalid_orientation_is_dropped(orientation, size, expected, tmp_path):
+    """Also in small files, because readers interpret it differently."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     image = opened(shrunk(jpeg(exif=exif.tobytes()), size)(tmp_path))
@@ -239,7 +239,7 @@ def test_broken_files(content, size, tmp_path):
 )
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_that_are_refused(mode, kind, message, workers, source, tmp_path, capsys, monkeypatch):
-    """By name, in one line, from this process and from workers."""
+    """The error names the file, in one line, from this process and from workers."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     image = Image.new(mode, (200, 200) if mode == "1" else (50, 50))
     image.save(source / "val" / "rose" / f"5.{kind.lower()}")
@@ -347,7 +347,7 @@ def test_tar_files_are_plain(made):
             assert listed.stdout.split() == list(members(made / f"{split}.tar"))
 
 
-def test_folders_hold_what_the_tar_files_hold(source, made, tmp_path):
+def test_folders_have_the_content_of_the_tar_files(source, made, tmp_path):
     assert run(source, tmp_path / "folder", "--to", "folder") == 0
     for split in ("train", "val"):
         assert contents(tmp_path / "folder" / split) == members(made / f"{split}.tar")
@@ -366,7 +366,7 @@ def test_the_same_bytes_for_any_number_of_workers(to, workers, source, tmp_path,
     assert contents(tmp_path / "0") == contents(tmp_path / str(workers))
 
 
-def test_the_source_is_left_alone(source, tmp_path):
+def test_the_source_is_not_changed(source, tmp_path):
     before = contents(source)
     for path in [source, *source.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
@@ -376,7 +376,7 @@ def test_the_source_is_left_alone(source, tmp_path):
         path.chmod(0o755)
 
 
-def test_what_is_said(source, tmp_path, capsys):
+def test_messages(source, tmp_path, capsys):
     assert run(source, tmp_path / "out") == 0
     out, err = capsys.readouterr()
     assert err == f"crsam-train: {source}/train/bee/3.JPEG cannot be read and is left out\n"
@@ -386,7 +386,7 @@ def test_what_is_said(source, tmp_path, capsys):
     assert capsys.readouterr() == (f"{tmp_path}/out is complete; nothing to do\n", "")
 
 
-def test_bad_files_of_val_are_said_to_be_missing(source, tmp_path, capsys):
+def test_the_summary_warns_about_bad_files_of_val(source, tmp_path, capsys):
     (source / "val" / "bee" / "0.JPEG").write_bytes(b"")
     assert run(source, tmp_path / "out") == 0
     assert capsys.readouterr().out.endswith(" 2 bad files, 1 of them in val, missing from every evaluation\n")
@@ -404,7 +404,7 @@ def test_too_many_bad_files(source, tmp_path, capsys):
     assert contents(tmp_path / "out") == contents(tmp_path / "other")
 
 
-def test_a_class_of_which_nothing_can_be_read(source, tmp_path, capsys):
+def test_a_class_without_readable_images_is_an_error(source, tmp_path, capsys):
     for path in (source / "train" / "bee").iterdir():
         path.write_bytes(b"")
     assert run(source, tmp_path / "out") == 2
@@ -441,7 +441,7 @@ def test_another_source_is_refused(source, made, capsys):
     assert "was made with other source_sha256" in capsys.readouterr().err
 
 
-def test_another_pillow_cannot_go_on_but_what_is_complete_stays(source, made, monkeypatch, capsys):
+def test_another_pillow_cannot_continue_but_can_use_a_complete_folder(source, made, monkeypatch, capsys):
     monkeypatch.setattr(PIL, "__version__", "0.1")
     assert run(source, made) == 0
     os.rename(made / "manifest.json", made / "options.json")
@@ -449,13 +449,13 @@ def test_another_pillow_cannot_go_on_but_what_is_complete_stays(source, made, mo
     assert "was made with other pillow" in capsys.readouterr().err
 
 
-def test_overwrite_replaces_what_is_complete(source, made):
+def test_overwrite_replaces_a_complete_folder(source, made):
     shutil.copy(source / "train" / "bee" / "0.JPEG", source / "train" / "bee" / "3.JPEG")
     assert run(source, made, "--overwrite") == 0
     assert "bee/3.jpg" in members(made / "train.tar")
 
 
-def test_a_folder_of_somebody_else_is_refused(source, tmp_path, capsys):
+def test_a_folder_with_other_files_is_refused(source, tmp_path, capsys):
     (tmp_path / "out" / "train").mkdir(parents=True)
     (tmp_path / "out" / "train" / "thesis.txt").write_text("years of work")
     assert run(source, tmp_path / "out", "--overwrite") == 2
@@ -465,7 +465,7 @@ def test_a_folder_of_somebody_else_is_refused(source, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["manifest.json", "options.json"])
 @pytest.mark.parametrize("content", ["{}", "[]", "nonsense", '{"format": "of somebody else"}'])
-def test_a_manifest_of_somebody_else_is_no_permit(name, content, source, tmp_path, capsys):
+def test_a_folder_with_a_foreign_manifest_is_refused(name, content, source, tmp_path, capsys):
     shutil.copytree(source, tmp_path / "out")
     (tmp_path / "out" / name).write_text(content)
     before = contents(tmp_path / "out")
@@ -486,7 +486,7 @@ def test_a_source_of_links_into_the_target(source, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("where", ["source", "source/prepared", "link/prepared", ".", "source/train/bee"])
-def test_source_and_target_within_each_other(where, source, tmp_path, capsys):
+def test_source_and_target_must_not_contain_each_other(where, source, tmp_path, capsys):
     (tmp_path / "link").symlink_to(source)
     before = contents(source)
     assert run(source, tmp_path / where, "--overwrite") == 2
@@ -505,7 +505,7 @@ def test_source_and_target_within_each_other(where, source, tmp_path, capsys):
         ("a b --lr 1", "unrecognized arguments: --lr 1"),
     ],
 )
-def test_mistakes(arguments, message, here, capsys):
+def test_invalid_arguments_are_refused(arguments, message, here, capsys):
     assert main(["prepare", *arguments.split()]) == 2
     err = capsys.readouterr().err
     assert message in err
@@ -520,7 +520,7 @@ def test_torchrun_is_refused(source, tmp_path, monkeypatch):
 
 
 def test_a_disk_that_is_full(source, tmp_path):
-    """Here: files may not be longer. When there is room again, it goes on."""
+    """Simulated by a limit on file sizes. Once there is space, the command continues."""
     resource = pytest.importorskip("resource")
     code, err = forked(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000)), source, tmp_path / "out")
     assert code == 2
@@ -534,7 +534,7 @@ def test_a_disk_that_is_full(source, tmp_path):
 
 
 def interrupted(owner, name, at, number, source, target, *more):
-    """The exit code and stderr of a run that gets a signal as it calls a function for the ``at``-th time.
+    """The exit code and stderr of a run that gets a signal at the ``at``-th call of a function.
 
     The functions are those through which all is written; entries are made after each image.
     """
@@ -563,7 +563,7 @@ def interrupted(owner, name, at, number, source, target, *more):
         *((to, os, "unlink", 1) for to in ("tar", "folder")),  # after the manifest
     ],
 )
-def test_killed_and_started_again(to, owner, name, at, source, tmp_path):
+def test_killed_and_run_again(to, owner, name, at, source, tmp_path):
     code, err = interrupted(owner, name, at, signal.SIGKILL, source, tmp_path / "out", "--to", to)
     assert code == -signal.SIGKILL, err
     assert (tmp_path / "out" / "manifest.json").exists() == (name == "unlink")
@@ -572,7 +572,7 @@ def test_killed_and_started_again(to, owner, name, at, source, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_what_is_listed_is_not_read_again(source, tmp_path, monkeypatch, capsys):
+def test_listed_images_are_not_read_again(source, tmp_path, monkeypatch, capsys):
     code, _ = interrupted(prepare._Tar, "add", 8, signal.SIGKILL, source, tmp_path / "out")
     assert code == -signal.SIGKILL
     read = []
@@ -584,12 +584,12 @@ def test_what_is_listed_is_not_read_again(source, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(prepare, "shrink", shrink)
     assert run(source, tmp_path / "out") == 0
     train, val, _ = find(source, "SOURCE")
-    assert read == [path for path, _ in train[8:] + val]  # the eighth image is of the ninth file
+    assert read == [path for path, _ in train[8:] + val]  # the eighth image is in the ninth file
 
 
 @pytest.mark.parametrize("to", ["tar", "folder"])
-def test_files_that_end_anywhere(to, source, tmp_path):
-    """As after a loss of power: the list, or the images, may be cut off at any byte."""
+def test_truncated_files_are_repaired(to, source, tmp_path):
+    """As after a power failure: the list or the images may be truncated at any byte."""
     assert run(source, tmp_path / "whole", "--to", to) == 0
     whole, generator = contents(tmp_path / "whole"), np.random.default_rng(0)
     manifest = json.loads(whole["manifest.json"])
@@ -621,7 +621,7 @@ def test_signals(number, code, workers, source, tmp_path):
 
 
 def test_a_worker_that_is_killed(source, tmp_path, monkeypatch, capsys):
-    """As a system without memory does it."""
+    """As a system that runs out of memory does."""
     monkeypatch.setattr(prepare, "shrink", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     assert run(source, tmp_path / "out", "--workers", 2) == 2
     assert "a worker process died" in capsys.readouterr().err
@@ -638,7 +638,7 @@ def test_not_enough_memory(workers, source, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == line
 
 
-def test_the_handler_of_signals_is_put_back(source, tmp_path):
+def test_the_signal_handler_is_restored(source, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     assert run(source, tmp_path / "out") == 0
     assert signal.getsignal(signal.SIGTERM) is before

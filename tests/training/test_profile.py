@@ -54,11 +54,11 @@ def test_profile(arguments, here, capsys):
     assert compute["cores_per_device"] == needed
     assert f"cores per device: {needed}" in printed
     assert "ceil(compute / devices / images/s per core)" in printed
-    # Nothing is a run.
+    # No other file of a run is written.
     assert [path.name for path in (here / "out").iterdir()] == [PROFILE]
 
 
-def test_profile_says_what_it_measured(here):
+def test_profile_records_what_it_measured(here):
     profile([*DIGITS, "--optimizer", "sam", "--batch-size", "16"], here / "out", 0.2)
     report = json.loads((here / "out" / PROFILE).read_text())
     assert report["options"]["batch_size"] == 16
@@ -69,27 +69,27 @@ def test_profile_says_what_it_measured(here):
 
 
 def test_profile_measures_whole_cycles_of_steps(here):
-    """Of four, one has three passes, one two, and two have one; the last batch of an epoch has 29 samples, not 32."""
+    """Of four steps, one has three passes, one two, and two one; the last batch of an epoch has 29 samples, not 32."""
     records = profile([*DIGITS, "--interval", "2", "--curvature-interval", "2"], here / "out")
     assert records["compute"]["passes"] == 1.75
     assert records["both"]["passes"] == pytest.approx(1.75, abs=0.03)
 
 
-def test_profile_takes_all_passes_whatever_the_schedules_are(here):
-    """In warm-up, rho is 0 if it follows the rate, and would be again at the end; and no step may be skipped."""
+def test_profile_takes_all_passes_with_any_schedule(here):
+    """A rho that follows the learning rate is 0 in warm-up and at the end; no step may be skipped."""
     schedules = "--lr 1000 --warmup-epochs 1 --epochs 2 --schedule linear --rho-schedule proportional"
     assert profile([*DIGITS, *schedules.split()], here / "out", 0.5)["both"]["passes"] == 3
 
 
 def test_flops_of_a_known_peak(here):
     records = profile([*DIGITS, "--peak-tflops", "1"], here / "out", 0.2)
-    flops = 2 * (64 * 256 + 256 * 256 + 256 * 10) * 3 - 2 * 64 * 256  # no gradient of the images
+    flops = 2 * (64 * 256 + 256 * 256 + 256 * 10) * 3 - 2 * 64 * 256  # the images need no gradient
     compute = records["compute"]
     expected = [100 * 3 * rate * flops / 1e12 for rate in compute["images_per_second"]]
     assert compute["mfu_percent"] == pytest.approx(expected)
 
 
-def test_profile_and_run_share_a_folder(here, capsys):
+def test_profile_and_run_can_share_a_folder(here, capsys):
     short = [*DIGITS, "--epochs", "1", "--output", "out"]
     profile([*DIGITS], here / "out", 0.2)
     assert main(short) == 0

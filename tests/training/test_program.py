@@ -30,22 +30,22 @@ def test_digits_are_learned(crsam_train, here, read_log, capsys):
     assert float(log[-1]["grad_norm"]) > 0
     assert best["test_accuracy"] == max(float(row["test_accuracy"]) for row in log)
     assert json.loads((output / "config.json").read_text())["optimizer"] == "crsam"
-    assert len(printed) == 6  # batches are fewer than --log-interval
+    assert len(printed) == 6  # an epoch has fewer batches than --log-interval
     assert printed[-1].startswith(f"test accuracy {float(log[-1]['test_accuracy']):.2%}")
     assert printed[-1].endswith("runs/digits-cnn-crsam-seed0/curves.png")
 
-    # The weights reach the accuracy that they were kept for.
+    # The saved weights reach the recorded accuracy.
     model = create_model("cnn", (1, 8, 8), 10)
     model.load_state_dict(best["model"])
     (x, y, _), *_ = load(parse(["--batch-size", "360"]), torch.device("cpu")).test()
     assert (model.eval()(x).argmax(1) == y).float().mean().item() == pytest.approx(best["test_accuracy"])
 
 
-def test_picture(finished):
+def test_curves_are_drawn(finished):
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_same_seed_same_run(crsam_train, here, finished, read_log):
+def test_the_same_seed_gives_the_same_run(crsam_train, here, finished, read_log):
     for seed in (0, 1):
         assert crsam_train(f"--model mlp --epochs 1 --seed {seed} --output seed{seed}") == 0
 
@@ -53,7 +53,7 @@ def test_same_seed_same_run(crsam_train, here, finished, read_log):
     assert read_log(here / "seed1") != read_log(finished)
 
 
-def test_sgd_is_torch_sgd(crsam_train, here):
+def test_sgd_equals_torch_sgd(crsam_train, here):
     command = "--model mlp --optimizer sgd --epochs 2 --nesterov --device cpu --output out"
     options = parse(command.split())
     data = load(options, torch.device("cpu"))
@@ -94,7 +94,7 @@ def test_optimizer_of_the_options(command, passes, base):
     assert optimizer.param_groups[0]["rho"] == (options.rho if passes > 1 else 0)
 
 
-def test_moving_average_is_what_counts(crsam_train, here):
+def test_the_moving_average_is_evaluated(crsam_train, here):
     assert crsam_train("--model mlp --epochs 1 --ema 0.99 --output out") == 0
 
     last = torch.load(here / "out" / "last.pt", weights_only=True)
@@ -137,8 +137,8 @@ def test_overwrite_replaces_a_run_and_leaves_other_files(crsam_train, here, fini
     assert {path.name for path in (here / "out").iterdir()} == RESULTS | {"notes.txt"}
 
 
-def test_nothing_waits_for_the_device_between_log_lines(crsam_train, monkeypatch):
-    """Nothing that a step does in Python fetches a number. On a CPU, the optimizer itself may."""
+def test_the_host_does_not_wait_for_the_device_between_log_lines(crsam_train, monkeypatch):
+    """No Python code of a step reads a number from the device. On a CPU, the optimizer itself may."""
     from crsam_ext import CRSAM
     from crsam_ext.training.loop import Training
     from crsam_ext.training.steps import Objective
@@ -176,6 +176,6 @@ def test_nothing_waits_for_the_device_between_log_lines(crsam_train, monkeypatch
     assert crsam_train(command) == 0
     assert fetched == []
 
-    within(Training, "_counters", True)  # which does: the watch is awake
+    within(Training, "_counters", True)  # this one does read a number, so the check works
     assert crsam_train(f"{command} --overwrite") == 0
     assert fetched != []

@@ -1,4 +1,4 @@
-"""The program in several processes: with torchrun, and in forks that meet as torchrun's do."""
+"""The program in several processes: with torchrun, and in connected forks."""
 
 import csv
 import json
@@ -14,13 +14,13 @@ import torch
 pytestmark = pytest.mark.slow
 
 SHORT = "--data digits --model mlp --epochs 3 --batch-size 64 --log-interval 5 --output"
-NORMED = "--data digits --model cnn --epochs 2 --batch-size 128 --log-interval 4 --ema 0.99 --output"  # by batches
+NORMED = "--data digits --model cnn --epochs 2 --batch-size 128 --log-interval 4 --ema 0.99 --output"  # batch norm
 TERM = [signal.SIGTERM]
 
 
 @contextmanager
 def torchrun(*arguments):
-    """Starts the program in two processes, in one of the terminal's groups of its own."""
+    """Starts the program in two processes, in a process group of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "300"}
     with subprocess.Popen(
@@ -70,7 +70,7 @@ def test_torchrun(tmp_path):
 
 
 def check_evaluation(folder):
-    """The last one is that of one process: every sample is in it once."""
+    """The last evaluation equals that of one process: it counts every sample once."""
     from crsam_ext.training.data import load
     from crsam_ext.training.loop import evaluate
     from crsam_ext.training.models import create_model
@@ -84,12 +84,12 @@ def check_evaluation(folder):
     alone, row = evaluate(model, Objective(model, options), data.test()), log_of(folder)[-1]
     assert alone["test_accuracy"] == float(row["test_accuracy"])
     assert alone["test_top5"] == float(row["test_top5"])
-    # Batches are others, and so is the rounding of their float32 means.
+    # The batches differ, and so does the rounding of their float32 means.
     assert alone["test_loss"] == pytest.approx(float(row["test_loss"]), rel=1e-5)
 
 
 def test_sigterm_to_torchrun(tmp_path):
-    """It hands the signal on to all processes; they end with a complete checkpoint of the same step."""
+    """It forwards the signal to all processes; they end with a complete checkpoint of the same step."""
     folder = tmp_path / "run"
     with torchrun(*SHORT.split(), folder, "--epochs", "100000") as process:
         for line in process.stdout:
@@ -101,11 +101,11 @@ def test_sigterm_to_torchrun(tmp_path):
     (line,) = lines_of(err)
     step = torch.load(folder / "last.pt", weights_only=True)["step"]
     assert line == f"crsam-train: stopped after step {step} on request; --resume continues from there"
-    assert "exitcode: -" not in err.replace(" ", "")  # none was ended by a signal
+    assert "exitcode: -" not in err.replace(" ", "")  # no process was killed by a signal
 
 
 def test_signal_to_one_of_two(two, assert_same_run, here):
-    """Both stop after the same step. Their running statistics, which differ, go on, too."""
+    """Both stop after the same step, and each resumes with its own running statistics."""
     assert two(f"{NORMED} straight") == ([0, 0], "")
 
     for step, rank, number, status in ((5, 1, signal.SIGTERM, 75), (9, 0, signal.SIGINT, 130)):
@@ -122,7 +122,7 @@ def test_signal_to_one_of_two(two, assert_same_run, here):
 
 
 def test_kill_of_one_of_two(two, assert_same_run):
-    """The other ends by itself, with one line from the first process, if that is still there."""
+    """The other process ends by itself, with one line from rank 0 if it is still alive."""
     command = f"{NORMED.replace('--output', '--save-steps 3 --optimizer sam --output')}"
     assert two(f"{command} straight") == ([0, 0], "")
 
@@ -143,7 +143,7 @@ def test_error_of_one_of_two(two, rank):
 
 
 def test_bad_files_of_all_are_counted(two, here, read_log):
-    """Both ranks tell of the same files here: each is counted and named once. And the limit is that of both."""
+    """Both ranks report the same files: each is counted and named once. The limit covers both ranks."""
     bad = {"1": ["a.jpg"], "3": ["b.jpg", "a.jpg"], "7": ["c.jpg"]}
     command = SHORT.replace("--epochs 3", "--epochs 1")
     statuses, err = two(f"{command} run", bad=bad)
@@ -155,12 +155,12 @@ def test_bad_files_of_all_are_counted(two, here, read_log):
 
 @pytest.mark.parametrize("options", ["--optimizer sgd", "--optimizer sam --sync-perturbation"])
 def test_resumed_with_another_number_of_processes(two, forked_train, here, read_log, options):
-    """The batches are the same, and so are the steps, but for rounding, if the perturbation is that of the batch.
+    """The batches are the same, and the steps up to rounding, if the perturbation comes from the global batch.
 
     Bounds: sums of a batch are made in another order, which in float32 changes a gradient by some 1e-7 of its size;
     33 steps with momentum let that grow, here to less than 1e-6.
     """
-    # With mixup, the last and smaller batch is always left out; else the number of steps would be another.
+    # With mixup, the smaller last batch is always dropped; otherwise the number of steps would differ.
     command = f"{SHORT.replace('64', '128')} {{}} --mixup 0.2 {options}"
     assert forked_train(command.format("straight"))[0] == [0]
 
@@ -178,7 +178,7 @@ def test_resumed_with_another_number_of_processes(two, forked_train, here, read_
         assert (one["step"], one["lr"]) == (other["step"], other["lr"])
 
 
-def test_statistics_of_two_become_their_mean_for_one(two, here):
+def test_running_statistics_of_two_processes_become_their_mean_for_one(two, here):
     from crsam_ext.training import state
     from crsam_ext.training.data import load
     from crsam_ext.training.loop import start
@@ -199,7 +199,7 @@ def test_statistics_of_two_become_their_mean_for_one(two, here):
     assert run.model[2].num_batches_tracked == saved["step"]
 
 
-def test_other_processes_and_another_number_of_steps(two, forked_train, here):
+def test_another_number_of_steps_per_epoch_is_refused(two, forked_train, here):
     assert two(f"{SHORT} run", step=5, signals=TERM)[0] == [75, 75]
     statuses, _, err = forked_train(f"{SHORT} run --resume")
     assert statuses == [2]
@@ -208,7 +208,7 @@ def test_other_processes_and_another_number_of_steps(two, forked_train, here):
     )
 
 
-def test_one_line_for_a_mistake(two, here):
+def test_an_error_is_one_line(two, here):
     (here / "full").mkdir()
     (here / "full" / "file").write_text("mine")
     for command, message in (

@@ -1,4 +1,4 @@
-"""Files of options, and the recipes that are shipped."""
+"""Option files and the shipped recipes."""
 
 import json
 import re
@@ -12,11 +12,12 @@ from crsam_ext.training.recipes import FOLDER, names, read
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "recipes.md"
 
-# Typed from the sources, and not from the files. GSAM: arXiv 2203.08065, Table 4; big_vision:
+# Typed from the sources, not from the recipe files. GSAM: arXiv 2203.08065, Table 4; big_vision:
 # configs/proj/gsam/vit_i1k_gsam_no_aug.py and pp/ops_image.py; Sassha: image_classification/config/imagenet/vit_small/
-# sam_adamw.sh, whose --wd optimizers/__init__.py divides by the rate; ffcv: rn50_configs/*.yaml and train_imagenet.py.
+# sam_adamw.sh, whose --wd is divided by the rate in optimizers/__init__.py; ffcv: rn50_configs/*.yaml,
+# train_imagenet.py.
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "crop_pct": 224 / 256, "scale": [0.08, 1.0]}
-NOT_TUNED = {"regularizer": "linear", "alpha": 0.1, "beta": 0.01}  # the released CR-SAM's, on CIFAR
+NOT_TUNED = {"regularizer": "linear", "alpha": 0.1, "beta": 0.01}  # values of the released CR-SAM for CIFAR
 GSAM_RESNET = {
     **IMAGENET, **NOT_TUNED, "epochs": 90, "batch_size": 16 * 256, "image_size": "224", "val_image_size": 224,
     "optimizer": "crsam", "base": "sgd", "lr": 1.6, "min_lr": 1.6 / 100, "momentum": 0.9, "weight_decay": 1e-4,
@@ -66,7 +67,7 @@ def test_every_recipe_is_in_the_table():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_numbers_are_those_of_the_sources(recipe):
+def test_hyperparameters_are_those_of_the_sources(recipe):
     options = vars(options_of(recipe, more="--optimizer crsam"))
     expected = RECIPES[recipe] | {"optimizer": "crsam"}
 
@@ -79,7 +80,7 @@ def test_cheap_form_is_three_options():
     assert read(["cheap"]) == CHEAP
 
 
-# By ffcv's rule: linear between two epochs, in multiples of 32. No fraction is half-way where Python rounds otherwise.
+# ffcv's rule: linear between two epochs, in multiples of 32. No value is a tie, which Python would round differently.
 @pytest.mark.parametrize(("epochs", "start", "end"), [(16, 11, 13), (40, 29, 34), (88, 65, 76)])
 def test_fast_recipes_change_the_image_size_in_the_epoch_of_the_source(epochs, start, end):
     source = [160 + 32 * round(min(1, max(0, (epoch - start) / (end - start))) + 1e-9) for epoch in range(epochs)]
@@ -92,7 +93,7 @@ def test_fast_recipes_change_the_image_size_in_the_epoch_of_the_source(epochs, s
 @pytest.mark.parametrize("form", [(), ("cheap",)], ids=["every step", "cheap"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_one_option_makes_it_base_or_sam_or_crsam(recipe, optimizer, form, tmp_path):
+def test_one_option_selects_base_sam_or_crsam(recipe, optimizer, form, tmp_path):
     options = options_of(recipe, *form, more=f"--optimizer {optimizer}")
 
     assert options.optimizer == optimizer
@@ -102,19 +103,19 @@ def test_one_option_makes_it_base_or_sam_or_crsam(recipe, optimizer, form, tmp_p
     assert options.curvature_interval == ({(): 1, ("cheap",): 10}[form] if optimizer == "crsam" else None)
     assert options.reuse is (bool(form) and optimizer in ("sam", "crsam"))
 
-    # What config.json holds of it is the same run again.
+    # Its config.json gives the same options.
     config = tmp_path / "config.json"
     config.write_text(json.dumps(full_config(options), indent=2))
     assert full_config(parse(["--config", str(config)])) == full_config(options)
 
 
 @pytest.mark.parametrize("recipe", names())
-def test_recipe_names_no_data_and_no_machine(recipe):
+def test_recipes_set_neither_data_nor_machine_options(recipe):
     assert not set(read([recipe])) & ({"data", "seed", *MACHINE_OPTIONS} - {"channels_last"})
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_begins_with_what_it_is(recipe):
+def test_recipes_start_with_their_description(recipe):
     comments = (FOLDER / f"{recipe}.yaml").read_text(encoding="utf-8").partition("\n\n")[0]
 
     assert all(line.startswith("#") for line in comments.splitlines())
@@ -124,7 +125,7 @@ def test_recipe_begins_with_what_it_is(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_document_has_the_numbers_of_the_recipe(recipe):
+def test_the_document_has_the_numbers_of_the_recipe(recipe):
     (row,) = (
         line for line in DOCUMENT.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{recipe}` | `")
     )
@@ -140,7 +141,7 @@ def test_document_has_the_numbers_of_the_recipe(recipe):
     assert cells[1:7] == [f"`{options.model}`", str(options.epochs), f"{options.batch_size} / {m}", base, rate, rho]
 
 
-def test_hours_of_the_document_are_what_their_formula_gives():
+def test_hours_in_the_document_match_their_formula():
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in DOCUMENT.read_text(encoding="utf-8").splitlines()
@@ -159,7 +160,7 @@ def write(folder, **files):
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
-def test_command_line_wins_over_files_and_a_later_file_over_an_earlier(here):
+def test_command_line_overrides_files_and_later_files_override_earlier_ones(here):
     write(here, first="lr: 0.1\nepochs: 3\namp: true\nweight-decay: 1e-5\n", second="lr: 0.2\nrho: 0.5\n")
 
     options = options_of("first.yaml", "second.yaml", more="--rho 0.7 --no-amp")
@@ -169,7 +170,7 @@ def test_command_line_wins_over_files_and_a_later_file_over_an_earlier(here):
     assert options_of("first.yaml").amp is True
 
 
-def test_flag_that_a_recipe_sets_can_be_switched_off(here):
+def test_a_flag_set_by_a_recipe_can_be_turned_off(here):
     write(here, plain="amp: false\n")
 
     assert options_of("resnet50-fast-16").amp is True
@@ -177,7 +178,7 @@ def test_flag_that_a_recipe_sets_can_be_switched_off(here):
     assert options_of("resnet50-fast-16", more="--no-amp --no-channels-last").channels_last is False
 
 
-def test_file_can_name_the_data_and_the_optimizer(here):
+def test_a_file_can_set_the_data_and_the_optimizer(here):
     write(here, all="data: synthetic:10\noptimizer: sam\nepochs: 2\nlr:\n")
 
     options = parse(["--config", "all.yaml"])
@@ -186,7 +187,7 @@ def test_file_can_name_the_data_and_the_optimizer(here):
     assert options.lr == 0.1  # a key without a value is not set
 
 
-def test_file_is_taken_before_the_recipe_of_its_name(here):
+def test_a_file_takes_precedence_over_a_recipe_of_the_same_name(here):
     (here / "cheap").write_text("interval: 7\n")
 
     assert options_of("cheap").interval == 7
@@ -222,7 +223,7 @@ def test_file_is_taken_before_the_recipe_of_its_name(here):
         ("just words", "bad.yaml is not a mapping of options to values"),
     ],
 )
-def test_mistake_in_a_file_is_one_line(here, capsys, text, message):
+def test_an_error_in_a_file_is_one_line(here, capsys, text, message):
     write(here, bad=text)
 
     refused(capsys, "bad.yaml", message)
@@ -237,14 +238,14 @@ def test_mistake_in_a_file_is_one_line(here, capsys, text, message):
         ("latin1.yaml", "latin1.yaml is not YAML: 'utf-8' codec can't decode"),
     ],
 )
-def test_what_is_no_file_and_no_recipe_is_named(here, capsys, source, message):
+def test_an_unknown_file_or_recipe_is_an_error(here, capsys, source, message):
     (here / "folder").mkdir()
     (here / "latin1.yaml").write_bytes("# ä".encode("latin-1"))
 
     refused(capsys, source, message)
 
 
-def test_idle_option_is_refused_on_the_command_line_and_not_in_a_file(here, capsys):
+def test_an_option_without_effect_is_refused_only_on_the_command_line(here, capsys):
     write(here, crsam="alpha: 0.2\nmomentum: 0.8\n")
 
     assert options_of("crsam.yaml", more="--optimizer adamw").momentum is None

@@ -13,7 +13,7 @@ RECIPES = [[recipe] for recipe in names() if recipe != "cheap"]
 
 
 @pytest.mark.parametrize("files", [*RECIPES, ["vit-s32-gsam-300", "cheap"]], ids=" ".join)
-def test_three_steps_at_the_network_of_the_recipe(files, crsam_train, here, read_log, monkeypatch):
+def test_three_steps_with_the_network_of_the_recipe(files, crsam_train, here, read_log, monkeypatch):
     monkeypatch.setattr("crsam_ext.training.synthetic.PER_CLASS", {"train": 12, "val": 2})
     small = "--image-size 32 --val-image-size 32 --epochs 1 --batch-size 8 --warmup-steps 1"
 

@@ -1,4 +1,4 @@
-"""A run that is stopped at any moment and resumed is the run that was never stopped."""
+"""A run that is stopped at any moment and resumed equals an uninterrupted run."""
 
 import random
 import shutil
@@ -16,7 +16,7 @@ KILLED = [-signal.SIGKILL]
 
 @pytest.fixture
 def kill_at(forked_train):
-    """Runs a command until the n-th time that a file is put in place, and kills it right before or right after."""
+    """Runs a command and kills it right before or after a file is replaced for the n-th time."""
 
     def run(name, count, moment, command):
         assert forked_train(command, file=name, left=count, moment=moment)[0] == KILLED
@@ -58,7 +58,7 @@ def test_stopped_in_mid_epoch_with_augmentation(
 
 
 def stop_after(monkeypatch, step, *signals):
-    """Have signals arrive in a step."""
+    """Sends signals during a step."""
     from crsam_ext.training.loop import Training
 
     take = Training._take
@@ -72,13 +72,13 @@ def stop_after(monkeypatch, step, *signals):
     monkeypatch.setattr(Training, "_take", interrupted_take)
 
 
-def test_killed_when_files_are_put_in_place(kill_at, crsam_train, here, assert_same_run, read_log):
+def test_killed_when_files_are_replaced(kill_at, crsam_train, here, assert_same_run, read_log):
     command = "--model mlp --epochs 3 --mixup 0.3 --ema 0.9 --batch-size 128 --output"
     assert crsam_train(f"{command} straight") == 0
 
     kill_at("last.pt", 1, "after", f"{command} killed")
     assert [path.name for path in (here / "killed").iterdir()] == ["last.pt"]
-    kill_at("last.pt", 1, "before", f"{command} killed --resume")  # before the first test
+    kill_at("last.pt", 1, "before", f"{command} killed --resume")  # before the first evaluation
     assert (here / "killed" / "last.pt.partial").exists()
     kill_at("last.pt", 2, "before", f"{command} killed --resume")  # after it
     assert len(read_log(here / "killed")) == 0
@@ -108,7 +108,7 @@ def test_killed_when_files_are_put_in_place(kill_at, crsam_train, here, assert_s
     ids=["ema-intervals", "adamw-log"],
 )
 def test_killed_at_random_steps(forked_train, assert_same_run, here, options):
-    """Twenty times, and ten times more: wherever that is, before its first checkpoint after the last kill, too."""
+    """Killed twenty or ten times, at any step, also before the first checkpoint after the last kill."""
     command = f"{options} --epochs 3 --batch-size 128 --log-interval 5 --checkpoint-hist 2 --output"
     assert forked_train(f"{command} straight")[0] == [0]
 
@@ -126,8 +126,8 @@ def test_killed_at_random_steps(forked_train, assert_same_run, here, options):
 KILL = [signal.SIGKILL]
 
 
-def test_the_decay_of_the_moving_average_goes_on(forked_train, here):
-    """It grows with the steps, so a counter that begins again would give another average."""
+def test_the_decay_of_the_moving_average_continues(forked_train, here):
+    """The decay grows with the steps, so a counter that restarts would give another average."""
     from timm.utils.model_ema import ModelEmaV3
 
     ema = ModelEmaV3(torch.nn.Linear(1, 1), decay=0.9999, use_warmup=True)
@@ -143,7 +143,7 @@ def test_the_decay_of_the_moving_average_goes_on(forked_train, here):
     assert not straight["ema"]["1.weight"].equal(straight["model"]["1.weight"])
 
 
-def test_killed_in_the_test_after_an_epoch(forked_train, assert_same_run, here, read_log):
+def test_killed_during_the_evaluation(forked_train, assert_same_run, here, read_log):
     command = "--model cnn --epochs 2 --batch-size 256 --log-interval 2 --ema 0.9 --output"
     assert forked_train(f"{command} straight")[0] == [0]
 
@@ -191,7 +191,7 @@ def finished_cnn(forks, tmp_path_factory):
     return folder
 
 
-def test_handlers_of_signals_come_back(crsam_train, monkeypatch, here):
+def test_signal_handlers_are_restored(crsam_train, monkeypatch, here):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     with monkeypatch.context() as patch:
         stop_after(patch, 3, signal.SIGINT)
@@ -214,8 +214,8 @@ def remove(path):
 
 
 @pytest.mark.parametrize("harm", [tear_last_line, tear_and_add_later_steps, remove])
-def test_harm_to_the_rows_of_steps(crsam_train, assert_same_run, here, finished_cnn, read_log, monkeypatch, harm):
-    """Rows of steps that are taken again are written again; others stay, and those that are gone stay away."""
+def test_damaged_rows_of_steps_csv(crsam_train, assert_same_run, here, finished_cnn, read_log, monkeypatch, harm):
+    """Rows of repeated steps are rewritten; other rows stay, and missing rows stay missing."""
     with monkeypatch.context() as patch:
         stop_after(patch, 7, signal.SIGTERM)
         assert crsam_train(f"{CNN} stopped") == 75
@@ -228,7 +228,7 @@ def test_harm_to_the_rows_of_steps(crsam_train, assert_same_run, here, finished_
     assert read_log(here / "stopped") == read_log(finished_cnn)
 
 
-def test_finished_run_stays_as_it_is(crsam_train, here, finished, read_log, read_state):
+def test_resuming_a_finished_run_changes_nothing(crsam_train, here, finished, read_log, read_state):
     shutil.copytree(finished, here / "out")
     log, state = read_log(here / "out"), read_state(here / "out" / "last.pt")
     assert crsam_train("--model mlp --epochs 1 --output out --resume") == 0
@@ -238,7 +238,7 @@ def test_finished_run_stays_as_it_is(crsam_train, here, finished, read_log, read
 
 
 def test_bad_files_are_counted_once_and_limited(forked_train, assert_same_run, here, read_log):
-    """Files that cannot be read, as batches of a fake loader tell of them."""
+    """Unreadable files, as reported by the batches of a fake loader."""
     command = "--data digits --model mlp --epochs 2 --batch-size 256 --log-interval 2 --output"
     bad = {"1": ["a.jpg"], "3": ["b.jpg", "a.jpg"], "8": ["c.jpg"], "9": ["a.jpg"]}
     statuses, out, err = forked_train(f"{command} straight", bad=bad)

@@ -67,25 +67,25 @@ def test_other_options_have_no_warmup(name, kind):
     assert values(f"--{name} 0.3 --{name}-schedule {kind} --warmup-steps 7", name) == pytest.approx(expected, rel=1e-12)
 
 
-def test_lowest_rho():
+def test_rho_ends_at_min_rho():
     expected = [closed_form("linear", step, peak=0.3, minimum=0.1) for step in range(TOTAL)]
 
     assert values("--rho 0.3 --rho-schedule linear --min-rho 0.1", "rho") == pytest.approx(expected, rel=1e-12)
 
 
-def test_rho_in_proportion_to_the_learning_rate():
+def test_rho_proportional_to_the_learning_rate():
     command = "--schedule linear --min-lr 0.5 --warmup-steps 8 --rho 0.6 --min-rho 0.1 --rho-schedule proportional"
     rho, lr = values(command, "rho"), values(command)
 
     assert rho == pytest.approx([min(max(0.1 + 0.5 * (x - 0.5) / 1.5, 0.1), 0.6) for x in lr], rel=1e-12)
-    assert rho[:3] == [0.1, 0.1, 0.1]  # the rate is 0, 0.25, 0.5: that is not less than the lowest rho
+    assert rho[:3] == [0.1, 0.1, 0.1]  # the rate is 0, 0.25, 0.5; rho stays within its bounds
     assert rho[8] == 0.6
-    # Without a lower bound of the rate, rho goes as the rate does in warm-up, too.
+    # Without min_lr, rho follows the rate during warm-up, too.
     rho = values("--schedule cosine --warmup-steps 4 --rho 0.6 --rho-schedule proportional", "rho")
     assert rho[:5] == pytest.approx([0, 0.15, 0.3, 0.45, 0.6])
 
 
-def test_rho_in_proportion_to_a_rate_below_its_lower_bound():
+def test_rho_proportional_to_a_rate_below_min_lr():
     rho = values("--schedule step --min-lr 0.1 --rho 0.6 --min-rho 0.2 --rho-schedule proportional", "rho")
 
     assert rho[0] == 0.6
@@ -106,8 +106,8 @@ def test_several_parameter_groups():
         assert group["alpha"] == pytest.approx(closed_form("linear", 12, peak=0.1))
 
 
-def test_a_step_is_a_function_of_its_number():
-    """Also where the state of the optimizer, with the values of another step in its groups, was loaded before."""
+def test_the_values_depend_only_on_the_step_number():
+    """Also after an optimizer state with the values of another step was loaded."""
     command = "--warmup-steps 4 --rho-schedule cosine --alpha-schedule step --beta-schedule linear"
     names = ("lr", "rho", "alpha", "beta")
     first, schedules = scheduled(command)

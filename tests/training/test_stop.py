@@ -1,4 +1,4 @@
-"""Requests to stop and to save, as one process and as two of them see them."""
+"""Requests to stop and to save, with one process and with two."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from crsam_ext.training.stop import Requests
 
 
 def after_a_step(requests):
-    """What is asked for after a step: whether to save, and the status to stop with."""
+    """The requests after a step: whether to save, and the exit status to stop with."""
     requests.begin_step()
     requests.end_step()
     try:
@@ -25,14 +25,14 @@ def after_a_step(requests):
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
-def test_a_signal_stops(name, status):
+def test_a_signal_stops_the_run(name, status):
     requests = Requests(ALONE, 30)
     with requests.listening():
         assert after_a_step(requests) == (False, None)
         os.kill(os.getpid(), getattr(signal, name))
         assert after_a_step(requests) == (True, status)
         requests.saved()
-        assert after_a_step(requests) == (True, status)  # it stays so until the run has stopped
+        assert after_a_step(requests) == (True, status)  # the request stays until the run has stopped
 
 
 def test_a_signal_in_a_step_takes_effect_after_it():
@@ -44,7 +44,7 @@ def test_a_signal_in_a_step_takes_effect_after_it():
         assert requests.save
 
 
-def test_a_second_ctrl_c_acts_at_once():
+def test_a_second_ctrl_c_acts_immediately():
     requests = Requests(ALONE, 30)
     with requests.listening():
         signal.raise_signal(signal.SIGINT)
@@ -54,7 +54,7 @@ def test_a_second_ctrl_c_acts_at_once():
 
 
 @pytest.mark.parametrize("error", [None, Stopped("stopped", 75), KeyboardInterrupt()])
-def test_handlers_come_back(error):
+def test_signal_handlers_are_restored_after_listening(error):
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     with suppress(Stopped, KeyboardInterrupt), Requests(ALONE, 30).listening():
@@ -73,7 +73,7 @@ def test_minutes_between_saves(monkeypatch):
     assert after_a_step(requests) == (False, None)
     now += 1
     assert after_a_step(requests) == (True, None)
-    assert after_a_step(other) == (False, None)  # the first process looks at the clock
+    assert after_a_step(other) == (False, None)  # only rank 0 checks the time
     requests.saved()
     assert after_a_step(requests) == (False, None)
     now += 121
