@@ -282,7 +282,7 @@ def test_a_worker_that_is_killed_while_the_step_computes(photograph_crops):
         os.kill(workers_now()[0], signal.SIGKILL)
         while True:
             torch.rand(100, 100) @ torch.rand(100, 100)
-    assert "prepares images has died" in str(loader.explained(raised.value))
+    assert "a worker process died" in str(loader.explained(raised.value))
     assert loader.explained(RuntimeError("of another kind")) is None
 
 
