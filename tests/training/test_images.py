@@ -519,10 +519,10 @@ def test_not_enough_memory(crsam_train, here, capsys, monkeypatch):
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory."),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):  # fmt: skip
 
-        def fails(*_, error=error):
+        def fails(*_, error=error, **__):
             raise error
 
-        for where in ("load", "create_model", "train_epoch"):
+        for where in ("load", "create_model", "evaluate"):
             with monkeypatch.context() as patch:
                 patch.setattr(loop, where, fails)
                 assert crsam_train("--model mlp --overwrite --output out") == 2

@@ -34,7 +34,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux
 def no_workers_left():
     """Failed iterations may live as long as their tracebacks."""
     yield
-    loader._kill_all()
+    loader.kill_all()
 
 
 class Pretended(Ranks):
