@@ -1,4 +1,5 @@
-"""What all tests share: seeds, one thread, repeatable Hypothesis runs, and visible skips of what a machine lacks."""
+"""Configuration shared by all tests: seeds, one thread, deterministic Hypothesis runs, and visible skips of missing
+hardware."""
 
 import ctypes
 import os
@@ -43,7 +44,7 @@ def require_cuda(request):
 
 @pytest.fixture
 def library(monkeypatch):
-    """The CUDA sources, compiled for a CPU, as the extension: its operators are for CPU tensors."""
+    """Compile the CUDA sources for a CPU and install the result as the extension; its operators take CPU tensors."""
     module = build.library()
     monkeypatch.setattr(extension, "why_missing", lambda: None)
     monkeypatch.setattr(extension, "load", lambda: module)
@@ -52,7 +53,7 @@ def library(monkeypatch):
 
 @pytest.fixture
 def shim(library):
-    """That library as ctypes sees it: counters, and the order of threads."""
+    """Return the same library as a ctypes object: counters, and the order of threads."""
     shim = ctypes.CDLL(library.__file__)
     yield shim
     shim.crsam_set_order(0)
@@ -60,7 +61,7 @@ def shim(library):
 
 @pytest.fixture
 def cuda_on_cpu(library, monkeypatch):
-    """Makes backend "cuda" available, for CPU tensors."""
+    """Make backend "cuda" available for CPU tensors."""
     monkeypatch.setattr(cuda, "why_unavailable", lambda: None)
 
 
@@ -75,10 +76,10 @@ AVAILABLE = [name for name, verdict in available_backends().items() if verdict =
 
 @pytest.fixture(params=["triton_interpreted"] if triton.interpreted() else [*AVAILABLE, "cuda_on_cpu"])
 def backend(request):
-    """The name of each available backend in turn, and cuda, a second time or the first, compiled for a CPU.
+    """Return the name of each available backend in turn, and "cuda_on_cpu", the CUDA sources compiled for a CPU.
 
-    tests/test_backends.py tells of those that are not available. With TRITON_INTERPRET=1, Triton alone:
-    tests/test_triton_interpreted.py says what runs so.
+    tests/test_backends.py reports unavailable backends. With TRITON_INTERPRET=1, only Triton runs:
+    tests/test_triton_interpreted.py selects those tests.
     """
     if request.param == "triton_interpreted":
         return "triton"
@@ -86,18 +87,18 @@ def backend(request):
         request.getfixturevalue("cuda_on_cpu")
         return "cuda"
     if request.param in ("cuda", "triton") and request.node.get_closest_marker("on_cpu"):
-        pytest.skip("the tensors of this test are on the CPU; tests/gpu has those on a GPU")
+        pytest.skip("this test uses CPU tensors; tests/gpu has the GPU tests")
     return request.param
 
 
 @pytest.fixture
 def backend_options(backend):
-    """The keywords of CRSAM that choose each backend in turn."""
+    """Return the keyword arguments of CRSAM that select each backend in turn."""
     return {"backend": backend}
 
 
 @pytest.fixture
 def device(backend, request):
-    """Where the tensors of `backend` live."""
+    """Return the device of the tensors for `backend`."""
     on_gpu = request.node.callspec.params["backend"] in ("cuda", "triton")
     return torch.device("cuda" if on_gpu else "cpu")

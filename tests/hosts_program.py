@@ -1,4 +1,4 @@
-"""Run by torchrun on each of two hosts: steps of a DistributedDataParallel, with a checkpoint after each."""
+"""Program that torchrun runs on each of two hosts: DistributedDataParallel steps with a checkpoint after each step."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from crsam_ext import CRSAM
 
 
 def train(folder, steps, pause):
-    """Go on after the last checkpoint; ``pause`` seconds pass in every gradient."""
+    """Continue from the last checkpoint; each gradient takes ``pause`` additional seconds."""
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(10, 32), torch.nn.Tanh(), torch.nn.Linear(32, 4)).double()
     model = DistributedDataParallel(network)

@@ -1,4 +1,5 @@
-"""Arguments for all operators at once, rows of awkward sizes and addresses, and what every fused backend is asked."""
+"""Arguments for all operators, with rows of unusual sizes and addresses, and the checks that every fused backend must
+pass."""
 
 import re
 
@@ -77,7 +78,7 @@ class Case:
         self.direction = Direction(rows(wide), torch.tensor(0.6, dtype=torch.float64))
 
     def in_float64(self):
-        """The same numbers in float64; updates are entered into ``saved`` where that was a master."""
+        """Return the same numbers in float64; where ``saved`` is a master, the updates are written to it."""
         self.keeps_master = has_master(self.live[0].dtype)
         for name in ("live", "saved", "first", "second", "out", "kept"):
             setattr(self, name, [row.double() for row in getattr(self, name)])
@@ -146,7 +147,7 @@ class Case:
 
 
 def run_all(operators, case):
-    """Everything that the operators have written and returned, in float64."""
+    """Run all operators and return everything that they write and return, in float64."""
     returned = []
     for operator in Case.OPERATORS:
         returned.append(operator(case, operators))
@@ -156,13 +157,13 @@ def run_all(operators, case):
 
 
 def check_same_as_float64(operators, dtype, **rows):
-    """All operators in a row, against the torch backend in float64, which other tests hold to the reference."""
+    """Compare all operators with the torch backend in float64, which other tests compare with the reference."""
     found, expected = (
         run_all(operators, Case(dtype, **rows)),
         run_all(TorchOperators(), Case(dtype, **rows).in_float64()),
     )
     tolerance = 40 * torch.finfo(compute_dtype(dtype)).eps
-    narrow = torch.finfo(dtype).eps / 2 if has_master(dtype) else 0  # where the last word is a rounding
+    narrow = torch.finfo(dtype).eps / 2 if has_master(dtype) else 0  # the last operation rounds to dtype
     for x, y in zip(found, expected, strict=True):
         assert torch.allclose(x, y, rtol=tolerance + narrow, atol=tolerance * max(1.0, y.abs().max().item()))
 
@@ -187,13 +188,13 @@ each_operator = pytest.mark.parametrize(("operator", "variant"), VARIANTS, ids=l
 
 
 def moved(variant, dtype):
-    """Bytes that an operator reads and writes an element."""
+    """Return the bytes that an operator reads and writes per element."""
     name, *which = variant
     return KERNELS[name].nbytes(dtype, *which)
 
 
 def stepping(base, options, **more):
-    """A function that makes a step of a small network, after a first one."""
+    """Return a function that makes a step of a small network; the first step is already done."""
     params = [Parameter(torch.randn(shape)) for shape in RESNET50_SCALED]
     optimizer = CRSAM(params, base, lr=0.1, **options, **more)
 
@@ -206,7 +207,7 @@ def stepping(base, options, **more):
 
 
 def check_versions(operators):
-    """The version of what an operator writes goes up by one, and no other."""
+    """Check that an operator increments the versions of the tensors that it writes by one, and no other version."""
     case = Case(torch.float32)
     written = {
         Case.perturb_first: {"live", "saved"},
@@ -229,7 +230,7 @@ def check_versions(operators):
 
 
 def check_interrupted_perturb(operators, namespace, launched, monkeypatch):
-    """Ctrl-C on either side of the launch: undo learns of all rows or of none."""
+    """Check Ctrl-C before and after the launch: undo contains all rows or none."""
     case, perturb_ = Case(torch.float32), namespace.perturb_
 
     def interrupted(*arguments):
@@ -248,7 +249,7 @@ def check_interrupted_perturb(operators, namespace, launched, monkeypatch):
 
 
 def check_schemas_and_fakes(namespace):
-    """What torch.library asks of every operator."""
+    """Check every operator with torch.library.opcheck."""
     case, check = Case(torch.float32), torch.library.opcheck
     c, groups = case.coefficients, case.groups
     flat = [row for rows in case.grads for row in rows]
@@ -285,14 +286,14 @@ def check_schemas_and_fakes(namespace):
 
 
 def check_other_groups(operators):
-    """Tables are kept: rows of the same lengths in other groups must not get each other's."""
+    """Check that a cached table is not used for rows of the same lengths in other groups."""
     grads = [torch.full((5,), float(i)) for i in (1, 2, 3)]
     for groups in ([0, 0, 1], [0, 1, 1], [1, 1, 1], [2, 0, 1]):
         expected = [sum(5.0 * i**2 for i, group in zip((1, 2, 3), groups, strict=True) if group == k) for k in range(3)]
         assert operators.grad_norm(grads, groups, 3, [None] * 3).tolist() == expected
 
 
-#: What is changed in the arguments of perturb_, and what it says then.
+#: Changes of the arguments of perturb_, and the resulting messages.
 wrong_arguments = pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -308,14 +309,14 @@ wrong_arguments = pytest.mark.parametrize(
 
 
 def check_arguments(operators, change, message):
-    """An argument that is wrong is an error that says how."""
+    """Check that an invalid argument raises an error that describes it."""
     case = Case(torch.float32)
     change(case)
     with pytest.raises(RuntimeError, match=re.escape(message)):
         case.perturb_first(operators)
 
 
-#: Likewise of step_, some of whose arguments are lists of lists.
+#: The same for step_, some of whose arguments are lists of lists.
 wrong_arguments_of_a_step = pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -332,7 +333,7 @@ wrong_arguments_of_a_step = pytest.mark.parametrize(
 
 
 def check_arguments_of_a_step(operators, change, message):
-    """The row of a list of lists is named too."""
+    """Check that the message names the row in a list of lists."""
     case = Case(torch.float32)
     change(case)
     with pytest.raises(RuntimeError, match=re.escape(message)):
@@ -344,7 +345,7 @@ def check_arguments_of_a_step(operators, change, message):
 
 
 def check_unknown_names(operators):
-    """Of a rule and of a regularizer."""
+    """Check the errors for an unknown rule and an unknown regularizer."""
     case, scale = Case(torch.float32), Case(torch.float32).scale
     with pytest.raises(RuntimeError, match="step_: unknown rule lion"):
         operators._ops.step_(
@@ -359,7 +360,7 @@ def check_unknown_names(operators):
 
 
 def check_options_as_tensors(operators, held_in, dtype):
-    """A number and a tensor that holds it make the same step."""
+    """Check that a number and a tensor with the same value make the same step."""
     lr, betas = (0.125, (0.875, 0.75)) if held_in == torch.float32 else (0.1, (0.9, 0.999))  # exact in float32
     options = {"weight_decay": 0.25, "eps": 2.0**-20, "decoupled_weight_decay": True, "maximize": False}
     number = AdamOptions(lr=lr, betas=betas, **options)

@@ -1,4 +1,4 @@
-"""Processes of a gloo group on this machine, in which tests run functions."""
+"""Processes of a gloo group on this machine, which run functions of tests."""
 
 import multiprocessing
 import os
@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch._dynamo  # DistributedDataParallel imports it: here once, rather than in every process
+import torch._dynamo  # DistributedDataParallel imports it: do so once, before the fork
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,11 +18,11 @@ LIMIT = 120  # seconds that a test may take
 
 
 class Ranks:
-    """Forked once, they wait for functions and call them as ``function(rank, size, *arguments)``, all at once.
+    """Processes that are forked once and then call functions as ``function(rank, size, *arguments)`` on all ranks.
 
     Args:
-        size: how many.
-        seconds: after which a collective gives up that others have not joined.
+        size: number of processes.
+        seconds: timeout of a collective that other ranks have not joined.
     """
 
     def __init__(self, size, seconds=20):
@@ -38,14 +38,14 @@ class Ranks:
             self._processes.append(process)
 
     def __call__(self, function, *arguments):
-        """What the function returned on each rank; what it raised there fails the test, with its traceback."""
+        """Return the result of each rank; an exception on a rank fails the test with its traceback."""
         results = self.attempt(function, *arguments)
         failures = [f"rank {rank}:\n{r.told}" for rank, r in enumerate(results) if isinstance(r, Failure)]
         assert not failures, "\n".join(failures)
         return results
 
     def attempt(self, function, *arguments):
-        """Likewise, with a :class:`Failure` where the function raised."""
+        """Return the result of each rank, or a :class:`Failure` where the function raised."""
         for pipe in self._pipes:
             pipe.send((function, arguments))
         results = []
@@ -64,7 +64,7 @@ class Ranks:
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the collectives within, by name: those of DistributedDataParallel's C++, too."""
+    """Counts collectives by name, including those that DistributedDataParallel calls from C++."""
 
     def __init__(self):
         super().__init__()
@@ -78,12 +78,12 @@ class Collectives(TorchDispatchMode):
 
     @property
     def count(self):
-        """Of all-reduces."""
+        """Return the number of all-reduces."""
         return sum(count for name, count in self.counts.items() if "allreduce" in name)
 
 
 class Failure:
-    """What a function raised on a rank."""
+    """The exception that a function raised on a rank."""
 
     def __init__(self, error):
         self.kind, self.message = type(error).__name__, str(error)

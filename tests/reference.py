@@ -1,4 +1,4 @@
-"""CR-SAM in float64, written from its formulas alone, and the tolerances that all tests share.
+"""CR-SAM in float64, implemented from its formulas alone, and the tolerances that all tests share.
 
 The optimizer under test never sees this module, and this module knows nothing of flat buffers, rows or backends: a
 step is :func:`perturbation`, :func:`curvature`, and :func:`sgd` or :func:`adam`. :class:`Reference` puts them in order.
@@ -9,7 +9,7 @@ Tolerances
 u is half an ulp of the compute dtype: float64's own for float64, float32's for all others.
 
 =============  ==============  ===================================================================================
-name           value           where it comes from
+name           value           source
 =============  ==============  ===================================================================================
 EXACT          1e-12           float64: a few steps of some 20 roundings, u = 1e-16, a thousandfold condition
 update(T)      20 T u          T steps with given gradients, relative to the largest value: gradients (1), the
@@ -67,13 +67,13 @@ def dot(x, y):
 
 
 def perturbation(w, g0, rho, adaptive):
-    """e of SAM, or ASAM where adaptive; lists with one entry a parameter."""
+    """Return e of SAM, or of ASAM if adaptive; lists with one entry per parameter."""
     length = norm([p.abs() * g if a else g for p, g, a in zip(w, g0, adaptive, strict=True)]) + 1e-12
     return [r * (p**2 * g if a else g) / length for p, g, r, a in zip(w, g0, rho, adaptive, strict=True)]
 
 
 def random_bits(w, g):
-    """u in [0, 1) of stochastic rounding: 13 bits of MurmurHash3's finalizer over float32 w and g."""
+    """Return u in [0, 1) for stochastic rounding: 13 bits of MurmurHash3's finalizer over float32 w and g."""
     w, g = (np.ascontiguousarray(x.float().numpy()).view(np.uint32).astype(np.uint64) for x in (w, g))
     h = (w ^ (g * 0x9E3779B1)) % 2**32
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) % 2**32
@@ -82,7 +82,7 @@ def random_bits(w, g):
 
 
 def spacing(x, dtype):
-    """Distance of neighbours of float64 x among the numbers of ``dtype``."""
+    """Return the distance between neighbors of float64 x among the numbers of ``dtype``."""
     info = torch.finfo(dtype)
     smallest = info.smallest_normal if dtype == torch.float16 else 2.0**-119
     return torch.exp2(torch.floor(torch.log2(x.abs().clamp(min=smallest)))) * info.eps
@@ -93,7 +93,7 @@ def differences(g0, gp, gm):
 
 
 def curvature(e, g0, d1, d2, losses, estimator):
-    """kappa and sigma of the log regularizer."""
+    """Return kappa and sigma of the log regularizer."""
     if estimator == "loss":
         return losses[1] + losses[2] - 2 * losses[0], losses[1] - losses[2]
     return dot(e, d1) / 2, 2 * dot(e, g0) + dot(e, d2) / 3
@@ -119,7 +119,7 @@ def adam(w, g, state, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, decou
 
 
 class Reference:
-    """A CR-SAM optimizer over groups ``{"params": [...], **options}``; parameters are taken as float64 copies.
+    """A CR-SAM optimizer over groups ``{"params": [...], **options}``; parameters are copied to float64.
 
     ``w`` and ``state`` have one entry a parameter. ``step(evaluate)`` calls ``evaluate(w)``, which returns the loss and
     a list of gradients, where None stands for no gradient.
@@ -196,7 +196,8 @@ class Reference:
             kappa, sigma = curvature(e, g0, d1, d2, (loss, loss_ascent, loss_descent), self.estimator)
             a, b = [x / kappa if kappa > 0 else 0.0 for x in a], [x / sigma if sigma > 0 else 0.0 for x in b]
             self.last.update(kappa=kappa, sigma=sigma)
-            # What sums of products are exact relative to: where terms cancel, more than the result.
+            # The reference magnitude for errors of sums of products: larger than the result if terms
+            # cancel.
             k, s = norm(e) * norm(d1) / 2, norm(e) * (2 * norm(g0) + norm(d2) / 3)
             self.scales = {"kappa": k, "sigma": s, "a": max(a) * k / abs(kappa or 1), "b": max(b) * s / abs(sigma or 1)}
             self.counts["curvature_dropped"] += kappa <= 0
@@ -218,7 +219,7 @@ class Reference:
         self.update(ghat, active)
 
     def update(self, ghat, active):
-        if callable(self.base):  # a torch optimizer of float64 parameters that are self.w
+        if callable(self.base):  # a torch optimizer whose float64 parameters are self.w
             if not hasattr(self, "wrapped"):
                 self.w = [torch.nn.Parameter(w) for w in self.w]
                 self.wrapped = self.base(self.w)
@@ -238,7 +239,7 @@ class Reference:
                 self.w[i] = rule(self.w[i], g, self.state[i], **{**defaults, **options}, **extra)
 
 
-# A problem to try it on ----------------------------------------------------------------------------------------------
+# A test problem ------------------------------------------------------------------------------------------------------
 
 SHAPES = [(5, 4), (5,), (3, 5), ()]
 
@@ -253,14 +254,14 @@ def batch(dtype=torch.float64, device="cpu"):
 
 
 def network_loss(params, data):
-    """Cross entropy, from operations that start no threads for 48 numbers."""
+    """Return the cross entropy, with operations that start no threads for 48 numbers."""
     w, b, v, s = params
     logits = torch.tanh(data[0] @ w.T + b) @ v.T * (1 + s)
     return (logits.exp().sum(1).log() - (logits * data[1]).sum(1)).mean()
 
 
 def evaluator(loss_of):
-    """What :meth:`Reference.step` wants, by autograd."""
+    """Return the ``evaluate`` function of :meth:`Reference.step`, by autograd."""
 
     def evaluate(w):
         leaves = [p.detach().clone().requires_grad_() for p in w]
@@ -271,7 +272,7 @@ def evaluator(loss_of):
 
 
 def closure_of(loss_of, params):
-    """What ``CRSAM.step`` wants, for the same function."""
+    """Return a closure for ``CRSAM.step`` that computes the same function."""
 
     def closure():
         loss = loss_of(params)
@@ -282,7 +283,7 @@ def closure_of(loss_of, params):
 
 
 def assert_close(actual, expected, tolerance, what="value", scale=1.0):
-    """Largest error of a tensor against ``tolerance`` times the largest magnitude of what is expected, or ``scale``."""
+    """Compare the largest error with ``tolerance`` times the largest expected magnitude, or times ``scale``."""
     expected = torch.as_tensor(expected, dtype=torch.float64)
     actual = (
         actual.detach().double().cpu()
@@ -295,7 +296,7 @@ def assert_close(actual, expected, tolerance, what="value", scale=1.0):
 
 
 def assert_same(params, reference, tolerance=EXACT, state=None, names=()):
-    """Parameters, and the named buffers of an optimizer's ``state``, against a :class:`Reference`."""
+    """Compare parameters, and the named buffers of an optimizer's ``state``, with a :class:`Reference`."""
     for i, (param, w) in enumerate(zip(params, reference.w, strict=True)):
         assert_close(param, w, tolerance, f"parameter {i}")
         for name in names:
@@ -305,6 +306,6 @@ def assert_same(params, reference, tolerance=EXACT, state=None, names=()):
 
 
 def run_three_calls(optimizer, backward, calls=3, zero_grad=True):
-    """One step in the form of calls; ``backward(index)`` fills gradients and returns the loss of a pass."""
+    """Make one step in calls; ``backward(index)`` computes gradients and returns the loss of a pass."""
     for index, call in enumerate((optimizer.first_step, optimizer.second_step, optimizer.third_step)[:calls]):
         call(zero_grad=zero_grad, loss=backward(index))

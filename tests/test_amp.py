@@ -1,4 +1,4 @@
-"""Scaled gradients, accumulated gradients, and what may be done to a gradient before the step."""
+"""Scaled gradients, accumulated gradients, and changes of the gradient between the passes and the step."""
 
 import math
 
@@ -33,7 +33,7 @@ def scaler_of(device, cls=GradScaler):
 
 
 class Problem:
-    """A small network, its optimizer and scaler; ``overflow`` is the pass whose gradient holds an infinity."""
+    """A small network with optimizer and scaler; the gradient of pass ``overflow`` contains an infinity."""
 
     def __init__(self, base, device="cpu", scaler=None, dtype=torch.float64, **options):
         torch.manual_seed(0)
@@ -59,7 +59,7 @@ class Problem:
         return loss
 
     def step_in_calls(self):
-        """With torch's own recipe: the last call is the scaler's."""
+        """Make a step as torch's documentation does: the scaler makes the last call."""
         self.calls = 0
         calls = (self.optimizer.first_step, self.optimizer.second_step)[: self.optimizer.passes - 1]
         for call in calls:
@@ -74,7 +74,7 @@ class Problem:
         return [x.detach().clone() for x in (*self.params, *state)]
 
 
-# The scale makes no difference ---------------------------------------------------------------------------------------
+# The result does not depend on the scale -----------------------------------------------------------------------------
 
 
 @bases
@@ -90,7 +90,7 @@ def test_scale_cancels(settings, base, backend_options, device):
     names = {"grad_norm", "a", "b"} | ({"kappa", "sigma"} if settings.get("regularizer") == "log" else set())
     if "max_grad_norm" in settings:
         names |= {"clip_factor"}
-    else:  # the factor of the update, which takes the scale out, is there with a scale only
+    else:  # the factor of the update, which unscales the gradient, exists only with a scale
         assert expected["clip_factor"] is None
         assert_close(found["clip_factor"], 1.0, EXACT)
     for name in names:
@@ -104,7 +104,7 @@ def test_scale_cancels(settings, base, backend_options, device):
 @settings
 def test_scale_cancels_in_calls(settings, backend_options, device):
     if settings.get("estimator") == "loss":
-        settings = settings | {"estimator": "gradient"}  # the scaler's call has no place for a loss
+        settings = settings | {"estimator": "gradient"}  # the scaler's call has no loss argument
     plain = Problem(BASES["sgd"], device, **settings, **backend_options)
     scaled = Problem(BASES["sgd"], device, scaler_of(device, torch.amp.GradScaler), **settings, **backend_options)
     for _ in range(3):
@@ -114,8 +114,8 @@ def test_scale_cancels_in_calls(settings, backend_options, device):
         assert_close(x, y, EXACT)
 
 
-def test_autocast_in_float16():
-    """The recipe of the documentation trains; every pass runs in float16."""
+def test_autocast_trains_in_float16():
+    """The documented recipe trains, and every pass runs in float16."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 3))
     x = torch.randn(64, 8)
@@ -138,14 +138,14 @@ def test_autocast_in_float16():
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_disabled_scaler():
+def test_disabled_scaler_changes_nothing():
     plain, scaled = (Problem(BASES["sgd"], scaler=s) for s in (None, GradScaler("cpu", enabled=False)))
     plain.step()
     scaled.step()
     assert all(torch.equal(x, y) for x, y in zip(plain.everything(), scaled.everything(), strict=True))
 
 
-def test_another_optimizer_with_this_scaler():
+def test_scaler_works_with_another_optimizer():
     p, scaler = Parameter(torch.ones(3)), scaler_of("cpu")
     optimizer = torch.optim.SGD([p], lr=0.5)
     scaler.scale(p.sum()).backward()
@@ -180,14 +180,14 @@ def test_overflow_skips_the_step_and_lowers_the_scale(overflow, form, settings, 
 # Misuse --------------------------------------------------------------------------------------------------------------
 
 
-def test_closure_with_torchs_scaler():
+def test_torchs_scaler_refuses_a_closure():
     problem = Problem(BASES["sgd"], scaler=scaler_of("cpu", torch.amp.GradScaler))
     problem.step_in_calls()
     with pytest.raises(RuntimeError, match=r"use crsam_ext\.GradScaler"):
         problem.scaler.step(problem.optimizer, problem.closure)
 
 
-def test_unscale_in_the_middle_of_a_step():
+def test_unscale_in_the_middle_of_a_step_is_refused():
     problem = Problem(BASES["sgd"], scaler=scaler_of("cpu"))
     before = problem.everything()
     problem.optimizer.first_step(loss=problem.closure(), zero_grad=True)
@@ -199,7 +199,7 @@ def test_unscale_in_the_middle_of_a_step():
     assert all(torch.equal(x, y) for x, y in zip(problem.params, before, strict=True))
 
 
-def test_two_steps_without_an_update():
+def test_two_steps_without_an_update_are_refused():
     problem = Problem(BASES["sgd"], scaler=scaler_of("cpu"))
     problem.scaler.step(problem.optimizer, problem.closure)
     with pytest.raises(RuntimeError, match=r"update\(\) is due"):
@@ -217,8 +217,8 @@ def passes_before_combine(problem):
 
 @bases
 @pytest.mark.parametrize("options", [{}, {"regularizer": "log"}], ids=["linear", "log"])
-def test_clipping_between_passes_and_step(options, base, backend_options, device):
-    """clip_grad_norm_ on what combine() leaves is what max_grad_norm does."""
+def test_clipping_after_combine_equals_max_grad_norm(options, base, backend_options, device):
+    """clip_grad_norm_ on the result of combine() has the effect of max_grad_norm."""
     ours = Problem(base, device, max_grad_norm=0.1, **options, **backend_options)
     theirs = Problem(base, device, **options, **backend_options)
     for _ in range(3):
@@ -234,7 +234,7 @@ def test_clipping_between_passes_and_step(options, base, backend_options, device
     assert theirs.optimizer.stats.steps == 3
 
 
-def test_unscaling_and_clipping_with_torchs_scaler():
+def test_torchs_scaler_unscales_and_clips_after_combine():
     ours = Problem(BASES["sgd"], max_grad_norm=0.1, regularizer="log")
     theirs = Problem(BASES["sgd"], scaler=scaler_of("cpu", torch.amp.GradScaler), regularizer="log")
     for _ in range(3):
@@ -262,7 +262,7 @@ def test_overflow_before_combine(overflow):
 
 
 @pytest.mark.parametrize("calls", [0, 1])
-def test_combine_too_early(calls):
+def test_combine_before_the_last_pass_is_refused(calls):
     problem = Problem(BASES["sgd"])
     for _ in range(calls):
         problem.optimizer.first_step(loss=problem.closure())
@@ -275,7 +275,7 @@ def test_combine_too_early(calls):
 
 
 @pytest.mark.parametrize("options", [{}, {"regularizer": "log", "estimator": "loss"}], ids=["linear", "log-loss"])
-def test_micro_batches_are_the_large_batch(options, backend_options, device):
+def test_micro_batches_equal_the_large_batch(options, backend_options, device):
     large = Problem(BASES["sgd"], device, **options, **backend_options)
     small = Problem(BASES["sgd"], device, **options, **backend_options)
     parts = list(zip(*(x.chunk(4) for x in small.data), strict=True))
@@ -287,6 +287,6 @@ def test_micro_batches_are_the_large_batch(options, backend_options, device):
 
 
 @pytest.mark.parametrize("closures", [[], [None], [1, 2]])
-def test_what_is_no_list_of_closures(closures):
+def test_other_lists_of_closures_are_refused(closures):
     with pytest.raises(TypeError, match="a closure or a list of closures"):
         Problem(BASES["sgd"]).optimizer.step(closures)

@@ -1,4 +1,4 @@
-"""Which backends the other tests run with here: one skip, with its reason, for each that is not available."""
+"""Which backends the other tests can use on this machine: one skip, with a reason, per unavailable backend."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from .conftest import missing
 
 
 @pytest.mark.parametrize("name", available_backends())
-def test_backend(name):
+def test_backend_is_available(name):
     verdict = available_backends()[name]
     if verdict != "available":
         missing(f"no test runs with backend {name}, which is {verdict}")
@@ -22,8 +22,8 @@ def test_backend(name):
     assert (param < 1).all()
 
 
-def test_cuda_that_does_not_start(monkeypatch):
-    """As in a process that was forked from one that uses CUDA: backend "torch" goes on, the others say why not."""
+def test_cuda_that_cannot_initialize_is_reported(monkeypatch):
+    """In a process forked from one that uses CUDA, backend "torch" works, and the others report the reason."""
 
     def start(*_):
         raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")

@@ -1,4 +1,5 @@
-"""Base optimizers of torch and of other libraries: CRSAM hands them ghat, and saves, copies and switches them whole."""
+"""Base optimizers of torch and other libraries: they receive ghat, and CRSAM saves, copies and switches them
+completely."""
 
 import copy
 import io
@@ -13,7 +14,7 @@ from .reference import EXACT, assert_close, differences, perturbation
 pytestmark = pytest.mark.slow
 
 RHO, ALPHA, BETA = 0.1, 0.3, 0.05
-STEPS = 12  # rectified and shifted optimizers move only after some steps
+STEPS = 12  # rectified and shifted optimizers only move after some steps
 
 TORCH = {
     "ASGD": {},
@@ -27,9 +28,9 @@ TORCH = {
     "RMSprop": {"momentum": 0.9},
     "Rprop": {},
 }
-# With options named as ours: A2Grad, AdaBound (gamma), AdEMAMix, AdaGC, Amos, AvaGrad (gamma), Gravity, MARS (gamma),
-# RACS (alpha, beta, gamma), Ranger, SRMM, Tiger. With a load_state_dict of their own: all of them. With more state than
-# is in `state`: SPAM, StableSPAM. With attributes that torch's copies lose: most.
+# With option names that CRSAM also uses: A2Grad, AdaBound (gamma), AdEMAMix, AdaGC, Amos, AvaGrad (gamma), Gravity,
+# MARS (gamma), RACS (alpha, beta, gamma), Ranger, SRMM, Tiger. With their own load_state_dict: all of them. With state
+# outside `state`: SPAM, StableSPAM. With attributes that torch's copies lose: most.
 PYTORCH_OPTIMIZER = [
     "A2Grad", "ADOPT", "AdEMAMix", "AdaBelief", "AdaBound", "AdaFactor", "AdaGC", "AdaShift", "Adan", "Amos",
     "AvaGrad", "CAME", "DAdaptAdam", "Gravity", "GrokFastAdamW", "LARS", "Lamb", "Lion", "MADGRAD", "MARS", "PID",
@@ -46,14 +47,14 @@ cases = pytest.mark.parametrize("case", CASES)
 
 
 def named(case):
-    """The class of that name, and its options."""
+    """Return the class with that name, and its options."""
     library, _, name = case.rpartition(".")
     cls = getattr(pytest.importorskip(library), name)
     return cls, {"lr": 0.01, **CASES.get(case, {})}
 
 
 def matrices(dtype=torch.float64):
-    """Parameters of two dimensions, which every optimizer takes, Muon among them."""
+    """Return two-dimensional parameters, which every optimizer accepts, including Muon."""
     return [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((6, 4), (3, 6))]
 
 
@@ -80,7 +81,7 @@ def make(params, case):
 
 
 def take(optimizer, params, steps=STEPS):
-    torch.manual_seed(1)  # some draw numbers
+    torch.manual_seed(1)  # some draw random numbers
     for _ in range(steps):
         optimizer.step(closure_of(params))
 
@@ -94,8 +95,8 @@ def assert_equal(params, others):
 
 
 @cases
-def test_update_is_the_base_optimizers_own(case):
-    """The base optimizer gets w and ghat of the formulas, and does with them what it does without us, to the bit."""
+def test_update_equals_that_of_the_base_optimizer(case):
+    """The base optimizer receives w and ghat, and updates bit for bit as it does without CRSAM."""
     params = matrices()
     start, twins = clones(params), clones(params)
     optimizer = make(params, case)
@@ -129,7 +130,7 @@ def test_update_is_the_base_optimizers_own(case):
 
 
 @cases
-def test_checkpoint_continues(case):
+def test_training_continues_from_a_checkpoint(case):
     params = matrices(torch.float32)
     optimizer = make(params, case)
     take(optimizer, params)
@@ -145,7 +146,7 @@ def test_checkpoint_continues(case):
 
 
 @cases
-def test_deep_copy_continues(case):
+def test_training_continues_from_a_deep_copy(case):
     params = matrices(torch.float32)
     optimizer = make(params, case)
     take(optimizer, params)
@@ -157,7 +158,7 @@ def test_deep_copy_continues(case):
 
 
 def test_options_of_the_same_name_are_kept_apart():
-    """RACS has an alpha, a beta and a gamma: ours of that name do not reach it, its gamma does."""
+    """RACS has options alpha, beta and gamma: it receives its gamma, but not CRSAM's alpha and beta."""
     library = pytest.importorskip("pytorch_optimizer")
     w, v = matrices()
     groups = [{"params": [w], "gamma": 1.5, "alpha": 0.4}, {"params": [v]}]
@@ -168,17 +169,17 @@ def test_options_of_the_same_name_are_kept_apart():
     assert [group["gamma"] for group in base] == [1.5, theirs["gamma"]]
     assert {group["alpha"] for group in base} == {theirs["alpha"]}
     optimizer.step(closure_of([w, v]))
-    assert [group["step"] for group in optimizer.param_groups] == [1, 1], "what it counts is in our state_dict"
+    assert [group["step"] for group in optimizer.param_groups] == [1, 1], "our state_dict holds its counter"
 
 
-def test_muon_takes_matrices_only():
+def test_muon_refuses_other_than_matrices():
     params = [*matrices(), torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))]
     with pytest.raises(ValueError, match="Muon only supports 2D parameters"):
         CRSAM(params, torch.optim.Muon)
 
 
-def test_muon_with_adamw_for_the_rest():
-    """In one optimizer, so that there is one perturbation; two CRSAMs would each call the closure."""
+def test_muon_with_adamw_for_other_parameters():
+    """Both are in one optimizer, with one perturbation; two CRSAMs would each call the closure."""
     library = pytest.importorskip("pytorch_optimizer")
     w, v = params = matrices()
     groups = [{"params": [w], "use_muon": True}, {"params": [v], "use_muon": False}]
@@ -191,8 +192,8 @@ def test_muon_with_adamw_for_the_rest():
 
 
 @pytest.mark.parametrize("name", ["Lookahead", "OrthoGrad", "ScheduleFreeWrapper", "TRAC"])
-def test_wrappers_of_optimizers_are_instances(name):
-    """What holds an optimizer itself is given ready-made; its own kind of state is in our state_dict."""
+def test_wrapper_optimizers_are_passed_as_instances(name):
+    """An optimizer that wraps another one is passed as an instance; our state_dict holds its state."""
     wrapper = getattr(pytest.importorskip("pytorch_optimizer"), name)
 
     def make_wrapped(params):
@@ -222,7 +223,8 @@ SCHEDULE_FREE = [
 
 @pytest.mark.parametrize("case", SCHEDULE_FREE)
 def test_modes_of_schedule_free_optimizers(case):
-    """eval() moves the parameters to the average and train() back, as without us; a checkpoint made there resumes."""
+    """eval() moves the parameters to the average and train() moves them back, as without CRSAM; a checkpoint of the
+    average resumes."""
     params = matrices(torch.float32)
     optimizer = make(params, case)
     take(optimizer, params)
@@ -243,7 +245,7 @@ def test_modes_of_schedule_free_optimizers(case):
     assert_equal(params, average)
 
 
-def test_step_in_evaluation_mode_leaves_the_parameters():
+def test_step_in_evaluation_mode_keeps_the_parameters():
     library = pytest.importorskip("schedulefree")
     params = matrices()
     before = clones(params)
@@ -253,8 +255,8 @@ def test_step_in_evaluation_mode_leaves_the_parameters():
     assert_equal(params, before)
 
 
-def test_no_change_of_mode_within_a_step():
-    """Trainers call train() before every forward, and that is well; eval() would move perturbed parameters."""
+def test_mode_cannot_change_within_a_step():
+    """Trainers call train() before every forward, which is allowed; eval() would move perturbed parameters."""
     library = pytest.importorskip("schedulefree")
     params = matrices()
     optimizer = CRSAM(params, library.SGDScheduleFree)
@@ -268,8 +270,8 @@ def test_no_change_of_mode_within_a_step():
         optimizer.eval()
 
 
-def test_modes_without_meaning():
-    """Loops that switch every optimizer need not ask first."""
+def test_modes_of_ordinary_optimizers_have_no_effect():
+    """Loops can call train() and eval() for every optimizer without checking its type."""
     params = matrices()
     optimizer = CRSAM(params)
     optimizer.eval()
@@ -281,13 +283,13 @@ EVALUATES = ["torch.optim.LBFGS", "schedulefree.AdamWScheduleFreeClosure", "sche
 
 
 @pytest.mark.parametrize("case", EVALUATES)
-def test_optimizers_that_call_the_closure_themselves_are_refused(case):
+def test_optimizers_that_call_the_closure_are_refused(case):
     cls, _ = named(case)
     with pytest.raises(ValueError, match=f"{cls.__name__} evaluates the loss within its step"):
         CRSAM(matrices(), cls)
 
 
-def test_what_is_no_torch_optimizer_is_refused():
+def test_other_types_of_base_optimizers_are_refused():
     library = pytest.importorskip("schedulefree")
     params = matrices()
     wrapper = library.ScheduleFreeWrapper(torch.optim.SGD(params))
@@ -296,8 +298,8 @@ def test_what_is_no_torch_optimizer_is_refused():
 
 
 @pytest.mark.parametrize("name", ["AliG", "AdaHessian"])
-def test_optimizers_that_need_more_than_a_gradient(name):
-    """They say so themselves, in the first step, and the parameters stay."""
+def test_optimizers_that_need_more_than_a_gradient_raise(name):
+    """They raise in the first step, and the parameters do not change."""
     library = pytest.importorskip("pytorch_optimizer")
     params = matrices()
     before = clones(params)

@@ -1,4 +1,4 @@
-"""What the benchmarks compare computes the same thing, and moves the bytes that are reported."""
+"""The peers of the benchmarks compute the same step and move the reported bytes."""
 
 import json
 import time
@@ -50,13 +50,13 @@ def test_peers_agree(name, case, cuda_on_cpu):
     if not available(name, case, torch.float64):
         pytest.skip(f"{name} is not available here, or does not compute {case.method}")
     for actual, expected in zip(*(after_steps(n, case, torch.float64) for n in (name, "loop")), strict=True):
-        # Some 30 roundings of numbers of order 1 a step; and AdamW divides by sqrt(v), of order 1 as well.
+        # About 30 roundings of numbers of order 1 per step; AdamW also divides by sqrt(v), of order 1.
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", ["foreach", "flat", "crsam_ext torch"])
 def test_peers_agree_with_masters(name):
-    """bfloat16: after three steps an element may round the other way, which is 2^-8 of it."""
+    """bfloat16: after three steps, an element may round the other way, a difference of 2^-8 relative."""
     case = Case("crsam", "sgd")
     for actual, expected in zip(*(after_steps(n, case, torch.bfloat16) for n in (name, "loop")), strict=True):
         torch.testing.assert_close(actual, expected, rtol=2.0**-7, atol=1e-5)
@@ -64,7 +64,7 @@ def test_peers_agree_with_masters(name):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_shapes(model):
+def test_shapes_are_those_of_the_networks(model):
     shapes = MODELS[model]()
     if model in ("gpt3_xl", "tiny"):
         elements = {"gpt3_xl": 1_315_723_264, "tiny": 97_276}[model]
@@ -76,8 +76,8 @@ def test_shapes(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_bytes_of_operators(dtype, cuda_on_cpu, shim):
-    """The bytes that GB/s are computed from are those that the kernels move."""
+def test_kernels_move_the_reported_bytes(dtype, cuda_on_cpu, shim):
+    """The bytes from which GB/s are computed are those that the kernels move."""
     lengths = [4097, 3, 300]
     entries = operators.contestants("cuda", dtype, torch.device("cpu"), lengths)
     del entries["copy"]
@@ -86,7 +86,7 @@ def test_bytes_of_operators(dtype, cuda_on_cpu, shim):
         assert read + written == entry.nbytes * sum(lengths), name
 
 
-def test_measurement_of_operators(cuda_on_cpu):
+def test_operators_are_measured(cuda_on_cpu):
     results = operators.measure("cuda", torch.float32, torch.device("cpu"), [4097, 3], rounds=3, calls=1)
     assert len(results) == 12
     for result in results.values():
@@ -95,7 +95,7 @@ def test_measurement_of_operators(cuda_on_cpu):
     assert results["copy"]["of_copy"] == 1
 
 
-# What is counted -----------------------------------------------------------------------------------------------------
+# Counting ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -116,27 +116,27 @@ def test_bytes_of_a_fused_step(case, dtype, cuda_on_cpu, shim):
     assert launches == record.FUSED_LAUNCHES[case.method]
 
 
-def test_counted_operations():
+def test_operations_and_their_bytes_are_counted():
     a, b = torch.ones(100), torch.ones(100)
     with record.Operations() as operations:
         (a + b).mul_(2).view(10, 10)
-    # Reads two and writes one; reads one and writes it: a view moves nothing.
+    # The first reads two and writes one; the second reads one and writes it; a view moves nothing.
     assert (operations.count, operations.nbytes) == (2, 5 * 400)
 
 
-def test_memory_of_operations():
+def test_memory_of_operations_is_counted():
     a = torch.ones(1000)
 
     kept = []
 
     def body():
-        b = a.neg()  # a + 1 would allocate the 1 as well
+        b = a.neg()  # a + 1 would also allocate the 1
         kept.append(b.neg())
 
     assert record.memory(body) == (8000, 4000, 2)
 
 
-# What is compared ----------------------------------------------------------------------------------------------------
+# Comparing -----------------------------------------------------------------------------------------------------------
 
 
 def results(path, seconds, copy=0.01):
@@ -146,8 +146,8 @@ def results(path, seconds, copy=0.01):
     return str(path)
 
 
-def test_comparison(tmp_path, capsys):
-    """More than the spread and 5 % slower is a regression; what a slower machine does to the copy as well is not."""
+def test_comparison_reports_regressions(tmp_path, capsys):
+    """A regression is slower by more than the spread and 5 %; a slower machine also slows the copy."""
     spread = [0.95, 0.98, 1.0, 1.0, 1.01, 1.02, 1.06]
     before = results(tmp_path / "before.json", [0.015 * x for x in spread])
     for factor, copy, status in ((1.0, 0.01, 0), (1.03, 0.01, 0), (1.2, 0.01, 1), (3.0, 0.03, 0), (0.8, 0.01, 0)):
@@ -163,15 +163,15 @@ def trained(path, rates, part="both"):
     return str(path)
 
 
-def test_comparison_of_training(tmp_path, capsys):
-    """More images a second are better: fewer, beyond the spread and 5 %, are a regression."""
+def test_comparison_of_training_reports_regressions(tmp_path, capsys):
+    """A lower rate, by more than the spread and 5 %, is a regression."""
     spread = [0.95, 0.98, 1.0, 1.0, 1.01, 1.02, 1.06]
     before = trained(tmp_path / "before.json", [1000 * x for x in spread])
     for factor, status in ((1.0, 0), (0.97, 0), (0.8, 1), (1.3, 0)):
         after = trained(tmp_path / "after.json", [1000 * factor * x for x in spread])
         assert bench.main(["compare", before, after]) == status
         assert capsys.readouterr().out.startswith("slower: resnet50") == bool(status)
-    # Another part is another thing, and other options are said.
+    # Other parts are not compared, and different options are reported.
     other = trained(tmp_path / "other.json", [1.0, 1.0], part="compute")
     assert bench.main(["compare", before, other]) == 0
     assert "note: batch_size 7 and 2" in capsys.readouterr().out
@@ -191,7 +191,7 @@ def test_result_files_can_be_read(name):
         (2500, 417, 1, 1, 417, 6),
         (2500, 1668, 1, 4, 417, 6),
         (20000, 3336, 8, 1, 417, 6),
-        (834, 417, 1, 0, 417, 2),  # without workers the main process prepares images
+        (834, 417, 1, 0, 417, 2),  # without workers, the main process prepares images
         (835, 417, 1, 0, 417, 3),
         (1, 417, 1, 4, 104.25, 1),
     ],
@@ -203,8 +203,8 @@ def test_cores_for_a_device(compute, data, devices, workers, of_core, cores):
     assert bench.cores_per_device(of_compute, of_data) == cores
 
 
-def test_imagenet_benchmark(tmp_path, capsys, monkeypatch):
-    """Every method and decoder with a small network; what there is no time for is said."""
+def test_imagenet_benchmark_runs(tmp_path, capsys, monkeypatch):
+    """It measures every method and decoder with a small network, and reports what the time limit leaves out."""
     line = "--seconds 0.2 --image-size 32 --batch-size 4 --workers 1 --models test_resnet --limit 600"
     file = tmp_path / "imagenet.json"
     monkeypatch.setattr("sys.argv", ["imagenet", *line.split(), "--output", str(file)])
@@ -218,7 +218,7 @@ def test_imagenet_benchmark(tmp_path, capsys, monkeypatch):
     assert all(rate > 0 for r in results["training"] for rate in r["images_per_second"])
     passes = [r["passes"] for r in results["training"] if r["part"] == "compute"]
     assert passes[:3] == [1, 2, 3]
-    assert 1.2 <= passes[3] <= 1.4  # 1.22 in whole cycles
+    assert 1.2 <= passes[3] <= 1.4  # 1.22 over whole cycles
     assert all(r["cores_per_device"] >= 1 for r in results["training"] if r["part"] == "compute")
     assert bench.main(["compare", str(file), str(file)]) == 0
     assert bench.main(["table", str(file)]) == 0
@@ -229,7 +229,7 @@ def test_imagenet_benchmark_keeps_to_its_limit():
     results = imagenet.run(imagenet.parser().parse_args(["--limit", "0"]))
     assert results["training"] == []
     assert len(results["skipped"]) == 2 + 1 + 4 * 4
-    # By default it fits: each cell and each decoder with the time to start.
+    # The default cells and decoders fit, including their start times.
     defaults = imagenet.parser().parse_args([])
     expected = 16 * (defaults.seconds + imagenet.START) + 3 * (defaults.seconds / 2 + imagenet.START)
     assert expected < defaults.limit < 600
@@ -243,10 +243,10 @@ def test_methods_of_the_imagenet_benchmark():
         assert names == [base, f"sam {base}", full, f"{full}, interval 5, reuse, curvature interval 10"]
 
 
-def test_a_slower_kernel_is_noticed(tmp_path, monkeypatch):
-    """From measurement to exit status, with a backend that perturbs ten times: 80 N bytes instead of 17.
+def test_slower_kernel_is_noticed(tmp_path, monkeypatch):
+    """Check from measurement to exit status, with a backend that perturbs ten times: 80 N bytes instead of 17.
 
-    So slow, and in processor time, because other tests run beside this one.
+    The slowdown is this large, and processor time is measured, because other tests run at the same time.
     """
     monkeypatch.setattr(record, "time", SimpleNamespace(perf_counter=time.thread_time))
     monkeypatch.setitem(MODELS, "small", lambda: [(300, 1000)] * 4)
@@ -266,8 +266,8 @@ def test_a_slower_kernel_is_noticed(tmp_path, monkeypatch):
     assert bench.main(["compare", *map(str, paths)]) == 1
 
 
-def test_host_times():
-    """With parameters that are few, a step costs more than its floor."""
+def test_host_time_exceeds_its_floor():
+    """With few parameters, a step takes longer than its floor."""
     times = host.measure("cuda", "sgd", [(3,), (4, 5)], "closure", rounds=5)
     assert len(times.step) == len(times.floor) == 5
     assert 0 < min(times.floor) < min(times.step)

@@ -1,4 +1,4 @@
-"""What is built where, and why a backend is not available: decisions about a machine, tried with made-up ones."""
+"""What setup.py builds, and why a backend is unavailable: decisions about simulated machines."""
 
 import os
 import runpy
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def setup(monkeypatch):
-    """The functions of setup.py, away from the settings of whoever runs the tests."""
+    """Return the functions of setup.py, without the environment variables of the user."""
     for name in ("CRSAM_FORCE_CUDA", "CRSAM_NO_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(ROOT)
@@ -28,7 +28,7 @@ def setup(monkeypatch):
 
 @pytest.fixture
 def toolkit(tmp_path, monkeypatch):
-    """Makes a CUDA toolkit whose nvcc says what it is told to say."""
+    """Return a function that makes a CUDA toolkit whose nvcc prints the given values."""
 
     def make(release="13.0", top=True, home="cuda"):
         folder = tmp_path / home
@@ -43,7 +43,7 @@ def toolkit(tmp_path, monkeypatch):
     return make
 
 
-def test_nvcc_of_cuda_home(setup, toolkit, monkeypatch):
+def test_nvcc_of_cuda_home_is_used(setup, toolkit, monkeypatch):
     home = toolkit("12.8")
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.setenv(name, str(home))
@@ -52,7 +52,7 @@ def test_nvcc_of_cuda_home(setup, toolkit, monkeypatch):
 
 
 def test_nvcc_in_the_path_may_be_a_link(setup, toolkit, tmp_path, monkeypatch):
-    """The folder is the one that it tells, not the one that it is found in."""
+    """The folder is the one that nvcc reports, not the one of the link."""
     home = toolkit("13.0")
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "nvcc").symlink_to(home / "bin" / "nvcc")
@@ -61,13 +61,13 @@ def test_nvcc_in_the_path_may_be_a_link(setup, toolkit, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("release", "top"), [("", True), ("13.0", False)])
-def test_nvcc_that_tells_too_little(release, top, setup, toolkit, monkeypatch):
+def test_nvcc_without_release_or_folder_is_refused(release, top, setup, toolkit, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(toolkit(release, top)))
     with pytest.raises(setup["Unavailable"], match="does not report its release and folder"):
         setup["nvcc"]()
 
 
-def test_no_nvcc(setup, tmp_path, monkeypatch):
+def test_missing_nvcc_is_reported(setup, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(setup["Unavailable"], match="no nvcc was found; set CUDA_HOME"):
         setup["nvcc"]()
@@ -82,7 +82,7 @@ def test_no_nvcc(setup, tmp_path, monkeypatch):
         (None, "13.0", "was built without CUDA"),
     ],
 )
-def test_toolkit_and_torch(torch_cuda, release, reason, setup, toolkit, monkeypatch):
+def test_toolkit_must_match_torch(torch_cuda, release, reason, setup, toolkit, monkeypatch):
     home = toolkit(release)
     monkeypatch.setenv("CUDA_HOME", str(home))
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
@@ -94,20 +94,20 @@ def test_toolkit_and_torch(torch_cuda, release, reason, setup, toolkit, monkeypa
             setup["toolkit"]()
 
 
-def test_toolkit_is_not_looked_for_when_told_so(setup, monkeypatch):
+def test_toolkit_is_not_searched_if_disabled(setup, monkeypatch):
     monkeypatch.setenv("CRSAM_NO_CUDA", "1")
     with pytest.raises(setup["Unavailable"], match="CRSAM_NO_CUDA=1 was set"):
         setup["toolkit"]()
     assert not setup["can_compile"]()
 
 
-def test_torch_is_missing(setup, monkeypatch):
+def test_missing_torch_is_reported(setup, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(setup["Unavailable"], match="use --no-build-isolation"):
         setup["toolkit"]()
 
 
-def test_without_a_compiler(setup, monkeypatch):
+def test_missing_compiler_is_reported(setup, monkeypatch):
     monkeypatch.setenv("CXX", "/no/such/compiler")
     assert not setup["can_compile"]()
     monkeypatch.setenv("CXX", shutil.which("sh"))
@@ -115,8 +115,8 @@ def test_without_a_compiler(setup, monkeypatch):
 
 
 @pytest.fixture
-def kept_reason(setup, tmp_path, monkeypatch):
-    """extension() with a root of its own; returns what it gives to setup(), and the reason that it keeps."""
+def stored_reason(setup, tmp_path, monkeypatch):
+    """Run extension() in a separate root; return its result for setup() and the stored reason."""
     namespace = setup["extension"].__globals__
     (tmp_path / "crsam_ext").mkdir()
     monkeypatch.setitem(namespace, "ROOT", tmp_path)
@@ -130,29 +130,29 @@ def kept_reason(setup, tmp_path, monkeypatch):
     return run
 
 
-def test_extension_with_kernels(kept_reason, monkeypatch):
-    monkeypatch.setitem(kept_reason.namespace, "toolkit", lambda: "13.0")
-    assert kept_reason() == ({"built for": "13.0"}, "")
+def test_extension_is_built_with_kernels(stored_reason, monkeypatch):
+    monkeypatch.setitem(stored_reason.namespace, "toolkit", lambda: "13.0")
+    assert stored_reason() == ({"built for": "13.0"}, "")
 
 
 @pytest.mark.parametrize("compiles", [True, False])
-def test_extension_without_kernels(compiles, kept_reason, monkeypatch):
-    """It is built for the host where there is a compiler, and the reason is kept for available_backends()."""
+def test_extension_is_built_without_kernels(compiles, stored_reason, monkeypatch):
+    """With a compiler it is built for the host; available_backends() reads the stored reason."""
 
     def fails():
-        raise kept_reason.namespace["Unavailable"]("no nvcc was found; set CUDA_HOME")
+        raise stored_reason.namespace["Unavailable"]("no nvcc was found; set CUDA_HOME")
 
-    monkeypatch.setitem(kept_reason.namespace, "toolkit", fails)
-    monkeypatch.setitem(kept_reason.namespace, "can_compile", lambda: compiles)
+    monkeypatch.setitem(stored_reason.namespace, "toolkit", fails)
+    monkeypatch.setitem(stored_reason.namespace, "can_compile", lambda: compiles)
     expected = "the CUDA extension was not built: no nvcc was found; set CUDA_HOME"
-    assert kept_reason() == ({"built for": ""} if compiles else {}, expected)
+    assert stored_reason() == ({"built for": ""} if compiles else {}, expected)
     monkeypatch.setenv("CRSAM_FORCE_CUDA", "1")
     with pytest.raises(SystemExit, match="CRSAM_FORCE_CUDA=1, but no nvcc was found"):
-        kept_reason()
+        stored_reason()
 
 
 @pytest.mark.parametrize("architectures", [None, "9.0 10.0+PTX"])
-def test_what_the_extension_is_made_of(architectures, setup, toolkit, tmp_path, monkeypatch):
+def test_extension_has_the_right_sources_and_options(architectures, setup, toolkit, tmp_path, monkeypatch):
     from torch.utils import cpp_extension
 
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(toolkit()))
@@ -172,8 +172,8 @@ def test_what_the_extension_is_made_of(architectures, setup, toolkit, tmp_path, 
     assert (without["ARCHITECTURES"], without["CUDA"]) == ("", "")
 
 
-def test_build_info_is_written_when_it_changes(setup, tmp_path, monkeypatch):
-    """Or all sources would be compiled again."""
+def test_build_info_is_only_written_if_it_changes(setup, tmp_path, monkeypatch):
+    """Writing it would recompile all sources."""
     monkeypatch.setitem(setup["write_build_info"].__globals__, "ROOT", tmp_path)
     header = setup["write_build_info"]({"CUDA": "13.0", "VERSION": "1"}) / "build_info.h"
     assert header.read_text() == '#define CRSAM_CUDA "13.0"\n#define CRSAM_VERSION "1"\n#define CRSAM_WITH_KERNELS\n'
@@ -189,7 +189,7 @@ def test_build_info_is_written_when_it_changes(setup, tmp_path, monkeypatch):
 
 @pytest.fixture
 def built(monkeypatch):
-    """An extension that was built with kernels for this torch; what is given is otherwise."""
+    """Return a function simulating an extension built with kernels for this torch, except for given attributes."""
 
     def make(**info):
         own = {"version": __version__, "torch": torch.__version__, "architectures": "8.0;9.0+PTX", **info}
@@ -204,19 +204,19 @@ def with_gpu(monkeypatch, major, minor):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (major, minor))
 
 
-def test_extension_is_missing(monkeypatch):
+def test_missing_extension_is_reported(monkeypatch):
     monkeypatch.setattr(extension, "find_spec", lambda name: None)
     assert extension.why_missing() == "the CUDA extension is missing: install crsam_ext from source"
     assert cuda.why_unavailable() == extension.why_missing()
 
 
-def test_extension_was_not_built(monkeypatch):
+def test_reason_for_an_extension_that_was_not_built_is_reported(monkeypatch):
     monkeypatch.setattr(extension, "find_spec", lambda name: None if name.endswith("_C") else object())
     monkeypatch.setitem(sys.modules, "crsam_ext._build", SimpleNamespace(REASON="no nvcc was found"))
     assert extension.why_missing() == "no nvcc was found"
 
 
-def test_extension_does_not_load(built, monkeypatch):
+def test_extension_that_does_not_load_is_reported(built, monkeypatch):
     built()
 
     def fails():
@@ -227,7 +227,7 @@ def test_extension_does_not_load(built, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["version", "torch"])
-def test_extension_of_another_version(name, built):
+def test_extension_of_another_version_is_refused(name, built):
     built(**{name: "0.0.1"})
     own = {"version": __version__, "torch": torch.__version__}[name]
     reason = f"the extension was built for {name} 0.0.1, not {own}: rebuild it"
@@ -245,7 +245,7 @@ def test_extension_of_another_version(name, built):
         ("8.0", None, "torch finds no CUDA device"),
     ],
 )
-def test_kernels_and_the_gpu(architectures, capability, reason, built, monkeypatch):
+def test_kernels_must_match_the_gpu(architectures, capability, reason, built, monkeypatch):
     built(architectures=architectures)
     if capability is None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -254,7 +254,7 @@ def test_kernels_and_the_gpu(architectures, capability, reason, built, monkeypat
     assert cuda.why_unavailable() == reason
 
 
-def test_extension_without_kernels_says_why(built, monkeypatch):
+def test_extension_without_kernels_reports_why(built, monkeypatch):
     built(architectures="")
     monkeypatch.setitem(sys.modules, "crsam_ext._build", SimpleNamespace(REASON="nvcc is from CUDA 12.8"))
     assert extension.why_missing() is None
@@ -272,7 +272,7 @@ def test_extension_without_kernels_says_why(built, monkeypatch):
         (None, False, (8, 0), None),
     ],
 )
-def test_triton(missing, interpreted, capability, reason, monkeypatch):
+def test_reason_for_unavailable_triton(missing, interpreted, capability, reason, monkeypatch):
     monkeypatch.setattr(triton, "find_spec", lambda name: None if name == missing else object())
     monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -1,4 +1,4 @@
-"""State and groups that users change, on the optimizer or its base: torch's own optimizers say what is right."""
+"""State and groups that users change, on the optimizer or its base; torch's own optimizers give the expected result."""
 
 import copy
 import pickle
@@ -17,7 +17,7 @@ from .reference import EXACT, assert_close
 pytestmark = pytest.mark.on_cpu
 
 SGD, ADAM = torch.optim.SGD, torch.optim.Adam
-LARGE = 2**17 + 1  # elements of a parameter that shares its row with no other in backend "torch"
+LARGE = 2**17 + 1  # elements of a parameter that has a row to itself in backend "torch"
 
 
 def params_of(*shapes, dtype=torch.float64):
@@ -26,7 +26,8 @@ def params_of(*shapes, dtype=torch.float64):
 
 
 def compare(cls, options, backend_options, change, shapes=((2,), (3,), (LARGE,)), steps=8, tolerance=EXACT):
-    """Steps of rho = 0 of ours and of torch's, with ``change(optimizer, params, step)`` after each."""
+    """Compare steps with rho = 0 of ours and torch's optimizer; ``change(optimizer, params, step)`` runs after each
+    step."""
     trained = []
     for make in (cls, lambda p, **o: CRSAM(p, cls, rho=0.0, **o, **backend_options)):
         params = params_of(*shapes)
@@ -66,7 +67,7 @@ ways = pytest.mark.parametrize(
 @ways
 @pytest.mark.parametrize("names", [("step",), ("exp_avg", "exp_avg_sq"), ("step", "exp_avg", "exp_avg_sq")], ids=str)
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_adam_state_of_one_parameter(which, names, way, backend_options, device):
+def test_adam_state_of_one_parameter_can_change(which, names, way, backend_options, device):
     def change(optimizer, params, step):
         if step in (2, 5):
             for name in names:
@@ -77,7 +78,7 @@ def test_adam_state_of_one_parameter(which, names, way, backend_options, device)
 
 @ways
 @pytest.mark.parametrize("dampening", [0.0, 0.5])
-def test_momentum_of_one_parameter(dampening, way, backend_options, device):
+def test_momentum_of_one_parameter_can_change(dampening, way, backend_options, device):
     def change(optimizer, params, step):
         if step == 2:
             way(optimizer.state[params[1]], "momentum_buffer")
@@ -86,7 +87,7 @@ def test_momentum_of_one_parameter(dampening, way, backend_options, device):
 
 
 @pytest.mark.parametrize("how", ["cleared", "popped", "assigned"])
-def test_state_that_is_thrown_away(how, backend_options, device):
+def test_state_can_be_discarded(how, backend_options, device):
     def change(optimizer, params, step):
         if step != 2:
             return
@@ -101,7 +102,7 @@ def test_state_that_is_thrown_away(how, backend_options, device):
 
 
 def moments(p, form):
-    """Zeros like p, in memory of their own or as a part of more."""
+    """Return zeros like p, in separate memory or as a part of a larger tensor."""
     if form == "own":
         return torch.zeros_like(p)
     if form == "part":
@@ -111,8 +112,8 @@ def moments(p, form):
 
 @pytest.mark.parametrize("form", ["own", "part", "columns"])
 @pytest.mark.parametrize("base", ["sgd", "adam"])
-def test_state_that_is_handed_in(base, form, backend_options, device):
-    """It is updated where it is; what its holder does to it counts."""
+def test_assigned_state_is_used(base, form, backend_options, device):
+    """It is updated in place, and changes by its owner take effect."""
     cls, options = {"sgd": (SGD, {"lr": 0.1, "momentum": 0.9}), "adam": (ADAM, {"lr": 0.1})}[base]
     handed = []
 
@@ -137,8 +138,8 @@ def test_state_that_is_handed_in(base, form, backend_options, device):
             assert x[name].abs().sum() > 0
 
 
-def test_handed_in_state_of_numpy(backend_options, device):
-    """The array is updated, also after parameters were adopted anew."""
+def test_assigned_numpy_state_is_used(backend_options, device):
+    """The array is updated, also after parameters are adopted again."""
     (param,) = params_of((3,))
     optimizer = CRSAM([param], lr=0.1, momentum=0.9, **backend_options)
     array = np.zeros(3)
@@ -150,8 +151,8 @@ def test_handed_in_state_of_numpy(backend_options, device):
         optimizer.add_param_group({"params": params_of((2,))})
 
 
-def test_handed_in_state_stays_the_object_that_it_is(backend_options, device):
-    """Also when parameters are adopted anew."""
+def test_assigned_state_keeps_its_identity(backend_options, device):
+    """Also when parameters are adopted again."""
     (param,) = params_of((3,))
     optimizer = CRSAM([param], lr=0.1, momentum=0.9, **backend_options)
     handed = optimizer.state[param]["momentum_buffer"] = torch.zeros(3, dtype=torch.float64)
@@ -196,7 +197,7 @@ def make(base, backend_options, seed=0, **options):
         "sgd": (SGD, {"lr": 0.1, "momentum": 0.9}),
         "adamw": (torch.optim.AdamW, {"lr": 0.01}),
         "wrapped": (torch.optim.Adamax, {"lr": 0.01}),
-        "alpha": (torch.optim.RMSprop, {"lr": 0.01}),  # which has an option of our name
+        "alpha": (torch.optim.RMSprop, {"lr": 0.01}),  # has an option named as ours
     }[base]
     return model, CRSAM(groups, cls, **base_options, **options, **backend_options)
 
@@ -206,7 +207,7 @@ every_base = pytest.mark.parametrize("base", ["sgd", "adamw", "wrapped", "alpha"
 
 @every_base
 @pytest.mark.parametrize("plain", [False, True], ids=["of-ours", "of-torch"])
-def test_checkpoint_of_the_base_optimizer(plain, base, backend_options, device):
+def test_checkpoint_of_the_base_optimizer_loads(plain, base, backend_options, device):
     model, optimizer = make(base, backend_options)
     for _ in range(3):
         optimizer.step(closure_of(model))
@@ -227,7 +228,7 @@ def test_checkpoint_of_the_base_optimizer(plain, base, backend_options, device):
 
 
 @every_base
-def test_rate_set_on_the_base_optimizer(base, backend_options, device):
+def test_learning_rate_set_on_the_base_optimizer_is_used(base, backend_options, device):
     trained = []
     for on_base in (False, True):
         model, optimizer = make(base, backend_options)
@@ -248,7 +249,7 @@ def test_rate_set_on_the_base_optimizer(base, backend_options, device):
 
 @every_base
 @pytest.mark.parametrize("to", ["ours", "base"])
-def test_groups_added_and_removed(to, base, backend_options, device):
+def test_groups_can_be_added_and_removed(to, base, backend_options, device):
     trained = []
     for changed in (False, True):
         model, optimizer = make(base, backend_options, rho=0.2)
@@ -285,7 +286,7 @@ def test_groups_added_and_removed(to, base, backend_options, device):
 
 
 @every_base
-def test_copies_follow_their_own_base(base, backend_options, device):
+def test_copies_share_groups_with_their_own_base(base, backend_options, device):
     model, optimizer = make(base, backend_options)
     optimizer.step(closure_of(model))
     for way in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
@@ -302,13 +303,14 @@ def test_copies_follow_their_own_base(base, backend_options, device):
 
 @every_base
 @pytest.mark.parametrize("tensor_lr", [False, True])
-def test_state_dict_functions_of_torch(tensor_lr, base, backend_options, device):
-    """They fill the state of a fresh optimizer by a step without a closure, with zero gradients and a rate of 0."""
+def test_state_dict_functions_of_torch_work(tensor_lr, base, backend_options, device):
+    """They initialize the state of a new optimizer by a step without a closure, with zero gradients and a learning rate
+    of 0."""
     model, optimizer = make(base, backend_options)
     resumed, resumed_optimizer = make(base, backend_options, seed=1)
     if tensor_lr:
         if base == "alpha":
-            pytest.skip("RMSprop takes a tensor as its rate when it is capturable only")
+            pytest.skip("RMSprop accepts a tensor learning rate only with capturable=True")
         for o in (optimizer, resumed_optimizer):
             for group in o.param_groups:
                 group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
@@ -329,8 +331,8 @@ def test_state_dict_functions_of_torch(tensor_lr, base, backend_options, device)
         assert_close(q, p, EXACT)
 
 
-def test_a_step_without_a_closure_is_still_refused(backend_options):
-    """Where there is a rate, with and without a state."""
+def test_step_without_a_closure_is_still_refused(backend_options):
+    """With a nonzero learning rate, with and without state."""
     for steps in (0, 1):
         model, optimizer = make("sgd", backend_options)
         for _ in range(steps):
@@ -340,12 +342,12 @@ def test_a_step_without_a_closure_is_still_refused(backend_options):
             optimizer.step()
 
 
-# What earlier versions have pickled ----------------------------------------------------------------------------------
+# Pickles of earlier versions -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base", ["sgd", "alpha"])
-def test_pickles_without_later_attributes(base, backend_options, device):
-    """What has a default may be missing; param_groups and state were attributes of ours."""
+def test_pickles_without_later_attributes_load(base, backend_options, device):
+    """Attributes with a default may be missing; param_groups and state were attributes of CRSAM."""
     model, optimizer = make(base, backend_options)
     optimizer.step(closure_of(model))
     for name in ("interval", "reuse", "curvature_interval", "replay_rng", "stochastic_rounding", "compile", "flatten",

@@ -1,4 +1,4 @@
-"""What closures return and leave behind: one rule, and errors that name the closure."""
+"""What closures may return and do to gradients, and errors that name the closure."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def problem(returns, backend_options, count=1, **options):
 
 
 @pytest.mark.parametrize("returns", RETURNS)
-def test_one_closure_returns_anything(returns, backend_options):
+def test_single_closure_may_return_anything(returns, backend_options):
     param, optimizer, closure = problem(returns, backend_options)
     other, plain, plainly = problem("none", backend_options)
     result = optimizer.step(closure)
@@ -49,7 +49,7 @@ def test_one_closure_returns_anything(returns, backend_options):
 
 
 @pytest.mark.parametrize("returns", RETURNS)
-def test_a_list_of_closures_needs_losses(returns, backend_options):
+def test_closures_of_a_list_must_return_losses(returns, backend_options):
     param, optimizer, closure = problem(returns, backend_options, count=2)
     whole, plain, plainly = problem("float", backend_options)
     before = param.detach().clone()
@@ -66,7 +66,7 @@ def test_a_list_of_closures_needs_losses(returns, backend_options):
         assert torch.equal(param, before)
 
 
-def test_a_list_of_closures_that_disagree(backend_options):
+def test_closures_of_a_list_must_agree(backend_options):
     param, optimizer, closure = problem("float", backend_options)
     before = param.detach().clone()
     for closures in ([closure, lambda: closure() and None], [lambda: closure() and None, closure]):
@@ -99,8 +99,8 @@ def test_estimator_loss_needs_losses(form, returns, backend_options):
         assert torch.equal(param, before)
 
 
-def test_losses_as_numbers_do_not_push_out_other_constants(backend_options):
-    """rho, alpha and beta stay on the device, however many steps bring new losses."""
+def test_losses_as_numbers_do_not_evict_other_constants(backend_options):
+    """rho, alpha and beta stay on the device, however many steps pass new losses."""
     _, optimizer, closure = problem("float", backend_options, regularizer="log", estimator="loss")
     optimizer.step(closure)
     kept = dict(optimizer._flat._constants)
@@ -109,8 +109,8 @@ def test_losses_as_numbers_do_not_push_out_other_constants(backend_options):
     assert all(optimizer._flat._constants.get(values) is tensor for values, tensor in kept.items())
 
 
-def test_constants_are_limited(backend_options, monkeypatch):
-    """A scheduled rho brings a new number in every step: the oldest goes, and steps are right all the same."""
+def test_cache_of_constants_is_limited(backend_options, monkeypatch):
+    """A scheduled rho adds a number in every step: the oldest is evicted, and the steps remain correct."""
     monkeypatch.setattr(flat, "_MAX_CONSTANTS", 4)
     param, optimizer, closure = problem("float", backend_options)
     other, plain, plainly = problem("float", backend_options)
@@ -121,11 +121,11 @@ def test_constants_are_limited(backend_options, monkeypatch):
         plain.step(plainly)
         assert len(optimizer._flat._constants) <= 4
         assert torch.equal(param, other)
-    assert (0.1,) in optimizer._flat._constants  # alpha, used in every step
+    assert (0.1,) in optimizer._flat._constants  # alpha, which every step uses
 
 
-def test_a_returned_graph_does_not_outlive_its_pass(backend_options):
-    """Two graphs at once would double the memory of activations."""
+def test_returned_graph_does_not_outlive_its_pass(backend_options):
+    """Two live graphs would double the memory of activations."""
     param = Parameter(torch.ones(3))
     optimizer, alive = CRSAM([param], lr=0.1, **backend_options), []
 
@@ -158,7 +158,7 @@ def test_a_returned_graph_does_not_outlive_its_pass(backend_options):
     assert alive == [1, 1, 1]
 
 
-# What closures leave in p.grad ---------------------------------------------------------------------------------------
+# Changes of p.grad by closures ---------------------------------------------------------------------------------------
 
 
 def cubic(p, q):
@@ -166,10 +166,10 @@ def cubic(p, q):
 
 
 @pytest.mark.parametrize("base", ["native", "wrapped", "combine"])
-@pytest.mark.parametrize("size", [5, 140_000])  # which is too large to be gathered with neighbours
-def test_one_tensor_as_the_gradient_of_two_parameters(size, base, backend_options):
+@pytest.mark.parametrize("size", [5, 140_000])  # too large to share a row with others
+def test_one_tensor_can_be_the_gradient_of_two_parameters(size, base, backend_options):
     class Other(torch.optim.SGD):
-        """Any base optimizer that is not computed here."""
+        """A base optimizer without native support."""
 
     start = [torch.randn(size, dtype=torch.float64) for _ in range(2)]
     params = [Parameter(x.clone()) for x in start]
@@ -197,8 +197,8 @@ def test_one_tensor_as_the_gradient_of_two_parameters(size, base, backend_option
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
 @pytest.mark.parametrize("alias", [lambda p: p.detach(), lambda p: p.data], ids=["detach", "data"])
 @pytest.mark.parametrize("rho", [0.0, 0.5])
-def test_the_parameter_as_its_own_gradient(rho, alias, base, backend_options):
-    """The gradient of the squared norm, in the memory that the perturbation writes to."""
+def test_parameter_can_be_its_own_gradient(rho, alias, base, backend_options):
+    """The gradient of the squared norm shares the memory that the perturbation writes."""
     trained = []
     for make in (alias, lambda p: p.detach().clone()):
         param = Parameter(torch.linspace(0.5, 1, 5, dtype=torch.float64))
@@ -214,8 +214,8 @@ def test_the_parameter_as_its_own_gradient(rho, alias, base, backend_options):
                                                    (torch.float32, torch.float64)], ids=str)  # fmt: skip
 @pytest.mark.parametrize("rho", [0.0, 0.1])
 @pytest.mark.parametrize("form", ["closure", "combine"])
-def test_gradients_of_another_dtype(form, rho, dtype, grad_dtype, base, backend_options):
-    """They are rounded to the parameter's dtype, and p.grad keeps the dtype that it takes."""
+def test_gradients_of_another_dtype_are_converted(form, rho, dtype, grad_dtype, base, backend_options):
+    """They are rounded to the parameter's dtype, and p.grad keeps its dtype."""
     trained = []
     for sets in (True, False):
         param = Parameter(torch.linspace(0.5, 1, 8).to(dtype))
@@ -239,8 +239,8 @@ def test_gradients_of_another_dtype(form, rho, dtype, grad_dtype, base, backend_
     assert_close(*trained, 0.02 if torch.bfloat16 in (dtype, grad_dtype) else update_tolerance(torch.float32, 2))
 
 
-def test_nothing_is_half_done_when_a_gradient_cannot_be_given_back(backend_options):
-    """No error comes after the first write of an update."""
+def test_nothing_changes_if_a_gradient_cannot_be_returned(backend_options):
+    """No error occurs after the first write of an update."""
     param = Parameter(torch.ones(4, dtype=torch.float64))
     optimizer = CRSAM([param], torch.optim.Adam, lr=0.1, **backend_options)
     closure = lambda: param.square().sum().backward()  # noqa: E731
