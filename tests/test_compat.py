@@ -1,4 +1,4 @@
-"""What is private to torch, Python and NumPy: each interface still does what is relied on."""
+"""Private interfaces of torch, Python and NumPy: each still behaves as this project requires."""
 
 import random
 import warnings
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import StepLR
 from crsam_ext import _compat
 
 
-def test_storage_is_shared():
+def test_shared_storage_is_detected():
     x = torch.ones(4)
     assert not _compat.storage_is_shared(x.untyped_storage())
     for hold in (x.detach, lambda: x[1:], lambda: torch.nn.Parameter(x), x.numpy):
@@ -25,7 +25,7 @@ def test_storage_is_shared():
         assert not _compat.storage_is_shared(x.untyped_storage())
 
 
-def test_storage_is_shared_where_torch_does_not_tell(monkeypatch):
+def test_shared_storage_without_torchs_use_count(monkeypatch):
     monkeypatch.delattr(torch._C, "_storage_Use_Count")
     x = torch.ones(4)
     view = x[1:]
@@ -33,8 +33,8 @@ def test_storage_is_shared_where_torch_does_not_tell(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_segment(dtype):
-    """A storage of its own, over the memory of the whole, which stays as long as the part does."""
+def test_segment_is_a_separate_storage(dtype):
+    """It is a separate storage over a part of the memory, and keeps that memory alive."""
     flat = torch.zeros(10, dtype=dtype)
     part = _compat.segment(flat, 3, 4)
     flat[4] = 1
@@ -45,12 +45,12 @@ def test_segment(dtype):
     assert flat[3] == 2
     version = part._version
     flat.add_(1)
-    assert part._version == version  # so that a change by a user can be told from a step
+    assert part._version == version  # so that a user's change can be told from a step
     del flat
     assert part.tolist() == [3, 2, 1, 1]
 
 
-def test_mark_stepped():
+def test_mark_stepped_satisfies_the_scheduler():
     optimizer = SGD([torch.ones(1, requires_grad=True)], lr=0.1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -64,8 +64,8 @@ def test_mark_stepped():
         scheduler.step()
 
 
-def test_attributes_of():
-    """A new private attribute of torch's would travel in copies and pickles."""
+def test_attributes_of_torchs_optimizer_are_known():
+    """A new private attribute of torch's would be included in copies and pickles."""
     optimizer = SGD([torch.ones(1, requires_grad=True)], lr=0.1)
     optimizer.register_step_post_hook(lambda *_: None)
     optimizer.mine = 1
@@ -81,8 +81,8 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("draw", DRAWS)
-def test_mark_of_python(draw):
-    assert _compat.mark_of_python() is not None, "noise is still right, and each step takes longer"
+def test_mark_of_python_changes_with_each_draw(draw):
+    assert _compat.mark_of_python() is not None, "random numbers are still replayed, but each step takes longer"
     for _ in range(4):  # of two normal variates, the second is kept for later
         state, before = random.getstate(), _compat.mark_of_python()
         assert _compat.mark_of_python() == before
@@ -95,7 +95,7 @@ def test_mark_of_python(draw):
     assert _compat.mark_of_python() != before
 
 
-def test_mark_of_python_elsewhere(monkeypatch):
+def test_mark_of_python_on_other_platforms(monkeypatch):
     monkeypatch.setattr(_compat.sys.implementation, "name", "another")
     _compat._python_generator.cache_clear()
     try:
@@ -105,7 +105,7 @@ def test_mark_of_python_elsewhere(monkeypatch):
 
 
 @pytest.mark.parametrize("draw", [np.random.rand, lambda: np.random.randint(3), lambda: np.random.permutation(3)])
-def test_mark_of_numpy(draw):
+def test_mark_of_numpy_changes_with_each_draw(draw):
     for _ in range(3):
         state, before = np.random.get_state(), _compat.mark_of_numpy(np.random)
         assert _compat.mark_of_numpy(np.random) == before
@@ -118,7 +118,7 @@ def test_mark_of_numpy(draw):
     assert _compat.mark_of_numpy(np.random) != before
 
 
-def test_mark_of_another_generator_of_numpy():
+def test_mark_of_another_generator_of_numpy_is_none():
     before = np.random.get_bit_generator()
     np.random.set_bit_generator(np.random.PCG64(0))
     try:
@@ -127,9 +127,9 @@ def test_mark_of_another_generator_of_numpy():
         np.random.set_bit_generator(before)
 
 
-def test_relaxed_capture(monkeypatch):
-    """The mode of the thread is relaxed within, and afterwards what it was, also after an exception."""
-    modes = [0]  # global, the mode of a thread to begin with
+def test_relaxed_capture_restores_the_mode(monkeypatch):
+    """The thread's capture mode is relaxed inside the context, and is restored afterwards, also after an exception."""
+    modes = [0]  # global, the initial mode of a thread
 
     def exchange(mode):
         modes.append(mode._obj.value)
@@ -147,7 +147,7 @@ def test_relaxed_capture(monkeypatch):
     assert modes == [0, 2, 0]
 
 
-def test_relaxed_capture_without_a_driver(monkeypatch):
+def test_relaxed_capture_without_a_driver_does_nothing(monkeypatch):
     def missing(name):
         raise OSError(f"{name}: cannot open shared object file")
 
@@ -160,7 +160,7 @@ def test_relaxed_capture_without_a_driver(monkeypatch):
         _compat._exchange_capture_mode.cache_clear()
 
 
-def test_compiled_from():
+def test_compiled_from_returns_the_original():
     model = torch.nn.Linear(2, 2)
     assert _compat.compiled_from(torch.compile(model, backend="eager")) is model
     assert _compat.compiled_from(model) is model
@@ -217,5 +217,5 @@ def test_local_tensors(ddp, monkeypatch):
 def test_is_fsdp_flat():
     param = torch.nn.Parameter(torch.ones(2))
     assert not _compat.is_fsdp_flat(param)
-    param._fsdp_flattened = True  # as FullyShardedDataParallel does; tests/test_replicas.py has the real one
+    param._fsdp_flattened = True  # as FullyShardedDataParallel does; tests/test_replicas.py tests the real class
     assert _compat.is_fsdp_flat(param)

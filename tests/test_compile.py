@@ -1,4 +1,5 @@
-"""torch.compile of the model, of the loss, of the closure and of the backend, while schedulers change the rates."""
+"""torch.compile of the model, the loss, the closure and the backend, while schedulers change the learning rate and
+rho."""
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ BASES = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.Adam
 
 
 def train(compiled, base="sgd", steps=5):
-    """Parameters after some steps, and how many graphs torch.compile had made after each."""
+    """Return the parameters after some steps, and the number of compiled graphs after each step."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     counters.clear()
@@ -53,8 +54,8 @@ def train(compiled, base="sgd", steps=5):
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("compiled", ["model", "loss", "closure", "backend"])
-def test_compiled(compiled, base):
-    """The same training, and nothing is compiled again when a scheduler changes lr and rho."""
+def test_compiled_training_equals_eager_training(compiled, base):
+    """The result is the same, and changing lr and rho does not trigger recompilation."""
     params, graphs = train(compiled, base)
     expected, none = train(None, base)
     assert none[-1] == 0 < graphs[0] == graphs[-1]

@@ -1,4 +1,4 @@
-"""What people report about SAM optimizers in PyTorch: each works, or is refused with one line that says what to do.
+"""What people report about SAM optimizers in PyTorch: each works, or raises a one-line error that says what to do.
 
 Tested elsewhere:
 
@@ -46,7 +46,7 @@ def closure_of(model, x=X, y=Y):
 
 
 def trained(model=None, steps=2, closure=None, **options):
-    """A model after some steps, and its optimizer."""
+    """Return a model after some steps, and its optimizer."""
     model = network() if model is None else model
     optimizer = CRSAM(model.parameters(), SGD, **{**OPTIONS, **options})
     for _ in range(steps):
@@ -62,7 +62,7 @@ def assert_equal(model, other, tolerance=0.0):
 # Gradients -----------------------------------------------------------------------------------------------------------
 
 
-def test_accumulation_within_the_closure():
+def test_accumulation_within_the_closure_works():
     model = network()
 
     def closure():
@@ -73,7 +73,7 @@ def test_accumulation_within_the_closure():
     assert_equal(model, trained()[0], EXACT)
 
 
-def test_accumulation_between_calls():
+def test_accumulation_between_calls_works():
     model = network()
     optimizer = CRSAM(model.parameters(), SGD, **OPTIONS)
     for _ in range(2):
@@ -85,7 +85,7 @@ def test_accumulation_between_calls():
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_zero_grad_by_the_user_between_calls(set_to_none):
+def test_user_may_call_zero_grad_between_calls(set_to_none):
     model = network()
     optimizer = CRSAM(model.parameters(), SGD, **OPTIONS)
     for _ in range(2):
@@ -96,7 +96,7 @@ def test_zero_grad_by_the_user_between_calls(set_to_none):
     assert_equal(model, trained()[0], EXACT)
 
 
-def test_zero_grad_within_the_closure():
+def test_closure_may_call_zero_grad():
     model = network()
 
     def closure():
@@ -107,8 +107,8 @@ def test_zero_grad_within_the_closure():
     assert_equal(model, trained()[0])
 
 
-def test_backward_before_the_step():
-    """As other implementations want it: the gradient that is there already is not counted twice."""
+def test_backward_before_the_step_is_not_counted_twice():
+    """Other implementations require it; CRSAM does not count the existing gradient twice."""
     model = network()
     optimizer = CRSAM(model.parameters(), SGD, **OPTIONS)
     for _ in range(2):
@@ -118,7 +118,7 @@ def test_backward_before_the_step():
 
 
 def test_clip_grad_norm_after_the_step_has_no_effect():
-    """p.grad is g0, for looking at; what clips the update is max_grad_norm."""
+    """p.grad is g0 and only informative; max_grad_norm clips the update."""
     model, optimizer = trained(steps=1)
     assert clip_grad_norm_(model.parameters(), 1e-3) > 1e-3
     optimizer.step(closure_of(model))
@@ -138,8 +138,8 @@ def test_gradient_hooks_act_in_every_pass():
     assert calls == [True] * 6
 
 
-def test_gradient_left_by_another_loss():
-    """A discriminator's backward reaches the generator too: that gradient does not enter the generator's own step."""
+def test_gradient_of_another_loss_is_ignored():
+    """A discriminator's backward also fills the generator's gradients, which must not enter the generator's step."""
     generator, critic = network(), nn.Linear(3, 1).double()
     first = CRSAM(critic.parameters(), SGD, **OPTIONS)
     second = CRSAM(generator.parameters(), SGD, **OPTIONS)
@@ -154,8 +154,8 @@ def test_gradient_left_by_another_loss():
     assert_equal(generator, trained()[0])
 
 
-def test_graph_from_outside_the_closure():
-    """A forward that is not repeated: autograd refuses the second backward, and the weights are w."""
+def test_graph_from_outside_the_closure_is_refused():
+    """Without a new forward, autograd refuses the second backward, and the weights are w."""
     model = network()
     before = copy.deepcopy(model)
     optimizer = CRSAM(model.parameters(), SGD, **OPTIONS)
@@ -165,7 +165,7 @@ def test_graph_from_outside_the_closure():
     assert_equal(model, before)
 
 
-def test_detect_anomaly():
+def test_detect_anomaly_works():
     with torch.autograd.set_detect_anomaly(True, check_nan=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, _ = trained()
@@ -173,7 +173,7 @@ def test_detect_anomaly():
 
 
 def test_metrics_are_counted_once():
-    """Where the closure has side effects, pass_index says which pass it is, also after a step that failed."""
+    """pass_index tells a closure with side effects which pass it computes, also after a step that failed."""
     model = network()
     optimizer = CRSAM(model.parameters(), SGD, **OPTIONS)
     seen = []
@@ -192,7 +192,7 @@ def test_metrics_are_counted_once():
     assert optimizer.pass_index == 1
 
 
-def test_closure_that_returns_more_than_a_loss():
+def test_closure_may_return_more_than_a_loss():
     model = network()
 
     def closure():
@@ -209,7 +209,7 @@ def test_closure_that_returns_more_than_a_loss():
 
 
 def test_compiled_model_is_compiled_once():
-    """Neither the passes nor the parameters' move into the flat buffer make torch.compile start again."""
+    """Neither the passes nor moving the parameters into the flat buffer triggers recompilation."""
     compiled = []
 
     def backend(graph, _):
@@ -227,7 +227,7 @@ def test_compiled_model_is_compiled_once():
 
 
 @pytest.mark.parametrize("views", [False, True])
-def test_distributed_data_parallel(views, tmp_path):
+def test_distributed_data_parallel_works(views, tmp_path):
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         plain = network()
@@ -245,13 +245,13 @@ def test_distributed_data_parallel(views, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, nn.DataParallel needs the model there")
-def test_data_parallel():
+def test_data_parallel_works():
     model = network()
     trained(model, closure=closure_of(nn.DataParallel(model)))
     assert_equal(model, trained()[0])
 
 
-def test_activation_checkpointing_with_dropout():
+def test_activation_checkpointing_with_dropout_works():
     def run(checkpointed):
         body = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
         with torch.no_grad():
@@ -266,7 +266,7 @@ def test_activation_checkpointing_with_dropout():
     assert_equal(run(True), run(False))
 
 
-def test_weight_norm():
+def test_weight_norm_works():
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 8)), nn.Tanh(), nn.Linear(8, 3)).double()
     before = closure_of(model)().item()
     trained(model, steps=5)
@@ -275,7 +275,7 @@ def test_weight_norm():
     assert_close(model[0].weight, length * direction / direction.norm(dim=1, keepdim=True), EXACT)
 
 
-def test_parametrization_removed_after_training():
+def test_parametrization_can_be_removed_after_training():
     model = nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)), nn.Linear(4, 3)).double()
     trained(model)
     expected = model(X)
@@ -292,7 +292,7 @@ def test_pruned_weights_stay_pruned():
     assert (model[0].weight == 0).sum() == 16
 
 
-def test_padding_row_of_an_embedding():
+def test_padding_row_of_an_embedding_stays_zero():
     embedding = nn.Embedding(5, 3, padding_idx=0)
     closure = closure_of(embedding, torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1, 2, 0]))
     trained(embedding, closure=closure)
@@ -300,8 +300,9 @@ def test_padding_row_of_an_embedding():
     assert embedding.weight[1].any()
 
 
-def test_embedding_that_renormalizes_itself():
-    """max_norm writes to the weights in every forward: in the pass at w that counts, at w + e it is undone."""
+def test_embedding_with_max_norm_works():
+    """max_norm writes to the weights in every forward: the write in the pass at w persists, the one at w + e is
+    undone."""
     embedding = nn.Embedding(5, 3, max_norm=0.5).double()
     untouched = embedding.weight[4].detach().clone()
     rows = torch.tensor([0, 1, 2, 3])
@@ -310,8 +311,8 @@ def test_embedding_that_renormalizes_itself():
     assert_close(embedding.weight[:4].norm(dim=1), [0.5] * 4, 1e-6)
 
 
-def test_new_head():
-    """The old one's parameters stay in the optimizer and do no harm; the new one's are added."""
+def test_head_can_be_replaced():
+    """The old head's parameters stay in the optimizer without effect; the new head's are added."""
     model, optimizer = trained()
     old = model[2]
     kept = copy.deepcopy(old)
@@ -323,7 +324,7 @@ def test_new_head():
     assert not torch.equal(model[2].weight, before.weight)
 
 
-def test_parameters_set_from_a_vector():
+def test_parameters_can_be_set_from_a_vector():
     model, optimizer = trained()
     vector = nn.utils.parameters_to_vector(network().parameters()).detach()
     optimizer.state.clear()
@@ -333,8 +334,8 @@ def test_parameters_set_from_a_vector():
     assert_equal(model, trained()[0], EXACT)
 
 
-def test_shared_memory():
-    """As for data loaders and Hogwild: the weights move, and training goes on with them."""
+def test_shared_memory_works():
+    """Data loaders and Hogwild move the weights to shared memory, and training continues there."""
     model, optimizer = trained(steps=1)
     model.share_memory()
     optimizer.step(closure_of(model))
@@ -345,8 +346,8 @@ def test_shared_memory():
 # Averages, copies, files ---------------------------------------------------------------------------------------------
 
 
-def test_average_of_weights():
-    """Of w after every step, and not of perturbed weights."""
+def test_average_of_weights_excludes_perturbed_weights():
+    """The average is that of w after every step."""
     model = network()
     optimizer = CRSAM(model.parameters(), SGD, **OPTIONS)
     average = torch.optim.swa_utils.AveragedModel(model)
@@ -358,7 +359,7 @@ def test_average_of_weights():
     assert_close(average.module[0].weight, sum(visited) / 3, EXACT)
 
 
-def test_copy_of_a_model_is_its_own():
+def test_copy_of_a_model_is_independent():
     model, optimizer = trained()
     copied = copy.deepcopy(model)
     kept = {name: value.clone() for name, value in copied.state_dict().items()}
@@ -368,7 +369,7 @@ def test_copy_of_a_model_is_its_own():
 
 
 @pytest.mark.parametrize("base", [SGD, ADAMW, torch.optim.Adafactor])
-def test_checkpoint_is_read_with_weights_only(base):
+def test_checkpoint_loads_with_weights_only(base):
     model = network()
     optimizer = CRSAM(model.parameters(), base, lr=0.1)
     optimizer.step(closure_of(model))
@@ -385,8 +386,8 @@ def test_checkpoint_is_read_with_weights_only(base):
     assert_equal(model, other)
 
 
-def test_checkpoint_of_another_sam():
-    """Its state holds old weights or perturbations and no momentum: they are no harm, and training starts afresh."""
+def test_checkpoint_of_another_sam_loads():
+    """It contains old weights or perturbations and no momentum: they have no effect, and the state starts from zero."""
     model = network()
     optimizer = CRSAM(model.parameters(), SGD, **OPTIONS)
     scratch = {i: {"old_p": torch.ones_like(p), "e_w": torch.ones_like(p)} for i, p in enumerate(model.parameters())}
@@ -400,8 +401,9 @@ def test_checkpoint_of_another_sam():
 # Options -------------------------------------------------------------------------------------------------------------
 
 
-def test_scheduler_of_the_base_optimizer():
-    """Bound to ``optimizer.base_optimizer``, as others recommend: the same groups, and no false alarm."""
+def test_scheduler_of_the_base_optimizer_works():
+    """A scheduler bound to ``optimizer.base_optimizer``, as others recommend, changes the same groups, without a false
+    warning."""
     model = network()
     optimizer = CRSAM(model.parameters(), SGD, **OPTIONS)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer.base_optimizer, 1, 0.5)
@@ -414,8 +416,8 @@ def test_scheduler_of_the_base_optimizer():
 
 
 @pytest.mark.parametrize("flags", [{"foreach": True}, {"fused": True}, {"capturable": True}], ids=str)
-def test_flags_of_the_base_optimizer(flags):
-    """They choose among torch's implementations of the same update, and none of them runs here."""
+def test_flags_of_the_base_optimizer_have_no_effect(flags):
+    """They select torch's implementation of the update, which is not used here."""
     models = network(), network()
     for model, options in zip(models, (flags, {}), strict=True):
         optimizer = CRSAM(model.parameters(), ADAMW, lr=0.1, **options)
@@ -425,7 +427,7 @@ def test_flags_of_the_base_optimizer(flags):
 
 
 def test_batch_size_and_length_may_change():
-    """Nothing of a batch is remembered."""
+    """CRSAM stores nothing about the batch."""
     model, optimizer = trained()
     for rows in (1, 16, 3):
         optimizer.step(closure_of(model, X[:rows], Y[:rows]))

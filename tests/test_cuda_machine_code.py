@@ -1,4 +1,4 @@
-"""What nvcc makes of the kernels: registers, spills, wide accesses and where float64 is used."""
+"""nvcc's output for the kernels: registers, spills, access widths and uses of float64."""
 
 import importlib.util
 import re
@@ -19,16 +19,16 @@ DTYPES = {"d": "float64", "f": "float32", "6__half": "float16", "13__nv_bfloat16
 
 @pytest.fixture(scope="module", params=["80", "86", "90", "100", "120"])
 def kernels(request, tmp_path_factory):
-    """(kernel, dtype) -> list of (resources, machine code), one for each further template argument.
+    """Map (kernel, dtype) to a list of (resources, machine code), with one entry per further template argument.
 
-    A kernel of an update rule is named after both.
+    The name of a kernel of an update rule contains both.
     """
     tools = importlib.util.find_spec("triton")
     tools = Path(tools.origin).parent / "backends" / "nvidia" / "bin" if tools else Path()
     if not shutil.which("nvcc"):
         missing("no nvcc was found")
     if not (tools / "cuobjdump").exists():
-        missing("Triton, whose wheel has cuobjdump, was not found")
+        missing("Triton was not found, whose wheel contains cuobjdump")
     folder = tmp_path_factory.mktemp("cubin")
     flags = ["-std=c++17", "-O3", f"-arch=sm_{request.param}", "-Werror", "all-warnings"]
     compilers = [
@@ -54,15 +54,15 @@ def kernels(request, tmp_path_factory):
     return found
 
 
-def test_all_kernels_are_there(kernels):
+def test_all_kernels_exist(kernels):
     names = {"grad_norm", "perturb", "fd_gram", "Sgd step", "Adam step", "combine", "fd_direction"}
     of_few_numbers = {"coefficients_kernel", "perturbation_scale_kernel", "direction_weight_kernel"}
     expected = {(f"{name}_kernel", dtype) for name in names for dtype in DTYPES.values()}
     assert set(kernels) == expected | {(name, None) for name in of_few_numbers}
 
 
-def test_registers_and_spills(kernels):
-    """Nothing is spilled, and 1024 threads fit on a multiprocessor: of float64 512, of 16-bit fd_gram 768."""
+def test_kernels_do_not_spill_and_fit(kernels):
+    """No spills, and 1024 threads fit on a multiprocessor: 512 for float64, 768 for 16-bit fd_gram."""
     for (kernel, dtype), variants in kernels.items():
         threads = 512 if dtype == "float64" else 768 if kernel == "fd_gram_kernel" and dtype != "float32" else 1024
         for resources, code in variants:
@@ -71,8 +71,8 @@ def test_registers_and_spills(kernels):
             assert resources["REG"] <= 65536 // threads, (kernel, dtype, resources)
 
 
-def test_wide_accesses(kernels):
-    """Every stream of a main loop moves in words of 128 bits: at least so many loads and stores are of that width."""
+def test_accesses_are_wide(kernels):
+    """Check the minimum number of 128-bit loads and stores: every stream of a main loop uses them."""
     streams = {
         "grad_norm_kernel": (1, 0),
         "perturb_kernel": (2, 1),
@@ -89,8 +89,8 @@ def test_wide_accesses(kernels):
             assert len(re.findall(r"\bSTG\S*\.128", code)) >= stores, (kernel, dtype)
 
 
-def test_loads_in_flight(kernels):
-    """All streams of a main loop are read before the first of them is used, so that memory answers them together."""
+def test_loads_precede_their_use(kernels):
+    """A main loop reads all streams before it uses the first, so that the loads overlap."""
     together = {
         "grad_norm_kernel": 1,
         "perturb_kernel": 2,
@@ -109,7 +109,7 @@ def test_loads_in_flight(kernels):
 
 
 def test_no_float64_arithmetic_on_float32(kernels):
-    """Except in the last stages of the sums, and once a block where a beta is given as a float64 tensor (1 - beta)."""
+    """The exceptions are the last stages of the sums, and once per block 1 - beta if beta is a float64 tensor."""
     final_stages = (
         "grad_norm_kernel", "fd_gram_kernel", "coefficients_kernel", "perturbation_scale_kernel",
         "direction_weight_kernel",
@@ -131,8 +131,8 @@ def test_no_float64_products_in_float32_sums(kernels):
                 assert not re.search(r"\b(DMUL|DFMA)\b", code), (kernel, dtype)
 
 
-def test_partial_sums_are_not_read_through_a_cache(kernels):
-    """The last block reads what others have written; the L1 cache of its multiprocessor may hold something older."""
+def test_partial_sums_bypass_the_cache(kernels):
+    """The last block reads what other blocks wrote; the L1 cache of its multiprocessor may contain older values."""
     for kernel, sums in {"grad_norm_kernel": 1, "fd_gram_kernel": 9}.items():
         for dtype in DTYPES.values():
             for _, code in kernels[kernel, dtype]:

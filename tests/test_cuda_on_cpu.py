@@ -1,7 +1,7 @@
-"""The CUDA sources, compiled for a CPU: what the tests of every backend do not ask.
+"""The CUDA sources, compiled for a CPU: tests in addition to those that run with every backend.
 
-Those tests run on this build as well, as backend "cuda_on_cpu". Here are the order of threads, bytes and launches, rows
-of awkward sizes and addresses, and the sanitizers, which must see faults that are planted.
+Those tests run on this build as well, as backend "cuda_on_cpu". This file tests the order of threads, bytes, launches,
+rows of unusual sizes and addresses, and the sanitizers, which must find planted faults.
 """
 
 import re
@@ -51,11 +51,11 @@ pytestmark = pytest.mark.slow
 
 @dtypes
 @pytest.mark.parametrize("rows", ROWS)
-def test_same_as_float64(rows, dtype, library):
+def test_values_equal_those_in_float64(rows, dtype, library):
     check_same_as_float64(CudaOperators(), dtype, **ROWS[rows])
 
 
-def test_sums_of_a_hundred_million_elements(library):
+def test_sums_of_a_hundred_million_elements_are_accurate(library):
     n, operators = 10**8, CudaOperators()
     grads = [torch.rand(n) + 0.5 for _ in range(3)]
     expected = torch.zeros(3, 3, dtype=torch.float64)
@@ -76,8 +76,8 @@ LISTS = ("live", "saved", "state[0]", "state[1]", "grads[0]", "grads[1]", "grads
 
 @dtypes
 @pytest.mark.parametrize("misaligned", LISTS)
-def test_one_list_misaligned(misaligned, dtype, library):
-    """Wide accesses need all addresses of a row aligned: the shim aborts at one that is not."""
+def test_one_misaligned_list_is_not_accessed_wide(misaligned, dtype, library):
+    """Wide accesses need aligned addresses in all lists of a row: the shim aborts at a misaligned access."""
     results = []
     for shift in (False, True):
         case = Case(dtype)
@@ -86,7 +86,7 @@ def test_one_list_misaligned(misaligned, dtype, library):
             rows = lists[misaligned]
             rows[:] = [torch.cat([row[:1], row])[1:] for row in rows]
         results.append(run_all(CudaOperators(), case))
-    for x, y in zip(*results, strict=True):  # sums are made in another order
+    for x, y in zip(*results, strict=True):  # the order of summation differs
         assert torch.allclose(x, y, rtol=1e-6, atol=1e-6)
 
 
@@ -105,8 +105,8 @@ def test_order_of_threads_does_not_matter(dtype, shim):
 
 @pytest.mark.parametrize("rows", ["odd", "misaligned"])
 @each_operator
-def test_bytes(operator, variant, rows, shim):
-    """Bytes read and written an element, and one launch, whatever the number of rows."""
+def test_each_operator_moves_the_expected_bytes(operator, variant, rows, shim):
+    """Check the bytes read and written per element, and that there is one launch, whatever the number of rows."""
     for dtype in PRECISIONS:
         read, written = moved(variant, dtype)
         case, operators = Case(dtype, **ROWS[rows]), CudaOperators()
@@ -116,7 +116,7 @@ def test_bytes(operator, variant, rows, shim):
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("options", [{}, {"regularizer": "log", "max_grad_norm": 1.0}], ids=["linear", "log"])
-def test_launches_of_a_step(options, base, cuda_on_cpu, shim):
+def test_a_step_makes_the_expected_launches(options, base, cuda_on_cpu, shim):
     launches, _, _ = counted(shim, stepping(base, options, backend="cuda"))
     assert launches == 7
 
@@ -130,9 +130,9 @@ def test_launches_of_a_step(options, base, cuda_on_cpu, shim):
     ],
     ids=["sgd", "adamw", "clipped"],
 )
-def test_a_step_between_with_reuse(base, options, launches, copies, cuda_on_cpu, shim):
-    """In copies of the parameters: w, g0, h and the state are read, w and the state written, and g0 once for its norm;
-    g0 and h once more for the norm that is clipped. A few numbers a group come on top."""
+def test_cost_of_a_reuse_step(base, options, launches, copies, cuda_on_cpu, shim):
+    """In units of the parameters: reads w, g0, h and the state, writes w and the state, and reads g0 for its norm;
+    clipping reads g0 and h once more. A few numbers per group are added."""
     step = stepping(base, {**options, "interval": 100, "reuse": True}, backend="cuda")
     step()
     found, read, written = counted(shim, step)
@@ -141,8 +141,8 @@ def test_a_step_between_with_reuse(base, options, launches, copies, cuda_on_cpu,
     assert copies * size <= read + written <= copies * size + 4096
 
 
-def test_table_is_copied_when_a_pointer_has_changed(library):
-    """And not in every step: the copies that an operator makes, as the profiler counts them."""
+def test_table_is_only_copied_if_a_pointer_has_changed(library):
+    """The profiler counts the copies that an operator makes."""
     case, operators = Case(torch.float32), CudaOperators()
 
     def copies(operator):
@@ -155,12 +155,12 @@ def test_table_is_copied_when_a_pointer_has_changed(library):
         assert copies(operator) == 0
     case.grads[0][1] = case.grads[0][1].clone()
     for operator in Case.OPERATORS:
-        assert copies(operator) == (operator is not Case.perturb_second)  # which takes the table of the first one
+        assert copies(operator) == (operator is not Case.perturb_second)  # uses the table of the first one
         assert copies(operator) == 0
 
 
-def test_tables_are_limited(library):
-    """The one that was not used for longest is given up and made again; results stay right."""
+def test_cache_of_tables_is_limited(library):
+    """The least recently used table is evicted and rebuilt later; results stay correct."""
     limit = int(re.search(r"kEntries = (\d+);", (build.SOURCES / "cuda" / "table_cache.h").read_text())[1])
     operators = CudaOperators()
     rows = [[torch.randn(5)] for _ in range(limit + 2)]
@@ -171,7 +171,7 @@ def test_tables_are_limited(library):
         assert_close(squared, rows[index][0].double().square().sum().reshape(1), 1e-6)
         return sum(event.count for event in profile.key_averages() if event.key == "aten::copy_")
 
-    copies(0)  # the layout of the row is kept for all of them, in a table of its own
+    copies(0)  # the layout of the row is cached for all of them, in a separate table
     assert copies(0) == 0
     assert all(copies(index) == 1 for index in range(1, limit - 1))
     assert copies(0) == 0  # used again, and so no longer the oldest
@@ -180,10 +180,10 @@ def test_tables_are_limited(library):
     assert copies(1) == 1
 
 
-# Manners -------------------------------------------------------------------------------------------------------------
+# Framework integration -----------------------------------------------------------------------------------------------
 
 
-def test_a_profiler_sees_the_operators(library):
+def test_profiler_sees_the_operators(library):
     case, operators = Case(torch.float32), CudaOperators()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         case.grad_norm(operators)
@@ -191,7 +191,7 @@ def test_a_profiler_sees_the_operators(library):
     assert {"crsam::grad_norm", "crsam::perturb_"} <= {event.key for event in profile.key_averages()}
 
 
-def test_versions_of_what_is_written(library):
+def test_operators_increment_the_versions_that_they_write(library):
     check_versions(CudaOperators())
 
 
@@ -201,13 +201,13 @@ def test_interrupted_perturb_can_be_undone(launched, library, monkeypatch):
     check_interrupted_perturb(operators, operators._ops, launched, monkeypatch)
 
 
-def test_schemas_and_fakes(library):
+def test_schemas_and_fakes_are_valid(library):
     CudaOperators()  # registers the fakes
     check_schemas_and_fakes(torch.ops.crsam)
 
 
-def test_compiled_without_a_graph_break(library):
-    """torch.compile of a function that calls all operators: one graph, and what they write is written."""
+def test_operators_compile_without_a_graph_break(library):
+    """torch.compile of a function that calls all operators makes one graph, which writes the same results."""
     case, expected, operators = Case(torch.float32), Case(torch.float32), CudaOperators()
 
     def body(case):
@@ -220,7 +220,7 @@ def test_compiled_without_a_graph_break(library):
         assert torch.equal(x, y)
 
 
-def test_same_lengths_in_other_groups(library):
+def test_same_lengths_in_other_groups_get_their_own_table(library):
     check_other_groups(CudaOperators())
 
 
@@ -240,7 +240,7 @@ def test_unknown_names_are_refused(library):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("held_in", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_options_as_tensors(held_in, dtype, library):
+def test_options_may_be_tensors(held_in, dtype, library):
     check_options_as_tensors(CudaOperators(), held_in, dtype)
 
 
@@ -251,7 +251,7 @@ ADDRESSES = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undef
 THREADS = ("-O1", "-fsanitize=thread", "-DEMU_PARALLEL")
 
 
-# ThreadSanitizer is slow in making fibers: where the fault is what matters, blocks are shorter.
+# ThreadSanitizer creates fibers slowly: tests that look for a fault use smaller blocks.
 SHORT_BLOCKS = ("chunk_table.h", "constexpr int kThreads = 256;", "constexpr int kThreads = 64;")
 
 
@@ -313,7 +313,7 @@ def test_planted_fault_is_found(flags, replaced, report):
     assert report in done.stdout + done.stderr
 
 
-# The host's part ------------------------------------------------------------------------------------------------------
+# Host functions ------------------------------------------------------------------------------------------------------
 
 
 GRADIENTS = {
@@ -328,8 +328,8 @@ GRADIENTS = {
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([*GRADIENTS, "its own"]), min_size=1, max_size=4), st.sampled_from([True, False]))
-def test_gradients_are_taken_by_both(library, kinds, transposed):
-    """All or none of them, the same tensors, and p.grad is empty or as it was."""
+def test_python_and_compiled_functions_take_the_same_gradients(library, kinds, transposed):
+    """Both take all gradients or none, as the same tensors, and p.grad is empty or unchanged."""
     results = []
     for module in (library, host):
         params = module.Column(Parameter(torch.ones(2, 3).t() if transposed else torch.ones(2, 3)) for _ in kinds)
@@ -346,8 +346,8 @@ def test_gradients_are_taken_by_both(library, kinds, transposed):
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
-def test_what_is_done_to_all_parameters(compiled, library):
-    """Gradients given and cleared, versions, and places that tell addresses, shapes, strides and dtypes."""
+def test_functions_over_all_parameters(compiled, library):
+    """They assign and clear gradients, bump versions, and report addresses, shapes, strides and dtypes."""
     module = library if compiled else host
     params = module.Column(Parameter(torch.ones(shape)) for shape in ((2, 3), (), (4,)))
     grads = [torch.ones(2, 3), None, torch.zeros(4)]
@@ -372,7 +372,7 @@ def test_what_is_done_to_all_parameters(compiled, library):
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
-def test_what_a_column_tells(compiled, library):
+def test_column_reports_its_metadata(compiled, library):
     module = library if compiled else host
     tensors = [torch.ones(2, 3), torch.ones(0), torch.ones(4)]
     column = module.Column(tensors)
@@ -395,7 +395,7 @@ def test_what_a_column_tells(compiled, library):
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
-def test_gradients_that_share_memory(compiled, library):
+def test_gradients_that_share_memory_are_detected(compiled, library):
     module = library if compiled else host
     x, y, z = torch.ones(3), torch.ones(3), torch.ones(3)
     empty = [torch.ones(0), torch.ones(0), None]
@@ -409,8 +409,8 @@ def test_gradients_that_share_memory(compiled, library):
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
-def test_gradients_that_are_not_taken(compiled, library):
-    """One that is missing, is part of more, or lies in the memory of its parameter: all stay in p.grad."""
+def test_some_gradients_are_not_taken(compiled, library):
+    """If one is missing, is a part of a larger tensor, or shares the parameter's memory, all stay in p.grad."""
     module = library if compiled else host
     params = module.Column(Parameter(torch.ones(3)) for _ in range(3))
     for last in (None, torch.ones(4)[:3], params[2].detach()):
@@ -440,11 +440,11 @@ def test_gradients_that_are_not_taken(compiled, library):
         lambda groups, state: state.update({groups[0][1]: {}}),
     ],
 )
-def test_fingerprint_tells_what_changes(change, compiled, library):
+def test_fingerprint_reports_changes(change, compiled, library):
     module = library if compiled else host
     params = [Parameter(torch.ones(shape), requires_grad=False) for shape in (2, 2, (2, 2))]
     groups, state = [params[:2], params[2:]], {params[0]: {"m": torch.zeros(2)}, "steps": 1}
-    kept = [*params, dict(state[params[0]])]  # so that no address comes back
+    kept = [*params, dict(state[params[0]])]  # so that no address is reused
     before = module.fingerprint(groups, state)
     state["steps"] = 2
     assert module.fingerprint(groups, state) == before
@@ -454,8 +454,8 @@ def test_fingerprint_tells_what_changes(change, compiled, library):
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
-def test_unbind(compiled, library):
-    """Views of each number, at its place, of a tensor that is itself part of another."""
+def test_unbind_returns_views(compiled, library):
+    """It returns views of each number, at its place, of a tensor that is itself a part of another."""
     module = library if compiled else host
     for numbers in (torch.arange(7, dtype=torch.float64)[2:6], torch.tensor([True, False])):
         parts = module.unbind(numbers)
@@ -464,7 +464,7 @@ def test_unbind(compiled, library):
         assert {(part.shape, part.dtype) for part in parts} == {(torch.Size(), numbers.dtype)}
 
 
-def test_what_is_no_tensor_is_refused(library):
+def test_other_objects_in_a_list_of_tensors_are_refused(library):
     with pytest.raises(TypeError, match="a list of tensors contains an object that is neither a tensor nor None"):
         CudaOperators().grad_norm([1.0], [0], 1, [None])
     with pytest.raises(RuntimeError, match=r"grad_norm: grads\[0\] is None"):
@@ -472,7 +472,7 @@ def test_what_is_no_tensor_is_refused(library):
 
 
 def test_fakes_come_with_the_schemas():
-    """Who imports the extension alone can trace its operators."""
+    """A program that only imports the extension can trace its operators."""
     program = """
 import torch
 from torch._subclasses import FakeTensorMode

@@ -1,4 +1,4 @@
-"""Measured curvature is that of the exact Hessian, within bounds that follow from it; the model is left as it was."""
+"""Measured curvature equals that of the exact Hessian, within derived bounds; the model is left unchanged."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ TRACES = [curvature.hessian_trace, curvature.normalized_trace]
 
 
 class Tied(nn.Module):
-    """Its one weight matrix is used twice, as that of an auto-encoder."""
+    """An auto-encoder that uses its weight matrix twice."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +72,7 @@ MODELS = {"mlp": mlp, "batch norm": with_batch_norm, "tied": Tied, "LSTM": Recur
 
 
 def batches(dtype=torch.float64, sizes=(7, 3, 5)):
-    """Batches of unequal size; tanh networks and cross-entropy, so that everything can be differentiated."""
+    """Return batches of unequal size; tanh networks and cross-entropy are twice differentiable."""
     generator = torch.Generator().manual_seed(1)
     return [
         (torch.randn(n, 4, dtype=dtype, generator=generator), torch.randint(4, (n,), generator=generator))
@@ -85,7 +85,7 @@ def flat(tensors):
 
 
 def mean_loss(model, loader):
-    """The mean over all samples, computed in one go, as a function of a flat vector of parameters."""
+    """Return the mean over all samples, computed at once, as a function of a flat vector of parameters."""
     names, params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
     x, y = (torch.cat(parts) for parts in zip(*loader, strict=True))
 
@@ -98,9 +98,9 @@ def mean_loss(model, loader):
 
 
 def exact(model, loader):
-    """Loss, gradient and Hessian of the mean over all samples, in evaluation mode."""
+    """Return loss, gradient and Hessian of the mean over all samples, in evaluation mode."""
     model = copy.deepcopy(model).eval()
-    if isinstance(model, (Recurrent, Attention)):  # which torch.func does not differentiate twice
+    if isinstance(model, (Recurrent, Attention)):  # torch.func does not differentiate these twice
         params = list(model.parameters())
         x, y = (torch.cat(parts) for parts in zip(*loader, strict=True))
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -117,7 +117,7 @@ def model(request):
 
 
 @pytest.mark.parametrize("measure", TRACES)
-def test_exact_traces(model, measure):
+def test_exact_traces_equal_those_of_the_hessian(model, measure):
     gradient, hessian = exact(model, batches())
     expected = hessian.trace() / (gradient.norm() if measure is curvature.normalized_trace else 1)
     result = measure(model, F.cross_entropy, batches(), estimator="exact")
@@ -127,8 +127,8 @@ def test_exact_traces(model, measure):
 
 
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
-def test_hutchinson_has_the_mean_and_the_variance_of_theory(model, distribution):
-    """The mean is normal to good accuracy: 5 standard deviations of it. The variance estimate has a relative standard
+def test_hutchinson_has_the_expected_mean_and_variance(model, distribution):
+    """The mean is nearly normal: allow 5 standard deviations. The variance estimate has a relative standard
     deviation of sqrt((kurtosis - 1)/n), with a kurtosis of at most 15, that of one squared normal variable."""
     _, hessian = exact(model, batches())
     off_diagonal = hessian - hessian.diag().diag()
@@ -141,7 +141,7 @@ def test_hutchinson_has_the_mean_and_the_variance_of_theory(model, distribution)
 
 
 def test_probes_are_the_same_in_all_batches(model):
-    """Otherwise the value would depend on how the samples are batched, and the errors of batches average out."""
+    """Otherwise the value would depend on the batching, and the errors of batches would average out."""
     whole = [tuple(torch.cat(parts) for parts in zip(*batches(), strict=True))]
     results = [curvature.hessian_trace(model, F.cross_entropy, loader, probes=3) for loader in (batches(), whole)]
 
@@ -162,7 +162,7 @@ def test_seeds_give_independent_probes():
 def test_standard_error_is_that_of_the_mean_over_probes():
     args = (mlp().double(), F.cross_entropy, batches())
     result = curvature.hessian_trace(*args, probes=4)
-    # Probe k of seed 0 is the first probe of the seed that is k large primes further on.
+    # Probe k of seed 0 is the first probe of seed 0 plus k large primes.
     values = [curvature.hessian_trace(*args, probes=1, seed=1_000_003 * k).value for k in range(4)]
     assert result.value == pytest.approx(statistics.mean(values))
     assert result.standard_error == pytest.approx(statistics.stdev(values) / 2)
@@ -177,11 +177,11 @@ def test_finite_differences_converge_quadratically(measure, estimator):
         measure(model, F.cross_entropy, batches(), estimator=estimator, rho=rho).value - expected for rho in (0.2, 0.1)
     ]
 
-    assert 3.8 < errors[0] / errors[1] < 4.2  # rho² halved twice; the next order, rho^4, is 1 % of it
+    assert 3.8 < errors[0] / errors[1] < 4.2  # rho² halved twice; the next order, rho^4, contributes 1 %
     assert abs(errors[1]) < 0.02 * abs(expected)
 
 
-def test_gradient_norm_and_directional_curvature(model):
+def test_gradient_norm_and_directional_curvature_are_exact(model):
     gradient, hessian = exact(model, batches())
     v = gradient / gradient.norm()
 
@@ -195,8 +195,8 @@ def test_gradient_norm_and_directional_curvature(model):
     assert result.value == pytest.approx((d @ hessian @ d / (d @ d)).item(), rel=1e-9)
 
 
-def test_directional_curvature_is_what_the_optimizer_reports():
-    """In float64 and along the same e, up to the 1e-12 that the optimizer adds to the norm."""
+def test_directional_curvature_equals_that_of_the_optimizer():
+    """Both are in float64 along the same e, up to the 1e-12 that the optimizer adds to the norm."""
     model = mlp().double()
     (batch,) = batches(sizes=(6,))
     expected = curvature.directional_curvature(model, F.cross_entropy, [batch], estimator="gradient", rho=0.1)
@@ -211,7 +211,7 @@ def test_directional_curvature_is_what_the_optimizer_reports():
     assert optimizer.stats.directional_curvature.item() == pytest.approx(expected.value, rel=1e-9)
 
 
-def test_top_eigenvalues(model):
+def test_top_eigenvalues_are_exact(model):
     _, hessian = exact(model, batches())
     expected = torch.linalg.eigvalsh(hessian).flip(0)
     result = curvature.top_eigenvalues(model, F.cross_entropy, batches(), count=3, tolerance=1e-10)
@@ -230,7 +230,7 @@ def test_residuals_bound_the_error_of_eigenvalues():
         assert (eigenvalues - value).abs().min() <= residual
 
 
-def test_agrees_with_curvlinops():
+def test_trace_agrees_with_curvlinops():
     model = mlp().eval()
     params = list(model.parameters())
     operator = pytest.importorskip("curvlinops").HessianLinearOperator(
@@ -239,7 +239,7 @@ def test_agrees_with_curvlinops():
     matrix = operator @ torch.eye(operator.shape[1])
 
     trace = curvature.hessian_trace(model, nn.CrossEntropyLoss(), batches(torch.float32), estimator="exact")
-    assert trace.value == pytest.approx(matrix.trace().item(), rel=1e-5)  # fp32, some 50 sums
+    assert trace.value == pytest.approx(matrix.trace().item(), rel=1e-5)  # fp32, about 50 sums
     top = curvature.top_eigenvalues(model, nn.CrossEntropyLoss(), batches(torch.float32), tolerance=1e-6)
     assert top.values[0] == pytest.approx(torch.linalg.eigvalsh(matrix)[-1].item(), rel=1e-4)
 
@@ -276,7 +276,7 @@ class Fails(RuntimeError):
 @pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("measure", ALL)
-def test_leaves_no_trace(measure, training, fails):
+def test_the_model_and_the_generators_are_restored(measure, training, fails):
     model = with_batch_norm()
     model[3].eval()
     for p in model.parameters():
@@ -309,15 +309,15 @@ def test_leaves_no_trace(measure, training, fails):
 
 
 @pytest.mark.parametrize("estimator", ["gradient", "loss"])
-def test_finite_differences_leave_no_trace(estimator):
+def test_finite_differences_restore_the_model(estimator):
     model = mlp()
     before = [p.detach().clone() for p in model.parameters()]
     curvature.hessian_trace(model, F.cross_entropy, batches(torch.float32), estimator=estimator)
     assert all(p.equal(b) for p, b in zip(model.parameters(), before, strict=True))
 
 
-def test_bf16_autocast():
-    """The loss is another one, that of rounded weights and activations: 8 bits, some 0.4 % each, a few of them."""
+def test_bf16_autocast_changes_the_result_by_rounding_alone():
+    """Weights and activations are rounded to 8 bits, about 0.4 % each, a few times."""
     model = mlp()
     loader = batches(torch.float32, sizes=(64, 32))
     plain = curvature.normalized_trace(model, F.cross_entropy, loader, estimator="exact")
@@ -331,7 +331,7 @@ def test_bf16_autocast():
     assert differences.value == pytest.approx(direct.value, rel=0.2)
 
 
-def test_prints_as_many_digits_as_it_knows():
+def test_prints_only_significant_digits():
     assert str(curvature.Measurement(84.1629, 5.23, 16, 9)) == "84.2 ± 5.2"
     assert str(curvature.Measurement(-0.0123456, 0.00021, 16, 9)) == "-0.01235 ± 0.00021"
     assert str(curvature.Measurement(12345.678, 190.0, 16, 9)) == "12346 ± 190"
@@ -348,9 +348,9 @@ def test_frozen_parameters_do_not_count():
     assert result.gradient_norm.value == pytest.approx(gradient.norm().item())
 
 
-def test_ascent_gap_of_a_quadratic():
-    """L = ½ wᵀAw: one step rises by the curvature along the gradient, the best point of the ball is found on its
-    boundary (here by brute force)."""
+def test_ascent_gap_of_a_quadratic_is_exact():
+    """L = ½ wᵀAw: one step raises the loss by the curvature along the gradient; the maximum within the ball lies on its
+    boundary (found by brute force here)."""
     model = nn.Linear(2, 1, bias=False, dtype=torch.float64)
     a, rho = torch.tensor([[5.0], [1.0]], dtype=torch.float64), 0.5
     model.weight.data = torch.tensor([[0.05, 0.6]], dtype=torch.float64)
@@ -376,8 +376,8 @@ def test_ascent_gap_of_a_quadratic():
     assert result.loss == pytest.approx(loss_at(w).item())
 
 
-def test_without_curvature():
-    """Where the gradient does not depend on the parameters, the Hessian is zero; one that is unused adds nothing."""
+def test_functions_without_curvature():
+    """The Hessian is zero if the gradient does not depend on the parameters; an unused parameter adds nothing."""
     model = nn.ModuleDict({"used": nn.Linear(3, 1), "unused": nn.Linear(3, 1)})
     model.forward = lambda x: model["used"](x)
     loader = [(torch.ones(2, 3), torch.zeros(2))]
@@ -385,7 +385,7 @@ def test_without_curvature():
     assert curvature.gradient_norm(model, lambda output, _: output.mean(), loader).value == 2
 
 
-def test_inputs_of_several_tensors():
+def test_inputs_may_have_several_tensors():
     class Sum(nn.Module):
         def __init__(self):
             super().__init__()
@@ -397,7 +397,7 @@ def test_inputs_of_several_tensors():
     a, b, y = torch.tensor([[1.0, 3.0]]), torch.zeros(1), torch.zeros(1)
     for x in ((a, b), {"a": a, "b": b}):
         assert curvature.hessian_trace(Sum(), F.mse_loss, [(x, y)], estimator="exact").value == pytest.approx(20)
-        # Without a target, the input says how many samples there are.
+        # Without a target, the input gives the number of samples.
         loader = [(x, None), ([a.repeat(3, 1), b.repeat(3)], None)]
         result = curvature.hessian_trace(Sum(), lambda output, _: output.square().mean(), loader, estimator="exact")
         assert result.value == pytest.approx(20)
@@ -405,7 +405,7 @@ def test_inputs_of_several_tensors():
 
 
 @pytest.mark.parametrize("progress", [True, False])
-def test_progress(capsys, progress):
+def test_progress_is_printed_if_enabled(capsys, progress):
     curvature.hessian_trace(mlp().double(), F.cross_entropy, batches(), probes=1, progress=progress)
     assert ("3/3" in capsys.readouterr().out) == progress
 
@@ -436,14 +436,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_clear_line(case):
+def test_bad_input_raises_one_clear_line(case):
     args, options, error, message = BAD[case]
     with pytest.raises(error, match=message) as info:
         curvature.hessian_trace(*args, **options)
     assert "\n" not in str(info.value)
 
 
-def test_other_bad_input():
+def test_other_bad_input_is_refused():
     args = (mlp().double(), F.cross_entropy, batches())
     with pytest.raises(ValueError, match="count must be from 1 to 48"):
         curvature.top_eigenvalues(*args, count=49)
@@ -459,15 +459,15 @@ def test_other_bad_input():
         curvature.top_eigenvalues(args[0], lambda output, _: (output * math.inf).mean(), args[2])
 
 
-def test_says_which_package_is_missing(monkeypatch):
+def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "scipy.sparse.linalg", None)
     with pytest.raises(ImportError, match=r"needs scipy: pip install 'crsam_ext\[curvature\]'"):
         curvature.top_eigenvalues(mlp().double(), F.cross_entropy, batches())
 
 
 @pytest.mark.require_cuda
-def test_on_a_gpu():
-    """The loader stays on the CPU. Probes are drawn on the device, and so differ; an exact trace does not."""
+def test_curvature_on_a_gpu():
+    """The loader stays on the CPU. Probes are drawn on the device and therefore differ; an exact trace does not."""
     model, loader = with_batch_norm(), batches(torch.float32)
     expected = curvature.normalized_trace(model, F.cross_entropy, loader, estimator="exact")
     result = curvature.normalized_trace(model.cuda(), F.cross_entropy, loader, estimator="exact")

@@ -1,4 +1,4 @@
-"""Curvature is never silently that of a part, of other weights of the batches, or measured at the cost of the model."""
+"""Curvature covers all parameters and weights batches as the loss does, or raises an error; the model is restored."""
 
 import math
 import random
@@ -33,7 +33,7 @@ def value_of(measured):
     return measured.values[0] if isinstance(measured, curvature.Eigenvalues) else getattr(measured, "value", None)
 
 
-# Of a part -----------------------------------------------------------------------------------------------------------
+# Parts of the model --------------------------------------------------------------------------------------------------
 
 
 class Checkpointed(nn.Module):
@@ -110,19 +110,19 @@ class Squaring(nn.Module):
 @pytest.mark.parametrize("function", [OnceSquare, InheritsIt])
 @pytest.mark.parametrize("measure", SECOND)
 @pytest.mark.parametrize("at", [1, 2])
-def test_functions_that_are_differentiated_once_are_refused(at, measure, function):
+def test_functions_without_a_second_derivative_are_refused(at, measure, function):
     with pytest.raises(ValueError, match=f"the backward of {function.__name__} is marked once_differentiable"):
         measure(Squaring(function.apply, at), CRITERION, data())
 
 
 @pytest.mark.parametrize("measure", SECOND)
-def test_other_functions_of_ones_own_are_not(measure):
+def test_other_user_functions_are_accepted(measure):
     expected = value_of(measure(Squaring(lambda x: x**2), CRITERION, data()))
     assert value_of(measure(Squaring(Square.apply), CRITERION, data())) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("estimator", ["gradient", "loss"])
-def test_estimators_of_first_derivatives_take_them(estimator):
+def test_estimators_of_first_derivatives_accept_them(estimator):
     found, expected = (
         curvature.hessian_trace(Squaring(square), CRITERION, data(), estimator=estimator, rho=1e-2, probes=4).value
         for square in (OnceSquare.apply, lambda x: x**2)
@@ -130,13 +130,13 @@ def test_estimators_of_first_derivatives_take_them(estimator):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_where_the_parameters_do_not_come_in():
-    """On the side of the data, or of a part that is frozen, nothing needs a second derivative."""
+def test_functions_that_do_not_depend_on_the_parameters_are_accepted():
+    """Functions of the data or of a frozen part need no second derivative."""
     expected = curvature.hessian_trace(Squaring(lambda x: x**2, at=0), CRITERION, data(), probes=2).value
     assert curvature.hessian_trace(Squaring(OnceSquare.apply, at=0), CRITERION, data(), probes=2).value == expected
 
 
-def test_parameters_that_take_no_part_count_as_zero():
+def test_unused_parameters_count_as_zero():
     model = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)]).double()
     model.forward = lambda x: model[0](x)
     alone = curvature.hessian_trace(model[0], CRITERION, data(), estimator="exact").value
@@ -147,7 +147,7 @@ def test_parameters_that_take_no_part_count_as_zero():
 
 
 class Tokens(nn.Module):
-    """Logits for each of several positions, classes in dimension 1."""
+    """Logits for several positions, classes in dimension 1."""
 
     def __init__(self):
         super().__init__()
@@ -170,7 +170,7 @@ LOSSES = {
 
 
 def token_data(positions):
-    """Unequal batches; of one, all targets are 2."""
+    """Return unequal batches; all targets of one batch are 2."""
     torch.manual_seed(1)
     shape = (5,) if positions else ()
     loader = [(torch.randn(n, *shape, 4, dtype=torch.float64), torch.randint(3, (n, *shape))) for n in (6, 2, 3)]
@@ -196,7 +196,7 @@ def test_batches_count_as_in_the_loss_over_all(options, positions):
 
 
 @pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
-def test_log_likelihoods_likewise(options):
+def test_log_likelihoods_count_as_in_the_loss_over_all(options):
     options = {k: v for k, v in options.items() if k != "label_smoothing"}
     model, loader = nn.Sequential(Tokens(), nn.LogSoftmax(1)), token_data(True)
     whole = [tuple(torch.cat(parts) for parts in zip(*loader, strict=True))]
@@ -205,7 +205,7 @@ def test_log_likelihoods_likewise(options):
 
 
 def test_probabilities_as_targets_count_by_samples():
-    """There the mean is over samples, whatever the weights of the classes are."""
+    """The mean is over samples, whatever the class weights."""
     model, loss_fn = Tokens(), nn.CrossEntropyLoss(weight=CLASS_WEIGHTS)
     loader = [(x, F.one_hot(y, 3).double() * 0.9 + 0.1 / 3) for x, y in token_data(False)]
     whole = [tuple(torch.cat(parts) for parts in zip(*loader, strict=True))]
@@ -214,7 +214,7 @@ def test_probabilities_as_targets_count_by_samples():
 
 
 @pytest.mark.parametrize("options", [{"ignore_index": 2}, {"weight": torch.tensor([1.0, 1.0, 0.0])}])
-def test_nothing_counts(options):
+def test_loader_without_counted_targets_is_refused(options):
     batch = torch.randn(2, 4), torch.full((2,), 2)
     with pytest.raises(ValueError, match="ignores all targets of the loader"):
         curvature.gradient_norm(Tokens().float(), nn.CrossEntropyLoss(**options), [batch])
@@ -229,13 +229,13 @@ class Stream(IterableDataset):
 
 
 @pytest.mark.parametrize("progress", [False, True])
-def test_loader_without_a_length(progress):
+def test_loader_without_a_length_is_accepted(progress):
     model = nn.Linear(4, 3).double()
     found = curvature.gradient_norm(model, CRITERION, DataLoader(Stream(), batch_size=4), progress=progress)
     assert found.value == pytest.approx(curvature.gradient_norm(model, CRITERION, data()).value, rel=1e-10)
 
 
-def test_an_iterable_of_ones_own():
+def test_user_defined_iterable_is_accepted():
     class Loader:
         def __iter__(self):
             return iter(data())
@@ -286,7 +286,7 @@ def state_of(model):
 @pytest.mark.parametrize("fails_at", [math.inf, 1, 2])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("measure", ALL)
-def test_the_model_is_left_as_it_was(measure, training, fails_at):
+def test_the_model_is_restored(measure, training, fails_at):
     model = Changing()
     model.fails_at = fails_at
     before = state_of(model)
@@ -306,7 +306,7 @@ def test_the_model_is_left_as_it_was(measure, training, fails_at):
 
 @pytest.mark.parametrize("measure", ALL)
 def test_noise_is_the_same_in_every_call(measure):
-    """Or differences of losses and gradients would measure it."""
+    """Otherwise differences of losses and gradients would measure the noise."""
     first, second = (measure(Seeded(), CRITERION, data()) for _ in range(2))
     assert first == second
 
@@ -321,7 +321,7 @@ class Seeded(Changing):
 
 @pytest.mark.parametrize("how", ["model", "in place", "a part", "a function"])
 @pytest.mark.parametrize("before", [False, True], ids=["fresh", "compiled already"])
-def test_compiled_models(before, how):
+def test_compiled_models_are_accepted(before, how):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     expected = curvature.hessian_trace(model, CRITERION, data(), estimator="exact").value

@@ -1,4 +1,4 @@
-"""What a program sets for all of torch, default dtype and device, changes nothing; nor do numbers of other types."""
+"""Global settings of torch, default dtype and device, change nothing; nor do numbers of other types."""
 
 import numpy as np
 import pytest
@@ -59,12 +59,12 @@ def train(base, form, backend_options, steps=5):
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("form", FORMS)
-def test_default_dtype(form, base, default_dtype, backend_options):
+def test_default_dtype_changes_nothing(form, base, default_dtype, backend_options):
     expected = train(base, form, backend_options)
     torch.set_default_dtype(default_dtype)
     found = train(base, form, backend_options)
     for x, y in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
-        if base == "wrapped" and x.ndim == 0:  # torch's own counter is of the default dtype
+        if base == "wrapped" and x.ndim == 0:  # torch's own counter has the default dtype
             assert x == y
         else:
             assert torch.equal(x, y)
@@ -72,7 +72,7 @@ def test_default_dtype(form, base, default_dtype, backend_options):
     assert found[2] == expected[2]
 
 
-def test_counter_goes_beyond_what_the_default_dtype_counts(default_dtype, backend_options):
+def test_counter_exceeds_the_integers_of_the_default_dtype(default_dtype, backend_options):
     torch.set_default_dtype(default_dtype)
     param = Parameter(torch.ones(2, dtype=torch.float32))
     optimizer = CRSAM([param], torch.optim.AdamW, lr=1e-3, rho=0.0, **backend_options)
@@ -83,7 +83,7 @@ def test_counter_goes_beyond_what_the_default_dtype_counts(default_dtype, backen
     assert optimizer.state[param]["step"].dtype == torch.float32
 
 
-def test_scaled_gradients_and_combine(default_dtype, backend_options):
+def test_default_dtype_does_not_change_scaled_gradients(default_dtype, backend_options):
     trained = []
     for dtype in (torch.float32, default_dtype):
         torch.set_default_dtype(dtype)
@@ -107,7 +107,7 @@ def test_scaled_gradients_and_combine(default_dtype, backend_options):
         assert torch.equal(x, y)
 
 
-def test_curvature(default_dtype):
+def test_default_dtype_does_not_change_curvature(default_dtype):
     model, data = torch.nn.Linear(3, 2).float(), [(torch.randn(4, 3), torch.randn(4, 2))]
     expected = curvature.hessian_trace(model, torch.nn.MSELoss(), data, probes=3)
     torch.set_default_dtype(default_dtype)
@@ -116,8 +116,9 @@ def test_curvature(default_dtype):
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("form", FORMS)
-def test_default_device(form, base, backend_options, device):
-    """Everything is where the parameters are, or on the CPU; a tensor on the default device would have no values."""
+def test_default_device_changes_nothing(form, base, backend_options, device):
+    """All tensors are on the parameters' device or the CPU; a tensor on the default device (meta) would have no
+    values."""
     expected = train(base, form, backend_options)
     params = [Parameter(torch.linspace(0.3, 1.3, 6 + i, dtype=torch.float32)) for i in range(3)]
     cls, options = BASES[base]
@@ -135,7 +136,7 @@ def test_default_device(form, base, backend_options, device):
     with torch.device("meta"):
         optimizer = CRSAM(groups, cls, rho=0.1234, **options, **backend_options)
         scheduler = LambdaLR(Scheduled(optimizer, "rho"), lambda step: 0.9**step)
-        if base != "wrapped":  # torch's own optimizers make their counters on the default device
+        if base != "wrapped":  # torch's own optimizers create their counters on the default device
             for _ in range(5):
                 optimizer.step(closure)
                 scheduler.step()
@@ -147,7 +148,7 @@ def test_default_device(form, base, backend_options, device):
 
 
 @pytest.mark.parametrize("number", [np.int64, np.int32, lambda x: torch.tensor(x), bool])
-def test_intervals_are_any_integers(number, backend_options):
+def test_intervals_may_be_any_integer_type(number, backend_options):
     param = Parameter(torch.ones(2, dtype=torch.float64))
     value = number(1 if number is bool else 2)
     optimizer = CRSAM([param], lr=0.1, interval=value, curvature_interval=value, **backend_options)
@@ -156,13 +157,13 @@ def test_intervals_are_any_integers(number, backend_options):
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "2", None, np.float64(2.0)], ids=str)
-def test_intervals_that_are_none(value):
+def test_invalid_intervals_are_refused(value):
     for name in ("interval", "curvature_interval"):
         with pytest.raises(ValueError, match=f"{name} must be a positive integer, but is {value}"):
             CRSAM([Parameter(torch.ones(2))], lr=0.1, **{name: value})
 
 
-def test_numbers_of_numpy_as_options(backend_options):
+def test_options_may_be_numpy_numbers(backend_options):
     trained = []
     for number in (float, np.float64, np.float32):
         param = Parameter(torch.linspace(0.3, 1.3, 6, dtype=torch.float64))
@@ -175,11 +176,12 @@ def test_numbers_of_numpy_as_options(backend_options):
         assert_close(other, trained[0], EXACT)
 
 
-# Modules that are not complete yet -----------------------------------------------------------------------------------
+# Uninitialized modules -----------------------------------------------------------------------------------------------
 
 
-def test_lazy_modules(backend_options):
-    """Taken, as by torch's optimizers; their first batch must come before the first step, or in calls with it."""
+def test_lazy_modules_are_accepted(backend_options):
+    """They are accepted as by torch's optimizers; the first batch must come before the first step, or in calls with
+    it."""
     model = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.LazyBatchNorm1d(), torch.nn.Linear(3, 2))
     optimizer = CRSAM(model.parameters(), lr=0.1, model=model, **backend_options)
     x = torch.randn(8, 4)

@@ -1,4 +1,5 @@
-"""torch.distributed.checkpoint: asking for the state changes nothing, and all that resumes a run survives it."""
+"""torch.distributed.checkpoint: reading the state changes nothing, and a checkpoint contains all that a run needs to
+resume."""
 
 import copy
 
@@ -21,7 +22,7 @@ BASES = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5}),
     "plain": (torch.optim.SGD, {}),
     "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),
-    "rmsprop": (torch.optim.RMSprop, {"momentum": 0.9}),  # has an alpha of its own
+    "rmsprop": (torch.optim.RMSprop, {"momentum": 0.9}),  # has its own alpha
     "nadam": (torch.optim.NAdam, {}),
 }
 FLATTENED = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -67,7 +68,7 @@ def assert_same(model, other):
     "options", [{}, {"curvature_interval": 2}, {"interval": 2}, {"interval": 3, "reuse": True}, {"weight_decay": 0.3}]
 )
 @pytest.mark.parametrize("form", OPTIONS)
-def test_asking_before_the_first_step_changes_nothing(base, options, form):
+def test_reading_the_state_before_the_first_step_changes_nothing(base, options, form):
     model, optimizer, step = problem(base, **options)
     twin, _, step_of_twin = problem(base, **options)
     before = copy.deepcopy(model.state_dict())
@@ -81,8 +82,8 @@ def test_asking_before_the_first_step_changes_nothing(base, options, form):
         assert_same(model, twin)
 
 
-def test_asking_between_two_that_perturb_changes_nothing():
-    """Without state, torch asks by a step each time; here, where one of a single pass is due, and would be counted."""
+def test_reading_the_state_between_two_perturbations_changes_nothing():
+    """Without state, torch makes a step each time; here a step of a single pass is due, and would be counted."""
     model, optimizer, step = problem("plain", interval=3)
     twin, _, step_of_twin = problem("plain", interval=3)
     for index in range(6):
@@ -94,7 +95,7 @@ def test_asking_between_two_that_perturb_changes_nothing():
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
-def test_the_state_of_no_steps_is_entered(base):
+def test_reading_the_state_before_any_step_creates_zeros(base):
     model, optimizer, _ = problem(base, curvature_interval=2)
     state = get_optimizer_state_dict(model, optimizer)["state"]
     assert set(state) == {name for name, _ in model.named_parameters()}
@@ -115,10 +116,10 @@ def test_the_state_of_no_steps_is_entered(base):
     ],
 )
 @pytest.mark.parametrize("form", OPTIONS)
-def test_resuming(base, options, form, tmp_path):
-    """Saved after four steps and loaded into a new model and optimizer, training goes on to the same bits."""
+def test_training_resumes_to_the_same_bits(base, options, form, tmp_path):
+    """Save after four steps, load into a new model and optimizer, and continue."""
     if base == "plain" and form == "full":
-        base = "sgd"  # torch raises for an optimizer without state, its own as well
+        base = "sgd"  # torch raises for any optimizer without state
     model, optimizer, step = problem(base, **options)
     for index in range(4):
         step(index)
@@ -148,8 +149,8 @@ def load(folder, model, optimizer, options=None, partial=False):
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 @pytest.mark.parametrize("flattened", [False, True])
-def test_from_and_to_torchs_own(base, flattened, tmp_path):
-    """A checkpoint of CRSAM is one of its base optimizer, and the other way round."""
+def test_checkpoints_of_crsam_and_torchs_optimizer_are_interchangeable(base, flattened, tmp_path):
+    """A checkpoint of CRSAM is one of its base optimizer, and vice versa."""
     options = FLATTENED if flattened else None
     model, optimizer, step = problem(base, curvature_interval=2)
     for index in range(4):
@@ -163,17 +164,17 @@ def test_from_and_to_torchs_own(base, flattened, tmp_path):
         assert torch.equal(p, q)
         for name in plain.state[q]:
             assert torch.equal(plain.state[q][name], optimizer.state[p][name]), name
-    if not flattened:  # torch asks for every option of the groups there
+    if not flattened:  # torch requires every option of the groups there
         save(tmp_path / "theirs", theirs, plain)
         back, loaded, step_back = problem(base)
         without, other, step_of_other = problem(base)
-        load(tmp_path / "theirs", back, loaded, partial=True)  # rho is missing there, and stays
+        load(tmp_path / "theirs", back, loaded, partial=True)  # rho is missing there, and keeps its value
         load(tmp_path / "ours", without, other)
         step_back(4), step_of_other(4)
         assert_same(back, without)
 
 
-def test_a_skipped_first_step_enters_the_state():
+def test_a_skipped_first_step_creates_the_state():
     model, optimizer, step = problem("adamw")
     model[0].weight.register_hook(lambda g: g * torch.nan)
     step(0)
@@ -185,19 +186,19 @@ def test_a_skipped_first_step_enters_the_state():
 
 @pytest.mark.parametrize("base", ["sgd", "adamw", "nadam"])
 def test_a_skipped_first_step_changes_no_later_one(base):
-    """The first momentum is undamped, whatever the state looks like."""
+    """The first momentum is undamped, whatever the state contains."""
     model, optimizer, step = problem(base, weight_decay=0.0)
     twin, _, step_of_twin = problem(base, weight_decay=0.0)
     handle = model[0].weight.register_hook(lambda g: g * torch.nan)
     step(0)
     handle.remove()
-    optimizer.add_param_group({"params": [("extra", torch.nn.Parameter(torch.ones(2)))]})  # the state is moved
+    optimizer.add_param_group({"params": [("extra", torch.nn.Parameter(torch.ones(2)))]})  # moves the state
     for index in range(1, 4):
         step(index), step_of_twin(index)
         assert_same(model, twin)
 
 
-def test_only_a_rate_of_zero_enters_the_state():
+def test_only_a_learning_rate_of_zero_creates_the_state():
     model, optimizer, _ = problem()
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
@@ -213,8 +214,8 @@ def test_only_a_rate_of_zero_enters_the_state():
 
 
 @pytest.mark.parametrize("options", [{"rho": 0.0}, {"interval": 2}])
-def test_a_step_of_one_pass_is_the_base_optimizers(options):
-    """At a rate of 0 as well, where the momentum goes on."""
+def test_a_step_of_one_pass_equals_the_base_optimizers(options):
+    """Also with a learning rate of 0, where the momentum is still updated."""
     model, optimizer, step = problem("sgd", **options)
     step(0)
     optimizer.param_groups[0]["lr"] = 0.0
@@ -228,8 +229,8 @@ def test_a_step_of_one_pass_is_the_base_optimizers(options):
 
 
 @pytest.mark.parametrize("base", ["sgd", "nadam"])
-def test_provisional_state_over_which_a_checkpoint_was_loaded_stays(base):
-    """Written into in place, without a set_state_dict, it counts as well."""
+def test_provisional_state_filled_by_a_checkpoint_is_kept(base):
+    """Also if it is written in place, without set_state_dict."""
     model, optimizer, step = problem(base)
     for index in range(3):
         step(index)

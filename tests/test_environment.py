@@ -1,4 +1,4 @@
-"""`python -m crsam_ext`: the report of the environment, also where parts of the environment are missing or broken."""
+"""`python -m crsam_ext`: the environment report, also with missing or broken packages."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ TITLES = ["versions", "backends", "extension", "hardware", "torch.distributed", 
 
 
 def parts(report):
-    """The rows of each part of a report, by name."""
+    """Return the rows of each part of a report, by name."""
     first, *lines, last = report.strip().splitlines()
     assert (first, last) == ("```text", "```")
     assert [line.rstrip(":") for line in lines if not line.startswith(" ")] == TITLES
@@ -42,7 +42,7 @@ def run(*arguments, **variables):
 
 
 @pytest.mark.slow
-def test_plain_run(tmp_path):
+def test_report_has_all_parts(tmp_path):
     variables = {"HOME": str(tmp_path), "CRSAM_OF_A_TEST": f"{tmp_path}/a b/c", "OMP_NUM_THREADS": "1", "USER": "ann"}
     output = run("-m", "crsam_ext", **variables)
     found = parts(output)
@@ -66,7 +66,7 @@ def test_large_packages_are_not_imported():
 
 @pytest.mark.slow
 def test_broken_packages_are_reported(tmp_path):
-    """Stubs in front of what is installed: shared libraries that are missing or do not fit, damaged metadata."""
+    """Stub packages shadow the installed ones: missing or incompatible shared libraries, damaged metadata."""
     missing = "libnvrtc.so.13: cannot open shared object file"
     broken = {"torchcodec": f"OSError({missing!r})", "torchvision": "RuntimeError('no torchvision::nms\\nand more')"}
     for name, error in broken.items():
@@ -83,14 +83,14 @@ def test_broken_packages_are_reported(tmp_path):
     assert found.versions["torch"] == torch.__version__
 
 
-def test_missing_packages(monkeypatch):
+def test_missing_packages_are_reported(monkeypatch):
     def version(name):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(environment.metadata, "version", version)
     names = ("numpy", "triton", "timm", "torchvision", "torchcodec", "lightning", "accelerate", "transformers")
     for name in names:
-        monkeypatch.setitem(sys.modules, name, None)  # as if it could not be found
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     found = parts(environment.report())
     assert {found.versions[name] for name in names} == {"not installed"}
     assert found.backends["triton"] == "unavailable: the triton package is not installed"
@@ -100,7 +100,7 @@ def without_extension(name):
     return None if name == "crsam_ext._C" else object()
 
 
-def test_no_extension(monkeypatch):
+def test_missing_extension_is_reported(monkeypatch):
     for module in (environment, extension):
         monkeypatch.setattr(module, "find_spec", without_extension)
     monkeypatch.setitem(sys.modules, "crsam_ext._build", SimpleNamespace(REASON="no nvcc was found; set CUDA_HOME"))
@@ -111,7 +111,7 @@ def test_no_extension(monkeypatch):
 
 
 @pytest.mark.parametrize("architectures", ["8.0;9.0+PTX", ""])
-def test_extension(architectures, monkeypatch):
+def test_extension_is_reported(architectures, monkeypatch):
     for module in (environment, extension):
         monkeypatch.setattr(module, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "crsam_ext._build", SimpleNamespace(REASON="no nvcc was found"))
@@ -125,7 +125,7 @@ def test_extension(architectures, monkeypatch):
     assert found.extension["revision"] == "1234567"
 
 
-def test_extension_that_does_not_load(monkeypatch):
+def test_extension_that_does_not_load_is_reported(monkeypatch):
     def load():
         raise ImportError("/home/ann/lib/crsam_ext/_C.so: undefined symbol: _ZN3c10\nand more")
 
@@ -138,7 +138,7 @@ def test_extension_that_does_not_load(monkeypatch):
     assert found.extension["failed"] == "ImportError: .../_C.so: undefined symbol: _ZN3c10"
 
 
-def test_part_that_fails_does_not_end_the_report(monkeypatch):
+def test_failing_part_does_not_end_the_report(monkeypatch):
     def fails():
         raise RuntimeError("no\nmore")
 
@@ -150,7 +150,7 @@ def test_part_that_fails_does_not_end_the_report(monkeypatch):
     assert "gloo" in found.torch_distributed
 
 
-def test_gpus_and_driver(tmp_path, monkeypatch):
+def test_gpus_and_driver_are_reported(tmp_path, monkeypatch):
     nvidia_smi = tmp_path / "nvidia-smi"
     nvidia_smi.write_text("#!/bin/sh\necho '580.1, NVIDIA H200, 143771 MiB, 3 MiB'\n")
     nvidia_smi.chmod(0o755)
@@ -170,7 +170,7 @@ def test_gpus_and_driver(tmp_path, monkeypatch):
         ("/usr/local/cuda-13.0", ".../cuda-13.0"),
         ("/home/ann", "~"),
         ("/home/ann/lib:/opt/cuda/lib64", "~/lib:.../lib64"),
-        ("/srv/people/ann/lib", "~/lib"),  # HOME of the test
+        ("/srv/people/ann/lib", "~/lib"),  # HOME in this test
         (r"C:\Users\Ann\torch\lib\c10.dll", r".../c10.dll"),
         ("File '/data/ann/x.py', line 3", "File '.../x.py', line 3"),
         ("see https://example.org/a/b", "see https://example.org/a/b"),
