@@ -1,4 +1,5 @@
-"""The programs in examples/ run, learn, and say what they should; one whose library is missing is skipped."""
+"""The programs in examples/ run, learn and print the expected output; an example whose library is missing is
+skipped."""
 
 import importlib.util
 import json
@@ -14,7 +15,7 @@ import torch
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("default"),  # those of other libraries are theirs
+    pytest.mark.filterwarnings("default"),  # other libraries' warnings are not errors
 ]
 
 NEEDS = {
@@ -30,7 +31,7 @@ NEEDS = {
 
 
 def load(name):
-    """The example as a module, or a skip."""
+    """Return the example as a module, or skip the test."""
     for library in NEEDS[name]:
         pytest.importorskip(library)
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
@@ -41,7 +42,7 @@ def load(name):
 
 @pytest.fixture(autouse=True)
 def forget_accelerator():
-    """Accelerate keeps its first settings for the whole process."""
+    """Reset Accelerate, which keeps its first settings for the whole process."""
     yield
     if "accelerate" in sys.modules:
         sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -53,7 +54,7 @@ def accuracy(capsys):
     return float(last.split()[-1].rstrip("%"))
 
 
-def test_all_are_tested():
+def test_all_examples_are_tested():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == NEEDS.keys()
 
 
@@ -66,8 +67,8 @@ def test_all_are_tested():
         ("accelerate_digits", 80, 2),
     ],
 )
-def test_in_several_processes(name, percent, processes):
-    """As their first lines say."""
+def test_examples_run_in_several_processes(name, percent, processes):
+    """The commands are those in the examples' docstrings."""
     load(name)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
@@ -110,14 +111,14 @@ def test_transformers(capsys):
 
 
 def test_transformers_in_bfloat16():
-    """A few steps only: not every CPU is quick at it."""
+    """It runs only a few steps, because bfloat16 is slow on some CPUs."""
     trainer = load("transformers_digits").main(bf16=True, max_steps=3, disable_tqdm=True)
     assert trainer.optimizer.optimizer.stats.as_dict()["steps"] == 3
     assert trainer.optimizer.optimizer.stats.skipped == 0
 
 
 def test_transformers_resumes(tmp_path):
-    """After two of three epochs, from the Trainer's own checkpoint, to the same bits."""
+    """It resumes after two of three epochs from the Trainer's checkpoint, to the same bits."""
     example = load("transformers_digits")
     straight = example.main(epochs=3, folder=tmp_path, disable_tqdm=True)
     checkpoint = tmp_path / "checkpoint-46"

@@ -1,4 +1,4 @@
-"""The experiments: a tiny one from end to end, the cache, and the statistics on cases with known answers."""
+"""The experiments: a small one from end to end, the cache, and the statistics on cases with known results."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ TINY = Config("graph", "CR-SAM", 0.1, 0, epochs=3, checkpoints=(1, 3), probes=2,
 
 @pytest.fixture(autouse=True)
 def tiny_graph(monkeypatch):
-    """The graph task, with few nodes to test."""
+    """Make the graph task small, with few nodes to test."""
     splits = tasks.nodes()
     few = replace(splits, test=(splits.test[0][:50], splits.test[1][:50]))
     monkeypatch.setitem(tasks.TASKS, "graph", replace(tasks.TASKS["graph"], load=lambda: few, quick_epochs=3))
@@ -41,14 +41,14 @@ def test_tasks_are_splits_without_overlap(name):
         assert x.equal(x_again)
         assert y.equal(y_again)
         samples = {sample.numpy().tobytes() for sample in x}
-        # Source code has a few lines of blanks or comments in common.
+        # Source files have a few blank or comment lines in common.
         assert len(samples & seen) <= (0.01 * len(samples) if "characters" in name else 0)
         seen |= samples
         loss = F.cross_entropy(task.model()(x[:4]), y[:4])
         assert 0 < loss < 10
 
 
-def test_labels_of_characters_are_the_next_ones_and_cannot_be_seen():
+def test_labels_are_the_next_characters_and_hidden_from_the_input():
     x, y = tasks.source_code().train
     assert x.flatten()[1:].equal(y.flatten()[:-1])
     for network in (tasks.Transformer(), tasks.Recurrent()):
@@ -59,7 +59,7 @@ def test_labels_of_characters_are_the_next_ones_and_cannot_be_seen():
         assert difference[40] > 1e-3
 
 
-def test_a_run_is_repeatable_and_is_not_changed_by_measuring():
+def test_a_run_is_repeatable_and_not_affected_by_measurements():
     first, second = run(TINY), run(replace(TINY, checkpoints=(3,)))
     assert [row["epoch"] for row in first["rows"]] == [1, 3]
     assert first["rows"][1] == second["rows"][0]
@@ -97,7 +97,7 @@ def test_runs_resume_from_the_cache(tmp_path, monkeypatch):
     assert len(calls) == 5
 
 
-def test_the_key_depends_on_everything_and_on_the_version(monkeypatch):
+def test_the_cache_key_depends_on_every_option_and_on_the_version(monkeypatch):
     others = [replace(TINY, rho=0.2), replace(TINY, checkpoints=(3,)), replace(TINY, tuning=True)]
     keys = {TINY.key} | {other.key for other in others}
     monkeypatch.setattr(runs, "VERSION", runs.VERSION + 1)
@@ -105,7 +105,7 @@ def test_the_key_depends_on_everything_and_on_the_version(monkeypatch):
     assert len(keys) == 5
 
 
-def test_program_from_end_to_end(tmp_path, monkeypatch):
+def test_program_runs_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(analysis, "DRAWS", 20)
     command = ["--quick", "--tasks", "graph", "--seeds", "2", "--workers", "0"]
     command += ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path)]
@@ -121,35 +121,35 @@ def test_program_from_end_to_end(tmp_path, monkeypatch):
     assert summary["test_accuracy"] == pytest.approx((np.mean(accuracies), np.std(accuracies, ddof=1) / 2**0.5))
 
 
-def test_workers_compute_the_same(tmp_path):
-    """In a process of its own: there, the graph task has all of its nodes."""
+def test_workers_compute_the_same_results(tmp_path):
+    """A worker is a separate process, in which the graph task has all nodes."""
     config = Config("graph", "SAM", 0.1, 0, epochs=2, checkpoints=(2,), tuning=True)
     (result,) = run_all([config], tmp_path, workers=2)
     assert result["rows"] == run(config)["rows"]
 
 
-def test_best_rho():
+def test_best_rho_has_the_highest_accuracy():
     def result(rho, accuracy):
         return {"config": {"task": "t", "method": "m", "rho": rho}, "rows": [{"test_accuracy": accuracy}]}
 
     results = [result(0.1, 0.5), result(0.1, 0.9), result(0.2, 0.75), result(0.4, 0.2), result(0.05, 0.7)]
     assert analysis.best_rho(results) == {("t", "m"): 0.2}
-    assert analysis.best_rho([*results, result(0.05, 0.8)]) == {("t", "m"): 0.05}  # of equals, the smallest
+    assert analysis.best_rho([*results, result(0.05, 0.8)]) == {("t", "m"): 0.05}  # the smallest of equals
 
 
-def test_bootstrap_of_a_known_case():
-    """Spearman of n independent normal pairs has a standard deviation of 1/sqrt(n - 1)."""
+def test_bootstrap_has_the_expected_width():
+    """Spearman's coefficient of n independent normal pairs has a standard deviation of 1/sqrt(n - 1)."""
     generator = np.random.default_rng(0)
     n = 200
     points = [(generator.normal(size=1), generator.normal(size=1)) for _ in range(n)]
     low, high = analysis.bootstrap_interval(points, "spearman")
-    # The width of a bootstrap interval has itself an error: 1/sqrt(2 n) from the sample, 3 % from 1000 draws.
+    # The width of a bootstrap interval has an error of 1/sqrt(2 n) from the sample, plus 3 % from 1000 draws.
     assert high - low == pytest.approx(2 * 1.96 / np.sqrt(n - 1), rel=0.25)
     assert low < 0 < high
 
 
 def test_bootstrap_draws_whole_runs():
-    """Repeating the checkpoints of a run adds no knowledge: the interval stays as wide as it is."""
+    """Repeated checkpoints of a run add no information: the width of the interval does not change."""
     generator = np.random.default_rng(0)
     points = [(generator.normal(size=1), generator.normal(size=1)) for _ in range(30)]
     repeated = [(x.repeat(10), y.repeat(10)) for x, y in points]
@@ -168,11 +168,11 @@ def test_a_run_that_diverges_is_reported_as_missing(monkeypatch):
     assert torch.isfinite(torch.tensor(summary["test_accuracy"][0]))
 
 
-# The direction that is reused ----------------------------------------------------------------------------------------
+# Reuse of the sharpness direction ------------------------------------------------------------------------------------
 
 
-def test_gradients_a_step():
-    """As the optimizer counts its passes."""
+def test_gradients_per_step_are_counted():
+    """The count equals the number of passes of the optimizer."""
     for method in reuse.COMPARED.values():
         params = [torch.nn.Parameter(torch.ones(2))]
         optimizer = CRSAM(params, lr=0.1, **{"rho": 0.1, **method.options})
@@ -184,7 +184,7 @@ def test_gradients_a_step():
 
 
 @pytest.mark.parametrize("name", ["random direction, 5", "direction of another run, 5"])
-def test_what_replaces_the_direction_has_its_norm(name):
+def test_replacement_of_the_direction_has_its_norm(name):
     config = reuse.Config("graph", name, 0.1, 0, epochs=3)
     trained, other = reuse.Run(config, 0), reuse.Run(replace(config, method="CR-SAM, reuse 5"), 1)
     twin = reuse.Run(replace(config, method="CR-SAM, reuse 5"), 0)
@@ -196,8 +196,9 @@ def test_what_replaces_the_direction_has_its_norm(name):
     assert abs(sum(products)) < 0.9 * reuse.length(twin.direction) ** 2
 
 
-def test_looksam_adds_what_is_orthogonal():
-    """Steps between: 0.7 of the norm of g0, along the part of ghat that is orthogonal to that of the perturbed step."""
+def test_looksam_adds_the_orthogonal_component():
+    """Steps between perturbations add 0.7 of the norm of g0 along the part of ghat orthogonal to the g0 of the
+    perturbed step."""
     trained = reuse.Run(reuse.Config("graph", "LookSAM's rule, 5", 0.1, 0, epochs=3), 0)
     x, y = tasks.nodes().train
     trained.step(x, y)
@@ -212,8 +213,8 @@ def test_looksam_adds_what_is_orthogonal():
         torch.testing.assert_close(v, 0.7 * reuse.length(plain) * direction, rtol=1e-3, atol=1e-5)
 
 
-def test_times_of_steps():
-    """Whole cycles of steps are timed, and each set of options once."""
+def test_step_times_are_measured_over_whole_cycles():
+    """Blocks are whole cycles of steps, and each set of options is timed once."""
     steps = {name: method.timed_steps for name, method in reuse.COMPARED.items()}
     assert steps["SAM"] == steps["CR-SAM, reuse 2"] == steps["CR-SAM, curvature 10"] == 10
     assert steps["SAM, reuse 20"] == 20
@@ -239,11 +240,11 @@ def test_rounds_of_times_are_limited(monkeypatch):
     ("quantiles", "cell"),
     [([1.29, 1.31, 1.33], "1.31"), ([1.2, 1.31, 1.4], "1.31 (1.20–1.40)"), (None, "–")],
 )
-def test_ratio_cell(quantiles, cell):
+def test_ratio_cell_shows_large_spreads(quantiles, cell):
     assert reuse.ratio_cell(quantiles) == cell
 
 
-def test_program_of_reuse_from_end_to_end(tmp_path, monkeypatch):
+def test_program_of_reuse_runs_from_end_to_end(tmp_path, monkeypatch):
     drawn = {"base", *(name for names in reuse.LINES.values() for name in names)}
     few = {name: method for name, method in reuse.COMPARED.items() if name in drawn}
     monkeypatch.setattr(reuse, "COMPARED", few)
@@ -277,8 +278,8 @@ def test_figure_of_reuse_has_three_panels_in_a_row_and_one_legend(tmp_path, monk
     assert (tmp_path / "five.png").stat().st_size < 150_000
 
 
-def test_staleness():
-    """A direction of the same point and batch is the one that is kept."""
+def test_staleness_of_the_same_batch_is_zero():
+    """The direction at the same point and batch equals the stored one."""
     x, y = tasks.nodes().train
     trained = reuse.Run(reuse.Config("graph", "CR-SAM, reuse 5", staleness.RHO, 0, epochs=3), 0)
     _, expected = staleness.sharpness_direction(trained.model, x, y)
@@ -294,7 +295,7 @@ FEDERATED = federated.Config("graph", "CR-SAM", 3, 2, local_steps=2, rounds=4, l
 
 
 @pytest.mark.parametrize("clients", federated.CLIENTS)
-def test_clients_share_the_samples_out(clients):
+def test_clients_partition_the_samples(clients):
     labels = torch.cat([samples[1] for samples in (tasks.images("mnist1d").train, tasks.images("mnist1d").validation)])
     parts = federated.split(labels, clients, 0)
     assert len(parts) == clients
@@ -305,14 +306,14 @@ def test_clients_share_the_samples_out(clients):
     ):
         assert part.equal(again)
         assert not part.equal(other)
-    # The largest label of a client has a tenth of its samples where all are alike.
+    # The largest label of a client would have a tenth of its samples if all clients were alike.
     largest = [labels[part].bincount().max().item() / len(part) for part in parts]
     assert np.mean(largest) > 0.25
 
 
 @pytest.mark.parametrize("local_steps", [1, 3])
 @pytest.mark.parametrize("method", ["SGD", "CR-SAM"])
-def test_a_federation_of_one_client_is_plain_training(method, local_steps):
+def test_a_federation_of_one_client_equals_plain_training(method, local_steps):
     config = replace(FEDERATED, method=method, clients=1, participants=1, local_steps=local_steps, rounds=6)
     x, y = tasks.nodes().train
     federation = federated.Federation(config, (x, y))
@@ -342,9 +343,9 @@ def test_a_federation_of_one_client_is_plain_training(method, local_steps):
             assert weight.equal(param.detach())
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")  # no step of the optimizer is taken
-def test_clients_count_by_their_samples():
-    """Each client trains to a constant; those of the two that are drawn are averaged."""
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")  # the optimizer makes no step
+def test_clients_are_weighted_by_their_samples():
+    """Each client trains to a constant; the average is over the two clients of the round."""
     federation = federated.Federation(FEDERATED, tasks.nodes().train)
     federation.streams = [repeat((client, None)) for client in range(3)]
     federation.sizes = sizes = [10, 20, 70]
@@ -366,8 +367,8 @@ def test_clients_count_by_their_samples():
         torch.testing.assert_close(weight, torch.full_like(weight, mean))
 
 
-def test_bytes_and_gradients_of_a_round():
-    """Perturbations and curvature stay with the client: all methods send as much."""
+def test_bytes_and_gradients_of_a_round_are_counted():
+    """Perturbations and curvature stay on the client: all methods send the same number of bytes."""
     weights = sum(param.nbytes for param in tasks.GraphNetwork().parameters())
     gradients = {"SGD": 1, "SAM": 2, "CR-SAM": 3, "SGD, 3 x local steps": 3}
     for name in federated.COMPARED:
@@ -376,7 +377,7 @@ def test_bytes_and_gradients_of_a_round():
         assert row["gradients"] == 4 * 2 * 2 * gradients[name]
 
 
-def test_program_of_federated_from_end_to_end(tmp_path, monkeypatch):
+def test_program_of_federated_runs_from_end_to_end(tmp_path, monkeypatch):
     few = {"TASK": "graph", "CLIENTS": (2, 3), "PARTICIPANTS": 2, "LOCAL_STEPS": (1, 2), "ROUNDS": 2}
     for name, value in {**few, "RHOS": (0.1,)}.items():
         monkeypatch.setattr(federated, name, value)

@@ -1,4 +1,4 @@
-"""The benchmark of kappa's finite differences measures what it says."""
+"""The benchmark of kappa's finite differences measures the right errors."""
 
 import json
 
@@ -24,8 +24,8 @@ def test_good_range_is_the_longest_one():
     assert good_range([1, 2], [[0.3], [0.3]]) is None
 
 
-def test_errors_of_a_smooth_network():
-    """In float64: truncation alone, that of the gradients twice that of the losses (f''''/6 against f''''/12)."""
+def test_errors_of_a_smooth_network_are_truncation_errors():
+    """float64 leaves only truncation: the error from gradients is twice that from losses (f''''/6 against f''''/12)."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
     batch = (torch.randn(32, 4), torch.randint(3, (32,)))
     errors = errors_of(model, [batch], [0.01, 0.1], "fp64", 3.0)
@@ -35,7 +35,7 @@ def test_errors_of_a_smooth_network():
     assert gradient[1] / loss[1] == pytest.approx(2, rel=0.03)
 
 
-def test_program(monkeypatch, tmp_path):
+def test_program_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(finite_differences, "NETWORKS", {"MLP, GELU": ("--data digits --model mlp", 1)})
     monkeypatch.setattr(finite_differences, "SETTINGS", [(64, 1.0)])
     monkeypatch.setattr("sys.argv", ["", "--batches", "1", "--output", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""The trajectories in tests/golden, which describes its arrays, through the public API.
+"""Repeat the trajectories in tests/golden through the public API; the README there describes the arrays.
 
 Tolerance. One step rounds a parameter, and each term of its update, at most 20 times: the gradients on entry (1), the
 two differences (3), their weights (2), their sum (2), weight decay (2), momentum or the two moments (4), nesterov or
@@ -32,7 +32,7 @@ float32_and_float64 = pytest.mark.parametrize("dtype", [torch.float64, torch.flo
 
 
 class Trajectory:
-    """One golden file, as tensors of one dtype on one device."""
+    """One golden file as tensors of one dtype on one device."""
 
     def __init__(self, name, dtype, device):
         with np.load(GOLDEN / f"{name}.npz") as arrays:
@@ -63,7 +63,7 @@ class Trajectory:
         return [self.tensor(f"{name}_{i}") for i in range(sum(key.startswith("w0_") for key in self.arrays))]
 
     def largest_norm(self, i):
-        """The scale of tensor i: its largest norm among all recorded points."""
+        """Return the scale of tensor i: its largest norm among all recorded points."""
         points = [key for key in self.arrays if key.startswith(("w0_", "w_", "ascent_")) and key.endswith(f"_{i}")]
         return max(np.linalg.norm(self.arrays[key]) for key in points)
 

@@ -1,4 +1,4 @@
-"""What GraphedStep does on the host, with a stand-in for the graph: tests/gpu/test_graphs.py captures real ones."""
+"""The host part of GraphedStep, with a stand-in for the graph; tests/gpu/test_graphs.py captures real graphs."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from .reference import EXACT, assert_close, batch, closure_of, network_loss, net
 
 
 class StandIn:
-    """A graph of which each replay is a step, on the device and in the counters, as of a real one."""
+    """Stand-in for a graph: each replay makes a step on the device and in the counters, as a real graph does."""
 
     captured = 0
 
@@ -41,8 +41,8 @@ def problem(**options):
     return params, optimizer, closure_of(lambda p: network_loss(p, data), params)
 
 
-def test_steps_and_captures(stand_in):
-    """Each call is one step, and there is a graph for each number of passes."""
+def test_each_call_is_a_step_and_each_number_of_passes_a_graph(stand_in):
+    """Each call makes one step, and each number of passes has its own graph."""
     params, optimizer, closure = problem(curvature_interval=2)
     others, plain, closure_of_others = problem(curvature_interval=2)
     step = GraphedStep(optimizer, closure, warmup=2)
@@ -54,8 +54,8 @@ def test_steps_and_captures(stand_in):
         assert_close(p, q, EXACT)
 
 
-def test_reuse(stand_in):
-    """The age of the direction changes from replay to replay."""
+def test_reuse_counts_the_age_of_the_direction(stand_in):
+    """The age of the direction changes with each replay."""
     options = {"interval": 3, "reuse": True}
     params, optimizer, closure = problem(**options)
     others, plain, closure_of_others = problem(**options)
@@ -69,8 +69,8 @@ def test_reuse(stand_in):
         assert_close(p, q, EXACT)
 
 
-def test_what_a_graph_reads(monkeypatch):
-    """One tensor, which is written before each replay and not in a captured step."""
+def test_graph_reads_its_inputs_from_one_tensor(monkeypatch):
+    """The tensor is written before each replay, but not in a captured step."""
     direction, cpu = SharpnessDirection(), torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     direction.prepare_replay(2, cpu)
@@ -83,12 +83,12 @@ def test_what_a_graph_reads(monkeypatch):
 
 
 def assigning(optimizer, epoch):
-    """As a scheduler of timm does."""
+    """Assign a learning rate, as timm's schedulers do."""
     optimizer.param_groups[0]["lr"] = 0.1 / (epoch + 2)
 
 
-def test_schedulers(stand_in):
-    """Those that change a tensor in place, and those that assign a number, take effect without another capture."""
+def test_schedulers_take_effect_without_another_capture(stand_in):
+    """This holds for schedulers that change a tensor in place and for those that assign a number."""
     params, optimizer, closure = problem(alpha=0.0)
     others, plain, closure_of_others = problem(alpha=0.0)
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (optimizer, plain)]
@@ -100,13 +100,13 @@ def test_schedulers(stand_in):
             assigning(o, index) if index > 4 else scheduler.step()
     group = optimizer.param_groups[0]
     assert all(isinstance(group[name], torch.Tensor) for name in ("rho", "beta"))
-    assert group["alpha"] == 0.0  # a number: it decides how many passes there are
+    assert group["alpha"] == 0.0  # a number, because it determines the number of passes
     assert stand_in.captured == 1
     for p, q in zip(params, others, strict=True):
         assert_close(p, q, EXACT)
 
 
-def test_other_options_are_captured_anew(stand_in):
+def test_other_options_are_captured_again(stand_in):
     params, optimizer, closure = problem()
     others, plain, closure_of_others = problem()
     step = GraphedStep(optimizer, closure, warmup=1)
@@ -114,13 +114,13 @@ def test_other_options_are_captured_anew(stand_in):
         optimizer.param_groups[0]["momentum"] = plain.param_groups[0]["momentum"] = momentum
         step()
         plain.step(closure_of_others)
-        assert stand_in.captured == (0, 1, 1, 1, 2)[index], "an ordinary step with the new options comes first"
+        assert stand_in.captured == (0, 1, 1, 1, 2)[index], "an eager step with the new options comes first"
     for p, q in zip(params, others, strict=True):
         assert_close(p, q, EXACT)
 
 
-def test_an_option_that_leaves_zero_is_captured_anew(stand_in):
-    """A graph holds the 0 of one group, beside the tensors of others."""
+def test_an_option_that_becomes_nonzero_is_captured_again(stand_in):
+    """A graph contains the constant 0 of one group, and tensors for the others."""
     torch.manual_seed(0)
     params = network_params(torch.float64)
     data = batch(torch.float64)
@@ -132,11 +132,11 @@ def test_an_option_that_leaves_zero_is_captured_anew(stand_in):
         optimizer.param_groups[0]["alpha"] = alpha
         step()
         captured.append(stand_in.captured)
-    assert captured == [0, 1, 1, 1, 2, 2, 2]  # from then on a tensor, also where it is 0
+    assert captured == [0, 1, 1, 1, 2, 2, 2]  # now a tensor, also if it is 0
 
 
 @pytest.mark.parametrize("event", ["moved", "loaded"])
-def test_ordinary_steps_after(event, stand_in):
+def test_steps_after_an_event_are_eager(event, stand_in):
     params, optimizer, closure = problem()
     step = GraphedStep(optimizer, closure, warmup=1)
     for _ in range(3):
@@ -152,13 +152,13 @@ def test_ordinary_steps_after(event, stand_in):
     assert stand_in.captured == 2
 
 
-def test_what_cannot_be_captured():
+def test_steps_that_cannot_be_captured_are_refused():
     _, optimizer, closure = problem()
     with pytest.raises(ValueError, match=r"cannot be captured in a CUDA graph: .* not on one CUDA device"):
         GraphedStep(optimizer, closure)
 
 
-def test_warmup(stand_in):
+def test_warmup_must_be_at_least_1(stand_in):
     _, optimizer, closure = problem()
     with pytest.raises(ValueError, match="warmup must be at least 1"):
         GraphedStep(optimizer, closure, warmup=0)

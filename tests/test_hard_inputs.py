@@ -1,4 +1,4 @@
-"""Inputs at the edge: each is handled as documented, or refused with one line that says what is wrong."""
+"""Edge cases: each works as documented, or raises a one-line error that says what is wrong."""
 
 import copy
 import math
@@ -33,7 +33,7 @@ bases = pytest.mark.parametrize("base", BASES)
 
 
 class Pair:
-    """CRSAM and the reference over the same parameters, taking the same steps."""
+    """CRSAM and the reference over the same parameters, making the same steps."""
 
     def __init__(self, params, backend_options, base="momentum", **options):
         cls, name, base_options = BASES[base]
@@ -42,7 +42,7 @@ class Pair:
         self.optimizer = CRSAM(params, cls, **{**base_options, **options}, **backend_options)
 
     def step(self, loss_of):
-        """``loss_of(params)`` may leave parameters out, which then have no gradient."""
+        """Make a step; parameters that ``loss_of(params)`` does not use have no gradient."""
         loss = self.optimizer.step(closure_of(loss_of, self.params))
         expected = self.expected.step(evaluator(loss_of))
         assert_close(loss, expected, EXACT, "loss")
@@ -60,12 +60,12 @@ def smooth(params):
     return sum((i + 1) * p.sin().sum() + p.square().mean() for i, p in enumerate(params))
 
 
-# Which parameters take part ------------------------------------------------------------------------------------------
+# Participating parameters --------------------------------------------------------------------------------------------
 
 
 @bases
-def test_unused_parameter(base, backend_options, device):
-    """Without a gradient in any pass, it is left alone: no weight decay, no state, no counted step."""
+def test_unused_parameter_does_not_change(base, backend_options, device):
+    """Without a gradient in any pass, it has no weight decay, no state and no counted step."""
     pair = Pair(tensors((3,), (4, 2), (), device=device), backend_options, base)
     unused = pair.params[1].detach().clone()
     for _ in range(3):
@@ -78,7 +78,8 @@ def test_unused_parameter(base, backend_options, device):
 @bases
 @pytest.mark.parametrize("used", [{0}, {1}, {2}, {0, 2}, {1, 2}], ids=str)
 def test_gradient_in_some_passes(used, base, backend_options, device):
-    """A pass that gave a parameter none counts as zero there; without one in the first pass, it is not moved."""
+    """In a pass without its gradient, zero is used; without a gradient in the first pass, the parameter is not
+    perturbed."""
     pair = Pair(tensors((3,), (5,), (2, 2), device=device), backend_options, base, rho=0.4)
     points, count = [], 0
 
@@ -96,7 +97,7 @@ def test_gradient_in_some_passes(used, base, backend_options, device):
 
 
 @bases
-def test_frozen_and_thawed(base, backend_options, device):
+def test_parameters_can_be_frozen_and_thawed(base, backend_options, device):
     pair = Pair(tensors((3,), (5,), (2, 2), device=device), backend_options, base)
     frozen = pair.params[1]
     frozen.requires_grad_(False)
@@ -120,8 +121,8 @@ def test_frozen_and_thawed(base, backend_options, device):
 
 
 @bases
-def test_different_parameters_in_alternating_steps(base, backend_options, device):
-    """Bias correction and first momenta are each parameter's own."""
+def test_parameters_may_alternate_between_steps(base, backend_options, device):
+    """Each parameter has its own bias correction and first moments."""
     pair = Pair(tensors((3,), (5,), (4,), (2, 2), device=device), backend_options, base)
     subsets = [[0, 1], [2, 3], [0, 1, 2, 3], [1], [0, 3], [1, 2], [0, 1], [2, 3]]
     for subset in subsets:
@@ -131,8 +132,8 @@ def test_different_parameters_in_alternating_steps(base, backend_options, device
         assert [int(pair.optimizer.state[p]["step"]) for p in pair.params] == taken
 
 
-def test_alternating_parameters_are_torchs(backend_options, device):
-    """The same against torch.optim.AdamW itself, with rho = 0."""
+def test_alternating_parameters_match_torch(backend_options, device):
+    """Compare with torch.optim.AdamW itself, with rho = 0."""
     ours = tensors((3,), (5,), (4,), device=device)
     theirs = copy.deepcopy(ours)
     optimizer, expected = CRSAM(ours, ADAMW, lr=0.05, rho=0, **backend_options), ADAMW(theirs, lr=0.05)
@@ -145,15 +146,15 @@ def test_alternating_parameters_are_torchs(backend_options, device):
             assert_close(p, q, EXACT)
 
 
-def test_many_subsets_of_parameters(backend_options, device):
-    """More sets of participants than are kept."""
+def test_many_subsets_of_parameters_may_take_part(backend_options, device):
+    """More sets of participants than the cache holds."""
     pair = Pair(tensors(*[(3,)] * 7, device=device), backend_options, "adamw")
     for number in range(1, 100):
         pair.step(lambda p: smooth([x for i, x in enumerate(p) if number >> i & 1]))  # noqa: B023
 
 
 @bases
-def test_tied_parameter(base, backend_options, device):
+def test_tied_parameter_counts_once(base, backend_options, device):
     """The same object twice in the list is one parameter."""
     first, second = tensors((4, 4), (3,), device=device)
     cls, name, options = BASES[base]
@@ -165,7 +166,7 @@ def test_tied_parameter(base, backend_options, device):
         assert_same([first, second], expected)
 
 
-def test_parameters_that_share_memory(backend_options, device):
+def test_parameters_that_share_memory_are_refused(backend_options, device):
     data = torch.randn(6, device=device)
     params = [Parameter(data), Parameter(data[2:])]
     optimizer = CRSAM(params, lr=0.1, **backend_options)
@@ -173,35 +174,35 @@ def test_parameters_that_share_memory(backend_options, device):
         optimizer.step(closure_of(smooth, params))
 
 
-def test_parameters_that_lie_side_by_side_in_one_storage(backend_options, device):
+def test_adjacent_parameters_of_one_storage_are_accepted(backend_options, device):
     data = torch.randn(10, dtype=torch.float64, device=device)
     pair = Pair([Parameter(data[:4]), Parameter(data[4:7]), Parameter(data[7:].view(3, 1))], backend_options)
     for _ in range(2):
         pair.step(smooth)
 
 
-def test_empty_list(backend_options):
+def test_empty_list_is_refused(backend_options):
     with pytest.raises(ValueError, match="empty parameter list"):
         CRSAM([], lr=0.1, **backend_options)
 
 
 @bases
-def test_empty_and_scalar_parameters(base, backend_options, device):
+def test_empty_and_scalar_parameters_are_accepted(base, backend_options, device):
     pair = Pair(tensors((0,), (), (1,), (3, 0, 2), (), device=device), backend_options, base)
     for _ in range(3):
         pair.step(lambda p: smooth([p[1], p[2], p[4]]) + p[0].sum() + p[3].sum())
 
 
-def test_no_gradient_at_all(backend_options, device):
+def test_step_without_any_gradient_is_refused(backend_options, device):
     params = tensors((3,), device=device)
     optimizer = CRSAM(params, lr=0.1, **backend_options)
     for call in (lambda: optimizer.step(lambda: 0.0), optimizer.first_step):
         with pytest.raises(RuntimeError, match="gradient"):
             call()
-    optimizer.step(closure_of(smooth, params))  # it can go on
+    optimizer.step(closure_of(smooth, params))  # the next step works
 
 
-def test_no_gradient_in_a_later_pass(backend_options, device):
+def test_later_pass_without_gradients_is_refused(backend_options, device):
     params = tensors((3,), device=device)
     kept = params[0].detach().clone()
     optimizer = CRSAM(params, lr=0.1, **backend_options)
@@ -217,7 +218,7 @@ def test_no_gradient_in_a_later_pass(backend_options, device):
     assert torch.equal(params[0], kept)
 
 
-def test_all_parameters_frozen(backend_options, device):
+def test_frozen_parameters_alone_are_refused(backend_options, device):
     params = tensors((3,), device=device)
     params[0].requires_grad_(False)
     optimizer = CRSAM(params, lr=0.1, **backend_options)
@@ -228,8 +229,8 @@ def test_all_parameters_frozen(backend_options, device):
 @bases
 @pytest.mark.parametrize("regularizer", ["linear", "log"])
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_zero_gradient_norm(adaptive, regularizer, base, backend_options, device):
-    """No direction to go: every pass is at w, and weight decay still acts."""
+def test_zero_gradient_norm_leaves_weight_decay(adaptive, regularizer, base, backend_options, device):
+    """Without a direction, every pass is at w, and weight decay still acts."""
     options = {"regularizer": regularizer, "adaptive": adaptive}
     pair = Pair(tensors((3,), (2, 2), device=device), backend_options, base, **options)
     for _ in range(2):
@@ -251,8 +252,8 @@ LAYOUTS = {
 
 @bases
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout, base, backend_options, device):
-    """Dense strides are kept; a parameter with gaps becomes dense. Values are those of any other layout."""
+def test_memory_layouts_are_accepted(layout, base, backend_options, device):
+    """Dense strides are kept; a parameter with gaps becomes dense. Values do not depend on the layout."""
     data = LAYOUTS[layout](torch.randn(60, dtype=torch.float64, device=device))
     pair = Pair([Parameter(data), *tensors((3,), device=device)], backend_options, base)
     assert pair.params[0].stride() == data.stride()
@@ -263,13 +264,13 @@ def test_layouts(layout, base, backend_options, device):
         assert pair.params[0].stride() == data.stride()
 
 
-def test_expanded_parameter(backend_options, device):
+def test_expanded_parameter_is_refused(backend_options, device):
     with pytest.raises(ValueError, match="expanded"):
         CRSAM([Parameter(torch.randn(1, device=device).expand(5))], lr=0.1, **backend_options)
 
 
 @bases
-def test_gradient_with_other_strides(base, backend_options, device):
+def test_gradient_may_have_other_strides(base, backend_options, device):
     param = tensors((4, 6), device=device)[0]
     pair = Pair([param], backend_options, base)
     g = torch.randn(6, 4, dtype=torch.float64, device=device)
@@ -285,8 +286,8 @@ def test_gradient_with_other_strides(base, backend_options, device):
 
 
 @bases
-def test_gradient_that_is_a_view_of_a_reused_storage(base, backend_options, device):
-    """As under DDP with gradient_as_bucket_view: the next pass writes over the memory of the last one."""
+def test_gradient_may_be_a_view_of_a_reused_storage(base, backend_options, device):
+    """As under DDP with gradient_as_bucket_view: the next pass overwrites the gradients of the last one."""
     params = tensors((4,), (3, 2), device=device)
     pair = Pair(params, backend_options, base)
     storage = torch.empty(10, dtype=torch.float64, device=device)
@@ -303,8 +304,8 @@ def test_gradient_that_is_a_view_of_a_reused_storage(base, backend_options, devi
 
 
 @bases
-def test_gradient_buffers_kept_by_the_closure(base, backend_options, device):
-    """The same whole tensors in every pass, as a captured graph writes them, would overwrite g0: refused."""
+def test_reused_gradient_buffers_are_refused(base, backend_options, device):
+    """A closure that writes the same tensors in every pass, as a captured graph does, would overwrite g0."""
     params = tensors((4,), (3, 2), device=device)
     pair = Pair(params, backend_options, base)
     buffers = [torch.empty_like(p) for p in params]
@@ -320,8 +321,8 @@ def test_gradient_buffers_kept_by_the_closure(base, backend_options, device):
 
 
 @bases
-def test_several_dtypes(base, backend_options, device):
-    """One norm over all of them; each is updated in its own compute dtype."""
+def test_several_dtypes_share_one_norm(base, backend_options, device):
+    """The norm is over all dtypes; each parameter is updated in its compute dtype."""
     dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     params = [Parameter(torch.randn(50, device=device).to(d)) for d in dtypes for _ in range(2)]
     grads = [(torch.rand_like(p) + 0.5) * torch.randn_like(p).sign() for p in params]
@@ -342,21 +343,21 @@ def test_several_dtypes(base, backend_options, device):
         assert_close(value, w, update_tolerance(torch.float32, 3))
 
 
-def test_sparse_parameter(backend_options):
+def test_sparse_parameter_is_refused(backend_options):
     param = Parameter(torch.eye(3).to_sparse())
     with pytest.raises(ValueError, match="plain strided tensors"):
         CRSAM([param], lr=0.1, **backend_options)
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn], ids=str)
-def test_unsupported_dtypes(dtype, backend_options, device):
+def test_unsupported_dtypes_are_refused(dtype, backend_options, device):
     param = Parameter(torch.zeros(3, device=device).to(dtype))
     with pytest.raises(ValueError, match=f"{dtype}"):
         CRSAM([param], lr=0.1, **backend_options)
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool, torch.float8_e4m3fn], ids=str)
-def test_frozen_parameters_of_any_dtype_are_left_alone(dtype, backend_options, device):
+def test_frozen_parameters_may_have_any_dtype(dtype, backend_options, device):
     pair = Pair(tensors((3,), device=device), backend_options)
     frozen = Parameter(torch.ones(3, device=device).to(dtype), requires_grad=False)
     pair.optimizer.add_param_group({"params": [frozen]})
@@ -364,7 +365,7 @@ def test_frozen_parameters_of_any_dtype_are_left_alone(dtype, backend_options, d
     assert torch.equal(frozen.to(torch.complex64), torch.ones(3, device=device, dtype=torch.complex64))
 
 
-def test_sparse_gradient(backend_options, device):
+def test_sparse_gradient_is_refused(backend_options, device):
     embedding = torch.nn.Embedding(5, 3, sparse=True).to(device)
     kept = embedding.weight.detach().clone()
     optimizer = CRSAM(embedding.parameters(), lr=0.1, **backend_options)
@@ -373,10 +374,12 @@ def test_sparse_gradient(backend_options, device):
     assert torch.equal(embedding.weight, kept)
 
 
-def test_gradient_beyond_the_square_root_of_the_largest_number(backend_options, device):
-    """Finite, so not to be skipped, although its square is not finite in float32."""
+def test_large_finite_gradient_does_not_skip_the_step(backend_options, device):
+    """It is finite, although its square overflows float32."""
     if backend_options["backend"] != "torch":
-        pytest.skip("first sums are in float32, where such an element counts as infinite: see Operators.grad_norm")
+        pytest.skip(
+            "this backend sums in float32, where the square of such an element overflows: see Operators.grad_norm"
+        )
     param = Parameter(torch.zeros(4, device=device))
     optimizer = CRSAM([param], lr=1e-20, rho=1e-3, **backend_options)
 
@@ -388,15 +391,15 @@ def test_gradient_beyond_the_square_root_of_the_largest_number(backend_options, 
     assert_close(param, torch.full((4,), -1.0), update_tolerance(torch.float32, 1))
 
 
-def test_refused_group_does_not_stay(backend_options, device):
+def test_refused_group_is_removed(backend_options, device):
     pair = Pair(tensors((3,), device=device), backend_options)
     with pytest.raises(ValueError, match="complex64"):
         pair.optimizer.add_param_group({"params": [Parameter(torch.zeros(2, dtype=torch.complex64, device=device))]})
     assert len(pair.optimizer.param_groups) == 1
 
 
-def test_gradient_with_a_graph(backend_options, device):
-    """backward(create_graph=True): the gradient is used, its graph is not kept."""
+def test_gradient_may_have_a_graph(backend_options, device):
+    """backward(create_graph=True): the gradient is used, and its graph is freed."""
     pair = Pair(tensors((3,), device=device), backend_options)
 
     def closure():
@@ -405,7 +408,7 @@ def test_gradient_with_a_graph(backend_options, device):
         return loss
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of create_graph, once in a process
+        warnings.simplefilter("ignore")  # torch warns about create_graph, once per process
         pair.optimizer.step(closure)
     pair.expected.step(evaluator(smooth))
     pair.check()
@@ -418,7 +421,7 @@ def test_gradient_with_a_graph(backend_options, device):
 @bases
 @pytest.mark.parametrize("when", ["before", "between"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_model_to_another_dtype(dtype, when, base, backend_options, device):
+def test_model_can_change_its_dtype(dtype, when, base, backend_options, device):
     model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).to(device)
     cls, _, options = BASES[base]
     optimizer = CRSAM(model.parameters(), cls, **options, **backend_options)
@@ -453,8 +456,8 @@ def test_model_to_another_dtype(dtype, when, base, backend_options, device):
 
 
 @bases
-def test_there_and_back(base, backend_options, device):
-    """half() and float(): the values that the parameters have now count, not an old master."""
+def test_model_can_change_its_dtype_and_back(base, backend_options, device):
+    """half() and float(): the current values of the parameters are used, not an old master."""
     params = tensors((6,), device=device, dtype=torch.float32)
     cls, _, options = BASES[base]
     optimizer = CRSAM(params, cls, **{**options, "lr": 0.0, "weight_decay": 0.0}, **backend_options)
@@ -468,7 +471,7 @@ def test_there_and_back(base, backend_options, device):
 
 
 @bases
-def test_re_pointed_between_steps(base, backend_options, device):
+def test_parameter_can_be_re_pointed_between_steps(base, backend_options, device):
     pair = Pair(tensors((3,), (5, 2), device=device), backend_options, base)
     for step in range(4):
         pair.step(smooth)
@@ -481,7 +484,7 @@ def test_re_pointed_between_steps(base, backend_options, device):
 
 
 @pytest.mark.parametrize("form", ["closure", "calls"])
-def test_re_pointed_in_the_middle_of_a_step(form, backend_options, device):
+def test_re_pointing_in_the_middle_of_a_step_is_refused(form, backend_options, device):
     params = tensors((3,), (5,), device=device)
     kept = [p.detach().clone() for p in params]
     optimizer = CRSAM(params, lr=0.1, **backend_options)
@@ -507,8 +510,8 @@ def test_re_pointed_in_the_middle_of_a_step(form, backend_options, device):
     optimizer.step(closure_of(smooth, params))
 
 
-def test_reshaped_in_the_middle_of_a_step(backend_options, device):
-    """Re-pointed at the same memory, in another shape."""
+def test_reshaping_in_the_middle_of_a_step_is_refused(backend_options, device):
+    """The parameter is re-pointed at the same memory with another shape."""
     params = tensors((2, 3), (5,), device=device)
     kept = [p.detach().clone() for p in params]
     optimizer = CRSAM(params, lr=0.1, **backend_options)
@@ -526,8 +529,9 @@ def test_reshaped_in_the_middle_of_a_step(backend_options, device):
 
 @bases
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_edits_between_steps_are_honoured(dtype, base, backend_options, device):
-    """Through p.data, under no_grad, or by load_state_dict of the model: with masters too, and only where changed."""
+def test_edits_between_steps_take_effect(dtype, base, backend_options, device):
+    """Edits through p.data, under no_grad, or by the model's load_state_dict; with masters, only changed elements are
+    copied."""
     param = Parameter(torch.randn(8, device=device).to(dtype))
     cls, _, options = BASES[base]
     optimizer = CRSAM([param], cls, **options, **backend_options)
@@ -545,14 +549,14 @@ def test_edits_between_steps_are_honoured(dtype, base, backend_options, device):
         assert master[2] == 5.0
         assert master[3] == -7.0
         unchanged = torch.tensor([0, 1, 4, 5, 6, 7], device=device)
-        assert torch.equal(master[unchanged], before[unchanged]), "digits below the parameter's precision are kept"
+        assert torch.equal(master[unchanged], before[unchanged]), "unchanged elements keep the master's full precision"
 
 
 # Closures and the order of calls -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [None, 1.5, "tensor"])
-def test_what_a_closure_returns(value, backend_options, device):
+def test_closure_may_return_anything(value, backend_options, device):
     params = tensors((3,), device=device)
     optimizer = CRSAM(params, lr=0.1, **backend_options)
 
@@ -571,7 +575,7 @@ def test_what_a_closure_returns(value, backend_options, device):
     assert stats["loss"] == loss
 
 
-def test_loss_estimator_without_a_loss(backend_options, device):
+def test_loss_estimator_needs_a_loss(backend_options, device):
     params = tensors((3,), device=device)
     kept = params[0].detach().clone()
     optimizer = CRSAM(params, lr=0.1, regularizer="log", estimator="loss", **backend_options)
@@ -583,7 +587,7 @@ def test_loss_estimator_without_a_loss(backend_options, device):
     assert torch.equal(params[0], kept)
 
 
-def test_loss_estimator_with_two_objectives(backend_options, device):
+def test_loss_estimator_refuses_two_objectives(backend_options, device):
     first, second = tensors((3,), (2,), device=device)
     groups = [{"params": [first]}, {"params": [second], "maximize": True}]
     optimizer = CRSAM(groups, lr=0.1, regularizer="log", estimator="loss", **backend_options)
@@ -597,8 +601,8 @@ CALLS = ("first_step", "second_step", "third_step", "step", "step_with_closure")
 @pytest.mark.parametrize("weights", [(0.1, 0.1), (0.0, 0.0)], ids=["three", "two"])
 @pytest.mark.parametrize("done", [0, 1, 2])
 @pytest.mark.parametrize("call", CALLS)
-def test_order_of_calls(call, done, weights, backend_options, device):
-    """Every call after every number of calls: allowed, or refused naming what is due, with nothing changed."""
+def test_calls_in_the_wrong_order_are_refused(call, done, weights, backend_options, device):
+    """Each call after each number of calls is either allowed, or names the call that is due and changes nothing."""
     params = tensors((3,), device=device)
     alpha, beta = weights
     optimizer = CRSAM(params, lr=0.1, alpha=alpha, beta=beta, **backend_options)
@@ -628,13 +632,13 @@ def test_order_of_calls(call, done, weights, backend_options, device):
     with pytest.raises(RuntimeError, match=f"{CALLS[done]}()"):
         make_call()
     assert torch.equal(params[0], kept)
-    for name in CALLS[done:number]:  # the step goes on as if nothing had been called
+    for name in CALLS[done:number]:  # the step continues as if the call had not happened
         smooth(params).backward()
         getattr(optimizer, name)(zero_grad=True)
     assert optimizer.stats.steps == 1
 
 
-def test_step_within_a_closure(backend_options, device):
+def test_step_within_a_closure_is_refused(backend_options, device):
     params = tensors((3,), device=device)
     kept = params[0].detach().clone()
     optimizer = CRSAM(params, lr=0.1, **backend_options)
@@ -649,7 +653,7 @@ def test_step_within_a_closure(backend_options, device):
 @pytest.mark.parametrize("where", ["default", "group"])
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["rho", "alpha", "beta"])
-def test_bad_numbers(name, value, where, backend_options):
+def test_invalid_numbers_are_refused(name, value, where, backend_options):
     params = tensors((3,))
     given = {name: value}
     groups, options = ([{"params": params}], given) if where == "default" else ([{"params": params, **given}], {})
@@ -675,13 +679,13 @@ def test_bad_numbers(name, value, where, backend_options):
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_bad_arguments(arguments, error, match):
+def test_invalid_arguments_are_refused(arguments, error, match):
     with pytest.raises(error, match=match) as raised:
         CRSAM(tensors((3,)), **{"lr": 0.1, **arguments})
     assert "\n" not in str(raised.value)
 
 
-def test_unavailable_backends_say_why():
+def test_unavailable_backends_report_the_reason():
     from crsam_ext import available_backends
 
     for name, verdict in available_backends().items():
@@ -690,7 +694,7 @@ def test_unavailable_backends_say_why():
                 CRSAM(tensors((3,)), lr=0.1, backend=name)
 
 
-def test_auto_says_what_it_has_passed_over():
+def test_auto_reports_unused_backends():
     from crsam_ext import available_backends
     from crsam_ext.backends import passed_over
 
@@ -717,7 +721,7 @@ def test_auto_prefers_cuda_then_triton(monkeypatch):
     assert passed_over(devices=["cuda"]) == {}
 
 
-def test_instances_of_base_optimizers(backend_options):
+def test_instances_of_base_optimizers_are_checked(backend_options):
     params = tensors((3,), (2,))
     with pytest.raises(ValueError, match="not the parameters of the base optimizer"):
         CRSAM(params, SGD(params[:1], lr=0.1), **backend_options)
@@ -730,8 +734,8 @@ def test_instances_of_base_optimizers(backend_options):
 @pytest.mark.parametrize(
     ("cls", "name"), [(torch.optim.RMSprop, "alpha"), (torch.optim.ASGD, "alpha"), (torch.optim.Adadelta, "rho")]
 )
-def test_base_optimizers_with_options_of_the_same_name(cls, name, backend_options, device):
-    """Two meanings of one name do not mix: what is given here is used here."""
+def test_base_optimizers_may_have_options_of_the_same_name(cls, name, backend_options, device):
+    """If a name has two meanings, an argument of CRSAM is used by CRSAM."""
     params = tensors((3,), (2, 2), device=device)
     optimizer = CRSAM(params, cls, lr=0.01, **{name: 0.3}, **backend_options)
     expected = Reference([{"params": params}], lambda w: cls(w, lr=0.01), **{name: 0.3})
@@ -742,19 +746,19 @@ def test_base_optimizers_with_options_of_the_same_name(cls, name, backend_option
 
 
 def test_params_may_be_a_generator(backend_options, device):
-    """Also with an instance as the base: both read the parameters."""
+    """Also with an instance as the base, although both read the parameters."""
     model = torch.nn.Linear(3, 2, device=device)
     for base in (SGD, SGD(model.parameters(), lr=0.1)):
         options = {"lr": 0.1} if base is SGD else {}
         assert len(CRSAM(model.parameters(), base, **options, **backend_options).param_groups[0]["params"]) == 2
 
 
-# The user's liberties ------------------------------------------------------------------------------------------------
+# User actions --------------------------------------------------------------------------------------------------------
 
 
 @bases
-def test_two_optimizers_taking_turns(base, backend_options, device):
-    """Over one model: each finds its parameters again, and each keeps its own state."""
+def test_two_optimizers_may_alternate(base, backend_options, device):
+    """Both optimize the same model: each finds its parameters again, and keeps its own state."""
     cls, name, options = BASES[base]
     params = tensors((3,), (4, 2), device=device)
     optimizers = [CRSAM(params, cls, **options, **backend_options) for _ in range(2)]
@@ -768,7 +772,7 @@ def test_two_optimizers_taking_turns(base, backend_options, device):
         assert_same(params, expected[turn])
 
 
-def test_two_optimizers_over_parts_of_a_model(backend_options, device):
+def test_two_optimizers_may_share_a_model(backend_options, device):
     params = tensors((3,), (4, 2), device=device)
     optimizers = [CRSAM([p], lr=0.1, momentum=0.9, **backend_options) for p in params]
     kept = params[1].detach().clone()
@@ -778,7 +782,7 @@ def test_two_optimizers_over_parts_of_a_model(backend_options, device):
     assert not torch.equal(params[1], kept)
 
 
-def test_momentum_that_is_switched_on_and_off(backend_options, device):
+def test_momentum_that_is_switched_on_and_off_works(backend_options, device):
     pair = Pair(tensors((3,), (4, 2), device=device), backend_options, momentum=0.0)
     for momentum in (0.0, 0.9, 0.9, 0.0, 0.9):
         pair.optimizer.param_groups[0]["momentum"] = momentum
@@ -787,7 +791,7 @@ def test_momentum_that_is_switched_on_and_off(backend_options, device):
 
 
 @bases
-def test_state_cleared_by_the_user(base, backend_options, device):
+def test_user_may_clear_the_state(base, backend_options, device):
     pair = Pair(tensors((3,), (4, 2), device=device), backend_options, base)
     pair.step(smooth)
     pair.step(smooth)
@@ -803,7 +807,7 @@ def test_state_cleared_by_the_user(base, backend_options, device):
         pair.step(smooth)
 
 
-def test_named_parameters(backend_options, device):
+def test_named_parameters_are_accepted(backend_options, device):
     model = torch.nn.Linear(3, 2, device=device, dtype=torch.float64)
     optimizer = CRSAM(model.named_parameters(), SGD, lr=0.1, momentum=0.9, **backend_options)
     assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
@@ -816,8 +820,8 @@ def test_named_parameters(backend_options, device):
 
 
 @bases
-def test_lstm(base, backend_options, device):
-    """Its weights are views of one block for cuDNN, and it keeps references of its own to them."""
+def test_lstm_works(base, backend_options, device):
+    """Its weights are views of one block for cuDNN, and it stores further references to them."""
     lstm = torch.nn.LSTM(3, 4, num_layers=2).to(device, torch.float64)
     pair = Pair(list(lstm.parameters()), backend_options, base)
     x = torch.randn(5, 2, 3, device=device, dtype=torch.float64)
@@ -838,8 +842,8 @@ def test_lstm(base, backend_options, device):
 
 
 @pytest.mark.parametrize("where", ["around", "within"])
-def test_autocast(where, backend_options, device):
-    """The cache of low-precision weights does not outlive the point they belong to."""
+def test_autocast_works(where, backend_options, device):
+    """The cache of low-precision weights does not outlive the point to which they belong."""
     model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).to(device)
     x = torch.randn(32, 16, device=device)
     optimizer = CRSAM(model.parameters(), lr=0.5, rho=1.0, **backend_options)
@@ -865,7 +869,7 @@ def test_autocast(where, backend_options, device):
         assert after == loss_now().item()
 
 
-def test_autocast_with_calls(backend_options, device):
+def test_autocast_works_with_calls(backend_options, device):
     model = torch.nn.Linear(16, 1).to(device)
     x = torch.randn(32, 16, device=device)
     optimizer = CRSAM(model.parameters(), lr=0.5, rho=1.0, **backend_options)
@@ -884,7 +888,7 @@ def test_autocast_with_calls(backend_options, device):
 
 
 @bases
-def test_tensor_learning_rate(base, backend_options, device):
+def test_tensor_learning_rate_works(base, backend_options, device):
     cls, name, options = BASES[base]
     params, data = network_params(device=device), batch(device=device)
     extra = {"foreach": False} if base == "momentum" else {}
@@ -900,7 +904,7 @@ def test_tensor_learning_rate(base, backend_options, device):
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
-def test_surroundings(context, backend_options, device):
+def test_steps_work_in_other_contexts(context, backend_options, device):
     pair = Pair(tensors((3,), (4, 2), device=device), backend_options)
     with context():
         pair.optimizer.step(closure_of(smooth, pair.params))
@@ -912,7 +916,7 @@ def test_surroundings(context, backend_options, device):
 
 
 def test_inference_mode_is_refused(backend_options, device):
-    """No gradient can be computed within it; parameters stay what they were."""
+    """Gradients cannot be computed in it; the parameters do not change."""
     pair = Pair(tensors((3,), device=device), backend_options)
     pair.step(smooth)
     with torch.inference_mode(), pytest.raises(RuntimeError):
@@ -921,7 +925,7 @@ def test_inference_mode_is_refused(backend_options, device):
     pair.step(smooth)
 
 
-def test_parameter_on_the_meta_device(backend_options):
+def test_parameter_on_the_meta_device_is_refused(backend_options):
     param = Parameter(torch.empty(3, device="meta"))
     optimizer = CRSAM([param], lr=0.1, **backend_options)
     with pytest.raises(ValueError, match="meta device"):

@@ -1,4 +1,4 @@
-"""Two hosts, which are network namespaces joined by a cable; one is cut off in the middle of a step."""
+"""Two hosts, simulated by connected network namespaces; one is disconnected during a step."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ def ip(*arguments):
 
 
 class Host:
-    """A namespace of its own with one end of the cable."""
+    """A network namespace with one end of the cable."""
 
     def __init__(self, name, address):
         self.name, self.address = name, address
@@ -88,8 +88,8 @@ def stop(process):
     return process.communicate(timeout=20)[0]
 
 
-def test_a_host_that_is_cut_off(hosts, tmp_path):
-    """The other ends with its error, and both go on after the last checkpoint, to the same bits."""
+def test_training_resumes_after_a_host_is_disconnected(hosts, tmp_path):
+    """The other host ends with an error, and both resume from the last checkpoint to the same bits."""
     _, second = hosts
     processes = [host.start(i, tmp_path, 0.2) for i, host in enumerate(hosts)]
     try:

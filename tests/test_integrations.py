@@ -1,4 +1,5 @@
-"""Trainers and file formats of other libraries: the same steps as a loop of one's own, and nothing lost in saving."""
+"""Trainers and file formats of other libraries: they make the same steps as a hand-written loop, and save
+everything."""
 
 import copy
 import io
@@ -17,7 +18,7 @@ from .reference import assert_close
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("default"),  # those of other libraries are theirs
+    pytest.mark.filterwarnings("default"),  # other libraries' warnings are not errors
 ]
 OPTIONS = {"base_optimizer": torch.optim.AdamW, "rho": 0.1, "lr": 0.01}
 STEPS = 6
@@ -41,13 +42,13 @@ def scheduled(model):
 
 
 def seeded(index):
-    """Dropout of batch ``index`` is drawn from this seed, whatever the trainer itself draws."""
+    """Seed the dropout of batch ``index``, whatever random numbers the trainer itself draws."""
     torch.manual_seed(100 + index)
 
 
 @pytest.fixture
 def plain():
-    """State after the same batches in a loop of one's own."""
+    """Return the state after the same batches in a hand-written loop."""
     model = network()
     optimizer, schedule = scheduled(model)
     for index, (x, y) in enumerate(batches()):
@@ -80,8 +81,8 @@ def trained():
     return model
 
 
-def test_safetensors(trained, tmp_path):
-    """save_model refuses, or leaves out, what it takes for parts of one tensor."""
+def test_safetensors_saves_all_parameters(trained, tmp_path):
+    """save_model refuses or drops tensors that it considers parts of one tensor."""
     library = pytest.importorskip("safetensors.torch")
     library.save_model(trained, str(tmp_path / "model"))
     library.save_file(trained.state_dict(), str(tmp_path / "file"))
@@ -91,18 +92,18 @@ def test_safetensors(trained, tmp_path):
         assert_equal(other, trained.state_dict())
 
 
-def test_part_of_a_model_takes_its_own_size_on_disk():
+def test_part_of_a_model_is_saved_without_the_rest():
     model = nn.Sequential(nn.Linear(500, 500), nn.Linear(500, 3))
     optimizer = CRSAM(model.parameters(), **OPTIONS)
     optimizer.step(lambda: model(torch.ones(1, 500)).sum().backward())
     for part in (model[1].state_dict(), optimizer.state[model[1].weight]):
         file = io.BytesIO()
         torch.save(part, file)
-        assert file.tell() < 40_000  # of a million
+        assert file.tell() < 40_000  # bytes, of a million
 
 
 def test_flat_memory_outlives_the_optimizer(trained):
-    """Each storage keeps the buffer it lies in alive."""
+    """Each storage keeps its flat buffer alive."""
     parameters = copy.deepcopy(trained.state_dict())
     torch.randn(10_000)
     assert_equal(trained, parameters)
@@ -112,7 +113,7 @@ def test_flat_memory_outlives_the_optimizer(trained):
 
 
 def lightning_run(epochs, trainer_options=None, checkpoint=None, with_callback=True, callbacks=(), callback_first=True):
-    """A Trainer that has run ``epochs`` epochs of two of the batches, and its model."""
+    """Return a Trainer after ``epochs`` epochs of two of the batches, and its model."""
     L = pytest.importorskip("lightning")
     from crsam_ext.integrations.lightning import CRSAMCallback
 
@@ -152,7 +153,7 @@ def lightning_run(epochs, trainer_options=None, checkpoint=None, with_callback=T
     return trainer, model
 
 
-def test_lightning_takes_the_same_steps(plain):
+def test_lightning_makes_the_same_steps(plain):
     trainer, model = lightning_run(3)
     assert_equal(model.net, plain)
     assert trainer.global_step == model.optimizers().stats.steps == STEPS
@@ -185,7 +186,7 @@ def test_lightning_settings_that_are_refused(options, match):
     pytest.importorskip("lightning")
     from lightning.pytorch.plugins import MixedPrecision
 
-    if options == "16-mixed":  # on a CPU the Trainer takes bfloat16 instead, unless told so
+    if options == "16-mixed":  # on a CPU, the Trainer uses bfloat16 unless told otherwise
         options = {"plugins": [MixedPrecision("16-mixed", "cpu")]}
     with pytest.raises(ValueError, match=match):
         lightning_run(1, options)
@@ -193,8 +194,8 @@ def test_lightning_settings_that_are_refused(options, match):
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("setting", ["scheduler", "accumulate_grad_batches", "gradient_clip_val"])
-def test_lightning_settings_that_a_callback_makes(setting, first):
-    """Later than the start of the training, before or after CRSAMCallback has its turn."""
+def test_lightning_settings_of_a_callback_are_checked(setting, first):
+    """The callback changes them after the training has started, before or after CRSAMCallback runs."""
     lightning = pytest.importorskip("lightning.pytorch")
     from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
@@ -207,8 +208,8 @@ def test_lightning_settings_that_a_callback_makes(setting, first):
         lightning_run(1, callbacks=[callback], callback_first=first)
 
 
-def test_lightning_in_float16():
-    """With a plugin whose scaler takes closures: the losses are scaled, and the update is not."""
+def test_lightning_trains_in_float16():
+    """The plugin's scaler accepts closures: it scales the losses, but not the update."""
     pytest.importorskip("lightning")
     from crsam_ext.integrations.lightning import CRSAMMixedPrecision
 
@@ -221,8 +222,8 @@ def test_lightning_in_float16():
     assert half.calls == 6
 
 
-def test_lightning_16_mixed_without_the_callback():
-    """Its precision plugin calls the closure itself, and then step() without one."""
+def test_lightning_16_mixed_without_the_callback_is_refused():
+    """Its precision plugin calls the closure itself, and then step() without a closure."""
     pytest.importorskip("lightning")
     from lightning.pytorch.plugins import MixedPrecision
 
@@ -235,7 +236,8 @@ def test_lightning_16_mixed_without_the_callback():
 
 @pytest.fixture
 def accelerator():
-    """With the settings of this test: Accelerate keeps its first ones for the whole process."""
+    """Return an Accelerator with the settings of this test: Accelerate keeps its first settings for the whole
+    process."""
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     yield accelerate.Accelerator(cpu=True, step_scheduler_with_optimizer=False)
@@ -260,7 +262,7 @@ def accelerated(accelerator, steps, resume=None):
     return model, optimizer
 
 
-def test_accelerate_takes_the_same_steps(accelerator, plain):
+def test_accelerate_makes_the_same_steps(accelerator, plain):
     model, optimizer = accelerated(accelerator, slice(STEPS))
     assert_equal(model, plain)
     assert not optimizer.step_was_skipped
@@ -268,7 +270,8 @@ def test_accelerate_takes_the_same_steps(accelerator, plain):
 
 
 def test_accelerate_saves_and_resumes(accelerator, plain, tmp_path):
-    """All of the model is in the file that save_state writes, and what load_state reads continues to the same bits."""
+    """The file that save_state writes contains the whole model, and training continues after load_state to the same
+    bits."""
     accelerated(accelerator, slice(4))
     accelerator.save_state(tmp_path)
     accelerator.free_memory()
@@ -276,8 +279,8 @@ def test_accelerate_saves_and_resumes(accelerator, plain, tmp_path):
     assert_equal(model, plain)
 
 
-def test_accelerate_with_a_scaler(accelerator):
-    """torch's takes no closure, and one line says what to use; with that, the scale leaves no trace."""
+def test_accelerate_needs_the_scaler_of_this_project(accelerator):
+    """torch's scaler refuses a closure, and the error names the replacement, with which the scale has no effect."""
     import crsam_ext
 
     x, y = batches(1)[0]
@@ -293,7 +296,7 @@ def test_accelerate_with_a_scaler(accelerator):
             return loss
 
         if type(scaler) is torch.amp.GradScaler:
-            closure()  # it wants a gradient first
+            closure()  # it requires a gradient first
         seeded(0)
         optimizer.step(closure)
         assert optimizer.optimizer.stats.steps == 1
@@ -309,7 +312,7 @@ def test_accelerate_with_a_scaler(accelerator):
 
 
 class Wrapped(nn.Module):
-    """A model as the Trainer calls it, which remembers random numbers of its passes."""
+    """A model with the Trainer's interface, which records the random numbers of its passes."""
 
     def __init__(self):
         super().__init__()
@@ -347,7 +350,7 @@ def hugging_face(tmp_path, optimizer=None, optimizer_cls_and_kwargs=None, model=
     )  # fmt: skip
 
 
-def test_transformers_takes_the_same_steps(plain, tmp_path):
+def test_transformers_makes_the_same_steps(plain, tmp_path):
     model = Wrapped()
     optimizer = CRSAM(model.parameters(), model=model, **OPTIONS)
     trainer = hugging_face(tmp_path, optimizer, model=model)
@@ -363,7 +366,7 @@ def test_transformers_takes_the_same_steps(plain, tmp_path):
 @pytest.mark.parametrize(
     "options", [{"alpha": 0, "beta": 0}, {"rho": 0.0}, {"regularizer": "log", "estimator": "loss"}]
 )
-def test_transformers_with_other_numbers_of_passes(options, tmp_path):
+def test_transformers_supports_other_numbers_of_passes(options, tmp_path):
     model = Wrapped()
     options = {**OPTIONS, **options}
     trainer = hugging_face(tmp_path, optimizer_cls_and_kwargs=(CRSAM, options), model=model, weight_decay=0.1)
@@ -375,7 +378,7 @@ def test_transformers_with_other_numbers_of_passes(options, tmp_path):
 
 
 def test_transformers_clips_the_regularized_gradient(tmp_path):
-    """By the Trainer as by CRSAM."""
+    """The result is the same if the Trainer clips and if CRSAM does."""
     models, optimizers = [], []
     for ours, theirs in ((0.05, 0.0), (None, 0.05)):
         model = Wrapped()
@@ -402,10 +405,10 @@ def test_transformers_settings_that_are_refused(cls, arguments, error, match, tm
         trainer.train()
 
 
-# TensorBoard, and what is imported -----------------------------------------------------------------------------------
+# TensorBoard, and imports --------------------------------------------------------------------------------------------
 
 
-def test_tensorboard(tmp_path):
+def test_tensorboard_receives_the_statistics(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -427,7 +430,7 @@ def test_tensorboard(tmp_path):
     assert written[-1].value == pytest.approx(optimizer.stats.kappa.item(), rel=1e-6)
 
 
-def test_nothing_is_imported_unasked():
+def test_libraries_are_only_imported_when_used():
     libraries = "lightning", "transformers", "accelerate", "tensorboard", "torch.utils.tensorboard"
     code = f"import sys, crsam_ext, crsam_ext.integrations; print([m for m in {libraries} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,4 +1,4 @@
-"""Ctrl-C, or any exception, at any operation of a step leaves the parameters at w or at the updated w, to the bit."""
+"""Ctrl-C, or any exception, at any operation of a step leaves the parameters at w or at the updated w, bit for bit."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from crsam_ext import CRSAM
 
 
 class InterruptAt(TorchDispatchMode):
-    """Raises KeyboardInterrupt once, before the n-th operation; counts them."""
+    """Raises KeyboardInterrupt once, before the n-th operation, and counts operations."""
 
     def __init__(self, at: int | None = None) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class InterruptAt(TorchDispatchMode):
 
 
 def trained(dtype: torch.dtype, **options):
-    """A small network after two steps, its optimizer and a closure."""
+    """Return a small network after two steps, its optimizer and a closure."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
     x, y = torch.randn(16, 6, dtype=dtype), torch.randint(3, (16,))
@@ -38,7 +38,7 @@ def trained(dtype: torch.dtype, **options):
         optimizer.step(closure)
     with torch.no_grad():
         for p in model.parameters():
-            p.data.mul_(1.25)  # w is no longer what the last step left behind
+            p.data.mul_(1.25)  # w differs from the result of the last step
     return model, optimizer, closure
 
 
@@ -51,7 +51,7 @@ def bits(model: nn.Module) -> list[torch.Tensor]:
     [(torch.float32, {}), (torch.bfloat16, {"regularizer": "log"}), (torch.float32, {"alpha": 0, "beta": 0})],
     ids=["linear", "log-bfloat16", "sam"],
 )
-def test_at_every_eleventh_operation(dtype, options):
+def test_interrupt_at_every_eleventh_operation_restores(dtype, options):
     model, optimizer, closure = trained(dtype, **options)
     before = bits(model)
     with InterruptAt() as counter:
@@ -67,5 +67,5 @@ def test_at_every_eleventh_operation(dtype, options):
         found = bits(model)
         assert any(all(map(torch.equal, found, expected)) for expected in (before, after)), f"operation {at}"
         assert all(b.isfinite().all() for b in model.buffers()), f"operation {at}"
-        optimizer.step(closure)  # and training goes on
+        optimizer.step(closure)  # training continues
         assert [b.shape for b in model.buffers()] == [b.shape for b in statistics]

@@ -27,8 +27,9 @@ def problem(backend_options=None, device="cpu", **options):
 
 
 @intervals
-def test_passes(interval, curvature_interval, backend_options, device):
-    """The steps between are those of rho = 0, and of a third gradient made from the last second difference."""
+def test_steps_take_the_passes_of_their_intervals(interval, curvature_interval, backend_options, device):
+    """Steps without a perturbation equal those with rho = 0; others may construct the third gradient from the last
+    d2."""
     params, optimizer, closure = problem(
         backend_options, device, interval=interval, curvature_interval=curvature_interval
     )
@@ -58,8 +59,8 @@ def test_passes(interval, curvature_interval, backend_options, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_guess_of_a_quadratic_function_is_its_gradient(dtype):
-    """There d2 is 0, so that nothing is lost; and it is kept in the compute dtype."""
+def test_extrapolated_gradient_of_a_quadratic_function_is_exact(dtype):
+    """d2 is 0, so nothing is lost; it is stored in the compute dtype."""
     param = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=dtype))
     optimizer = CRSAM([param], lr=0.0625, rho=0.5, curvature_interval=2)
     twin = torch.nn.Parameter(param.detach().clone())
@@ -71,8 +72,8 @@ def test_the_guess_of_a_quadratic_function_is_its_gradient(dtype):
     assert optimizer.state_dict()["state"][0]["second_difference"].dtype == torch.float32
 
 
-def test_a_skipped_step_leaves_no_difference():
-    """A NaN in the third gradient skips that step, and not those that follow."""
+def test_a_skipped_step_stores_no_difference():
+    """A NaN in the third gradient skips that step, but not the following ones."""
     params, optimizer, closure = problem(curvature_interval=2)
     bad = [0, 0, 1, 0, 0, 0, 0]
 
@@ -88,7 +89,7 @@ def test_a_skipped_step_leaves_no_difference():
     assert all(p.isfinite().all() for p in params)
 
 
-def test_parameters_without_a_gradient_stay():
+def test_parameters_without_a_gradient_do_not_change():
     used, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
     optimizer = CRSAM([used, unused], lr=0.1, curvature_interval=2, weight_decay=0.1)
     for _ in range(4):
@@ -98,8 +99,8 @@ def test_parameters_without_a_gradient_stay():
 
 
 @pytest.mark.parametrize("form", ["closure", "calls"])
-def test_a_scale_that_changes(form):
-    """The difference is kept for losses that are not scaled."""
+def test_a_scale_that_changes_does_not_affect_the_difference(form):
+    """The difference is stored for unscaled losses."""
     params, optimizer, closure = problem(curvature_interval=2)
     others, scaled, _ = problem(curvature_interval=2)
     scaler = (GradScaler if form == "closure" else torch.amp.GradScaler)("cpu", init_scale=1024.0, growth_interval=1)
@@ -122,14 +123,14 @@ def test_a_scale_that_changes(form):
                 call(zero_grad=True)
             scaled_closure()
             scaler.step(scaled)
-            scaled.zero_grad()  # g0 is there
+            scaled.zero_grad()  # contains g0
         scaler.update()
     for p, q in zip(params, others, strict=True):
         assert_close(p, q, EXACT)
 
 
-def test_calls():
-    """The form of calls asks the optimizer how many there are."""
+def test_calls_ask_for_the_number_of_passes():
+    """In the form of calls, the user reads the number of passes from the optimizer."""
     params, optimizer, closure = problem(curvature_interval=2)
     others, by_closure, closure_of_others = problem(curvature_interval=2)
     for passes in (3, 2, 3):
@@ -140,8 +141,8 @@ def test_calls():
 
 
 @pytest.mark.parametrize("copied", ["state_dict", "deepcopy"])
-def test_resume(copied):
-    """A checkpoint knows which step is the next."""
+def test_interval_counters_resume(copied):
+    """A checkpoint contains the position in the intervals."""
     options = {"interval": 2, "curvature_interval": 2}
     params, optimizer, closure = problem(**options)
     for _ in range(3):
@@ -167,6 +168,6 @@ def test_the_loss_estimator_needs_every_loss():
 
 @pytest.mark.parametrize("name", ["interval", "curvature_interval"])
 @pytest.mark.parametrize("value", [0, -1, 1.5])
-def test_values_without_sense(name, value):
+def test_invalid_values_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be a positive integer"):
         problem(**{name: value})

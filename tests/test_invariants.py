@@ -1,4 +1,4 @@
-"""What holds in every step, whatever the loss: each of these tests fails when its invariant is broken."""
+"""Invariants of every step, for any loss; each test fails if its invariant is broken."""
 
 import copy
 import io
@@ -47,7 +47,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.b
 
 
 class Network(torch.nn.Module):
-    """Normalization, dropout, small and large parameters."""
+    """A network with normalization, dropout, small and large parameters."""
 
     def __init__(self, norm=None, dropout=0.0):
         super().__init__()
@@ -73,7 +73,7 @@ def problem(device, dtype=torch.float32, **options):
 
 
 def bits(tensors):
-    """Copies that compare equal only bit for bit."""
+    """Return copies that compare equal only bit for bit."""
     return [t.detach().clone().contiguous().view(-1).view(torch.uint8) for t in tensors]
 
 
@@ -82,7 +82,7 @@ def same_bits(tensors, kept):
 
 
 def snapshot(optimizer):
-    """Parameters and all of the optimizer's state."""
+    """Return the parameters and the optimizer's whole state."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state = [optimizer.state[p][k] for p in params if p in optimizer.state for k in sorted(optimizer.state[p])]
     return bits([torch.as_tensor(t) for t in params + state])
@@ -94,8 +94,8 @@ def snapshot(optimizer):
 @dtypes
 @forms
 @pytest.mark.parametrize("base", ["momentum", "adamw", "nadam"])
-def test_no_learning_rate_no_change(base, form, dtype, backend_options, device):
-    """e moves every parameter there and back, and not one bit of w is lost."""
+def test_zero_learning_rate_changes_nothing(base, form, dtype, backend_options, device):
+    """Every parameter is perturbed and restored, and no bit of w changes."""
     model, closure = problem(device, dtype)
     cls, options = BASES[base]
     if base == "nadam":
@@ -124,7 +124,7 @@ class Broken(Exception):
 @forms
 @pytest.mark.parametrize("failing", [0, 1, 2])
 @pytest.mark.parametrize("after_backward", [False, True])
-def test_exception_in_a_pass(after_backward, failing, form, base, backend_options, device):
+def test_exception_in_a_pass_restores_w(after_backward, failing, form, base, backend_options, device):
     model, closure = problem(device, norm=torch.nn.BatchNorm2d(4))
     cls, options = BASES[base]
     optimizer = CRSAM(model.parameters(), cls, **FORMS[form], **options, model=model, **backend_options)
@@ -146,7 +146,7 @@ def test_exception_in_a_pass(after_backward, failing, form, base, backend_option
         optimizer.step(breaking)
     assert same_snapshot(optimizer, kept)
     assert optimizer.stats.steps == 1
-    optimizer.step(closure)  # and it can go on
+    optimizer.step(closure)  # the next step works
     assert not same_snapshot(optimizer, kept)
 
 
@@ -157,7 +157,7 @@ def same_snapshot(optimizer, kept):
 
 @pytest.mark.parametrize("done", [1, 2])
 @dtypes
-def test_restore(done, dtype, backend_options, device):
+def test_restore_returns_to_w(done, dtype, backend_options, device):
     model, closure = problem(device, dtype)
     optimizer = CRSAM(model.parameters(), SGD, lr=0.1, momentum=0.9, rho=0.3, **backend_options)
     optimizer.step(closure)
@@ -169,7 +169,7 @@ def test_restore(done, dtype, backend_options, device):
     assert not same_snapshot(optimizer, kept)
     optimizer.restore()
     assert same_snapshot(optimizer, kept)
-    optimizer.restore()  # nothing to do
+    optimizer.restore()  # a no-op
     assert same_snapshot(optimizer, kept)
     optimizer.step(closure)
 
@@ -226,8 +226,8 @@ def check_bad_gradient(base, form, position, bad, options, device, dtype):
 
 
 @pytest.mark.parametrize("base", ["momentum", "adamw"])
-def test_bad_first_step_changes_no_later_one(base, backend_options, device):
-    """A skipped first step is no first step: momentum begins undamped in the next one, and counters with 1."""
+def test_skipped_first_step_does_not_change_later_steps(base, backend_options, device):
+    """Momentum starts undamped in the next step, and counters start with 1."""
     results = []
     for spoil in (True, False):
         torch.manual_seed(3)
@@ -251,10 +251,10 @@ def test_bad_first_step_changes_no_later_one(base, backend_options, device):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-# One noise, one set of statistics ------------------------------------------------------------------------------------
+# Same random numbers, same batch-norm statistics ---------------------------------------------------------------------
 
 
-def test_all_passes_see_the_same_random_numbers(backend_options, device):
+def test_all_passes_use_the_same_random_numbers(backend_options, device):
     model, closure = problem(device, torch.float64, dropout=0.5)
     params = list(model.parameters())
     seen = []
@@ -268,12 +268,12 @@ def test_all_passes_see_the_same_random_numbers(backend_options, device):
         seen.clear()
         CRSAM(params, lr=0.0, rho=1e-9, replay_rng=replay, **backend_options).step(watched)
         distance = max(reference.norm([a - b for a, b in zip(seen[0], g, strict=True)]) for g in seen[1:])
-        assert (distance < 1e-6) == replay, "masks of a dropout are what changes a gradient by more than rho"
+        assert (distance < 1e-6) == replay, "only other dropout masks change a gradient by more than rho"
 
 
 @pytest.mark.parametrize("form", ["linear", "sam"])
-def test_random_state_after_a_step_is_that_after_one_pass(form, backend_options, device):
-    """Also where the later passes draw other numbers than the first."""
+def test_random_state_after_a_step_equals_that_after_one_pass(form, backend_options, device):
+    """Also if the later passes draw other numbers than the first."""
     model, closure = problem(device, dropout=0.5)
     optimizer = CRSAM(model.parameters(), lr=0.1, **FORMS[form], **backend_options)
     calls = []
@@ -294,7 +294,7 @@ def test_random_state_after_a_step_is_that_after_one_pass(form, backend_options,
 
 
 class OwnNorm(torch.nn.Module):
-    """A layer of some other library: buffers named as torch.nn's, updated by a rule of its own."""
+    """A layer of another library: its buffers are named as in torch.nn, but updated differently."""
 
     def __init__(self):
         super().__init__()
@@ -359,7 +359,7 @@ def test_running_statistics_follow_the_first_pass_only(how, norm, backend_option
 
 
 def rebind(closure, model):
-    """The same closure over another model."""
+    """Return the same closure over another model."""
     cells = dict(zip(closure.__code__.co_freevars, (cell.cell_contents for cell in closure.__closure__), strict=True))
 
     def other():
@@ -371,21 +371,21 @@ def rebind(closure, model):
 
 
 def test_running_statistics_follow_every_pass_without_the_model(backend_options, device):
-    """The test above could not fail if passes left statistics alone anyway."""
+    """Without this, the test above could pass because no pass changes the statistics."""
     model, closure = problem(device, norm=torch.nn.BatchNorm2d(4))
     CRSAM(model.parameters(), lr=0.1, rho=2.0, **backend_options).step(closure)
     assert model.norm.num_batches_tracked == 6
 
 
-def test_sync_batch_norm(backend_options, device):
+def test_sync_batch_norm_follows_the_first_pass(backend_options, device):
     if device.type == "cpu":
-        pytest.skip("SyncBatchNorm trains on GPUs only")
+        pytest.skip("SyncBatchNorm only trains on GPUs")
     model, closure = problem(device, norm=torch.nn.SyncBatchNorm(4))
     CRSAM(model.parameters(), lr=0.1, rho=2.0, model=model, **backend_options).step(closure)
     assert model.norm.num_batches_tracked == 2
 
 
-# Determinism, synchronisation ----------------------------------------------------------------------------------------
+# Determinism, synchronization ----------------------------------------------------------------------------------------
 
 
 @forms
@@ -405,7 +405,7 @@ def test_two_runs_give_the_same_bits(base, form, backend_options, device):
 
 
 class NoSynchronisation(TorchDispatchMode):
-    """Raises where a device would have to be waited for."""
+    """Raises if an operation would synchronize with a device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func)
@@ -418,8 +418,8 @@ class NoSynchronisation(TorchDispatchMode):
 @pytest.mark.parametrize("how", ["selecting", "compiled"])
 @pytest.mark.parametrize("base", ["momentum", "adamw"])
 @forms
-def test_no_host_synchronisation(form, base, how, monkeypatch):
-    """As on a device: the torch backend reads flags on a CPU, so it is told that this is none."""
+def test_step_does_not_synchronize(form, base, how, monkeypatch):
+    """The torch backend reads flags directly on a CPU, so the test makes it believe that this is another device."""
     params, data = network_params(torch.float32), batch(torch.float32)
     cls, options = BASES[base]
     optimizer = CRSAM(
@@ -435,12 +435,12 @@ def test_no_host_synchronisation(form, base, how, monkeypatch):
         return 1.0
 
     given = iter(gradients)
-    optimizer.step(closure)  # the first step reads the flag: what enters the state must have been used
+    optimizer.step(closure)  # the first step reads the flag: state is published after a step that was not skipped
     given = iter(gradients)
     before = snapshot(optimizer)
     for method in ("item", "tolist", "__bool__", "__float__", "__int__", "numpy"):
         monkeypatch.setattr(torch.Tensor, method, lambda *_: pytest.fail("a tensor was read"))
-    if how == "compiled":  # guards and dispatch of compiled code are not ours to watch
+    if how == "compiled":  # guards and dispatch of compiled code are torch's
         optimizer.step(closure)
     else:
         with NoSynchronisation():
@@ -449,7 +449,7 @@ def test_no_host_synchronisation(form, base, how, monkeypatch):
     assert not same_snapshot(optimizer, before)
 
 
-# State is what training resumes from ---------------------------------------------------------------------------------
+# State that training resumes from ------------------------------------------------------------------------------------
 
 INTERCHANGE = {
     "momentum": (SGD, {"lr": 0.1, "momentum": 0.9}),
@@ -473,8 +473,8 @@ def torch_step(optimizer, closure):
 @interchange
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("direction", ["from-torch", "to-torch"])
-def test_state_dict_interchange(direction, dtype, case, backend_options, device):
-    """Train with one, load into the other, go on with both: rho = 0 is torch's own optimizer."""
+def test_state_dicts_are_interchangeable_with_torchs(direction, dtype, case, backend_options, device):
+    """Train with one, load into the other, and continue both: rho = 0 equals torch's own optimizer."""
     cls, options = INTERCHANGE[case]
     data = batch(dtype, device)
     theirs_params = network_params(dtype, device)
@@ -487,7 +487,7 @@ def test_state_dict_interchange(direction, dtype, case, backend_options, device)
     if direction == "from-torch":
         for _ in range(3):
             torch_step(theirs, theirs_closure)
-        ours.load_state_dict(copy.deepcopy(theirs.state_dict()))  # or both would write the same tensors
+        ours.load_state_dict(copy.deepcopy(theirs.state_dict()))  # otherwise both would write the same tensors
         for p, q in zip(ours_params, theirs_params, strict=True):
             p.data.copy_(q)
     else:
@@ -514,8 +514,8 @@ def test_state_dict_interchange(direction, dtype, case, backend_options, device)
 
 @pytest.mark.parametrize("direction", ["from-torch", "to-torch"])
 @pytest.mark.parametrize("case", ["momentum", "adamw"])
-def test_state_dict_interchange_in_bfloat16(direction, case, backend_options, device):
-    """torch has no masters: from it they begin at its parameters, and it ignores ours. Buffers stay float32 here."""
+def test_state_dicts_are_interchangeable_in_bfloat16(direction, case, backend_options, device):
+    """torch has no masters: its state starts them at its parameters, and it ignores ours. Buffers stay float32 here."""
     cls, options = INTERCHANGE[case]
     model, closure = problem(device, torch.bfloat16)
     other, _ = problem(device, torch.bfloat16)
@@ -530,7 +530,7 @@ def test_state_dict_interchange_in_bfloat16(direction, case, backend_options, de
         return
     ours.step(closure)
     theirs.load_state_dict(ours.state_dict())
-    # torch casts the buffers to bfloat16, and so it would from a state that holds nothing but them.
+    # torch casts the buffers to bfloat16, also those of a state without anything else.
     plain = copy.deepcopy(other)
     plainly = cls(plain.parameters(), **options)
     for p, q in zip(plain.parameters(), model.parameters(), strict=True):
@@ -553,8 +553,8 @@ def saved_and_loaded(state):
 
 @dtypes
 @pytest.mark.parametrize("case", ["momentum", "nesterov", "adamw", "plain"])
-def test_checkpoint(case, dtype, backend_options, device):
-    """A run that is interrupted and resumed from a file ends in the same bits."""
+def test_training_resumes_from_a_checkpoint(case, dtype, backend_options, device):
+    """A run that is interrupted and resumed from a file ends with the same bits."""
     cls, options = INTERCHANGE[case]
     results = []
     for resume in (False, True):
@@ -575,7 +575,7 @@ def test_checkpoint(case, dtype, backend_options, device):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_scratch_never_enters_the_state(backend_options, device):
+def test_scratch_is_not_in_the_state(backend_options, device):
     model, closure = problem(device)
     for (cls, options), names in zip(
         BASES.values(), ({"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"}, None), strict=True
@@ -592,8 +592,8 @@ def test_scratch_never_enters_the_state(backend_options, device):
         assert size <= 2 * sum(p.numel() for p in model.parameters()) + 2 * len(list(model.parameters()))
 
 
-def test_state_dict_is_torchs_size_on_disk(backend_options, device):
-    """Views of flat buffers do not drag their neighbours along: one storage is saved once."""
+def test_state_dict_has_the_size_of_torchs_on_disk(backend_options, device):
+    """Views of flat buffers do not include their neighbors: one storage is saved once."""
     model, closure = problem(device)
     optimizer = CRSAM(model.parameters(), ADAMW, lr=0.1, **backend_options)
     optimizer.step(closure)
@@ -606,7 +606,7 @@ def test_state_dict_is_torchs_size_on_disk(backend_options, device):
     assert file.tell() < 1.5 * expected.tell() + 2000
 
 
-# It is a torch optimizer ---------------------------------------------------------------------------------------------
+# torch.optim.Optimizer interface -------------------------------------------------------------------------------------
 
 SCHEDULERS = {
     "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda epoch: 0.9**epoch),
@@ -634,8 +634,9 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("form", ["step", "calls"])
-def test_schedulers(form, scheduler, backend_options, device):
-    """The rates, and OneCycleLR's momenta, that torch's own SGD gets; no warning about the order of calls."""
+def test_schedulers_change_the_rates_as_with_torch(form, scheduler, backend_options, device):
+    """The learning rates, and OneCycleLR's momenta, equal those of torch's SGD; there is no warning about the order of
+    calls."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours_params, theirs_params, data = (
@@ -662,7 +663,7 @@ def test_schedulers(form, scheduler, backend_options, device):
             assert ours.base_optimizer.param_groups[0]["lr"] == ours.param_groups[0]["lr"]
 
 
-def test_scheduler_still_warns_about_a_wrong_order(backend_options):
+def test_scheduler_warns_about_a_wrong_order(backend_options):
     optimizer = CRSAM(network_params(), lr=0.1, **backend_options)
     scheduler = schedulers.StepLR(optimizer, 1)
     with pytest.warns(UserWarning, match="lr_scheduler.step"):
@@ -670,8 +671,8 @@ def test_scheduler_still_warns_about_a_wrong_order(backend_options):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_add_param_group(base, backend_options, device):
-    """A group that comes later trains as if it had been there, from then on; the others keep their state."""
+def test_added_param_group_trains(base, backend_options, device):
+    """A group that is added later trains as if it had always existed; the other groups keep their state."""
     data = batch(device=device)
     params = network_params(device=device)
     cls, options = BASES[base]
@@ -727,7 +728,7 @@ def test_copies_are_independent_and_equal(base, how, attach_scheduler, backend_o
 
 
 def test_copy_in_the_middle_of_a_step(backend_options, device):
-    """The copy holds no step in progress; the original goes on."""
+    """The copy has no step in progress; the original continues its step."""
     data, params = batch(device=device), network_params(device=device)
     optimizer = CRSAM(params, lr=0.1, **backend_options)
     closure_of(lambda p: network_loss(p, data), params)()
@@ -739,7 +740,7 @@ def test_copy_in_the_middle_of_a_step(backend_options, device):
 
 
 @pytest.mark.parametrize("form", ["step", "calls"])
-def test_step_hooks(form, backend_options, device):
+def test_step_hooks_are_called(form, backend_options, device):
     data, params = batch(device=device), network_params(device=device)
     optimizer = CRSAM(params, lr=0.1, **backend_options)
     seen = []
@@ -753,7 +754,7 @@ def test_step_hooks(form, backend_options, device):
     assert seen == ["pre", "post"]
 
 
-def test_state_dict_hooks(backend_options, device):
+def test_state_dict_hooks_are_called(backend_options, device):
     data, params = batch(device=device), network_params(device=device)
     optimizer = CRSAM(params, SGD, lr=0.1, momentum=0.9, **backend_options)
     optimizer.step(closure_of(lambda p: network_loss(p, data), params))
@@ -788,8 +789,8 @@ def test_zero_grad_and_repr(backend_options, device):
     assert isinstance(optimizer, torch.optim.Optimizer)
 
 
-def test_writes_bump_the_version_counter(backend_options, device):
-    """A graph that still needs the old parameters says so instead of computing wrong gradients."""
+def test_writes_increment_the_version_counter(backend_options, device):
+    """A graph that needs the old parameters raises an error instead of computing wrong gradients."""
     data, params = batch(device=device), network_params(device=device)
     optimizer = CRSAM(params, lr=0.1, **backend_options)
     closure = closure_of(lambda p: network_loss(p, data), params)
@@ -835,15 +836,16 @@ def test_parameters_lie_in_one_buffer(base, dtype, backend_options, device):
 
 
 def assert_side_by_side(tensors):
-    """In one block of memory, with gaps of less than 16 bytes, and each a storage of its own, which is not longer."""
+    """Check that tensors lie in one block with gaps of less than 16 bytes, each in a separate storage of its own
+    size."""
     spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors)
     assert all(0 <= start - stop < 16 for (_, stop), (start, _) in pairwise(spans))
     assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in tensors)
     assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
 
 
-def test_gradients_are_taken_not_copied(backend_options, device):
-    """p.grad after the step is the very tensor that autograd made in the first pass."""
+def test_gradients_are_moved_not_copied(backend_options, device):
+    """p.grad after the step is the tensor that autograd created in the first pass."""
     model, closure = problem(device)
     optimizer = CRSAM(model.parameters(), lr=0.1, **backend_options)
     seen = []
@@ -860,7 +862,7 @@ def test_gradients_are_taken_not_copied(backend_options, device):
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of new storages that operations return."""
+    """Counts the bytes of new storages that operations return."""
 
     def __init__(self):
         super().__init__()
@@ -879,8 +881,8 @@ class Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize("form", [*FORMS, "base"])
 @pytest.mark.parametrize("base", ["momentum", "adamw"])
-def test_no_large_allocations(base, form, backend_options, device):
-    """From the third step on, all that a step allocates of its own are a few numbers."""
+def test_steps_allocate_little_memory(base, form, backend_options, device):
+    """From the third step on, a step allocates only a few numbers of its own."""
     params = [torch.nn.Parameter(torch.randn(s, device=device)) for s in [(1024, 1024), (1000, 1000), (99,), (128, 60)]]
     grads = [torch.randn_like(p) for p in params]
     cls, options = BASES[base]
