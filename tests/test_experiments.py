@@ -278,8 +278,8 @@ def test_figure_of_reuse_has_three_panels_in_a_row_and_one_legend(tmp_path, monk
     assert (tmp_path / "five.png").stat().st_size < 150_000
 
 
-def test_staleness_of_the_same_batch_is_zero():
-    """The direction at the same point and batch equals the stored one."""
+def test_direction_at_the_same_point_equals_the_stored_one():
+    """It is computed from the formulas, at the same point and with the same batch."""
     x, y = tasks.nodes().train
     trained = reuse.Run(reuse.Config("graph", "CR-SAM, reuse 5", staleness.RHO, 0, epochs=3), 0)
     _, expected = staleness.sharpness_direction(trained.model, x, y)

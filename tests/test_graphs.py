@@ -136,7 +136,7 @@ def test_an_option_that_becomes_nonzero_is_captured_again(stand_in):
 
 
 @pytest.mark.parametrize("event", ["moved", "loaded"])
-def test_steps_after_an_event_are_eager(event, stand_in):
+def test_first_step_after_an_event_is_eager(event, stand_in):
     params, optimizer, closure = problem()
     step = GraphedStep(optimizer, closure, warmup=1)
     for _ in range(3):

@@ -1,4 +1,5 @@
-"""``model=``: what a forward changes in the model's buffers follows the first pass, and every pass finds the same."""
+"""``model=``: changes of the model's buffers in the first forward persist, and every pass starts with the same
+buffers."""
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ pytestmark = pytest.mark.on_cpu
 
 
 class Counting(nn.Module):
-    """Moves a buffer in one of the ways in which forwards do that, and multiplies with it."""
+    """Changes a buffer in one of the ways that forwards use, and multiplies the input by it."""
 
     def __init__(self, how):
         super().__init__()
@@ -59,7 +60,7 @@ ways = pytest.mark.parametrize("how", ["in place", "replaced", "set", "by data",
 
 @ways
 @pytest.mark.parametrize("weights", [{}, {"alpha": 0, "beta": 0}], ids=["three", "two"])
-def test_passes_find_the_same(weights, how, backend_options, device):
+def test_all_passes_start_with_the_same_buffers(weights, how, backend_options, device):
     model = model_of(how).to(device)
     optimizer = CRSAM(model.parameters(), lr=0.1, model=model, **weights, **backend_options)
     passes = optimizer.passes
@@ -71,7 +72,7 @@ def test_passes_find_the_same(weights, how, backend_options, device):
 
 
 @ways
-def test_in_calls_later_passes_find_what_the_first_left(how, backend_options, device):
+def test_in_calls_later_passes_start_after_the_first(how, backend_options, device):
     model = model_of(how).to(device)
     optimizer = CRSAM(model.parameters(), lr=0.1, model=model, **backend_options)
     for step in range(1, 4):
@@ -81,7 +82,7 @@ def test_in_calls_later_passes_find_what_the_first_left(how, backend_options, de
 
 
 @pytest.mark.parametrize("form", ["closure", "calls"])
-def test_resized(form, backend_options, device):
+def test_resized_buffers_are_followed(form, backend_options, device):
     model = model_of("resized").to(device)
     optimizer = CRSAM(model.parameters(), lr=0.1, model=model, **backend_options)
     for _ in range(2):
@@ -90,8 +91,8 @@ def test_resized(form, backend_options, device):
 
 
 @ways
-def test_without_the_model_every_pass_moves_them(how, backend_options, device):
-    """The tests above could not fail if passes left buffers alone anyway."""
+def test_without_the_model_every_pass_changes_the_buffers(how, backend_options, device):
+    """Without this, the tests above could pass because no pass changes a buffer."""
     model = model_of(how).to(device)
     optimizer = CRSAM(model.parameters(), lr=0.1, **backend_options)
     run(model, optimizer, "closure")
@@ -100,8 +101,8 @@ def test_without_the_model_every_pass_moves_them(how, backend_options, device):
 
 @ways
 @pytest.mark.parametrize("when", [1, 2, 3])
-def test_an_error(when, how, backend_options, device):
-    """The buffers are as the first pass left them; the next step is not mistaken about where it begins."""
+def test_an_error_keeps_the_buffers_of_the_first_pass(when, how, backend_options, device):
+    """The next step starts from these buffers."""
     model = model_of(how).to(device)
     optimizer = CRSAM(model.parameters(), lr=0.1, model=model, **backend_options)
 
@@ -117,7 +118,7 @@ def test_an_error(when, how, backend_options, device):
     assert model[1].seen[-3:] == [2, 3, 3]
 
 
-def test_layers_that_join_and_are_replaced(backend_options, device):
+def test_layers_may_be_added_and_replaced(backend_options, device):
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).to(device)
     optimizer = CRSAM(model.parameters(), lr=0.1, model=model, **backend_options)
     x = torch.randn(16, 4, device=device)
@@ -133,7 +134,7 @@ def test_layers_that_join_and_are_replaced(backend_options, device):
     assert [int(layer.num_batches_tracked) for layer in model[1:]] == [3, 1]
 
 
-def test_lazy_layers(backend_options, device):
+def test_lazy_layers_are_followed(backend_options, device):
     model = nn.Sequential(nn.Linear(4, 8), nn.LazyBatchNorm1d()).to(device)
     optimizer = CRSAM(model[0].parameters(), lr=0.1, model=model, **backend_options)
     closure = lambda: model(torch.randn(16, 4, device=device)).square().mean().backward()  # noqa: E731
@@ -143,8 +144,8 @@ def test_lazy_layers(backend_options, device):
 
 
 @pytest.mark.parametrize("layer", ["spectral norm", "fake quantization"])
-def test_layers_of_torch(layer, backend_options, device):
-    """With a tiny rho, all passes have nearly the same loss; by themselves, these layers move in every forward."""
+def test_layers_of_torch_follow_the_first_pass(layer, backend_options, device):
+    """With a small rho, all passes have nearly the same loss; without model=, these layers change in every forward."""
     linear = nn.Linear(4, 16)
     if layer == "spectral norm":
         middle = [nn.utils.parametrizations.spectral_norm(linear, n_power_iterations=1)]
@@ -157,7 +158,7 @@ def test_layers_of_torch(layer, backend_options, device):
     model(3 * x)
 
     def losses(**options):
-        if layer == "spectral norm":  # begin away from the singular vector that it has found
+        if layer == "spectral norm":  # start away from the singular vector that it has found
             for vector in model[0].buffers():
                 vector.copy_(nn.functional.normalize(torch.randn_like(vector), dim=0))
         optimizer, seen = CRSAM(model.parameters(), lr=0.0, rho=1e-6, **options, **backend_options), []

@@ -1,4 +1,4 @@
-"""A list of closures whose micro-batches have perturbations of their own (m-sharpness)."""
+"""A list of closures with a separate perturbation for each micro-batch (m-sharpness)."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def closure_of(params, part, scale=lambda loss: loss):
 
 @pytest.mark.parametrize("options", [{}, {"alpha": 0.0, "beta": 0.0}, {"regularizer": "log"}, {"adaptive": True}])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
-def test_the_sum_of_regularized_gradients(options, base, backend_options, device):
+def test_the_step_uses_the_sum_of_regularized_gradients(options, base, backend_options, device):
     options = {"rho": 0.1, **options}
     params, optimizer, parts = problem(base, device=device, **options, **backend_options)
     others, plain, _ = problem(base, device=device, rho=0.0, **backend_options)
@@ -64,8 +64,8 @@ def test_one_step_is_counted_and_measured():
 
 
 @pytest.mark.parametrize("index", range(3 * PARTS))
-def test_a_gradient_that_is_not_finite(index):
-    """In any pass of any part: the step is skipped, and counted once."""
+def test_a_nonfinite_gradient_skips_the_step(index):
+    """In any pass of any micro-batch: the step is skipped, and counted once."""
     params, optimizer, parts = problem()
     before, calls = [p.detach().clone() for p in params], []
     params[0].register_hook(lambda g: g * torch.nan if len(calls) == index else g)
@@ -84,7 +84,7 @@ def test_a_gradient_that_is_not_finite(index):
 
 
 @pytest.mark.parametrize("regularizer", ["linear", "log"])
-def test_grad_scaler(regularizer):
+def test_grad_scaler_does_not_change_the_step(regularizer):
     params, optimizer, parts = problem(regularizer=regularizer)
     others, scaled, _ = problem(regularizer=regularizer)
     scaler = GradScaler("cpu", init_scale=1024.0)
@@ -97,7 +97,7 @@ def test_grad_scaler(regularizer):
         assert_close(p, q, EXACT)
 
 
-def test_an_exception_restores():
+def test_an_exception_restores_w():
     params, optimizer, parts = problem()
     before = [p.detach().clone() for p in params]
     calls = []
@@ -114,7 +114,7 @@ def test_an_exception_restores():
     optimizer.step([closure_of(params, part) for part in parts], sync_perturbation=False)
 
 
-def test_what_is_refused():
+def test_invalid_combinations_are_refused():
     params, optimizer, parts = problem(curvature_interval=2)
     closures = [closure_of(params, part) for part in parts]
     with pytest.raises(ValueError, match="curvature_interval"):
@@ -123,7 +123,7 @@ def test_what_is_refused():
         optimizer.step(closures[0], sync_perturbation=False)
 
 
-def test_a_step_of_one_pass():
+def test_a_step_of_one_pass_equals_accumulation():
     params, optimizer, parts = problem(rho=0.0)
     others, plain, _ = problem(rho=0.0)
     optimizer.step([closure_of(params, part) for part in parts], sync_perturbation=False)

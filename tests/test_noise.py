@@ -1,4 +1,4 @@
-"""Random numbers of a step: every pass draws the same ones, whichever global generator they come from."""
+"""Random numbers of a step: every pass draws the same ones from each global generator."""
 
 import random
 import sys
@@ -14,11 +14,11 @@ pytestmark = pytest.mark.on_cpu
 DRAWS = {
     "torch": lambda: torch.rand(16),
     "numpy": lambda: torch.from_numpy(np.random.rand(16)),
-    "numpy-gauss": lambda: torch.tensor([np.random.normal() for _ in range(15)] + [0.0]),  # keeps one for later
+    "numpy-gauss": lambda: torch.tensor([np.random.normal() for _ in range(15)] + [0.0]),  # stores one for later
     "random": lambda: torch.tensor([random.random() for _ in range(16)]),
     "random-gauss": lambda: torch.tensor([random.gauss(0, 1) for _ in range(15)] + [0.0]),
 }
-# A single number: of two normal variates, the second is kept for later.
+# A single number: the second of two normal variates is stored for later.
 ONE = {
     "torch": lambda: torch.rand(()).item(),
     "numpy": np.random.rand,
@@ -30,7 +30,7 @@ draws = pytest.mark.parametrize("draw", DRAWS)
 
 
 def steps(draw, backend_options, passes=3, count=2, **options):
-    """What was drawn in each pass of some steps."""
+    """Return the numbers drawn in each pass of some steps."""
     param = torch.nn.Parameter(torch.linspace(-1, 1, 16))
     weights = {"alpha": 0, "beta": 0} if passes == 2 else {"rho": 0} if passes == 1 else {}
     optimizer, drawn = CRSAM([param], lr=0.1, **weights, **options, **backend_options), []
@@ -46,8 +46,8 @@ def steps(draw, backend_options, passes=3, count=2, **options):
 
 @draws
 @pytest.mark.parametrize("passes", [1, 2, 3])
-def test_all_passes_draw_the_same(passes, draw, backend_options, device):
-    """And the next step goes on as if there had been one pass."""
+def test_all_passes_draw_the_same_numbers(passes, draw, backend_options, device):
+    """The next step continues as if there had been one pass."""
     drawn = steps(draw, backend_options, passes)
     random.seed(0)
     np.random.seed(0)
@@ -59,15 +59,15 @@ def test_all_passes_draw_the_same(passes, draw, backend_options, device):
 
 
 @draws
-def test_without_replay(draw):
-    """The test above could not fail if the passes drew the same anyway."""
+def test_without_replay_passes_draw_different_numbers(draw):
+    """Without this, the test above could pass because all draws are equal."""
     first, second, third = steps(draw, {"backend": "torch"}, count=1, replay_rng=False)
     assert first != second != third != first
 
 
 @draws
-def test_an_error_leaves_the_generators_where_they_are(draw):
-    """As torch's optimizers do: nobody knows what has been drawn for what."""
+def test_an_error_does_not_restore_the_generators(draw):
+    """torch's optimizers do not either: the purpose of the draws is unknown."""
     param = torch.nn.Parameter(torch.ones(16))
     optimizer = CRSAM([param], lr=0.1)
     with pytest.raises(ZeroDivisionError):
@@ -80,8 +80,8 @@ def test_an_error_leaves_the_generators_where_they_are(draw):
     assert torch.equal(expected, DRAWS[draw]())
 
 
-def test_another_bit_generator_of_numpy():
-    """The state of numpy.random need not be a Mersenne Twister's."""
+def test_another_bit_generator_of_numpy_is_replayed():
+    """numpy.random may use another generator than Mersenne Twister."""
     before = np.random.get_bit_generator()
     np.random.set_bit_generator(np.random.PCG64(0))
     try:
@@ -93,8 +93,8 @@ def test_another_bit_generator_of_numpy():
 
 @draws
 @pytest.mark.parametrize("skip", [0, 1])
-def test_what_is_drawn_between_steps(skip, draw):
-    """A state is read only where it has changed: what others draw between two steps must not go unnoticed."""
+def test_draws_between_steps_are_noticed(skip, draw):
+    """A state is only read if it has changed, so draws between two steps must be detected."""
     param, seen = torch.nn.Parameter(torch.ones(16)), []
     optimizer = CRSAM([param], lr=0.1)
 
@@ -117,8 +117,8 @@ def test_what_is_drawn_between_steps(skip, draw):
     assert seen == expected
 
 
-def test_numpy_random_is_imported_within_a_step(monkeypatch):
-    """Generators are those that there are when the step begins."""
+def test_numpy_random_may_be_imported_within_a_step(monkeypatch):
+    """The generators to replay are those that exist at the start of the step."""
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = CRSAM([param], lr=0.1)
     monkeypatch.delitem(sys.modules, "numpy.random")

@@ -1,4 +1,4 @@
-"""Each operator alone, over rows of every length, against the float64 reference."""
+"""Each operator alone, over rows of several lengths, against the float64 reference."""
 
 import math
 
@@ -15,7 +15,7 @@ from . import reference
 from .reference import assert_close, compute_dtype, point_tolerance, sum_tolerance, unit, update_tolerance
 
 SIZES = (1, 3, 4097, 300000)
-SHORT = (1, 3, 4097, 5)  # where a long row would only take longer
+SHORT = (1, 3, 4097, 5)  # for tests in which a long row would only take more time
 GROUPS = (0, 1, 1, 0)
 RHO = (0.4, 0.9)
 ALPHA, BETA = (0.3, 0.7), (0.2, 0.05)
@@ -39,7 +39,7 @@ def rows(dtype, device="cpu", sizes=SIZES):
 
 
 def gradients(dtype, device="cpu", sizes=SIZES):
-    """g0, g+ and g-, near each other, and none near 0, of which Adam would see only the sign."""
+    """Return g0, g+ and g-, close to each other, and none close to 0, where Adam would only use the sign."""
     signs = [torch.randn(n).sign() for n in sizes]
     return [
         [(s * (1 + 0.3 * torch.rand(n))).to(device, dtype) for s, n in zip(signs, sizes, strict=True)] for _ in range(3)
@@ -60,12 +60,12 @@ def coefficients(device="cpu", a=ALPHA, b=BETA, factor=None, ok=True):
 
 
 def pass_weights(a, b, device="cpu"):
-    """Of a d2 + b d1, as weights of g+ - g0 and g- - g0."""
+    """Return the weights of g+ - g0 and g- - g0 in a d2 + b d1."""
     return vector([[x + y for x, y in zip(a, b, strict=True)], [x - y for x, y in zip(a, b, strict=True)]], device)
 
 
 def regularized(grads, factor=1.0, groups=GROUPS):
-    """ghat in float64, of the given number of passes."""
+    """Return ghat in float64, for the given number of passes."""
     if len(grads) < 3:
         return [factor * g for g in wide(grads[-1])]
     g0, gp, gm = map(wide, grads)
@@ -91,8 +91,8 @@ def check_grad_norm(operators, dtype, weighted, device="cpu"):
         assert found[group].item() == pytest.approx(expected, rel=sum_tolerance(dtype), abs=0)
 
 
-def test_sums_of_long_rows():
-    """Rounding does not grow with the length: float32 sums have 2^19 terms at most, in 8 lanes or more."""
+def test_sums_of_long_rows_are_accurate():
+    """Rounding does not grow with the length: float32 sums have at most 2^19 terms, in at least 8 lanes."""
     operators, g = backends.load("torch"), torch.rand(2**23 + 5)
     expected = pytest.approx(reference.norm([g]) ** 2, rel=unit(torch.float32) * math.sqrt(2**19 / 8), abs=0)
     assert operators.grad_norm([g], [0], 1, [None]).item() == expected
@@ -101,7 +101,7 @@ def test_sums_of_long_rows():
 
 @dtypes
 @pytest.mark.parametrize("weighted", [(False, False), (True, True), (True, False)], ids=["plain", "weighted", "mixed"])
-def test_grad_norm(weighted, dtype, operators, device):
+def test_grad_norm_is_that_of_the_reference(weighted, dtype, operators, device):
     check_grad_norm(operators, dtype, weighted, device)
 
 
@@ -119,8 +119,8 @@ def test_grad_norm(weighted, dtype, operators, device):
         ([math.nan, 0.0], [1.0, 0.0], None, math.nan),
     ],
 )
-def test_direction_weight(g, h, grad_scale, expected, operators, device):
-    """min(0.75 S, |g| / 2 |h|), S being the scale of g and 0.75 the decay; norms are over all groups."""
+def test_direction_weight_is_limited(g, h, grad_scale, expected, operators, device):
+    """It is min(0.75 S, |g| / 2 |h|) with the gradient scale S and the decay 0.75; norms are over all groups."""
     squared = [vector([x * x for x in of_groups], device) for of_groups in (g, h)]
     scale = None if grad_scale is None else vector(grad_scale, device)
     found = operators.direction_weight(*squared, vector(0.75, device), scale, 0.5)
@@ -131,8 +131,8 @@ def test_direction_weight(g, h, grad_scale, expected, operators, device):
 
 @pytest.mark.parametrize("ok", [True, False])
 @dtypes
-def test_fd_direction(ok, dtype, operators, device):
-    """What ghat adds to g0, in the compute dtype; nothing of a step that is skipped, where gradients may be NaN."""
+def test_fd_direction_is_ghat_minus_g0(ok, dtype, operators, device):
+    """It is in the compute dtype, and 0 for a skipped step, whose gradients may be NaN."""
     grads = gradients(dtype, device)
     if not ok:
         grads[1][0].fill_(math.nan)
@@ -144,7 +144,7 @@ def test_fd_direction(ok, dtype, operators, device):
 
 
 @dtypes
-def test_norm_with_a_direction(dtype, operators, device):
+def test_norm_includes_the_direction(dtype, operators, device):
     g, h = rows(dtype, device), rows(compute_dtype(dtype), device)
     found = operators.grad_norm(g, GROUPS, 3, [None] * len(g), Direction(h, vector(0.3, device)))
     sums = [x + 0.3 * y for x, y in zip(wide(g), wide(h), strict=True)]
@@ -154,12 +154,12 @@ def test_norm_with_a_direction(dtype, operators, device):
 
 
 @low_precision
-def test_grad_norm_compiled(dtype, compiled):
+def test_compiled_grad_norm(dtype, compiled):
     check_grad_norm(compiled, dtype, (True, False))
 
 
 def check_gram(found, grads, w, weighted, dtype):
-    """Every entry within SUMS of the norms of its two factors."""
+    """Check that every entry is within SUMS of the product of the norms of its factors."""
     g0, gp, gm = map(wide, grads)
     d1, d2 = reference.differences(g0, gp, gm)
     h = [x**2 * g if weighted[k] else g for x, g, k in zip(wide(w), g0, GROUPS, strict=True)]
@@ -175,7 +175,7 @@ def check_gram(found, grads, w, weighted, dtype):
 
 @dtypes
 @pytest.mark.parametrize("weighted", [(False, False), (True, True), (True, False)], ids=["plain", "weighted", "mixed"])
-def test_fd_gram(weighted, dtype, operators, device):
+def test_fd_gram_is_that_of_the_reference(weighted, dtype, operators, device):
     grads, w = gradients(dtype, device), rows(compute_dtype(dtype), device)
     weights = [x if weighted[k] else None for x, k in zip(w, GROUPS, strict=True)]
     check_gram(operators.fd_gram(grads, GROUPS, 3, weights), grads, w, weighted, dtype)
@@ -184,8 +184,8 @@ def test_fd_gram(weighted, dtype, operators, device):
 @pytest.mark.parametrize("weighted", [(True, False), None], ids=["weighted", "no Gram matrix"])
 @pytest.mark.parametrize("over_the_last", [False, True])
 @dtypes
-def test_fd_combine(weighted, over_the_last, dtype, operators, device):
-    """ghat beside the Gram matrix, into rows of its own or over the last gradient's."""
+def test_fd_combine_writes_ghat(weighted, over_the_last, dtype, operators, device):
+    """It returns the Gram matrix too, and writes ghat to separate rows or over the last gradient."""
     grads, w = gradients(dtype, device), rows(compute_dtype(dtype), device)
     expected = regularized(grads, factor=0.5)
     weights = None if weighted is None else [x if weighted[k] else None for x, k in zip(w, GROUPS, strict=True)]
@@ -202,14 +202,14 @@ def test_fd_combine(weighted, over_the_last, dtype, operators, device):
         assert all(torch.equal(x, y) for x, y in zip(earlier, of_pass, strict=True))
 
 
-def test_fd_gram_compiled(compiled):
+def test_compiled_fd_gram(compiled):
     grads, w = gradients(torch.bfloat16), rows(torch.float32)
     weights = [w[0], None, None, w[3]]
     check_gram(compiled.fd_gram(grads, GROUPS, 3, weights), grads, w, (True, False), torch.bfloat16)
 
 
-def test_fd_gram_of_tiny_differences(operators, device):
-    """Differences a millionth of the gradients: formed before the products, they keep their digits."""
+def test_fd_gram_of_tiny_differences_is_accurate(operators, device):
+    """Differences a millionth of the gradients keep their digits, because they are formed before the products."""
     g = [torch.ones(5000, device=device)]
     change = [torch.full((5000,), 2.0**-20, device=device)]
     plus, minus = [g[0] + change[0]], [g[0] - 2 * change[0]]
@@ -222,7 +222,7 @@ def test_fd_gram_of_tiny_differences(operators, device):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 4096, 299999])
-def test_reductions_show_what_is_not_finite(place, bad, operators, device):
+def test_reductions_propagate_nan_and_inf(place, bad, operators, device):
     g = rows(torch.float32, device)
     row = next(i for i, x in enumerate(g) if x.numel() > place)
     g[row][place] = bad
@@ -248,7 +248,7 @@ def check_perturb(operators, dtype, adaptive, sign, device="cpu"):
     w = [p.clone() for p in w]
     if sign < 0:
         for p in live:
-            p.fill_(math.nan)  # w - e does not depend on where the parameters are
+            p.fill_(math.nan)  # w - e does not depend on the current parameters
     scale = vector([0.3, -0.2], device)
     undo = []
     operators.perturb_(live, saved, g, GROUPS, scale, adaptive, sign, undo)
@@ -268,18 +268,19 @@ def check_perturb(operators, dtype, adaptive, sign, device="cpu"):
 @dtypes
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("adaptive", [(False, False), (True, True), (False, True)], ids=["sam", "asam", "mixed"])
-def test_perturb(adaptive, sign, dtype, operators, device):
+def test_perturb_moves_the_parameters_by_e(adaptive, sign, dtype, operators, device):
     check_perturb(operators, dtype, adaptive, sign, device)
 
 
 @low_precision
 @pytest.mark.parametrize("sign", [1, -1])
-def test_perturb_compiled(sign, dtype, compiled):
+def test_compiled_perturb(sign, dtype, compiled):
     check_perturb(compiled, dtype, (False, True), sign)
 
 
 def check_stochastic_rounding(operators, dtype, adaptive, sign, device="cpu"):
-    """Against the formula; a float32 product may differ in its last digit, and then, rarely, the result."""
+    """Compare with the formula; a float32 product may differ in its last digit, and then, rarely, the result
+    differs."""
     master = [
         p * (1 + torch.finfo(dtype).eps * (torch.rand(p.shape) - 0.5)).to(device) / 8
         for p in rows(torch.float32, device)
@@ -308,19 +309,19 @@ def check_stochastic_rounding(operators, dtype, adaptive, sign, device="cpu"):
 @low_precision
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_stochastic_rounding(sign, adaptive, dtype, operators, device):
+def test_stochastic_rounding_follows_its_formula(sign, adaptive, dtype, operators, device):
     check_stochastic_rounding(operators, dtype, adaptive, sign, device)
 
 
 @low_precision
 @pytest.mark.parametrize("sign", [1, -1])
-def test_stochastic_rounding_compiled(sign, dtype, compiled):
+def test_compiled_stochastic_rounding(sign, dtype, compiled):
     check_stochastic_rounding(compiled, dtype, True, sign)
 
 
 @low_precision
-def test_stochastic_rounding_is_right_on_average(dtype, operators, device):
-    """The model moves by e, also where that is a hundredth of the distance to the next number, and by -e likewise."""
+def test_stochastic_rounding_is_correct_on_average(dtype, operators, device):
+    """The mean displacement is e or -e, also where e is a hundredth of the spacing."""
     n = 2**16
     master = (0.5 + torch.rand(n)).to(device)
     live, g = master.to(dtype), torch.randn(n).to(device, dtype)
@@ -341,15 +342,15 @@ def test_stochastic_rounding_is_right_on_average(dtype, operators, device):
     e = g.double() * torch.finfo(dtype).eps / 100
     for sign, found in zip((1, -1), moved, strict=True):
         slope = (found * e).sum() / (e * e).sum()
-        # Each element is off by at most a spacing, with a variance of at most e times it.
+        # Each element is off by at most one spacing, with a variance of at most e times the spacing.
         deviation = (e.abs().pow(3) * torch.finfo(dtype).eps).sum().sqrt() / (e * e).sum()
         assert abs(slope - sign) < 5 * deviation
-    assert (moved[0] != 0).double().mean() < 0.05  # rounded to nearest, none would have moved
+    assert (moved[0] != 0).double().mean() < 0.05  # with rounding to nearest, none would have moved
 
 
 @low_precision
-def test_stochastic_rounding_of_hard_numbers(dtype, operators, device):
-    """Without a gradient nothing moves, near 0 the mean is right too, and what is not finite stays so."""
+def test_stochastic_rounding_of_special_numbers(dtype, operators, device):
+    """Without a gradient nothing moves, the mean is correct near 0, and NaN and Inf are preserved."""
     tiny = torch.finfo(dtype).smallest_normal
     live = torch.tensor([0.0, -1.0, 3 * tiny, -tiny, 1.0, 1.0, 1.0], device=device, dtype=dtype)
     g = torch.tensor([0.0, 0.0, 0.0, 0.0, math.inf, -math.inf, math.nan], device=device, dtype=dtype)
@@ -360,7 +361,7 @@ def test_stochastic_rounding_of_hard_numbers(dtype, operators, device):
     assert not live[4:].isfinite().any()
 
 
-def test_no_stochastic_rounding_of_wide_numbers(operators, device):
+def test_wide_numbers_are_not_rounded_stochastically(operators, device):
     for dtype in (torch.float32, torch.float64):
         results = []
         for stochastic in (False, True):
@@ -374,7 +375,7 @@ def test_no_stochastic_rounding_of_wide_numbers(operators, device):
 
 
 def test_perturb_can_be_undone_from_any_point(operators, device, monkeypatch):
-    """An exception after any number of blocks: what was appended until then gives w back."""
+    """After an exception at any block, the entries of undo restore w."""
     if operators.name != "torch":
         pytest.skip(
             "one launch saves all rows: undo learns of all of them or of none, see test_interrupted_perturb_..."
@@ -412,16 +413,16 @@ def check_taken_over(operators, dtype, device="cpu"):
 
 
 @low_precision
-def test_perturb_takes_over_what_was_changed_by_hand(dtype, operators, device):
+def test_perturb_keeps_changes_made_by_hand(dtype, operators, device):
     check_taken_over(operators, dtype, device)
 
 
 @low_precision
-def test_perturb_compiled_takes_over_what_was_changed_by_hand(dtype, compiled):
+def test_compiled_perturb_keeps_changes_made_by_hand(dtype, compiled):
     check_taken_over(compiled, dtype)
 
 
-def test_perturbation_scale(operators, device):
+def test_perturbation_scale_is_rho_over_the_norm(operators, device):
     squared = vector([9.0, 16.0], device)
     found = operators.perturbation_scale(squared, vector(RHO, device))
     assert found.tolist() == pytest.approx([r / 5 for r in RHO], rel=1e-11)
@@ -442,8 +443,9 @@ finite = st.floats(-2, 2, allow_nan=False, width=32)
     cap=st.sampled_from([0.0, 0.1, 1.0, math.inf]),
     clip=st.sampled_from([None, 0.1, 10.0]),
 )
-def test_coefficients(numbers, alpha, beta, regularizer, cap, clip):
-    """The Gram matrix of any three gradients gives what they themselves give. No kernel runs: one backend will do."""
+def test_coefficients_follow_from_the_gram_matrix(numbers, alpha, beta, regularizer, cap, clip):
+    """The Gram matrix of three gradients gives the same coefficients as the gradients. No kernel runs, so one backend
+    suffices."""
     operators = backends.load("torch")
     g0, gp, gm = ([torch.tensor(numbers[i : i + 3], dtype=torch.float64), torch.tensor(numbers[i + 3 : i + 6]).double()]
                   for i in (0, 6, 12))  # fmt: skip
@@ -463,12 +465,12 @@ def test_coefficients(numbers, alpha, beta, regularizer, cap, clip):
         kappa, sigma = reference.curvature(e, g0, d1, d2, None, "gradient")
         assert c.kappa.item() == pytest.approx(kappa, abs=1e-12)
         assert c.sigma.item() == pytest.approx(sigma, abs=1e-12)
-        assume(min(abs(kappa), abs(sigma)) > 1e-6)  # not on the edge of dropping a term
+        assume(min(abs(kappa), abs(sigma)) > 1e-6)  # not at the boundary where a term is dropped
         alpha = [x / kappa if kappa > 0 else 0.0 for x in alpha]
         beta = [x / sigma if sigma > 0 else 0.0 for x in beta]
     r = [x * s + y * t for x, s, y, t in zip(alpha, d2, beta, d1, strict=True)]
     size, base = reference.norm(r), reference.norm(gp)
-    # A norm from a quadratic form has an absolute error: half the digits, near 0.
+    # A norm from a quadratic form has an absolute error: only half the digits near 0.
     assume(base > 1e-3 and not 0 < size < 1e-3)
     ratio = size / base
     shrink = min(1.0, cap / ratio) if ratio else 1.0
@@ -483,8 +485,8 @@ def test_coefficients(numbers, alpha, beta, regularizer, cap, clip):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["gram", "norms"])
-def test_coefficients_of_a_bad_step(where, bad, operators, device):
-    """Not ok, counted as skipped and as nothing else, and no step is counted."""
+def test_coefficients_of_a_bad_step_are_not_ok(where, bad, operators, device):
+    """The step is only counted as skipped, and the step counters do not change."""
     gram, norms = torch.ones(2, 9, dtype=torch.float64, device=device), [vector([1.0, 1.0], device) for _ in range(3)]
     (gram[1] if where == "gram" else norms[2])[1] = bad
     counters = torch.zeros(4, dtype=torch.int64, device=device)
@@ -500,7 +502,7 @@ def test_coefficients_of_a_bad_step(where, bad, operators, device):
 
 
 def test_bad_step_counts_no_dropped_term(operators, device):
-    """kappa and sigma of a step that is skipped are not looked at."""
+    """kappa and sigma of a skipped step are ignored."""
     gram = torch.ones(2, 9, dtype=torch.float64, device=device)
     gram[0, 6:] = -math.inf
     counters, ones = torch.zeros(4, dtype=torch.int64, device=device), vector([1.0, 1.0], device)
@@ -511,7 +513,7 @@ def test_bad_step_counts_no_dropped_term(operators, device):
     assert counters.tolist() == [1, 0, 0, 0]
 
 
-def test_coefficients_where_all_gradients_are_zero(operators, device):
+def test_coefficients_of_zero_gradients_are_finite(operators, device):
     zeros = [torch.zeros(3, device=device)]
     gram = operators.fd_gram([zeros] * 3, [0], 1, [None])
     counters = torch.zeros(4, dtype=torch.int64, device=device)
@@ -561,7 +563,7 @@ def adam_options(**options):
 
 
 def check_updates(operators, dtype, passes, make, options, factor=None, device="cpu", sizes=SHORT):
-    """Some steps of one kind of update in both groups; the second has another learning rate and maximizes."""
+    """Make some steps of one update rule in both groups; the second has another learning rate and maximizes."""
     wide_dtype = compute_dtype(dtype)
     live = rows(dtype, device, sizes)
     saved = [p.to(wide_dtype, copy=True) for p in live]
@@ -574,7 +576,7 @@ def check_updates(operators, dtype, passes, make, options, factor=None, device="
     for _ in range(UPDATES):
         grads = gradients(dtype, device, sizes)[:passes]
         step += 1
-        if dtype == wide_dtype:  # as perturb_ would
+        if dtype == wide_dtype:  # as perturb_ does
             for p, w in zip(live, saved, strict=True):
                 w.copy_(p)
                 p.fill_(math.nan)
@@ -610,7 +612,7 @@ def check_updates(operators, dtype, passes, make, options, factor=None, device="
 @dtypes
 @pytest.mark.parametrize("passes", [1, 2, 3])
 @pytest.mark.parametrize("options", SGD.values(), ids=SGD)
-def test_sgd_step(options, passes, dtype, operators, device):
+def test_sgd_step_equals_the_reference(options, passes, dtype, operators, device):
     check_updates(operators, dtype, passes, sgd_options, options, device=device)
 
 
@@ -625,7 +627,7 @@ ADAM = {
 @dtypes
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("options", ADAM.values(), ids=ADAM)
-def test_adamw_step(options, passes, dtype, operators, device):
+def test_adamw_step_equals_the_reference(options, passes, dtype, operators, device):
     check_updates(operators, dtype, passes, adam_options, options, device=device)
 
 
@@ -633,7 +635,7 @@ def test_adamw_step(options, passes, dtype, operators, device):
 @pytest.mark.parametrize(
     ("make", "options"), [(sgd_options, SGD["nesterov-decay"]), (adam_options, ADAM["adamw"])], ids=["sgd", "adamw"]
 )
-def test_clipped_steps(make, options, dtype, operators, device):
+def test_clipped_steps_equal_the_reference(make, options, dtype, operators, device):
     check_updates(operators, dtype, 3, make, options, factor=0.3, device=device, sizes=SIZES)
 
 
@@ -646,12 +648,12 @@ def test_clipped_steps(make, options, dtype, operators, device):
     ],
     ids=["sgd", "adamw-bfloat16", "adam-float64"],
 )
-def test_steps_compiled(make, options, dtype, compiled):
+def test_compiled_steps(make, options, dtype, compiled):
     check_updates(compiled, dtype, 3, make, options, sizes=SIZES)
 
 
 def check_step_that_is_not_ok(operators, update, dtype, device="cpu"):
-    """live becomes w; nothing else changes, whatever the gradients hold."""
+    """Check that live becomes w and nothing else changes, whatever the gradients contain."""
     live, saved, m, v = (rows(t, device) for t in (dtype, torch.float32, torch.float32, torch.float32))
     if dtype == torch.bfloat16:
         saved = [p.float() for p in live]
@@ -679,23 +681,23 @@ low_and_full = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16],
 
 @low_and_full
 @pytest.mark.parametrize("update", ["sgd", "adamw"])
-def test_steps_that_are_not_ok(update, dtype, operators, device):
+def test_steps_that_are_not_ok_change_nothing(update, dtype, operators, device):
     check_step_that_is_not_ok(operators, update, dtype, device)
 
 
 @low_and_full
 @pytest.mark.parametrize("update", ["sgd", "adamw"])
 @pytest.mark.parametrize("how", ["selecting", "compiled"])
-def test_steps_of_torch_that_are_not_ok(how, update, dtype, compiled, monkeypatch):
+def test_torch_steps_that_are_not_ok_change_nothing(how, update, dtype, compiled, monkeypatch):
     operators = compiled if how == "compiled" else backends.load("torch")
-    if how == "selecting":  # as devices other than the CPU do
+    if how == "selecting":  # as on devices other than the CPU
         monkeypatch.setattr(operators, "selects", lambda row: True)
     check_step_that_is_not_ok(operators, update, dtype)
 
 
 @dtypes
 @pytest.mark.parametrize(("passes", "factor"), [(3, None), (3, 0.5), (2, None), (2, 0.5)])
-def test_combine(passes, factor, dtype, operators, device):
+def test_combine_writes_ghat(passes, factor, dtype, operators, device):
     grads = gradients(dtype, device)[:passes]
     expected = regularized(grads, factor or 1.0)
     saved = rows(compute_dtype(dtype), device)
@@ -717,8 +719,8 @@ def test_combine(passes, factor, dtype, operators, device):
     nesterov=st.booleans(),
     first=st.booleans(),
 )
-def test_any_sgd_step(sizes, data, lr, momentum, dampening, weight_decay, nesterov, first):
-    """One step of SGD over any rows in any groups is torch.optim.SGD's."""
+def test_any_sgd_step_equals_torchs(sizes, data, lr, momentum, dampening, weight_decay, nesterov, first):
+    """The step is over any rows in any groups."""
     groups = data.draw(st.lists(st.integers(0, 1), min_size=len(sizes), max_size=len(sizes)))
     dampening = 0.0 if nesterov and momentum else dampening
     nesterov = nesterov and momentum > 0

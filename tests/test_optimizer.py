@@ -1,4 +1,4 @@
-"""The mathematics of a step: every option against the float64 reference, and against autograd's derivatives."""
+"""The mathematics of a step: every option against the float64 reference and against derivatives by autograd."""
 
 import math
 
@@ -59,7 +59,7 @@ OPTIONS = {
     "log-maximize": {"rho": 0.3, "regularizer": "log", "maximize": True},
     "log-loss-maximize": {"rho": 0.3, "regularizer": "log", "estimator": "loss", "maximize": True},
 }  # fmt: skip
-# What the second of two groups has otherwise, in turn.
+# Options of the second of two groups, one at a time.
 SECOND_GROUP = {
     "radius": {"rho": 0.7},
     "no-radius": {"rho": 0.0},
@@ -80,7 +80,7 @@ options_by_name = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIO
 
 
 def make(params, base, options, backend_options, groups=None):
-    """CRSAM and its reference over the same parameters."""
+    """Return CRSAM and its reference over the same parameters."""
     name, base_options = BASES[base]
     both = {**options, **base_options}
     groups = groups or [{"params": params}]
@@ -93,7 +93,7 @@ def split(params, **second):
 
 
 def measured(optimizer, expected):
-    """Names of what a step must have measured, of those that are not always: the Gram matrix gives most of them."""
+    """Return the names of the optional measurements that a step must make; the Gram matrix gives most of them."""
     clips, caps = expected.max_grad_norm < math.inf, expected.cap < math.inf
     needs_gram = clips or caps or (expected.log and expected.estimator == "gradient")
     gram = optimizer.passes == 3 and (needs_gram or optimizer.backend != "torch")
@@ -120,12 +120,12 @@ def assert_stats(optimizer, expected, tolerance=EXACT, groups=None):
         assert_close(found[name], value, tolerance, name, max(1.0, expected.scales.get(name, 0.0)))
 
 
-# Every option, every native base -------------------------------------------------------------------------------------
+# Every option, every native base optimizer ---------------------------------------------------------------------------
 
 
 @options_by_name
 @bases
-def test_steps(base, options, backend_options, device):
+def test_steps_equal_the_reference(base, options, backend_options, device):
     params, data = network_params(device=device), batch(device=device)
     optimizer, expected = make(params, base, options, backend_options)
     names = STATE[BASES[base][0]] if "momentum" in BASES[base][1] or BASES[base][0] != "sgd" else ()
@@ -142,7 +142,7 @@ def test_steps(base, options, backend_options, device):
 @pytest.mark.parametrize("second", SECOND_GROUP.values(), ids=SECOND_GROUP)
 @pytest.mark.parametrize("options", [OPTIONS["linear"], OPTIONS["log"], OPTIONS["clip"]], ids=["linear", "log", "clip"])
 @pytest.mark.parametrize("base", ["nesterov", "adamw"])
-def test_two_groups(base, options, second, backend_options, device):
+def test_two_groups_equal_the_reference(base, options, second, backend_options, device):
     params, data = network_params(device=device), batch(device=device)
     optimizer, expected = make(params, base, options, backend_options, split(params, **second))
     for _ in range(STEPS):
@@ -156,7 +156,7 @@ def test_two_groups(base, options, second, backend_options, device):
 @pytest.mark.parametrize(
     "options", [OPTIONS["linear"], OPTIONS["asam"], OPTIONS["log-clip"]], ids=["linear", "asam", "log-clip"]
 )
-def test_compiled(base, options):
+def test_compiled_steps_equal_the_reference(base, options):
     params, data = network_params(), batch()
     optimizer, expected = make(params, base, options, COMPILED)
     for _ in range(STEPS):
@@ -167,7 +167,7 @@ def test_compiled(base, options):
 
 
 @pytest.mark.parametrize("name", ["momentum", "nesterov"])
-def test_options_that_change_between_steps(name, backend_options, device):
+def test_options_may_change_between_steps(name, backend_options, device):
     params, data = network_params(device=device), batch(device=device)
     optimizer, expected = make(params, name, OPTIONS["linear"], backend_options)
     for step in range(STEPS):
@@ -185,8 +185,8 @@ def test_options_that_change_between_steps(name, backend_options, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("base", ["momentum", "nesterov", "dampening", "adam", "adamw"])
 @pytest.mark.parametrize("option", ["linear", "sam", "base", "asam", "maximize", "clip", "log", "log-loss", "log-asam"])
-def test_given_gradients(option, base, dtype, backend_options, device):
-    """Gradients and losses that both are given: what is left is the rounding of the step itself."""
+def test_given_gradients_make_the_steps_of_the_reference(option, base, dtype, backend_options, device):
+    """Gradients and losses are both given, so only the rounding of the step remains."""
     shapes = [(40, 30), (7,), (), (5000,)]
     params = [torch.nn.Parameter(torch.randn(s).to(device, dtype)) for s in shapes]
     options = OPTIONS[option]
@@ -207,12 +207,12 @@ def test_given_gradients(option, base, dtype, backend_options, device):
 
         again = iter(zip(losses, gradients, strict=True))
         optimizer.step(closure)
-        if option in ("sam", "base"):  # passes that the optimizer does not run change nothing
+        if option in ("sam", "base"):  # these never make the remaining passes
             used = {"sam": (0, 1, 0), "base": (0, 0, 0)}[option]
             again = iter([(losses[i], gradients[i]) for i in used])
         expected.step(lambda w: next(again))  # noqa: B023
 
-    # A norm's error moves e, a, b and the clip factor alike, by SUMS at most; all else is rounding.
+    # The norm's error changes e, a, b and the clip factor by at most SUMS; all else is rounding.
     tolerance = update_tolerance(dtype, STEPS) + (
         0 if option in ("linear", "sam", "base", "maximize") else sum_tolerance(dtype, 5000)
     )
@@ -225,16 +225,16 @@ def test_given_gradients(option, base, dtype, backend_options, device):
         assert_close(value, expected.w[i], tolerance, f"parameter {i}")
         for name in STATE[BASES[base][0]]:
             assert_close(optimizer.state[param][name], expected.state[i][name], tolerance, f"{name} {i}")
-    # kappa and sigma: a norm under a root, a sum of products, and the square of w in ASAM.
+    # kappa and sigma: a norm under a square root, a sum of products, and the square of w in ASAM.
     bound = 1.5 * sum_tolerance(dtype, 5000) + 2 * tolerance
     if "asam" in option and dtype != torch.float32:
-        bound += torch.finfo(dtype).eps / 2  # its norm is weighted with the parameters as the model reads them
+        bound += torch.finfo(dtype).eps / 2  # its norm is weighted with the parameters in the model's dtype
     assert_stats(optimizer, expected, bound)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_accumulates_small_updates(dtype, backend_options, device):
-    """A thousandth of an ulp a step: lost without a master, whole with one."""
+    """Updates are a thousandth of an ulp: lost without a master, accumulated with one."""
     param = torch.nn.Parameter(torch.ones(8, dtype=dtype, device=device))
     ulp = torch.finfo(dtype).eps
     optimizer = CRSAM([param], lr=ulp / 16, rho=0.0, **backend_options)
@@ -247,8 +247,8 @@ def test_low_precision_accumulates_small_updates(dtype, backend_options, device)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("parallel", [False, True], ids=["in_turn", "at_once"])
-def test_stochastic_rounding(parallel, dtype, backend_options, device):
-    """Of a perturbation a tenth of the distance of neighbours, which is otherwise none; w itself stays what it is."""
+def test_stochastic_rounding_applies_small_perturbations(parallel, dtype, backend_options, device):
+    """The perturbation is a tenth of the spacing, which rounding to nearest would lose; w does not change."""
     rho = torch.finfo(dtype).eps / 2 / 10 * 2000**0.5
 
     def moved(stochastic):
@@ -278,15 +278,15 @@ def test_stochastic_rounding(parallel, dtype, backend_options, device):
 
     assert max(moved(False)) < 0.02
     shares = moved(True)
-    assert shares[0] == shares[len(shares) // 2] == 0  # at w itself
+    assert shares[0] == shares[len(shares) // 2] == 0  # at w
     assert all(0.02 < share < 0.5 for share in shares if share)
     assert any(shares)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
-def test_points_of_the_passes(adaptive, dtype, backend_options, device):
-    """The closure sees w, w + e and w - e."""
+def test_points_of_the_passes_are_w_and_w_plus_and_minus_e(adaptive, dtype, backend_options, device):
+    """The closure finds the parameters at w, w + e and w - e."""
     params = [torch.nn.Parameter(torch.randn(s).to(device, dtype)) for s in [(30, 40), (3,), ()]]
     w = [p.detach().clone() for p in params]
     grads = [torch.randn_like(p) for p in params]
@@ -303,7 +303,7 @@ def test_points_of_the_passes(adaptive, dtype, backend_options, device):
     for i, p in enumerate(w):
         assert torch.equal(seen[0][i], p)
         for point, sign in ((seen[1][i], 1), (seen[2][i], -1)):
-            # The point itself is rounded once to the parameter's dtype.
+            # The point is rounded once to the parameter's dtype.
             tolerance = reference.point_tolerance(dtype) + sum_tolerance(dtype, 1200) * 0.7 + torch.finfo(dtype).eps / 2
             assert_close(point, p.double() + sign * e[i], tolerance, f"point {sign}")
 
@@ -312,7 +312,7 @@ def test_points_of_the_passes(adaptive, dtype, backend_options, device):
 
 
 def derivatives(params, data, alpha, beta):
-    """norm of g, v'Hv for v = g / |g|, and the gradient of alpha log v'Hv + beta log |g| with v held fixed."""
+    """Return the norm of g, v'Hv for v = g / |g|, and the gradient of alpha log v'Hv + beta log |g| with v fixed."""
     loss = network_loss(params, data)
     g = torch.autograd.grad(loss, params, create_graph=True)
     length = sum((x**2).sum() for x in g).sqrt()
@@ -334,8 +334,8 @@ def test_kappa_and_sigma_approach_the_derivatives(estimator, rho, backend_option
     assert optimizer.stats.sigma.item() / (2 * rho) == pytest.approx(length, rel=LIMIT)
 
 
-def test_estimators_differ_by_the_order_of_their_rules(backend_options, device):
-    """kappa by the trapezoid rule is wrong by rho^2, sigma by Simpson's rule by rho^4, relative to themselves."""
+def test_estimators_have_the_orders_of_their_rules(backend_options, device):
+    """The relative error of kappa is rho^2 by the trapezoid rule, that of sigma rho^4 by Simpson's rule."""
     params, data = network_params(device=device), batch(device=device)
     errors = []
     for rho in (0.04, 0.02):
@@ -352,7 +352,7 @@ def test_estimators_differ_by_the_order_of_their_rules(backend_options, device):
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.3, 0.5)], ids=["trace", "norm", "both"])
 def test_log_regularizer_is_the_gradient_of_its_function(weights, backend_options, device):
-    """ghat - g+ approaches the gradient of alpha log v'Hv + beta log |g|, by autograd, as rho becomes small."""
+    """ghat - g+ approaches the gradient of alpha log v'Hv + beta log |g|, by autograd, as rho decreases."""
     alpha, beta = weights
     rho = 1e-3
     params, data = network_params(device=device), batch(device=device)
@@ -372,7 +372,7 @@ def test_log_regularizer_is_the_gradient_of_its_function(weights, backend_option
 @pytest.mark.parametrize(
     ("ascent", "descent", "dropped"),
     [
-        (0.9, 1.1, "curvature_dropped"),  # the gradient shrinks along e: concave
+        (0.9, 1.1, "curvature_dropped"),  # the gradient decreases along e: concave
         (-8.0, -10.0, "gradient_norm_dropped"),  # both point against e
         (1.1, 0.9, None),
     ],
@@ -451,7 +451,7 @@ def test_call_forms_agree_bit_for_bit(base, option, zero_grad, backend_options, 
         ({"rho": torch.tensor(0.1)}, 3),
     ],
 )
-def test_passes(options, passes, backend_options, device):
+def test_passes_are_only_those_needed(options, passes, backend_options, device):
     params, data = network_params(device=device), batch(device=device)
     optimizer = CRSAM(params, lr=0.1, **options, **backend_options)
     calls = []
@@ -464,7 +464,7 @@ def test_passes(options, passes, backend_options, device):
 
     optimizer.step(closure)
     assert optimizer.passes == passes == len(calls)
-    assert all(g is None for grads in calls for g in grads), "gradients are cleared before each pass"
+    assert all(g is None for grads in calls for g in grads), "gradients must be cleared before each pass"
 
 
 def test_passes_count_all_groups(backend_options):
@@ -479,14 +479,14 @@ def test_passes_count_all_groups(backend_options):
     assert optimizer.passes == 1
 
 
-def test_gamma_is_alpha(backend_options):
+def test_gamma_is_another_name_of_alpha(backend_options):
     params = network_params()
     optimizer = CRSAM(split(params, gamma=0.25), lr=0.1, gamma=0.75, **backend_options)
     assert [group["alpha"] for group in optimizer.param_groups] == [0.75, 0.25]
     assert all("gamma" not in group for group in optimizer.param_groups)
 
 
-def test_defaults():
+def test_default_options():
     params = network_params()
     for options, alpha in (({}, 0.1), ({"regularizer": "log"}, 0.01)):
         group = CRSAM(params, lr=0.1, **options).param_groups[0]
@@ -500,7 +500,7 @@ def test_defaults():
     assert isinstance(CRSAM(params, lr=0.1).base_optimizer, torch.optim.SGD)
 
 
-def test_stats_before_and_after(backend_options, device):
+def test_stats_before_and_after_steps(backend_options, device):
     params, data = network_params(device=device), batch(device=device)
     optimizer = CRSAM(params, lr=0.1, regularizer="log", max_grad_norm=1.0, **backend_options)
     before = optimizer.stats.as_dict()
@@ -525,10 +525,10 @@ def test_stats_before_and_after(backend_options, device):
     assert isinstance(after["skipped"], int)
     assert optimizer.stats.grad_norm.shape == ()
     assert optimizer.stats.a.shape == (1,)
-    assert not optimizer.stats.loss.requires_grad, "the graph of the loss is not kept alive"
+    assert not optimizer.stats.loss.requires_grad, "the graph of the loss must be freed"
 
 
-def test_gradient_at_w_is_left(backend_options, device):
+def test_gradient_at_w_remains_in_grad(backend_options, device):
     params, data = network_params(device=device), batch(device=device)
     expected = torch.autograd.grad(network_loss(params, data), params)
     optimizer = CRSAM(params, lr=0.1, **backend_options)
@@ -547,7 +547,7 @@ WRAPPED = {
 
 
 class OwnSGD(torch.optim.SGD):
-    """A subclass may do something else than its parent: it is wrapped."""
+    """A subclass may change the update, so it is not computed natively."""
 
 
 WRAPPED["subclass"] = (OwnSGD, {"lr": 0.1, "momentum": 0.9})
@@ -556,7 +556,7 @@ WRAPPED["subclass"] = (OwnSGD, {"lr": 0.1, "momentum": 0.9})
 @pytest.mark.parametrize("given", ["class", "instance"])
 @pytest.mark.parametrize("option", ["linear", "sam", "base", "asam", "log", "clip", "clip-base"])
 @pytest.mark.parametrize("base", WRAPPED)
-def test_other_base_optimizers(base, option, given, backend_options, device):
+def test_other_base_optimizers_equal_the_reference(base, option, given, backend_options, device):
     cls, base_options = WRAPPED[base]
     params, data = network_params(device=device), batch(device=device)
     expected = Reference([{"params": params}], lambda w: cls(w, **base_options), **OPTIONS[option])
@@ -566,7 +566,7 @@ def test_other_base_optimizers(base, option, given, backend_options, device):
         instance = cls(params, **base_options)
         optimizer = CRSAM(params, instance, **OPTIONS[option], **backend_options)
         assert optimizer.base_optimizer is instance
-    # RMSprop has an alpha of its own, so its groups cannot be shared.
+    # RMSprop has its own alpha, so its groups cannot be shared.
     assert (optimizer.param_groups is optimizer.base_optimizer.param_groups) == (base != "RMSprop")
     assert optimizer.state is optimizer.base_optimizer.state
     for _ in range(STEPS):
@@ -579,8 +579,8 @@ def test_other_base_optimizers(base, option, given, backend_options, device):
     assert all(torch.equal(p.grad, g) for p, g in zip(params, g0, strict=True)), "p.grad is g0 again, not ghat"
 
 
-def test_native_instance(backend_options, device):
-    """An instance of SGD, momentum and all, is taken over and computed natively."""
+def test_instance_of_a_native_optimizer_is_used(backend_options, device):
+    """An instance of SGD is computed natively, with its momentum."""
     params, data = network_params(device=device), batch(device=device)
     base = torch.optim.SGD(params, lr=0.1, momentum=0.9)
     expected = Reference([{"params": params}], "sgd", lr=0.1, momentum=0.9)
@@ -602,8 +602,8 @@ def test_native_bases_are_not_called(cls, backend_options, device, monkeypatch):
 
 @pytest.mark.parametrize("base", ["momentum", "adamw"])
 @pytest.mark.parametrize("option", ["linear", "log", "asam", "cap"])
-def test_large_parameters(option, base, backend_options, device):
-    """Parameters of several blocks, single rows and merged rows."""
+def test_large_parameters_equal_the_reference(option, base, backend_options, device):
+    """Parameters of several blocks, in their own rows and in shared rows."""
     shapes = [(300, 1100), (7,), (128, 128), (3, 3), (40000,)]
     params = [torch.nn.Parameter(torch.randn(s, dtype=torch.float64, device=device)) for s in shapes]
 

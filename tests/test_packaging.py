@@ -1,4 +1,4 @@
-"""What is installed: the contents and the metadata of the wheel, and what importing the package costs."""
+"""The installation: contents and metadata of the wheel, and what importing the package imports."""
 
 import os
 import shutil
@@ -15,12 +15,12 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("pyproject.toml", "MANIFEST.in", "setup.py", "README.md", "LICENSE", "crsam_ext", "triton_kernels", "csrc")
-# Copied so that a wheel that took them along would be seen.
+# Also copied, so that the test would notice them in the wheel.
 NOT_FOR_WHEELS = ("tests", "benchmarks", "examples")
 
 
 def run(*args, cwd):
-    env = os.environ | {"CRSAM_NO_CUDA": "1"}  # the extension takes minutes, and has tests of its own
+    env = os.environ | {"CRSAM_NO_CUDA": "1"}  # the extension takes minutes to build, and has its own tests
     done = subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -28,7 +28,7 @@ def run(*args, cwd):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built from a copy: setuptools packs what an earlier build left in the tree."""
+    """Build the wheel from a copy, because setuptools packs files of earlier builds."""
     source = tmp_path_factory.mktemp("source")
     for name in SOURCES + NOT_FOR_WHEELS:
         if (ROOT / name).is_dir():
@@ -59,7 +59,7 @@ def test_wheel_holds_every_module_and_recipe_and_nothing_else(wheel):
     assert packed == modules | kernels | recipes | {"crsam_ext/py.typed", "crsam_ext/_build.py"}
 
 
-def test_wheel_is_pure_though_there_may_be_compilers(wheel):
+def test_wheel_is_pure_even_if_compilers_exist(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
 
 
@@ -67,7 +67,7 @@ def test_wheel_needs_only_torch(distribution):
     assert [need for need in distribution.requires if "extra ==" not in need] == ["torch>=2.11"]
 
 
-def test_wheel_metadata(distribution):
+def test_wheel_has_the_right_metadata(distribution):
     assert distribution.metadata["Name"] == "crsam_ext"
     assert distribution.metadata["License-Expression"] == "MIT"
     assert distribution.metadata["Requires-Python"] == ">=3.10"
@@ -79,20 +79,20 @@ KERNELS_ARE_A_SUBPACKAGE = "import crsam_ext.triton_kernels, importlib.util as u
 
 
 def test_triton_kernels_are_a_subpackage_of_an_editable_installation(tmp_path):
-    """It finds the renamed folder through an import hook."""
+    """The editable installation finds the renamed folder through an import hook."""
     assert run("-I", "-c", KERNELS_ARE_A_SUBPACKAGE, cwd=tmp_path).strip() == "None"
 
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """A folder into which the wheel is installed, before everything else on the path of whoever runs there."""
+    """Return a folder that contains the installed wheel, to be put first on the path."""
     folder = tmp_path_factory.mktemp("installed")
     run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", folder, wheel, cwd=folder)
     return folder
 
 
 def test_wheel_is_installed_and_trains(installed, tmp_path):
-    """Away from the sources; torch and Triton are those of this environment."""
+    """The program runs outside of the sources; torch and Triton are those of this environment."""
     code = f"""
 import sys
 sys.path.insert(0, {str(installed)!r})
@@ -124,7 +124,8 @@ LEFT_BY_RUNS = ("__pycache__", "*.pyc", "*.so", "*.o", "_build.py")
 
 
 def test_source_distribution_is_a_whole_checkout_and_builds_the_same_wheel(wheel, tmp_path):
-    """It holds what the extension is built from, and the tests with all that they read; nothing that runs leave."""
+    """It contains everything to build the extension, the tests and the files that they read, but no files that runs
+    create."""
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so")
     shutil.copytree(ROOT, source, ignore=ignored)
@@ -161,5 +162,5 @@ print(*sorted(new - sys.stdlib_module_names))
 """
     new = run("-c", code, cwd=tmp_path).split()
     assert "crsam_ext" in new
-    # torch imports parts of itself lazily; what else crsam_ext drags in would be a dependency nobody declared.
+    # torch imports parts of itself lazily; any other package would be an undeclared dependency.
     assert set(new) <= {"crsam_ext", "torch"}

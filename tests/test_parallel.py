@@ -1,4 +1,4 @@
-"""The gradients at w + e and w - e computed at once equal those of two passes, to rounding."""
+"""Gradients at w + e and w - e computed together equal those of two passes, up to rounding."""
 
 import copy
 
@@ -18,12 +18,12 @@ BASES = {
 }
 
 
-# Adam divides a gradient by its own size: one that is 0 but for rounding would become a step of any size. So there are
-# no biases before batch norm, which takes them out, nor of keys, by which softmax does not change.
+# Adam divides a gradient by its own magnitude, so a gradient that is 0 except for rounding would give an arbitrary
+# step. Therefore no biases before batch norm, which removes them, nor of keys, which do not change the softmax.
 
 
 class TiedTransformer(nn.Module):
-    """Self-attention over token embeddings that are the output weights too."""
+    """Self-attention over token embeddings, which are also the output weights."""
 
     def __init__(self):
         super().__init__()
@@ -64,7 +64,7 @@ MODELS = {
 
 
 def pair(model, base="sgd", device="cpu", dtype=torch.float64, **options):
-    """Two equal models with an optimizer each."""
+    """Return two equal models with their optimizers."""
     make, base_options = BASES[base]
     model = model.to(device, dtype)
     other = copy.deepcopy(model)
@@ -75,7 +75,7 @@ def pair(model, base="sgd", device="cpu", dtype=torch.float64, **options):
 
 
 def losses(model, x, y):
-    """The loss of a batch, and the closure of two passes that also calls backward()."""
+    """Return the loss of a batch, and a closure for two passes that also calls backward()."""
 
     def loss_of():
         return F.cross_entropy(model(x), y)
@@ -91,7 +91,7 @@ def losses(model, x, y):
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of attention on a CPU
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_two_passes(name, base, backend_options, device):
+def test_parallel_step_equals_two_passes(name, base, backend_options, device):
     make, data, classes = MODELS[name]
     model, other, optimizer, sequential = pair(make(), base, device, **backend_options)
     for _ in range(3):
@@ -111,7 +111,7 @@ def test_equals_two_passes(name, base, backend_options, device):
 
 @pytest.mark.parametrize("options", [{"regularizer": "log", "estimator": "loss"}, {"max_grad_norm": 0.1},
                                      {"adaptive": True}, {"maximize": True}], ids=lambda o: next(iter(o)))  # fmt: skip
-def test_options(options):
+def test_options_have_the_same_effect(options):
     model, other, optimizer, sequential = pair(mlp(), **options)
     for _ in range(3):
         x, y = torch.randn(8, 20, dtype=torch.float64), torch.randint(5, (8,))
@@ -122,8 +122,8 @@ def test_options(options):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_masters(dtype):
-    """Both points are the master, moved and then rounded: to the bit, as in two passes."""
+def test_masters_give_the_same_bits(dtype):
+    """Both points are the perturbed master, rounded, so that they equal those of two passes bit for bit."""
     model, other, optimizer, sequential = pair(mlp(), dtype=dtype)
     expected, points, weight = [], [], model[0].weight
     x, y = torch.randn(8, 20, dtype=dtype), torch.randint(5, (8,))
@@ -140,8 +140,8 @@ def test_masters(dtype):
     assert torch.equal(points[0], torch.stack(expected[1:]))
 
 
-def test_steps_of_both_kinds_in_turn():
-    """State goes along when memory for two points is first needed, and with fewer passes nothing is parallel."""
+def test_both_kinds_of_steps_may_alternate():
+    """State is moved when memory for two points is first needed; with fewer passes nothing is parallel."""
     model, other, optimizer, sequential = pair(mlp(), curvature_interval=2)
     for index in range(6):
         x, y = torch.randn(8, 20, dtype=torch.float64), torch.randint(5, (8,))
@@ -153,7 +153,7 @@ def test_steps_of_both_kinds_in_turn():
         assert_close(optimizer.state[param]["momentum_buffer"], sequential.state[twin]["momentum_buffer"], EXACT)
 
 
-def test_an_error_restores():
+def test_an_error_restores_w():
     model, _, optimizer, _ = pair(mlp())
     x, y = torch.randn(8, 20, dtype=torch.float64), torch.randint(5, (8,))
     before = [p.detach().clone() for p in model.parameters()]
@@ -172,7 +172,7 @@ def test_an_error_restores():
     optimizer.step(losses(model, x, y)[0], parallel=model)
 
 
-def test_a_nan_skips():
+def test_a_nan_skips_the_step():
     model, _, optimizer, _ = pair(mlp())
     x, y = torch.full((8, 20), torch.nan, dtype=torch.float64), torch.randint(5, (8,))
     before = [p.detach().clone() for p in model.parameters()]
@@ -188,11 +188,11 @@ def test_schedulers_and_hooks_see_the_step():
     optimizer.register_step_post_hook(lambda *_: hooked.append(1))
     x, y = torch.randn(8, 20, dtype=torch.float64), torch.randint(5, (8,))
     optimizer.step(losses(model, x, y)[0], parallel=model)
-    scheduler.step()  # warns, and so fails, if it has seen no step
+    scheduler.step()  # warns, and thereby fails, if it has seen no step
     assert hooked == [1]
 
 
-def test_what_is_refused():
+def test_invalid_arguments_are_refused():
     model, other, optimizer, _ = pair(mlp(nn.Dropout(0.5)))
     x, y = torch.randn(8, 20, dtype=torch.float64), torch.randint(5, (8,))
     loss_of, closure = losses(model, x, y)
@@ -212,7 +212,7 @@ def test_what_is_refused():
 
 
 def test_random_numbers_are_the_same_at_both_points():
-    """Where replay_rng is off, so that random numbers are not refused."""
+    """With replay_rng off, random numbers are not refused."""
     model, _, optimizer, _ = pair(mlp(), replay_rng=False)
     x = torch.randn(8, 20, dtype=torch.float64)
     optimizer.step(lambda: 0 * model(x).sum() + torch.rand((), dtype=torch.float64), parallel=model)

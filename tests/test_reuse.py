@@ -1,4 +1,4 @@
-"""Steps between perturbations that go on with the sharpness direction of the last one."""
+"""Steps between perturbations that add the last sharpness direction."""
 
 import copy
 import math
@@ -75,13 +75,13 @@ def reference_of(params, base, options, interval=3):
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_formula(base, name, backend_options, device):
-    """ghat = g0 + min(0.9^j, |g0| / 2 |h|) h in the steps between, clipped as any other."""
+def test_formula_holds(base, name, backend_options, device):
+    """In the steps between, ghat = g0 + min(0.9^j, |g0| / 2 |h|) h, clipped as in other steps."""
     options = OPTIONS[name]
     if name == "compile" and (backend_options["backend"] != "torch" or base == "radam"):
         pytest.skip("torch.compile is an option of backend torch")
     if name == "maximize" and base == "radam":
-        pytest.skip("tested with the rules that are computed here")
+        pytest.skip("only tested with native update rules")
     params, optimizer = problem(base, device=device, **options, **backend_options)
     reference = reference_of(params, base, options)
     for step, data in enumerate(batches(device=device)):
@@ -99,8 +99,8 @@ def test_formula(base, name, backend_options, device):
     "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"]
 )
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
-def test_dtypes(base, dtype, backend_options, device):
-    """It is kept in the compute dtype: steps of the same gradients differ by rounding alone."""
+def test_dtypes_agree_up_to_rounding(base, dtype, backend_options, device):
+    """The direction is stored in the compute dtype: steps with the same gradients only differ by rounding."""
     torch.manual_seed(0)
     shapes = [(5, 4), (300,), ()]
     params = [torch.nn.Parameter(torch.randn(shape).to(device, dtype)) for shape in shapes]
@@ -127,8 +127,8 @@ def test_dtypes(base, dtype, backend_options, device):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_curvature_interval(base, backend_options, device):
-    """Both: perturbations are every third step, and every second of them takes all three passes."""
+def test_curvature_interval_and_interval_combine(base, backend_options, device):
+    """Every third step perturbs, and every second of these takes all three passes."""
     params, optimizer = problem(base, device=device, curvature_interval=2, **backend_options)
     passes = []
     for data in batches(9, device=device):
@@ -141,8 +141,8 @@ def test_curvature_interval(base, backend_options, device):
 
 
 @pytest.mark.parametrize("base", ["sgd", "radam"])
-def test_calls(base, backend_options, device):
-    """In the form of calls, with combine() too, the same steps to the bit."""
+def test_calls_give_the_same_bits(base, backend_options, device):
+    """Also with combine()."""
     options = {"device": device, **backend_options}
     (params, by_closure), (others, by_calls), (more, combined) = (problem(base, **options) for _ in range(3))
     for data in batches(device=device):
@@ -161,12 +161,12 @@ def test_calls(base, backend_options, device):
         combined.step()
         combined.zero_grad()
     assert_equal(params, others)
-    for p, q in zip(params, more, strict=True):  # where ghat is rounded once more
+    for p, q in zip(params, more, strict=True):  # ghat is rounded once more
         assert_close(q, p, EXACT)
 
 
-def test_micro_batches(backend_options, device):
-    """A list of closures: the direction is that of the sum."""
+def test_micro_batches_give_the_direction_of_their_sum(backend_options, device):
+    """Tested with a list of closures."""
     (params, whole), (others, in_parts) = (problem(device=device, **backend_options) for _ in range(2))
     for data in batches(device=device):
         whole.step(closure(params, data))
@@ -181,8 +181,8 @@ def test_micro_batches(backend_options, device):
 
 @pytest.mark.parametrize("clip", [{}, {"max_grad_norm": 0.05}], ids=["plain", "clipped"])
 @pytest.mark.parametrize("form", ["closure", "calls"])
-def test_a_scale_that_changes(form, clip, backend_options, device):
-    """The direction is kept for losses that are not scaled."""
+def test_a_scale_that_changes_does_not_affect_the_direction(form, clip, backend_options, device):
+    """The direction is stored for unscaled losses."""
     (params, optimizer), (others, scaled) = (problem(device=device, **clip, **backend_options) for _ in range(2))
     scaler = (GradScaler if form == "closure" else torch.amp.GradScaler)(
         device.type, init_scale=1024.0, growth_interval=1
@@ -205,14 +205,14 @@ def test_a_scale_that_changes(form, clip, backend_options, device):
             scaler.step(scaled)
             scaled.zero_grad()
         scaler.update()
-    for p, q in zip(params, others, strict=True):  # e is not quite the same: epsilon is not scaled
+    for p, q in zip(params, others, strict=True):  # e differs slightly: epsilon is not scaled
         assert_close(p, q, 100 * EXACT)
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("at", range(1, 6))
-def test_resume(base, at, backend_options, device):
-    """A checkpoint after any step goes on with the same bits."""
+def test_training_resumes_to_the_same_bits(base, at, backend_options, device):
+    """A checkpoint after any step continues with the same bits."""
     params, optimizer = problem(base, device=device, **backend_options)
     data = batches(device=device)
     for one in data[:at]:
@@ -230,11 +230,11 @@ def test_resume(base, at, backend_options, device):
     assert_equal(params, copied_params)
 
 
-# When it is kept, and when not ---------------------------------------------------------------------------------------
+# When the direction is kept or dropped -------------------------------------------------------------------------------
 
 
 def plain_steps(params, base, data, rho=0.0):
-    """The same parameters after steps of the base optimizer alone, whose state is new."""
+    """Return the same parameters after steps of the base optimizer alone, with new state."""
     twins = copy.deepcopy(params)
     kind, settings = BASES[base]
     plain = CRSAM(twins, kind, rho=rho, **settings)
@@ -244,8 +244,8 @@ def plain_steps(params, base, data, rho=0.0):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_a_checkpoint_without_one(base, backend_options, device):
-    """Steps are the base optimizer's until the next perturbation."""
+def test_a_checkpoint_without_a_direction_loads(base, backend_options, device):
+    """Steps equal those of the base optimizer until the next perturbation."""
     params, optimizer = problem(base, device=device, **backend_options)
     first, *rest = batches(3, device=device)
     optimizer.step(closure(params, first))
@@ -261,7 +261,7 @@ def test_a_checkpoint_without_one(base, backend_options, device):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_a_perturbation_that_is_skipped_drops_it(base, backend_options, device):
+def test_a_perturbation_that_is_skipped_drops_the_direction(base, backend_options, device):
     params, optimizer = problem(base, device=device, **backend_options)
     data = batches(6, device=device)
     for one in data[:3]:
@@ -283,7 +283,7 @@ def test_a_perturbation_that_is_skipped_drops_it(base, backend_options, device):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_a_step_between_that_is_skipped_keeps_it(base, backend_options, device):
+def test_a_step_between_that_is_skipped_keeps_the_direction(base, backend_options, device):
     params, optimizer = problem(base, device=device, **backend_options)
     first, second, third = batches(3, device=device)
     optimizer.step(closure(params, first))
@@ -302,8 +302,8 @@ def test_a_step_between_that_is_skipped_keeps_it(base, backend_options, device):
     assert not torch.equal(params[0], before[0])
 
 
-def test_a_rho_of_0_where_a_perturbation_is_due_drops_it(backend_options, device):
-    """Else the steps after it would take an old direction for a new one."""
+def test_a_zero_rho_drops_the_direction(backend_options, device):
+    """A step with rho = 0 takes the place of a perturbation; otherwise later steps would use an outdated direction."""
     params, optimizer = problem(device=device, **backend_options)
     data = batches(6, device=device)
     for one in data[:3]:
@@ -315,7 +315,7 @@ def test_a_rho_of_0_where_a_perturbation_is_due_drops_it(backend_options, device
     assert all((optimizer.state[p][DIRECTION] == 0).all() for p in params)
 
 
-def test_a_rho_of_0_is_the_base_optimizer(backend_options, device):
+def test_a_step_with_a_zero_rho_equals_the_base_optimizer(backend_options, device):
     params, optimizer = problem("adamw", device=device, **backend_options)
     first, second = batches(2, device=device)
     optimizer.step(closure(params, first))
@@ -331,8 +331,8 @@ def test_a_rho_of_0_is_the_base_optimizer(backend_options, device):
 
 
 @pytest.mark.parametrize("name", ["rho", "alpha", "beta"])
-def test_other_options_keep_it(name, backend_options, device):
-    """A schedule changes them a little in every step; the next perturbation is made with the new ones."""
+def test_changes_of_other_options_keep_the_direction(name, backend_options, device):
+    """A schedule changes them in every step; the next perturbation uses the new values."""
     params, optimizer = problem(device=device, **backend_options)
     others, unchanged = problem(device=device, **backend_options)
     first, second = batches(2, device=device)
@@ -344,7 +344,7 @@ def test_other_options_keep_it(name, backend_options, device):
     assert_equal(params, others)
 
 
-def test_a_group_that_is_added_has_none(backend_options, device):
+def test_an_added_group_has_no_direction(backend_options, device):
     params, optimizer = problem(device=device, **backend_options)
     first, second, third = batches(3, device=device)
     optimizer.step(closure(params[:], first))
@@ -364,8 +364,8 @@ def test_a_group_that_is_added_has_none(backend_options, device):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_a_parameter_that_takes_no_part_in_the_perturbation_has_none(base, backend_options, device):
-    """Not an old one either."""
+def test_a_parameter_that_was_not_perturbed_has_no_direction(base, backend_options, device):
+    """It has no older direction either."""
     used, other = (torch.nn.Parameter(torch.full((3,), 2.0, dtype=torch.float64, device=device)) for _ in range(2))
     kind, settings = BASES[base]
     optimizer = CRSAM([used, other], kind, rho=0.2, interval=2, reuse=True, **settings, **backend_options)
@@ -379,7 +379,7 @@ def test_a_parameter_that_takes_no_part_in_the_perturbation_has_none(base, backe
     assert (optimizer.state[used][DIRECTION] != 0).all()
 
 
-def test_an_exception_leaves_it(backend_options, device):
+def test_an_exception_keeps_the_direction(backend_options, device):
     params, optimizer = problem(device=device, **backend_options)
     others, undisturbed = problem(device=device, **backend_options)
     data = batches(device=device)
@@ -397,11 +397,11 @@ def test_an_exception_leaves_it(backend_options, device):
     assert_equal(params, others)
 
 
-# What it costs, and that it does not diverge -------------------------------------------------------------------------
+# Cost and stability --------------------------------------------------------------------------------------------------
 
 
-def test_memory():
-    """One buffer of the parameters' size in the compute dtype, beside those of the base optimizer."""
+def test_memory_is_one_additional_buffer():
+    """The buffer has the parameters' size in the compute dtype."""
     params, optimizer = problem()
     optimizer.step(closure(params, batches(1)[0]))
     kept = [optimizer.state[p][DIRECTION] for p in params]
@@ -412,7 +412,7 @@ def test_memory():
 
 
 def final_loss(interval, rho=0.2, steps=300):
-    """Of a network that is trained with the whole batch: nothing averages the push of an old direction out."""
+    """Return the loss of a network trained with the whole batch, where an outdated direction does not average out."""
     params, data = problem()[0], batches(1)[0]
     options = {"rho": rho, "alpha": 0.5, "beta": 0.1, "interval": interval, "reuse": interval > 1}
     optimizer = CRSAM(params, torch.optim.SGD, lr=0.1, momentum=0.9, **options)
@@ -421,8 +421,8 @@ def final_loss(interval, rho=0.2, steps=300):
     return network_loss(params, data).item()
 
 
-def test_no_interval_diverges(monkeypatch):
-    """However rare perturbations are, the loss falls to less than half; without either bound it grows."""
+def test_training_converges_with_any_interval(monkeypatch):
+    """However rare perturbations are, the loss falls to less than half; without either bound it would grow."""
     start = network_loss(problem()[0], batches(1)[0]).item()
     losses = {interval: final_loss(interval) for interval in (2, 3, 5, 10, 20, 50, 100)}
     assert all(loss < start / 2 for loss in losses.values()), losses
@@ -431,15 +431,15 @@ def test_no_interval_diverges(monkeypatch):
     assert not final_loss(100) < start
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# Errors --------------------------------------------------------------------------------------------------------------
 
 
-def test_without_an_interval():
+def test_reuse_without_an_interval_is_refused():
     with pytest.raises(ValueError, match="there are none with interval=1"):
         problem(interval=1)
 
 
-def test_with_a_perturbation_for_each_micro_batch():
+def test_reuse_with_separate_perturbations_is_refused():
     params, optimizer = problem()
     data = batches(2)
     with pytest.raises(ValueError, match="curvature_interval and reuse"):

@@ -1,4 +1,4 @@
-"""Parameters whose memory others hold: they stay where they are, and train as any others, to the bit."""
+"""Parameters with shared memory: they are not moved, and train as other parameters, bit for bit."""
 
 import multiprocessing
 
@@ -13,7 +13,7 @@ from crsam_ext.flat import _is_held_by_others
 
 pytestmark = pytest.mark.on_cpu
 
-SHAPES = [(700, 300), (3, 5), (7,), ()]  # the first is too large to share a row with others in backend "torch"
+SHAPES = [(700, 300), (3, 5), (7,), ()]  # the first is too large to share a row in backend "torch"
 BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
     "adamw": (torch.optim.AdamW, {"lr": 0.01}),
@@ -23,8 +23,8 @@ bases = pytest.mark.parametrize("base", BASES)
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 
 
-# How others come to hold the memory of a parameter with the values of a tensor: each returns the parameter, and how a
-# holder reads it.
+# Ways to share a parameter's memory, given the values of a tensor: each returns the parameter and a function that reads
+# the shared memory.
 
 
 def twin(values):
@@ -47,7 +47,7 @@ def a_part(values):
 
 
 def columns(values):
-    """With gaps in its memory."""
+    """Return a parameter with gaps in its memory."""
     whole = torch.zeros(*values.shape, 2, dtype=values.dtype)
     param = Parameter(whole[..., 0])
     param.data.copy_(values)
@@ -55,7 +55,7 @@ def columns(values):
 
 
 def transposed(values):
-    """The memory of another order of dimensions."""
+    """Return a parameter whose dimensions have another order in memory."""
     whole = values.clone().permute(list(reversed(range(values.ndim)))).contiguous()
     param = Parameter(whole.permute(list(reversed(range(values.ndim)))))
     return param, lambda: whole.permute(list(reversed(range(values.ndim))))
@@ -83,7 +83,7 @@ def loss_of(params):
 
 
 def train(params, backend_options, base, steps=4, **options):
-    """The parameters after some steps, and the optimizer."""
+    """Return the parameters after some steps, and the optimizer."""
     cls, base_options = BASES[base]
     optimizer = CRSAM(params, cls, rho=0.5, **base_options, **options, **backend_options)
 
@@ -98,7 +98,7 @@ def train(params, backend_options, base, steps=4, **options):
 
 
 def pair(hold, dtype, device):
-    """Parameters of their own, and the same ones held by others, with what their holders see."""
+    """Return unshared parameters, and equal shared ones with the functions that read them."""
     values = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in SHAPES]
     held = [hold(x) for x in values]
     own = [Parameter(param.detach().clone()) for param, _ in held]  # in the same order in memory
@@ -113,7 +113,7 @@ def same(params, others):
 @dtypes
 @holders
 @pytest.mark.parametrize("rho", [0.0, 0.5])
-def test_trained_in_place_as_anywhere(rho, hold, dtype, base, backend_options, device):
+def test_parameters_are_trained_in_place_with_the_same_bits(rho, hold, dtype, base, backend_options, device):
     own, held, seen = pair(hold, dtype, device)
     addresses = [p.data_ptr() for p in held]
     cls, options = BASES[base]
@@ -128,8 +128,8 @@ def test_trained_in_place_as_anywhere(rho, hold, dtype, base, backend_options, d
 
 @dtypes
 @pytest.mark.parametrize("flatten", [True, False])
-def test_flatten(flatten, dtype, backend_options, device):
-    """The option decides where parameters are that nobody else holds, not what becomes of them."""
+def test_flatten_does_not_change_the_result(flatten, dtype, backend_options, device):
+    """The option decides whether unshared parameters are moved, not their values."""
     own, others, _ = pair(twin, dtype, device)
     own, others = own, [Parameter(p.detach().clone()) for p in others]
     addresses = [p.data_ptr() for p in others]
@@ -143,7 +143,7 @@ def test_flatten(flatten, dtype, backend_options, device):
 @dtypes
 @pytest.mark.parametrize("when", [1, 2, 3])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, "nan"])
-def test_restored_in_place(error, when, dtype, hold, backend_options, device):
+def test_parameters_are_restored_in_place(error, when, dtype, hold, backend_options, device):
     _, held, seen = pair(hold, dtype, device)
     optimizer = train(held, backend_options, "sgd", steps=1)
     before, passes = [p.detach().clone() for p in held], []
@@ -168,8 +168,8 @@ def test_restored_in_place(error, when, dtype, hold, backend_options, device):
 
 
 @holders
-def test_change_by_a_holder_counts(hold, backend_options, device):
-    """What is written through the other tensor between two steps is where the next one starts."""
+def test_change_through_shared_memory_takes_effect(hold, backend_options, device):
+    """A step starts from values written through the other tensor."""
     own, held, seen = pair(hold, torch.float32, device)
     for params in (own, held):
         optimizer = train(params, backend_options, "sgd", steps=1)
@@ -181,7 +181,7 @@ def test_change_by_a_holder_counts(hold, backend_options, device):
 
 
 @holders
-def test_gradients_in_some_passes_only(hold, backend_options, device):
+def test_shared_parameters_may_lack_gradients_in_some_passes(hold, backend_options, device):
     own, held, _ = pair(hold, torch.bfloat16, device)
     for params in (own, held):
         optimizer = CRSAM(params, lr=0.1, momentum=0.9, rho=0.5, **backend_options)
@@ -196,7 +196,7 @@ def test_gradients_in_some_passes_only(hold, backend_options, device):
                                      {"reuse": True, "interval": 2},
                                      {"regularizer": "log"}], ids=lambda o: next(iter(o)))  # fmt: skip
 @pytest.mark.parametrize("hold", [columns, twin], ids=["columns", "twin"])
-def test_options(hold, options, backend_options, device):
+def test_options_have_the_same_effect_in_place(hold, options, backend_options, device):
     own, held, _ = pair(hold, torch.bfloat16, device)
     for params in (own, held):
         train(params, backend_options, "sgd", **options)
@@ -204,7 +204,7 @@ def test_options(hold, options, backend_options, device):
 
 
 @holders
-def test_both_points_at_once(hold, backend_options, device):
+def test_both_points_at_once_work_in_place(hold, backend_options, device):
     def model_of(params):
         model = nn.Module()
         model.params = nn.ParameterList(params)
@@ -220,8 +220,8 @@ def test_both_points_at_once(hold, backend_options, device):
     assert same(held, [see() for see in seen])
 
 
-def test_one_that_is_held_beside_one_that_is_not(backend_options, device):
-    """In one row of backend "torch"."""
+def test_shared_and_unshared_parameters_may_be_mixed(backend_options, device):
+    """They share one row of backend "torch"."""
     own, _, _ = pair(twin, torch.float32, device)
     mixed = [Parameter(p.detach().clone()) for p in own]
     holder = mixed[1].detach()
@@ -232,16 +232,17 @@ def test_one_that_is_held_beside_one_that_is_not(backend_options, device):
 
 
 @pytest.mark.parametrize("hold", [a_part, columns, of_numpy, shared], ids=lambda hold: hold.__name__)
-def test_where_torch_does_not_tell_who_holds_a_storage(hold, backend_options, device, monkeypatch):
-    """What a storage shows by itself still counts: its size, whether it can be resized, whether it is shared."""
+def test_sharing_without_torchs_use_count(hold, backend_options, device, monkeypatch):
+    """The properties of the storage still count: its size, whether it is resizable, whether it is in shared memory."""
     monkeypatch.setattr(flat, "storage_is_shared", lambda storage: False)
     _, held, seen = pair(hold, torch.float32, device)
     train(held, backend_options, "sgd", steps=2)
     assert same(held, [see() for see in seen])
 
 
-def test_a_holder_of_the_flat_buffer(backend_options, device):
-    """Who takes over a parameter after the first step stays in touch when parameters are adopted anew."""
+def test_alias_of_the_flat_buffer_stays_valid(backend_options, device):
+    """A tensor that shares a parameter's memory after the first step keeps sharing it when parameters are adopted
+    again."""
     trained, generating = nn.Linear(4, 4), nn.Linear(4, 4)
     optimizer = CRSAM(trained.parameters(), lr=0.1, rho=0.0, **backend_options)
     closure = lambda: trained(torch.ones(2, 4)).square().sum().backward()  # noqa: E731
@@ -253,9 +254,9 @@ def test_a_holder_of_the_flat_buffer(backend_options, device):
         assert same(generating.parameters(), trained.parameters())
 
 
-def test_nobody_holds_what_is_left_of_a_step(backend_options, device):
-    """A graph that is gone, gradients, a state dict that is gone: parameters are adopted into the flat buffer, and
-    again after a change, not left where they happen to be."""
+def test_freed_references_do_not_keep_parameters_in_place(backend_options, device):
+    """After a freed graph, gradients and a freed state dict, parameters are moved into the flat buffer, and
+    again after a change; they are not considered shared."""
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.LSTM(4, 3))
     model.state_dict()
     assert not any(_is_held_by_others(p, {}) for p in model.parameters())
@@ -271,7 +272,7 @@ def test_nobody_holds_what_is_left_of_a_step(backend_options, device):
 
 
 class FlatteningLSTM(nn.LSTM):
-    """As on CUDA: flatten_parameters() copies the weights into a new block, and points the parameters there."""
+    """As on CUDA, flatten_parameters() copies the weights into a new block and re-points the parameters."""
 
     def flatten_parameters(self):
         weights = getattr(self, "_flat_weights", [])
@@ -288,7 +289,7 @@ class FlatteningLSTM(nn.LSTM):
 @pytest.mark.parametrize("rho", [0.0, 0.3])
 @pytest.mark.parametrize("form", ["closure", "calls"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_re_pointed_in_every_forward(dtype, form, rho, base, backend_options, device):
+def test_parameters_re_pointed_in_every_forward_are_followed(dtype, form, rho, base, backend_options, device):
     cls, options = BASES[base]
     x, trained = torch.randn(3, 2, 40, dtype=dtype), []
     for flattens in (False, True):
@@ -314,8 +315,8 @@ def test_re_pointed_in_every_forward(dtype, form, rho, base, backend_options, de
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("passes", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
-def test_re_pointed_and_then_interrupted(passes, dtype, backend_options, device):
-    """w goes where the parameter is now, also of one that was followed there."""
+def test_re_pointed_parameter_is_restored_after_an_interrupt(passes, dtype, backend_options, device):
+    """w is written to the parameter's new memory."""
     params = [Parameter(torch.randn(s).to(dtype)) for s in SHAPES]
     optimizer = train(params, backend_options, "sgd", steps=1)
     before = [p.detach().clone() for p in params]
@@ -334,8 +335,8 @@ def test_re_pointed_and_then_interrupted(passes, dtype, backend_options, device)
 
 
 @pytest.mark.parametrize(("base", "how"), [("sgd", "strides"), ("sgd", "dtype"), ("sgd", "both"), ("adamw", "strides")])
-def test_layout_changed_between_steps(base, how, backend_options, device):
-    """At the same address, in the same shape: torch's own optimizer says what is right."""
+def test_layout_may_change_between_steps(base, how, backend_options, device):
+    """Address and shape do not change; torch's own optimizer gives the expected result."""
     cls, options = BASES[base]
     options = {**options, "weight_decay": 0.0}
     trained = []
@@ -367,15 +368,15 @@ def test_parameters_that_overlap_are_refused(layout, backend_options, device):
     assert torch.equal(whole, before)
 
 
-def test_parameters_that_interleave_are_not(backend_options, device):
+def test_parameters_that_interleave_are_accepted(backend_options, device):
     whole = torch.randn(6, 8)
     params = [Parameter(whole[:, :4]), Parameter(whole[:, 4:])]
     CRSAM(params, lr=0.1, rho=0.0, **backend_options).step(lambda: sum(p.square().sum() for p in params).backward())
     assert torch.equal(torch.cat([p.detach() for p in params], 1), whole)
 
 
-def test_memory_that_was_freed(backend_options, device):
-    """It works as long as parameters stay in their own storages; while one has no memory, a step is refused."""
+def test_parameter_without_memory_is_refused(backend_options, device):
+    """Steps work as long as parameters have their own storages; a step is refused while one has no memory."""
     model = nn.Linear(3, 3)
     optimizer = CRSAM(model.parameters(), lr=0.1, flatten=False, **backend_options)
     closure = lambda: model(torch.ones(2, 3)).square().mean().backward()  # noqa: E731
@@ -400,8 +401,8 @@ def train_shared(model, backend):
         optimizer.step(lambda: model(torch.ones(4, 3)).square().mean().backward())
 
 
-def test_hogwild(backend_options, device):
-    """The parent sees what its child trains."""
+def test_hogwild_works(backend_options, device):
+    """The parent process sees the updates of its child."""
     model, alone = nn.Linear(3, 2), nn.Linear(3, 2)
     alone.load_state_dict(model.state_dict())
     model.share_memory()
@@ -413,7 +414,7 @@ def test_hogwild(backend_options, device):
     assert same(model.parameters(), alone.parameters())
 
 
-def test_a_mapped_file(tmp_path, backend_options, device):
+def test_a_mapped_file_is_trained_in_place(tmp_path, backend_options, device):
     path = tmp_path / "weights"
     np.arange(12, dtype=np.float32).tofile(path)
     param = Parameter(torch.from_file(str(path), shared=True, size=12, dtype=torch.float32))

@@ -1,7 +1,7 @@
-"""Steps on one rank of 4096: their collectives, the memory that this rank holds, and the work of the host.
+"""Steps on one rank of 4096: their collectives, memory use and host work.
 
-The other ranks do not exist: a fake process group takes part in collectives without sending anything. What they would
-have delivered is memory that nobody has written, so gradients are given values after every backward.
+The other ranks do not exist: a fake process group performs collectives without communication. Its results are
+uninitialized memory, so the test writes values to the gradients after every backward.
 """
 
 import multiprocessing
@@ -31,8 +31,8 @@ pytestmark = pytest.mark.slow
 RANK, FEW, MANY = 5, 8, 4096
 MESHES = {"fsdp": {FEW: (FEW,), MANY: (MANY,)}, "hsdp": {FEW: (2, FEW // 2), MANY: (16, MANY // 16)}}
 LINEAR = {"rho": 0.1, "alpha": 0.3, "beta": 0.2, "lr": 1e-3}
-# With each the lengths of the optimizer's own all-reduces. Of the Gram matrix there are 9 numbers, from which follows
-# all that clip and log form need; otherwise the norms of the second and third gradient show whether they are sound.
+# The lengths of the optimizer's all-reduces for each set of options. The Gram matrix has 9 numbers, sufficient for the
+# clip factor and the log form; otherwise the norms of the second and third gradient show whether they are finite.
 OPTIONS = {
     "linear": (LINEAR, [1, 2]),
     "clip": ({**LINEAR, "max_grad_norm": 1.0}, [1, 9]),
@@ -41,7 +41,7 @@ OPTIONS = {
 
 
 class Block(nn.Module):
-    """Of 4096 hidden units, so that even 4096 ranks have a row of each parameter, and all have as many."""
+    """Linear layers of 4096 hidden units, so that each of 4096 ranks has one row of each parameter."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ class Block(nn.Module):
 
 
 class Run:
-    """Steps of CRSAM with AdamW on a model of some blocks, each of which is sharded by itself."""
+    """Steps of CRSAM with AdamW on a model of blocks, each sharded separately."""
 
     def __init__(self, size, kind, depth, options, **sharding):
         shape = MESHES[kind][size]
@@ -81,7 +81,7 @@ class Run:
 
 
 def on_one_of(size, function, *arguments):
-    """What a function returns on one rank of so many, in a process of its own, which alone has a process group."""
+    """Return the result of a function on one rank of ``size``, in a new process with its own process group."""
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(1, mp_context=fork) as pool:
         return pool.submit(_begin, size, function, arguments).result(LIMIT)
@@ -95,7 +95,7 @@ def _begin(size, function, arguments):
 
 
 def collectives(size, kind, depth, options, sharding):
-    """The collectives of a later step, the lengths of the optimizer's own ones, and whether the update was made."""
+    """Return the collectives of a later step, the lengths of the optimizer's own, and whether the update was made."""
     run, lengths, all_reduce = Run(size, kind, depth, options, **sharding), [], dist.all_reduce
     run.step()
     before = [param.to_local().clone() for param in run.model.parameters()]
@@ -116,7 +116,7 @@ def collectives(size, kind, depth, options, sharding):
 @pytest.mark.parametrize("kind", MESHES)
 def test_a_step_makes_two_small_all_reduces(kind, options, depth):
     own = OPTIONS[options][1]
-    passes, gathers = 3, 2  # once for the forward and once for the backward, as parameters are freed in between
+    passes, gathers = 3, 2  # once in the forward and once in the backward, because parameters are freed in between
     expected = {"_allgather_base_": passes * gathers * depth, "_reduce_scatter_base_": passes * depth}
     expected["allreduce_"] = len(own) + (passes * depth if kind == "hsdp" else 0)
     for size in (FEW, MANY):
@@ -129,9 +129,10 @@ def test_parameters_kept_from_forward_to_backward_are_gathered_once_a_pass():
 
 
 def held(size, kind, depth):
-    """Bytes of the distinct memory in parameters, optimizer and gradients: when all passes are there, and afterwards.
+    """Return the bytes of distinct memory in parameters, optimizer and gradients: with all gradients present, and
+    afterwards.
 
-    And N: bytes of the parameters, how many there are, and over how many ranks.
+    Also return the bytes and the number of the parameters, and the number of ranks.
     """
     with mock.patch.object(TorchOperators, "gather_below", 1):  # as with kernels: no gradients are gathered into rows
         run = Run(size, kind, depth, "log, clip")
@@ -157,7 +158,7 @@ def _bytes_of(run):
     if optimizer._step is not None:
         tensors += [g for of_pass in optimizer._step.grads for of_bucket in of_pass for g in of_bucket]
     tensors += optimizer._flat._copies.values()
-    # By address: the state lies in the flat buffers, in storages of its own over parts of them.
+    # Count by address: state consists of storages over parts of the flat buffers.
     spans = sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in (x.untyped_storage() for x in tensors))
     total = end = 0
     for start, stop in spans:
@@ -168,10 +169,10 @@ def _bytes_of(run):
 
 @pytest.mark.parametrize("kind", MESHES)
 @pytest.mark.parametrize("size", [FEW, MANY])
-def test_a_rank_holds_its_part_of_everything(kind, size):
+def test_a_rank_holds_only_its_shard_of_everything(kind, size):
     at_peak, afterwards, nbytes, count, shards = on_one_of(size, held, kind, 3)
-    # A segment of w, exp_avg and exp_avg_sq ends at a multiple of 16 bytes; there is a counter for each parameter. Each
-    # block's gradients of a pass may be padded once, by fully_shard.
+    # Segments of w, exp_avg and exp_avg_sq are aligned to 16 bytes; each parameter has a counter. fully_shard may pad
+    # each block's gradients once per pass.
     padding = count * (3 * (ALIGNMENT - 4) + 4) + count * 3 * ALIGNMENT
     share = nbytes // shards
     assert 7 * share <= at_peak <= 7 * share + padding  # live, w, exp_avg, exp_avg_sq and three gradients
@@ -179,7 +180,7 @@ def test_a_rank_holds_its_part_of_everything(kind, size):
 
 
 def calls(size, kind, depth):
-    """How many functions of crsam_ext a later step calls."""
+    """Return the number of calls of crsam_ext's functions in a later step."""
     run, home, count = Run(size, kind, depth, "log, clip"), str(Path(crsam_ext.__file__).parent), 0
     for _ in range(2):
         run.step()
@@ -197,20 +198,20 @@ def calls(size, kind, depth):
 
 
 @pytest.mark.parametrize("kind", MESHES)
-def test_no_work_of_the_host_grows_with_the_ranks(kind):
+def test_host_work_does_not_grow_with_the_ranks(kind):
     few, many = (on_one_of(size, calls, kind, 3) for size in (FEW, MANY))
     assert few == many > 0
 
 
 def gradients(size, are_views):
-    """Whether a step without fully_shard returns the gradients that it was given, and their values at w."""
+    """Return whether a step without fully_shard returns the given gradients, and their values at w."""
     mesh, memory = init_device_mesh("cpu", (size,)), torch.empty(2, 3)
     params = [nn.Parameter(empty(3 * size, device_mesh=mesh, placements=[Shard(0)])) for _ in memory]
     optimizer, given = CRSAM(params, torch.optim.AdamW, backend="torch", **LINEAR), []
 
     def closure():
         given.append([torch.zeros_like(p) for p in params])
-        memory.fill_(len(given))  # which the next backward writes again
+        memory.fill_(len(given))  # the next backward writes it again
         for p, g, part in zip(params, given[-1], memory, strict=True):
             g.to_local().fill_(len(given))
             if are_views:
@@ -224,7 +225,7 @@ def gradients(size, are_views):
     return returned, [p.grad.to_local().tolist() for p in params]
 
 
-def test_gradients_are_held_as_they_are_unless_they_are_views():
+def test_gradients_are_only_copied_if_they_are_views():
     ones = [[1.0] * 3] * 2
     assert on_one_of(FEW, gradients, False) == (True, ones)
     assert on_one_of(FEW, gradients, True) == (False, ones)

@@ -44,8 +44,8 @@ def optimizer_with(rho=0.2, lr=0.1):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_every_scheduler(name):
-    """Rho follows the numbers that a learning rate would."""
+def test_every_scheduler_can_schedule_rho(name):
+    """Rho takes the values that a learning rate would take."""
     optimizer = optimizer_with()
     groups = [{"params": [Parameter(torch.ones(1))]}, {"params": [Parameter(torch.ones(1))], "lr": 0.4}]
     twin = torch.optim.SGD(groups, lr=0.2)
@@ -59,7 +59,7 @@ def test_every_scheduler(name):
         assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.1]
 
 
-def test_schedulers_of_timm():
+def test_schedulers_of_timm_work():
     timm = pytest.importorskip("timm.scheduler")
     optimizer = optimizer_with()
     scheduler = timm.CosineLRScheduler(Scheduled(optimizer, "rho"), t_initial=4, warmup_t=0)
@@ -67,8 +67,8 @@ def test_schedulers_of_timm():
     assert [g["rho"] for g in optimizer.param_groups] == pytest.approx([0.1, 0.2])
 
 
-def test_the_steps(backend_options, device):
-    """Each step is taken with the values of its time, in all three options, against the reference."""
+def test_steps_use_the_current_values(backend_options, device):
+    """Each step uses the current values of all three options; compare with the reference."""
     params, data = network_params(torch.float64, device), batch(torch.float64, device)
     options = {"rho": 0.2, "alpha": 0.4, "beta": 0.3, "lr": 0.1, "momentum": 0.9}
     reference = ReferenceCRSAM([{"params": [p.detach().cpu() for p in params]}], **options)
@@ -94,8 +94,8 @@ def test_tensors_are_changed_in_place():
     assert rho == pytest.approx(0.1)
 
 
-def test_resuming():
-    """The scheduler's own state, and in the optimizer's the value of the moment."""
+def test_schedule_resumes():
+    """The scheduler has its own state; the optimizer's state contains the current value."""
     optimizer = optimizer_with()
     scheduler = schedulers.LinearLR(Scheduled(optimizer, "rho"), total_iters=8)
     for _ in range(3):
@@ -110,7 +110,7 @@ def test_resuming():
         assert [g["rho"] for g in optimizer.param_groups] == [g["rho"] for g in resumed.param_groups]
 
 
-def test_a_group_that_joins_is_scheduled():
+def test_an_added_group_is_scheduled():
     optimizer = optimizer_with()
     view = Scheduled(optimizer, "rho")
     optimizer.add_param_group({"params": [Parameter(torch.ones(1))]})
@@ -118,25 +118,26 @@ def test_a_group_that_joins_is_scheduled():
     assert dict(view.param_groups[0]) == {"params": optimizer.param_groups[0]["params"], "lr": 0.2}
 
 
-def test_mistakes():
+def test_mistakes_raise_clear_errors():
     optimizer = optimizer_with()
     with pytest.raises(ValueError, match=r"CRSAM has no option 'roh' to schedule; it has .*'rho'"):
         Scheduled(optimizer, "roh")
     with pytest.raises(RuntimeError, match="call step"):
         Scheduled(optimizer, "rho").step()
-    with pytest.raises(ValueError, match="momentum"):  # which would be that of the learning rate
+    # a schedule of rho must not cycle the momentum
+    with pytest.raises(ValueError, match="momentum"):
         schedulers.OneCycleLR(Scheduled(optimizer, "rho"), max_lr=0.3, total_steps=8)
 
 
 def optimizer_methods():
-    """The public methods of torch's optimizers, whichever they are."""
+    """Return the public methods of torch's optimizers."""
     members = vars(torch.optim.Optimizer).items()
     return [name for name, member in members if not name.startswith("_") and inspect.isfunction(member)]
 
 
 @pytest.mark.parametrize("name", optimizer_methods())
 @pytest.mark.parametrize("scheduled", [False, True], ids=["alone", "with a scheduler"])
-def test_the_view_is_no_optimizer(scheduled, name):
+def test_the_view_is_not_an_optimizer(scheduled, name):
     view = Scheduled(optimizer_with(), "rho")
     if scheduled:
         schedulers.ExponentialLR(view, 0.9)
@@ -145,8 +146,8 @@ def test_the_view_is_no_optimizer(scheduled, name):
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copied", "pickled"])
-def test_copies_of_a_scheduler(way):
-    """The copied view is of the copied optimizer."""
+def test_copies_of_a_scheduler_use_the_copied_optimizer(way):
+    """The copied view belongs to the copied optimizer."""
     optimizer = optimizer_with()
     scheduler = schedulers.ExponentialLR(Scheduled(optimizer, "rho"), 0.5)
     optimizer_copy, view = way((optimizer, scheduler.optimizer))
@@ -156,7 +157,7 @@ def test_copies_of_a_scheduler(way):
     assert "rho" in repr(view)
 
 
-def test_state_of_a_scheduler():
+def test_state_of_a_scheduler_can_be_saved():
     optimizer, other = optimizer_with(), optimizer_with()
     scheduler, resumed = (schedulers.StepLR(Scheduled(o, "rho"), 2) for o in (optimizer, other))
     for _ in range(3):
