@@ -1,4 +1,5 @@
-"""DistributedDataParallel: one all-reduce a step, replicas that stay equal to the bit, and what is refused."""
+"""DistributedDataParallel: one all-reduce per step, replicas that stay equal bit for bit, and refused
+configurations."""
 
 import copy
 import warnings
@@ -77,7 +78,7 @@ def made(rank, base="sgd", ddp=(), dtype=torch.float64, **options):
 
 
 def trained(rank, size, base, options, ddp=(), form="closure", dtype=torch.float64, steps=STEPS):
-    """The parameters after some steps, the all-reduces of each, and the statistics."""
+    """Return the parameters after some steps, the all-reduces of each step, and the statistics."""
     model, optimizer = made(rank, base, ddp, dtype, **options)
     counts = []
     for step in range(steps):
@@ -101,7 +102,7 @@ def trained(rank, size, base, options, ddp=(), form="closure", dtype=torch.float
 
 
 def expected(size, base, options, dtype=torch.float64, steps=STEPS, e=None):
-    """Each rank's ghat by an optimizer of its own, and a step of the base optimizer with their mean."""
+    """Compute each rank's ghat with a separate optimizer, and make a step of the base optimizer with the mean."""
     kind, settings = BASES[base]
     model = Network().to(dtype)
     plain = CRSAM(model.parameters(), kind, rho=0.0, **settings)
@@ -133,7 +134,7 @@ def assert_equal(results, wanted=None):
 
 
 def assert_close(params, others, tolerance=1e-9):
-    """The trajectories are of 5 steps in float64, and rounding grows by a factor of 1e4 at most in them."""
+    """Compare trajectories of 5 steps in float64, in which rounding grows by at most a factor of 1e4."""
     for p, q in zip(params, others, strict=True):
         torch.testing.assert_close(p, q.detach(), rtol=tolerance, atol=tolerance)
 
@@ -156,8 +157,8 @@ WRAPPED = {
 )
 @pytest.mark.parametrize("passes", ["crsam", "sam"])
 @pytest.mark.parametrize("wrapped", WRAPPED)
-def test_local_perturbation(two, base, passes, wrapped, form):
-    """To the bit what each rank would do alone, averaged; one all-reduce a step for each bucket."""
+def test_local_perturbation_equals_the_mean_of_separate_ranks(two, base, passes, wrapped, form):
+    """The step equals the mean of what each rank computes alone, bit for bit; one all-reduce per step and bucket."""
     options = LINEAR if passes == "crsam" else {"rho": 0.1, "alpha": 0.0, "beta": 0.0}
     results = two(trained, base, options, tuple(WRAPPED[wrapped].items()), form)
     assert_equal(results, expected(2, base, options))
@@ -167,8 +168,8 @@ def test_local_perturbation(two, base, passes, wrapped, form):
 
 @bases
 @pytest.mark.parametrize("wrapped", ["plain", "bucket views", "static graph"])
-def test_a_hook_of_the_users(two, base, wrapped):
-    """A hook that the optimizer does not know: all passes are local, and ghat is reduced in pieces."""
+def test_a_user_hook_makes_all_passes_local(two, base, wrapped):
+    """The optimizer does not know the hook: all passes are local, and ghat is reduced in pieces."""
     if wrapped == "static graph":
         failures = two.attempt(with_own_hook, base, {}, tuple(WRAPPED[wrapped].items()))
         assert all("combine_wrapper" in failure.message for failure in failures)
@@ -197,27 +198,27 @@ def with_own_hook(rank, size, base, options, ddp, wrapper=None):
 
 
 def halving(state, bucket):
-    """A hook that reduces in two steps, as a compression does."""
+    """A hook that reduces in two steps, as compression hooks do."""
     future = torch.distributed.all_reduce(bucket.buffer().div_(2 * 2), async_op=True).get_future()
     return future.then(lambda done: done.value()[0].mul_(2))
 
 
-def test_combine_wrapper(two):
+def test_combine_wrapper_wraps_a_user_hook(two):
     results = two(with_own_hook, "sgd", LINEAR, (), halving)
     assert_equal(results, expected(2, "sgd", LINEAR))
 
 
 @pytest.mark.parametrize("form", ["closure", "calls"])
 @pytest.mark.parametrize("base", ["sgd", "nadam"])
-def test_four_ranks(four, base, form):
+def test_four_ranks_equal_the_mean_of_separate_ranks(four, base, form):
     results = four(trained, base, LINEAR, (), form)
     assert_equal(results)
     assert_close(results[0][0], expected(4, base, LINEAR))  # gloo adds in another order
 
 
 @pytest.mark.parametrize("passes", ["crsam", "sam", "clipped", "adaptive"])
-def test_sync_perturbation(two, passes):
-    """The step of the whole batch, with two all-reduces."""
+def test_sync_perturbation_equals_a_step_of_the_whole_batch(two, passes):
+    """It takes two all-reduces."""
     options = {
         "crsam": LINEAR,
         "sam": {"rho": 0.1, "alpha": 0.0, "beta": 0.0},
@@ -231,7 +232,7 @@ def test_sync_perturbation(two, passes):
 
 
 def assert_close_to_whole(results, size, options, base="sgd"):
-    """To one process with the batches of all."""
+    """Compare with one process that has the batches of all ranks."""
     model = Network().double()
     kind, settings = BASES[base]
     optimizer = CRSAM(model.parameters(), kind, **settings, **options)
@@ -242,8 +243,8 @@ def assert_close_to_whole(results, size, options, base="sgd"):
 
 
 @pytest.mark.parametrize("wrapped", WRAPPED)
-def test_without_the_model(two, wrapped):
-    """Every pass is reduced by DistributedDataParallel, whose gradients may be views of buckets, even of whole ones."""
+def test_without_the_model_every_pass_is_reduced(two, wrapped):
+    """DistributedDataParallel reduces every pass; its gradients may be views of buckets, even of whole buckets."""
     results = two(trained, "sgd", {**LINEAR, "model": None}, tuple(WRAPPED[wrapped].items()))
     assert_equal(results)
     assert_close_to_whole(results, 2, LINEAR)
@@ -258,15 +259,15 @@ def test_without_the_model(two, wrapped):
         {"interval": 2, "reuse": True},
     ],
 )
-def test_sync_perturbation_with_weights_of_all_gradients(two, options):
-    """Where every gradient is needed, all are reduced."""
+def test_sync_perturbation_with_weights_that_need_all_gradients(two, options):
+    """If every gradient is needed, all are reduced."""
     results = two(trained, "sgd", {**LINEAR, **options, "sync_perturbation": True})
     assert_equal(results)
     assert_close_to_whole(results, 2, {**LINEAR, **options})
 
 
-def test_sync_perturbation_in_groups(four):
-    """One e in each of two groups of two: as two ranks with twice the batch."""
+def test_sync_perturbation_within_groups_of_ranks(four):
+    """Two groups of two ranks have one e each: the result is that of two ranks with twice the batch."""
     results = four(in_groups)
     assert_equal(results)
     model = Network().double()
@@ -299,10 +300,10 @@ LOG = {"rho": 0.1, "alpha": 0.02, "beta": 0.02, "regularizer": "log"}
 
 @pytest.mark.parametrize("options", [{}, {"estimator": "loss"}, {"max_regularizer_ratio": 1e9}, {"max_grad_norm": 0.1}])
 @pytest.mark.parametrize("form", ["closure", "calls"])
-def test_log(two, options, form):
-    """kappa and sigma are means over the ranks; one all-reduce of ghat and a small one."""
+def test_log_form_averages_kappa_and_sigma(two, options, form):
+    """kappa and sigma are means over the ranks; there is one all-reduce of ghat and a small one."""
     if form == "calls" and "estimator" in options:
-        pytest.skip("trained() gives no losses in calls")
+        pytest.skip("trained() passes no losses in the form of calls")
     options = {**LOG, **options}
     results = two(trained, "sgd", options, (), form)
     assert_equal(results)
@@ -324,14 +325,14 @@ def test_log(two, options, form):
     assert_close(results[0][0], by_means(2, options))
 
 
-def test_log_is_capped_and_counted(two):
+def test_log_form_is_capped_and_counted(two):
     results = two(trained, "sgd", {**LOG, "max_regularizer_ratio": 1e-3})
     assert_equal(results)
     assert all(stats["capped"] == STEPS for *_, stats in results)
 
 
-def test_log_with_two_groups(two):
-    """kappa and sigma are means over the ranks, each with an e of its own in both groups."""
+def test_log_form_with_two_groups(two):
+    """kappa and sigma are means over the ranks, each of which has its own e in both groups."""
     (kappa, sigma, *alone), (_, _, *other) = two(grouped_log)
     for found, own, others in zip((kappa, sigma), alone, other, strict=True):
         assert found == pytest.approx((own + others) / 2, rel=1e-9)
@@ -351,7 +352,7 @@ def grouped_log(rank, size):
 
 
 def test_single_passes_are_not_compressed(two):
-    """Where every pass is reduced, a hook in combine_wrapper sees none of them."""
+    """If every pass is reduced, a hook in combine_wrapper receives none of them."""
     options = {**LOG, "sync_perturbation": True}
     found, wanted = two(with_own_hook, "sgd", options, (), rounding), two(trained, "sgd", options)
     assert_equal(found, wanted[0][0])
@@ -361,13 +362,13 @@ def test_single_passes_are_not_compressed(two):
 
 
 def rounding(state, bucket):
-    """A hook that loses digits."""
+    """A hook that loses precision."""
     rounded = bucket.buffer().to(torch.bfloat16).double().div_(2)
     return torch.distributed.all_reduce(rounded, async_op=True).get_future().then(lambda done: done.value()[0])
 
 
 def by_means(size, options):
-    """The steps of the log regularizer, from the formulas."""
+    """Return the steps of the log regularizer, computed from the formulas."""
     model = Network().double()
     params = list(model.parameters())
     plain = CRSAM(params, torch.optim.SGD, rho=0.0, max_grad_norm=options.get("max_grad_norm"), **BASES["sgd"][1])
@@ -392,7 +393,7 @@ def by_means(size, options):
 
 
 def three_gradients(model, batch, rho):
-    """(g0, g+, g-), e and the losses of a batch."""
+    """Return (g0, g+, g-), e and the losses of a batch."""
     w = [p.detach().clone() for p in model.parameters()]
     gradients, losses, e = [], [], None
     for sign in (0, 1, -1):
@@ -420,8 +421,8 @@ def d2(g):
     return [up + down - 2 * at for at, up, down in zip(*g, strict=True)]
 
 
-def test_kernels(cuda_on_cpu):
-    """Those of CUDA C++, compiled for a CPU, with the compiled functions for lists: the same steps to rounding."""
+def test_compiled_cuda_sources_and_host_functions_make_the_same_steps(cuda_on_cpu):
+    """They are CUDA C++ compiled for a CPU, with the compiled host functions; the steps agree up to rounding."""
     ranks = Ranks(2)
     try:
         kept, adaptive, alone = {"curvature_interval": 2}, {"adaptive": True}, {"model": None}
@@ -437,11 +438,12 @@ def test_kernels(cuda_on_cpu):
         ranks.close()
 
 
-# What differs between ranks -------------------------------------------------------------------------------------------
+# Differences between ranks -------------------------------------------------------------------------------------------
 
 
 def with_a_bad_gradient(rank, size, bad, options, form="closure"):
-    """In the second of three steps, one rank's gradient of one pass gets a value: parameters and skipped steps."""
+    """Return parameters and skipped steps after three steps; in the second, one gradient of one rank contains
+    ``value``."""
     where, index, value = bad
     model, optimizer = made(rank, **options)
     seen = []
@@ -476,15 +478,15 @@ def with_a_bad_gradient(rank, size, bad, options, form="closure"):
     "options",
     [LINEAR, LOG, {**LINEAR, "sync_perturbation": True}, {**LOG, "sync_perturbation": True}, {**LINEAR, "alpha": 0.2}],
 )
-def test_a_gradient_that_is_not_finite(two, where, index, value, options):
-    """On any rank in any pass: all skip that step, and only that one."""
+def test_a_nonfinite_gradient_skips_the_step_on_all_ranks(two, where, index, value, options):
+    """On any rank in any pass: all ranks skip that step, and only that one."""
     results = two(with_a_bad_gradient, (where, index, value), options)
     assert_equal(results)
     assert all(seen == [0, 1, 1] for _, seen in results)
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_sam_with_a_gradient_that_is_not_finite(two, index):
+def test_sam_with_a_nonfinite_gradient_skips_the_step(two, index):
     results = two(with_a_bad_gradient, (1, index, torch.nan), {"rho": 0.1, "alpha": 0.0, "beta": 0.0})
     assert_equal(results)
     assert all(seen == [0, 1, 1] for _, seen in results)
@@ -494,8 +496,8 @@ def test_sam_with_a_gradient_that_is_not_finite(two, index):
     ("options", "index"),
     [*product((LINEAR, LOG), range(3)), *product(({"rho": 0.1, "alpha": 0.0, "beta": 0.0},), range(2))],
 )
-def test_a_squared_norm_that_overflows(two, index, options):
-    """Of finite elements: e would be 0, or the gradient look harmless."""
+def test_a_squared_norm_that_overflows_skips_the_step(two, index, options):
+    """The elements are finite; e would be 0, or the gradient would seem finite."""
     results = two(with_a_bad_gradient, (1, index, 1e200), options)
     assert_equal(results)
     assert all(seen == [0, 1, 1] for _, seen in results)
@@ -504,9 +506,9 @@ def test_a_squared_norm_that_overflows(two, index, options):
 @pytest.mark.parametrize("scaler", ["ours", "ours in calls", "torch's"])
 @pytest.mark.parametrize("options", [LINEAR, LOG])
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_grad_scaler(two, scaler, options, index):
-    """An overflow in one pass of one rank lowers the scale on all."""
-    if scaler == "torch's" and options is LOG:  # it looks at each rank's own gradient of the last pass
+def test_grad_scaler_of_all_ranks_agrees(two, scaler, options, index):
+    """An overflow in one pass of one rank decreases the scale on all ranks."""
+    if scaler == "torch's" and options is LOG:  # it checks each rank's own gradient of the last pass
         failures = two.attempt(scaled, scaler, options, index)
         assert all("use crsam_ext.GradScaler" in failure.message for failure in failures)
         return
@@ -549,7 +551,7 @@ def scaled(rank, size, scaler, options, index):
     "options", [LINEAR, LOG, {**LINEAR, "curvature_interval": 2}, {**LINEAR, "interval": 2, "reuse": True}]
 )
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
-def test_a_branch_that_one_rank_takes(two, options, base):
+def test_a_branch_taken_by_one_rank_works(two, options, base):
     results = two(branching, options, base)
     assert_equal(results)
     assert torch.equal(results[0][1], results[1][1])
@@ -567,8 +569,8 @@ def branching(rank, size, options, base):
 
 @pytest.mark.parametrize("options", [{}, {"curvature_interval": 2}, {"interval": 2}, {"interval": 2, "reuse": True}])
 @pytest.mark.parametrize("base", ["sgd", "nadam"])
-def test_intervals(two, options, base):
-    """What is kept is reduced: each rank's checkpoint is that of all."""
+def test_intervals_store_reduced_values(two, options, base):
+    """Stored values are reduced: the checkpoint of each rank is valid for all."""
     results = two(trained_with_state, base, {**LINEAR, **options})
     assert_equal(results)
     (_, state), (_, other) = results
@@ -583,8 +585,8 @@ def test_intervals(two, options, base):
 
 @bases
 @pytest.mark.parametrize("options", [{}, {"alpha": 0.0, "beta": 0.0}, {"max_grad_norm": 0.1}])
-def test_reuse(two, base, options):
-    """The direction is the mean over the ranks: a second all-reduce in a step that perturbs, none in a step between."""
+def test_reuse_averages_the_direction(two, base, options):
+    """The direction is the mean over the ranks: a step that perturbs makes a second all-reduce, other steps do not."""
     options = {**LINEAR, **options}
     results = two(trained, base, {**options, "interval": 2, "reuse": True})
     assert_equal(results)
@@ -593,7 +595,7 @@ def test_reuse(two, base, options):
 
 
 def with_reuse(size, base, options):
-    """A perturbation in every second step, from the formulas."""
+    """Return the steps with a perturbation in every second step, computed from the formulas."""
     model, kept = Network().double(), None
     params = list(model.parameters())
     settings = {**BASES[base][1], "max_grad_norm": options.get("max_grad_norm")}
@@ -640,14 +642,14 @@ def with_kept_difference(size, base):
     return [p.detach() for p in params]
 
 
-def test_a_list_of_closures(two):
-    """Micro-batches: one all-reduce a step, and the gradient is that of both."""
+def test_a_list_of_closures_makes_one_all_reduce(two):
+    """Each step of micro-batches makes one all-reduce of their common gradient."""
     results = two(trained, "sgd", LINEAR, (), "list")
     assert_equal(results)
     assert all(counts[1:] == [1] * (STEPS - 1) for _, counts, _ in results)
 
 
-def test_two_groups_and_a_frozen_parameter(two):
+def test_two_groups_and_a_frozen_parameter_work(two):
     assert_equal(two(grouped))
 
 
@@ -666,8 +668,8 @@ def grouped(rank, size):
     return ([p.detach().clone() for p in network.parameters()],)
 
 
-def test_bfloat16(two):
-    """With masters, which stay equal too."""
+def test_bfloat16_replicas_stay_equal(two):
+    """The masters stay equal, too."""
     results = two(in_bfloat16)
     assert_equal(results)
     assert all(torch.equal(x, y) for x, y in zip(results[0][1], results[1][1], strict=True))
@@ -682,8 +684,8 @@ def in_bfloat16(rank, size):
     return [p.detach().clone() for p in model.parameters()], masters
 
 
-def test_overlap(two):
-    """The first all-reduce of the last pass begins before its last gradient is there."""
+def test_all_reduce_overlaps_the_last_backward(two):
+    """The first all-reduce of the last pass starts before its last gradient is computed."""
     for events in two(order_of_events):
         last_pass = events[events.index("second_step") :]
         assert last_pass.index("all-reduce") < last_pass.index("gradient of the first layer")
@@ -711,8 +713,9 @@ def order_of_events(rank, size):
     return events
 
 
-def test_running_statistics_and_dropout(two):
-    """Each rank's statistics count its batch once; its masks are the same in all passes, the other's are others."""
+def test_each_rank_has_its_own_statistics_and_dropout(two):
+    """Running statistics count each rank's batch once; dropout masks are equal in all passes and differ between
+    ranks."""
     (mean, masks), (other_mean, other_masks) = two(with_statistics)
     for passes in (masks, other_masks):
         assert all(torch.equal(passes[0], mask) for mask in passes)
@@ -733,15 +736,15 @@ def with_statistics(rank, size):
     return network[0].running_mean.clone(), masks
 
 
-# What fails -----------------------------------------------------------------------------------------------------------
+# Failures ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "word"),
     [({"alpha": 0.0, "beta": 0.0}, "passes"), ({"lr": 0.3}, "lr"), ({"regularizer": "log"}, "regularizer")],
 )
-def test_options_that_differ(two, options, word):
-    """An error on all ranks that names them, and none waits."""
+def test_options_that_differ_between_ranks_are_refused(two, options, word):
+    """All ranks raise an error that names the options, and none waits."""
     failures = two.attempt(differing, options)
     assert all("differ in settings that must be equal" in failure.message for failure in failures)
     assert all(word in failure.message for failure in failures)
@@ -753,15 +756,15 @@ def differing(rank, size, options):
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_a_closure_that_raises_on_all_ranks(two, index):
-    """w is restored, and the next step is right."""
+def test_a_closure_that_raises_on_all_ranks_restores_w(two, index):
+    """The next step is correct."""
     results = two(raising, index, (0, 1))
     assert_equal(results, expected(2, "sgd", LINEAR, steps=1))
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_a_closure_that_raises_on_one_rank(two, index):
-    """That rank skips its batch: its step is made with the next one, and the replicas stay equal."""
+def test_a_rank_whose_closure_raises_skips_its_batch(two, index):
+    """Its step joins the next one of the other ranks, and the replicas stay equal."""
     results = two(raising, index, (1,))
     assert_equal(results)
 
@@ -786,8 +789,9 @@ def raising(rank, size, index, where):
 
 
 @pytest.mark.parametrize("index", [1, 2])
-def test_a_rank_that_fails_after_something_was_reduced(index):
-    """Its next step does not answer the others, which wait for the rest of this one: an error on both, w everywhere."""
+def test_a_rank_that_fails_after_a_reduction_causes_an_error(index):
+    """Its next step does not match that of the others, which wait for the rest of this one: both raise, and w is
+    restored."""
     ranks = Ranks(2, seconds=3)
     try:
         assert all(ranks(failing_late, index))
@@ -814,7 +818,7 @@ def failing_late(rank, size, index):
     return all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
 
 
-def test_losses_of_one_rank_decide_nothing(two):
+def test_loss_estimator_needs_the_model(two):
     for failure in two.attempt(with_local_losses):
         assert "give the DistributedDataParallel as model=" in failure.message
 
@@ -836,8 +840,8 @@ def with_fsdp(rank, size):
     CRSAM(model.parameters(), lr=0.1)
 
 
-def test_engines_that_are_refused():
-    """By where their classes come from: neither library is installed here."""
+def test_other_engines_are_refused():
+    """They are recognized by their modules' names, because neither library is installed here."""
     engine = type("DeepSpeedEngine", (torch.nn.Module,), {"__module__": "deepspeed.runtime.engine"})()
     with pytest.raises(ValueError, match=r"DeepSpeed's engine .*: use DistributedDataParallel"):
         CRSAM(Network().parameters(), lr=0.1, model=engine)
@@ -846,7 +850,7 @@ def test_engines_that_are_refused():
         wrapped(Network().parameters(), lr=0.1)
 
 
-def test_parameters_that_join_late(two):
+def test_parameters_may_be_added_later(two):
     assert_equal(two(with_late_parameters))
 
 
@@ -865,15 +869,15 @@ def with_late_parameters(rank, size):
 
 
 @pytest.mark.parametrize("wrapped", ["static graph", "unused"])
-def test_log_in_other_wrappers(two, wrapped):
+def test_log_form_works_in_other_wrappers(two, wrapped):
     results = two(trained, "sgd", LOG, tuple(WRAPPED[wrapped].items()))
     assert_equal(results)
     assert_close(results[0][0], by_means(2, LOG))
 
 
 @pytest.mark.parametrize("options", [LINEAR, LOG])
-def test_a_last_pass_that_was_not_synchronized(two, options):
-    """The gradient is reduced all the same, when the step is made."""
+def test_a_last_pass_without_synchronization_is_reduced(two, options):
+    """The step reduces the gradient itself."""
     results = two(all_in_no_sync, options)
     assert_equal(results)
     if options is LINEAR:
@@ -894,8 +898,8 @@ def all_in_no_sync(rank, size, options):
     return ([p.detach().clone() for p in model.parameters()],)
 
 
-def test_a_base_optimizer_that_communicates(two):
-    """Whether it makes its step is decided alike: state that is sharded, and a NaN on one rank."""
+def test_a_base_optimizer_that_communicates_works(two):
+    """All ranks agree whether the base optimizer makes its step: tested with sharded state, and a NaN on one rank."""
     results = two(with_sharded_state)
     assert_equal(results)
     assert results[0][1] == results[1][1] == 1
@@ -917,8 +921,8 @@ def with_sharded_state(rank, size):
     return [p.detach().clone() for p in model.parameters()], int(optimizer.stats.skipped)
 
 
-def test_channels_last(two):
-    """Gradients, buckets and flat buffers agree on the memory order: DistributedDataParallel has nothing to warn of."""
+def test_channels_last_keeps_the_layout(two):
+    """Gradients, buckets and flat buffers have the same memory layout, so DistributedDataParallel emits no warning."""
     assert_equal(two(in_channels_last))
 
 
@@ -939,7 +943,7 @@ def in_channels_last(rank, size):
     return ([p.detach().clone() for p in network.parameters()],)
 
 
-def test_a_compiled_model_and_a_copy(two):
+def test_a_compiled_model_and_a_copied_optimizer_work(two):
     results = two(compiled_and_copied)
     assert_equal(results, expected(2, "sgd", LINEAR))
 
@@ -957,8 +961,8 @@ def compiled_and_copied(rank, size):
     return ([p.detach().clone() for p in network.parameters()],)
 
 
-def test_check_replicas(two):
-    """Replicas differ if the user's no_sync() leaves out passes; without model= only this check detects it."""
+def test_check_replicas_detects_differences(two):
+    """Replicas differ if the user's no_sync() omits a reduction; without model=, only this check detects it."""
     failures = two.attempt(parting)
     assert all("the replicas differ" in failure.message for failure in failures)
     assert all("first.weight" in failure.message for failure in failures)
@@ -977,7 +981,7 @@ def parting(rank, size):
     optimizer.check_replicas()
 
 
-def test_synchronized_backwards_that_cannot_be_reduced(two):
+def test_repeated_synchronized_backwards_are_refused(two):
     for failure in two.attempt(twice_in_the_last_pass):
         assert "put all but the last micro-batch into ddp.no_sync()" in failure.message
     for failure in two.attempt(without_the_first_all_reduce):
@@ -1003,7 +1007,7 @@ def without_the_first_all_reduce(rank, size):
     optimizer.first_step()
 
 
-def test_what_is_refused(two):
+def test_invalid_configurations_are_refused(two):
     two(refusals)
 
 
@@ -1016,7 +1020,7 @@ def refusals(rank, size):
         alone = CRSAM(model.parameters(), lr=0.1, model=given)
         with pytest.raises(TypeError, match="parallel="):
             alone.step(closure, parallel=model.module)
-    assert "CUDA" in optimizer.capture_blocker()  # what comes first on a CPU
+    assert "CUDA" in optimizer.capture_blocker()  # the first reason on a CPU
     optimizer.step(closure)
     with pytest.raises(RuntimeError, match="before the first step"):
         optimizer.model = model
@@ -1031,7 +1035,7 @@ def refusals(rank, size):
         optimizer.step(closure_of(model, *batch_of(0, rank)))
 
 
-def test_a_model_that_is_wrapped_later(two):
+def test_a_model_may_be_wrapped_later(two):
     results = two(wrapped_later)
     assert_equal(results, expected(2, "sgd", LINEAR))
 
@@ -1045,14 +1049,14 @@ def wrapped_later(rank, size):
     return ([p.detach().clone() for p in network.parameters()],)
 
 
-def test_fifty_steps(two):
-    """The replicas are equal to the bit, in float32."""
+def test_replicas_are_equal_after_fifty_steps(two):
+    """They are equal bit for bit, in float32."""
     assert_equal(two(trained, "sgd", LINEAR, (), "closure", torch.float32, 50))
     assert_equal(two(trained, "adamw", {**LINEAR, "max_grad_norm": 0.5}, (), "closure", torch.float32, 50))
 
 
-def test_checkpoints_for_other_numbers_of_ranks(two, four, tmp_path):
-    """Saved by four, loaded by two, saved by them, and loaded by one process into torch's own AdamW."""
+def test_checkpoints_load_on_other_numbers_of_ranks(two, four, tmp_path):
+    """Saved by four ranks, loaded and saved by two, and loaded by one process into torch's own AdamW."""
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -1071,7 +1075,7 @@ def test_checkpoints_for_other_numbers_of_ranks(two, four, tmp_path):
 
 
 def saved_and_loaded(rank, size, source, target):
-    """The parameters as they were loaded, and after three more steps, which are saved."""
+    """Return the parameters after loading, and after three more steps, which are saved."""
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -1091,8 +1095,8 @@ def saved_and_loaded(rank, size, source, target):
 
 
 @pytest.mark.parametrize("form", ["full", "broadcast"])
-def test_checkpoints(two, form):
-    """Full state dictionaries, also those that rank 0 hands to the others."""
+def test_state_dicts_of_torch_distributed_checkpoint_load(two, form):
+    """Tested with full state dicts, also those that rank 0 broadcasts."""
     results = two(resumed, form)
     assert_equal(results)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of sharded models: saved on four processes, loaded on any number, into any way of sharding, and back."""
+"""Checkpoints of sharded models: saved on four processes, loaded on any number and into any kind of sharding."""
 
 import threading
 from functools import partial
@@ -45,17 +45,17 @@ OPTIONS = {
 }
 UNDAMPED = {**SGD, "dampening": 0.0}
 WRAPPED = ("rmsprop", "adagrad")
-every_option = pytest.mark.parametrize("options", [name for name in OPTIONS if name != "adamw"])  # "reuse" has it
-SAVED, END = 3, 5  # steps: in those between, all that is kept for later ones is used
+every_option = pytest.mark.parametrize("options", [name for name in OPTIONS if name != "adamw"])  # "reuse" tests it
+SAVED, END = 3, 5  # steps: those in between use all stored values
 
-# In float64, rounding is 1e-16 of numbers of size 1. It grows with the steps, by 1/rho in differences of gradients, and
-# where Adam and its like divide by the root of a small number.
+# The rounding error of float64 is 1e-16 relative. It grows with the number of steps, by 1/rho in differences of
+# gradients, and where Adam and others divide by the square root of a small number.
 ROUNDING = 1e-11
 
 
 @pytest.fixture(scope="module")
 def ranks_of():
-    """Calls functions in processes, so many, which are kept for the next test until one fails."""
+    """Return a function that calls functions in ``size`` processes, which are reused until one fails."""
     kept = {}
 
     def call(size, *arguments):
@@ -63,7 +63,7 @@ def ranks_of():
         try:
             results = ranks(*arguments)
         except BaseException:
-            ranks.close()  # where one has failed, the others may wait in a collective
+            ranks.close()  # after a failure, the other processes may wait in a collective
             raise
         kept[size] = ranks
         return results
@@ -79,7 +79,7 @@ def four(ranks_of):
 
 
 class Mixed(Network):
-    """Two layers are of another dtype."""
+    """A network with two layers of another dtype."""
 
     def __init__(self, other):
         super().__init__()
@@ -91,7 +91,7 @@ class Mixed(Network):
 
 
 def made(kind, options, size):
-    """A model, its optimizer, and what part of the batch this rank has, and of how many."""
+    """Return a model, its optimizer, this rank's part of the batch, and the number of parts."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     keywords, part = {}, (rank, size)
     if kind == "torch":
@@ -99,11 +99,11 @@ def made(kind, options, size):
         return model, torch.optim.AdamW(model.named_parameters(), lr=ADAMW["lr"], weight_decay=0.1), part
     if kind == "ddp":
         model = DistributedDataParallel(Network())
-        keywords = {"model": model, "sync_perturbation": True}  # e is that of one process
+        keywords = {"model": model, "sync_perturbation": True}  # one e, as on one process
     elif kind.startswith("mixed"):
         model = Mixed(getattr(torch, kind.split()[1]))
         mesh = init_device_mesh("cpu", (size,))
-        for module in (model.a, model.c, model):  # fully_shard wants one dtype in each of its groups
+        for module in (model.a, model.c, model):  # fully_shard requires one dtype in each of its groups
             fully_shard(module, mesh=mesh)
     elif kind.startswith("one"):
         model = network_of(kind.partition(" ")[2])()
@@ -119,7 +119,7 @@ def inner(model):
 
 
 def closure_of(model, step, part=0, parts=1):
-    """12 samples in all: every number of ranks up to 4 gives each as many."""
+    """Use 12 samples in total: each number of ranks up to 4 divides them evenly."""
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(12, 4, 6, generator=generator, dtype=torch.float64)[part::parts]
     y = torch.randint(3, (12, 4), generator=generator)[part::parts].flatten()
@@ -136,12 +136,13 @@ def closure_of(model, step, part=0, parts=1):
 
 def train(model, optimizer, part, steps):
     for step in steps:
-        optimizer.zero_grad()  # torch's own optimizers leave that to the caller
+        optimizer.zero_grad()  # torch's own optimizers leave it to the caller
         optimizer.step(closure_of(model, step, *part))
 
 
 def everything(model, optimizer):
-    """Parameters and state as full tensors. Names are sorted, because every rank has to gather the same tensor."""
+    """Return parameters and state as full tensors. Names are sorted, because all ranks must gather in the same
+    order."""
     result = {}
     for name, param in inner(model).named_parameters():
         result[name] = full(param)
@@ -152,7 +153,8 @@ def everything(model, optimizer):
 
 
 def check_placed(param, key, value):
-    """State is placed as its parameter is, also where this rank has nothing of it; counters are plain tensors."""
+    """Check that state is sharded as its parameter, also on ranks without elements, and that counters are plain
+    tensors."""
     if key == "step" or not isinstance(param, DTensor):
         assert type(value) is torch.Tensor, key
         return
@@ -168,7 +170,7 @@ def save(folder, model, optimizer, options=None, **how):
 
 
 def load(folder, model, optimizer, options=None, lacking=False):
-    """Load a checkpoint; ``lacking`` options of the groups stay as they are."""
+    """Load a checkpoint; with ``lacking``, options of the groups that it does not contain keep their values."""
     weights, state = get_state_dict(model, optimizer, options=options)
     read = {"model": weights, "optimizer": state}
     planner = dcp.DefaultLoadPlanner(allow_partial_load=lacking)
@@ -179,7 +181,7 @@ def load(folder, model, optimizer, options=None, lacking=False):
 
 
 def saved_on_the_way(rank, size, kind, options, folder):
-    """All there is when it is saved, and at the end."""
+    """Return everything at the time of saving, and at the end."""
     model, optimizer, part = made(kind, options, size)
     train(model, optimizer, part, range(SAVED))
     save(folder, model, optimizer)
@@ -189,7 +191,7 @@ def saved_on_the_way(rank, size, kind, options, folder):
 
 
 def resumed(rank, size, kind, options, folder, *, steps=range(SAVED, END), target=None, **how):
-    """All there is when it is loaded, and after more steps, where it may be saved."""
+    """Return everything after loading, and after more steps, at the end of which it may be saved."""
     model, optimizer, part = made(kind, options, size)
     if folder is not None:
         load(folder, model, optimizer, **how)
@@ -212,7 +214,7 @@ def assert_close(found, expected, bound=ROUNDING):
         assert (found[name].double() - value.double()).abs().max() < bound, name
 
 
-# Asking for the state ------------------------------------------------------------------------------------------------
+# Reading the state ---------------------------------------------------------------------------------------------------
 
 FULL = {"full_state_dict": True}
 FORMS = {
@@ -225,7 +227,8 @@ FORMS = {
 
 
 def asked_first(rank, size, options, forms):
-    """All there is after some steps, of a run whose state was asked for in these forms before, and of a twin."""
+    """Return everything after some steps, of a run whose state was first read in these forms, and of an undisturbed
+    run."""
     results = []
     for asked in (forms, ()):
         model, optimizer, part = made("fsdp", options, size)
@@ -235,7 +238,7 @@ def asked_first(rank, size, options, forms):
             entered = everything(model, optimizer)
             assert optimizer.stats.steps == 0
             assert all(torch.equal(entered[name], value) for name, value in before.items())
-            # A wrapped optimizer has made its state in a step of its own, which it counts.
+            # A wrapped optimizer creates its state in a step of its own, which it counts.
             own = [name for name in entered if name not in before and not (": step" in name and options in WRAPPED)]
             assert not any(entered[name].any() for name in own)
             assert all(param in optimizer.state for param in model.parameters())
@@ -249,13 +252,13 @@ def asked_first(rank, size, options, forms):
 
 
 @pytest.mark.parametrize("options", ["all", "reuse", "rmsprop", "adagrad"])
-def test_asking_before_the_first_step_changes_nothing(four, options):
+def test_reading_the_state_before_the_first_step_changes_nothing(four, options):
     for asked, twin in four(asked_first, options, list(FORMS)):
         assert_same(asked, twin)
 
 
 def skipped_first(rank, size, options):
-    """All there is after some steps, of a run whose first step was skipped, and of a twin without that."""
+    """Return everything after some steps, of a run whose first step was skipped, and of a run without that step."""
     results = []
     for skips in (True, False):
         model, optimizer, part = made("fsdp", options, size)
@@ -272,14 +275,14 @@ def skipped_first(rank, size, options):
 
 
 def backward_of_nan(model, rank):
-    """A backward whose gradient is NaN on one rank."""
+    """Run a backward whose gradient is NaN on one rank."""
     x = torch.ones(2, 6, dtype=torch.float64)
     loss = model(x * torch.nan if rank == 1 else x).sum()
     loss.backward()
     return loss
 
 
-# Not with dampening, where a momentum shows that there has been a step, nor with others, which make their own state.
+# Not with dampening, where a momentum shows that there has been a step, nor with others, which create their own state.
 @pytest.mark.parametrize("options", [UNDAMPED, ADAMW], ids=["sgd", "adamw"])
 def test_a_skipped_first_step_leaves_state_that_changes_nothing(four, options):
     for skipped, twin in four(skipped_first, options):
@@ -287,7 +290,8 @@ def test_a_skipped_first_step_leaves_state_that_changes_nothing(four, options):
 
 
 def round_trips(rank, size, options):
-    """For each form all there is in an optimizer that was asked and in one that took it; of the last, a step later."""
+    """Return, for each form, everything in the optimizer that was read and in one that loaded it; for the last, a step
+    later."""
     results = []
     model, optimizer, part = made("fsdp", options, size)
     train(model, optimizer, part, range(SAVED))
@@ -301,7 +305,7 @@ def round_trips(rank, size, options):
         if state and form.startswith("full"):
             values = [value for of_param in state["state"].values() for value in of_param.values()]
             assert all(type(value) is torch.Tensor for value in values)
-        # Not set_state_dict(): it refuses the empty dictionaries of the other ranks.
+        # set_state_dict() refuses the empty dictionaries of the other ranks.
         set_model_state_dict(other, weights, options=asking)
         set_optimizer_state_dict(other, loaded, state, options=asking)
         assert loaded.passes == optimizer.passes
@@ -312,14 +316,14 @@ def round_trips(rank, size, options):
 
 
 @pytest.mark.parametrize("options", ["reuse", "rmsprop"])
-def test_every_form_is_taken_back(four, options):
+def test_every_form_can_be_loaded(four, options):
     for pairs in four(round_trips, options):
         for expected, found in pairs:
             assert_same(found, expected)
 
 
 def gathered_in_order(rank, size):
-    """All there is, and what a full state dictionary holds, where shards of some ranks share rows and others do not."""
+    """Return everything, and a full state dict, where shards of only some ranks share rows."""
     kept, TorchOperators.gather_below = TorchOperators.gather_below, 10
     try:
         model, optimizer, part = made("fsdp", "adamw", size)
@@ -331,14 +335,15 @@ def gathered_in_order(rank, size):
 
 
 def test_every_rank_gathers_in_the_same_order(four):
-    """Where a shard lies in its bucket depends on its size, and shards are uneven; the order of a state must not."""
+    """A shard's position in its bucket depends on its size, and shards are uneven; the order of the state must not
+    depend on it."""
     for expected, state in four(gathered_in_order):
         found = {f"{name}: {key}": value for name, values in state.items() for key, value in values.items()}
         assert_same({**expected, **found}, expected)
 
 
 def not_written_to(rank, size, options):
-    """What was loaded, before and after training with it."""
+    """Return the loaded state, before and after training with it."""
     model, optimizer, part = made("fsdp", options, size)
     train(model, optimizer, part, range(SAVED))
     read = optimizer.state_dict()["state"]
@@ -351,17 +356,18 @@ def not_written_to(rank, size, options):
 
 
 @pytest.mark.parametrize("options", ["curvature_interval", "reuse", "rmsprop"])
-def test_training_does_not_write_into_what_was_loaded(four, options):
+def test_training_does_not_write_to_the_loaded_state(four, options):
     for before, after in four(not_written_to, options):
         assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
-# Other numbers of ranks, other ways of sharding ----------------------------------------------------------------------
+# Other numbers of ranks, other kinds of sharding ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def saved(ranks_of, tmp_path_factory):
-    """Saves once for each way of sharding and each optimizer; the folder, all there was, and all at the end."""
+    """Save once for each kind of sharding and each optimizer; return the folder, everything then, and everything at the
+    end."""
     kept = {}
 
     def of(kind, options):
@@ -375,7 +381,7 @@ def saved(ranks_of, tmp_path_factory):
 
 @pytest.mark.parametrize("size", [4, 3, 2, "one process"])
 @every_option
-def test_loaded_on_other_numbers_of_ranks(ranks_of, saved, options, size):
+def test_checkpoint_loads_on_other_numbers_of_ranks(ranks_of, saved, options, size):
     folder, then, end = saved("fsdp", options)
     if size == "one process":
         results = [resumed(0, 1, "one", options, folder)]
@@ -393,7 +399,7 @@ MIXED = {"float32": 100 * 2.0**-24, "bfloat16": 10 * 2.0**-8}
 
 @pytest.mark.parametrize("size", [4, 3, 2])
 @pytest.mark.parametrize("dtype", MIXED)
-def test_two_dtypes(ranks_of, saved, dtype, size):
+def test_two_dtypes_load(ranks_of, saved, dtype, size):
     options = "all"
     folder, then, end = saved(f"mixed {dtype}", options)
     assert ("a.weight: master_param" in then) == (dtype == "bfloat16")
@@ -401,7 +407,7 @@ def test_two_dtypes(ranks_of, saved, dtype, size):
     for found, at_the_end in ranks_of(size)(resumed, f"mixed {dtype}", options, folder):
         assert_same(found, then)
         if size == 4:
-            assert_same(at_the_end, end)  # which master parameters decide upon, rather than the parameters themselves
+            assert_same(at_the_end, end)  # compare master parameters, which determine the parameters
         else:
             assert_close(at_the_end, end, MIXED[dtype])
 
@@ -419,7 +425,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("source", "target"), WAYS)
-def test_loaded_into_other_ways_of_sharding(four, saved, source, target):
+def test_checkpoint_loads_into_other_kinds_of_sharding(four, saved, source, target):
     options = "all"
     folder, then, end = saved(source, options)
     if target.startswith("one"):
@@ -431,8 +437,8 @@ def test_loaded_into_other_ways_of_sharding(four, saved, source, target):
         (assert_same if source == target else assert_close)(at_the_end, end)
 
 
-def test_through_ddp_and_torchs_own(ranks_of, tmp_path):
-    """Each loads what the one before has saved. The trajectory is that of one process without checkpoints."""
+def test_checkpoint_passes_through_ddp_and_torchs_own_optimizer(ranks_of, tmp_path):
+    """Each loads the checkpoint of the previous one. The trajectory is that of one process without checkpoints."""
     stages = [("ddp", 2), ("fsdp", 4), ("one", 1), ("torch", 1), ("fsdp", 3), ("ddp", 2)]
     before, source = None, None
     for step, (kind, size) in enumerate(stages):
@@ -455,7 +461,7 @@ FLATTENED = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def flattened_of_torchs_own(rank, size, folder):
-    """What CRSAM makes of a flattened checkpoint of torch's AdamW, and that one's state."""
+    """Return what CRSAM reads from a flattened checkpoint of torch's AdamW, and the state of AdamW."""
     model, _, part = made("fsdp", "adamw", size)
     plain = torch.optim.AdamW(model.named_parameters(), lr=0.5)
     train(model, plain, part, range(2))
@@ -475,17 +481,17 @@ def flattened_of_torchs_own(rank, size, folder):
     return everything(other, optimizer), everything(model, plain)
 
 
-def test_flattened_of_torchs_own(four, tmp_path):
-    """The options that it lacks are CRSAM's own, if its state is asked for and then loaded into."""
+def test_flattened_checkpoint_of_torchs_own_optimizer_loads(four, tmp_path):
+    """Options that the checkpoint does not contain keep CRSAM's values, if its state is read and then loaded into."""
     for found, expected in four(flattened_of_torchs_own, tmp_path):
         assert_same(found, expected)
 
 
-# Saved while training goes on ----------------------------------------------------------------------------------------
+# Asynchronous saving -------------------------------------------------------------------------------------------------
 
 
 class HeldWriter(dcp.FileSystemWriter):
-    """Writes its data and waits, before that or after; so a test knows that a checkpoint is being written."""
+    """Waits before or after writing its data, so that a test knows that a checkpoint is in progress."""
 
     def __init__(self, folder, before):
         super().__init__(folder)
@@ -506,14 +512,14 @@ class HeldWriter(dcp.FileSystemWriter):
 
 
 def begin_saving(folder, model, optimizer, before=False):
-    """Its collectives are in a group of their own, beside those of training."""
+    """Start an asynchronous save; its collectives are in a separate process group."""
     writer = HeldWriter(folder, before)
     how = {"storage_writer": writer, "process_group": dist.new_group()}
     return writer, save(folder, model, optimizer, by=dcp.async_save, **how)
 
 
 def saved_meanwhile(rank, size, folder):
-    """All there was when a checkpoint was begun, and at the end of training, before it was written."""
+    """Return everything when a checkpoint was started, and at the end of training, before it was written."""
     model, optimizer, part = made("fsdp", "all", size)
     train(model, optimizer, part, range(SAVED))
     then = everything(model, optimizer)
@@ -525,7 +531,7 @@ def saved_meanwhile(rank, size, folder):
     return then, everything(model, optimizer)
 
 
-def test_saving_while_training_goes_on(four, tmp_path):
+def test_training_continues_during_an_asynchronous_save(four, tmp_path):
     expected = four(saved_meanwhile, tmp_path)[0]
     for results in four(resumed, "fsdp", "all", tmp_path):
         for found, value in zip(results, expected, strict=True):
@@ -533,12 +539,12 @@ def test_saving_while_training_goes_on(four, tmp_path):
 
 
 def newest_complete(folder):
-    """The last step of which a checkpoint is complete: the metadata are written when all ranks have written theirs."""
+    """Return the last step with a complete checkpoint; the metadata are written after the data of all ranks."""
     return max((path.parent for path in folder.glob("*/.metadata")), key=lambda path: int(path.name))
 
 
 def killed_while_saving(rank, size, folder):
-    """All there is when the last complete checkpoint is saved."""
+    """Return everything when the last complete checkpoint was saved."""
     model, optimizer, part = made("fsdp", "all", size)
     for step in range(SAVED):
         train(model, optimizer, part, [step])
@@ -551,10 +557,10 @@ def killed_while_saving(rank, size, folder):
     return then
 
 
-def test_killed_while_saving(four, saved, tmp_path):
+def test_training_resumes_after_a_kill_while_saving(four, saved, tmp_path):
     ranks = Ranks(4)
     then = ranks(killed_while_saving, tmp_path)[0]
-    ranks.close()  # by SIGKILL
+    ranks.close()  # with SIGKILL
     unfinished = tmp_path / str(SAVED + 1)
     assert len(list(unfinished.glob("*.distcp"))) == 2
     assert newest_complete(tmp_path) == tmp_path / str(SAVED)
@@ -566,7 +572,7 @@ def test_killed_while_saving(four, saved, tmp_path):
         assert_same(at_the_end, end)
 
 
-# Several parts of a model, as trainers with pipeline parallelism hold them -----------------------------------------
+# Several parts of a model, as in pipeline parallelism ----------------------------------------------------------------
 
 
 class Front(nn.Module):
@@ -588,7 +594,7 @@ class Back(nn.Module):
 
 
 class OfParts(Stateful):
-    """Merges what ``get`` finds in each part, and gives all of it to ``put`` for each."""
+    """Merges the results of ``get`` for each part, and passes everything to ``put`` for each part."""
 
     def __init__(self, get, put, *lists):
         self.get, self.put, self.lists = get, put, lists
@@ -602,7 +608,7 @@ class OfParts(Stateful):
 
 
 class Trainer:
-    """Parts of a model, an optimizer for each; it steps them together, and saves them as one."""
+    """Parts of a model with an optimizer each; it steps them together, and saves them as one."""
 
     def __init__(self, size, options):
         self.parts = [Front(whole := Network()), Back(whole)]
@@ -660,24 +666,24 @@ def parts_resumed(rank, size, options, folder):
 
 
 @pytest.mark.parametrize("options", ["all", "rmsprop"])
-def test_parts_of_a_model(ranks_of, options, tmp_path):
+def test_parts_of_a_model_are_saved_as_one(ranks_of, options, tmp_path):
     then, end = ranks_of(4)(parts_saved, options, tmp_path)[0]
     for size in (4, 3, 0):
         results = ranks_of(size)(parts_resumed, options, tmp_path) if size else [parts_resumed(0, 0, options, tmp_path)]
         for found, at_the_end in results:
             assert_same(found, then)
             (assert_same if size == 4 else assert_close)(at_the_end, end)
-    # The whole model, with one optimizer, is what all parts are together.
+    # All parts together equal the whole model with one optimizer.
     model, optimizer, _ = made("one", options, 1)
     load(tmp_path, model, optimizer, FLATTENED)
     assert_same(everything(model, optimizer), then)
 
 
-# What is not taken ---------------------------------------------------------------------------------------------------
+# Refused checkpoints -------------------------------------------------------------------------------------------------
 
 
 def refused(rank, size, options, change):
-    """What load_state_dict() says to a state that was changed; the state stays as it was."""
+    """Return the error of load_state_dict() for a changed state; the state must not change."""
     model, optimizer, part = made("fsdp", options, size)
     train(model, optimizer, part, range(SAVED))
     before = everything(model, optimizer)
@@ -706,7 +712,7 @@ def transposed(value):
 
 @pytest.mark.parametrize("options", ["adamw", "curvature_interval", "rmsprop"])
 def test_full_tensors_are_refused(four, options):
-    """In one line, which says how they are loaded."""
+    """The error is one line, which says how to load them."""
     for messages in four(refused, options, whole):
         assert all(message.startswith("state '") and "\n" not in message for message in messages)
         assert all("is a plain tensor, but the parameter is a DTensor" in message for message in messages)
@@ -719,7 +725,8 @@ def test_other_placements_are_refused(four, options):
 
 
 def read_in_place(rank, size, options, folder):
-    """All there is after more steps: of a run that went on, and of one whose state a checkpoint was read into."""
+    """Return everything after more steps: of an uninterrupted run, and of one whose state was overwritten by a
+    checkpoint."""
     model, optimizer, part = made("fsdp", options, size)
     train(model, optimizer, part, range(SAVED))
     save(folder, model, optimizer)
@@ -731,8 +738,8 @@ def read_in_place(rank, size, options, folder):
     return everything(model, optimizer), everything(other, loaded)
 
 
-# Without what the groups count: that is no tensor, and set_state_dict() alone puts it there.
+# Without the counters of the groups, which are not tensors: only set_state_dict() loads them.
 @pytest.mark.parametrize("options", [SGD, {**OPTIONS["rmsprop"], "curvature_interval": 1}], ids=["sgd", "rmsprop"])
-def test_state_that_a_checkpoint_was_read_into_stays(four, options, tmp_path):
+def test_state_that_a_checkpoint_has_overwritten_is_kept(four, options, tmp_path):
     for expected, found in four(read_in_place, options, tmp_path):
         assert_same(found, expected)

@@ -1,4 +1,5 @@
-"""shard_state: every rank keeps a part of the base optimizer's state, and the parameters are what they would be."""
+"""shard_state: every rank keeps a shard of the base optimizer's state, and the parameters are those without
+sharding."""
 
 from unittest import mock
 
@@ -52,7 +53,7 @@ def two():
 
 
 class Network(nn.Module):
-    """Input (N, 2, 5, 5), output (N, 3). Of four ranks, some own nothing of some parameters."""
+    """Input (N, 2, 5, 5), output (N, 3). With four ranks, some own no element of some parameters."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
@@ -103,7 +104,7 @@ def trained(rank, size, options, dtype=torch.float32, steps=range(STEPS)):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS)
-def test_parameters_are_to_the_bit_those_of_whole_state(four, options, dtype):
+def test_parameters_equal_those_of_whole_state(four, options, dtype):
     assert all(four(both, options, dtype))
 
 
@@ -113,8 +114,8 @@ def both(rank, size, options, dtype):
     return equal(values(whole), values(shared))
 
 
-def test_in_pieces(four):
-    """Of whole parameters, here of one each."""
+def test_pieces_of_one_parameter_give_the_same_parameters(four):
+    """Each collective sends one whole parameter."""
     assert all(four(with_pieces))
 
 
@@ -123,11 +124,11 @@ def with_pieces(rank, size):
         return both(rank, size, "adamw", torch.float32)
 
 
-def test_on_two_ranks(two):
+def test_two_ranks_give_the_same_parameters(two):
     assert all(two(both, "adamw", torch.float32))
 
 
-def test_calls(four):
+def test_calls_give_the_same_parameters(four):
     assert all(four(with_calls))
 
 
@@ -143,8 +144,8 @@ def with_calls(rank, size):
     return equal(values(model), values(expected))
 
 
-def test_combining_first(four):
-    """ghat is whole in p.grad, as without."""
+def test_combine_gives_the_same_parameters(four):
+    """p.grad contains the whole ghat, as without shard_state."""
     assert all(four(with_combine))
 
 
@@ -169,8 +170,8 @@ def with_combine(rank, size):
     return all(map(equal, results[:half], results[half:]))
 
 
-def test_each_rank_keeps_a_part(four):
-    """Of AdamW's two buffers a quarter, and at most a row of each parameter more."""
+def test_each_rank_keeps_a_shard(four):
+    """Each rank keeps a quarter of AdamW's two buffers, and at most one row per parameter more."""
     whole = sum(param.nbytes for param in Network().parameters())
     for name, kept, of_rows in [("exp_avg", *sizes) for sizes in four(bytes_kept)]:
         assert kept <= whole / 4 + of_rows, name
@@ -185,9 +186,9 @@ def bytes_kept(rank, size):
         storages[state.untyped_storage().data_ptr()] = state.untyped_storage().nbytes()
         rows += param[0].nbytes if param.dim() else 0
     turned = model.module.turned
-    assert not isinstance(optimizer.state[turned]["exp_avg"], DTensor)  # its rows are no runs of memory
+    assert not isinstance(optimizer.state[turned]["exp_avg"], DTensor)  # its rows are not contiguous
     flat = [bucket.buffers["exp_avg"].nbytes for bucket in optimizer._flat.buckets]
-    # Of what is not cut, all; and a segment is aligned to 16 bytes.
+    # Undivided state is counted in full; a segment is aligned to 16 bytes.
     assert sum(flat) <= sum(storages.values()) + 16 * len(storages)
     return sum(storages.values()) - turned.nbytes, rows
 
@@ -218,7 +219,7 @@ def values_of(optimizer, name):
     return [(x.to_local() if isinstance(x, DTensor) else x).clone() for x in found]
 
 
-def test_scaler(four):
+def test_scaler_gives_the_same_parameters(four):
     assert all(four(with_scaler))
 
 
@@ -236,9 +237,9 @@ def with_scaler(rank, size):
 
 
 @pytest.mark.parametrize("options", ["sgd", "adamw", "curvature_interval", "reuse"])
-def test_checkpoints_are_of_any_number_of_ranks(four, two, options, tmp_path):
-    """Saved by four ranks that share the state, loaded by four, by two, and by two that keep all of it."""
-    # A new DistributedDataParallel sums four numbers in another order, until it has seen that of its gradients.
+def test_checkpoints_load_on_any_number_of_ranks(four, two, options, tmp_path):
+    """Saved by four ranks that shard the state, loaded by four, by two, and by two that keep whole state."""
+    # A new DistributedDataParallel sums four numbers in another order until it has seen the order of its gradients.
     assert max(four(save_and_resume, options, str(tmp_path / "by four"))) < 1e-10
     assert max(two(save_and_resume, options, str(tmp_path / "by two"))) == 0
     results = [two(resume, options, str(tmp_path / "by four"), shard_state) for shard_state in (True, False)]
@@ -248,7 +249,7 @@ def test_checkpoints_are_of_any_number_of_ranks(four, two, options, tmp_path):
 
 
 def state_of(optimizer):
-    """All state, whole, in the order of the parameters."""
+    """Return the whole state, in the order of the parameters."""
     found = []
     for group in optimizer.param_groups:
         for param in group["params"]:
@@ -289,8 +290,8 @@ def resume(rank, size, options, folder, shard_state):
     return at_first, values(model)
 
 
-def test_the_state_of_other_optimizers_is_taken(four):
-    """Of torch's own, which every rank has whole; and a state of shards is refused where it is to be whole."""
+def test_state_of_other_optimizers_loads(four):
+    """torch's own state is whole on every rank; sharded state is refused where whole state is required."""
     assert all(four(with_torchs_state))
 
 
@@ -310,7 +311,7 @@ def with_torchs_state(rank, size):
     return equal(values(shared), values(whole))
 
 
-def test_a_state_of_another_shape_is_refused(two):
+def test_state_of_another_shape_is_refused(two):
     for failure in two.attempt(with_another_shape):
         assert failure.kind == "ValueError"
         assert "a parameter that changes shape needs a new optimizer" in failure.message
@@ -325,7 +326,7 @@ def with_another_shape(rank, size):
     optimizer.step(closure_of(model, 1, rank, size))
 
 
-def test_it_costs_no_other_reduction(four):
+def test_sharding_adds_no_other_reduction(four):
     for count in four(reductions):
         assert count == 1
 
@@ -337,7 +338,7 @@ def reductions(rank, size):
     return counted.count
 
 
-def test_what_is_refused(two):
+def test_invalid_configurations_are_refused(two):
     params = list(Network().parameters())
     with pytest.raises(ValueError, match=r"shard_state=True is about the ranks .*: give that as model="):
         CRSAM(params, lr=0.1, shard_state=True)

@@ -1,4 +1,4 @@
-"""DTensor parameters on four processes: fully_shard, HSDP, tensor parallelism, replicate() step as one process does."""
+"""DTensor parameters on four processes: fully_shard, HSDP, tensor parallelism and replicate() match one process."""
 
 import copy
 from functools import cache
@@ -59,7 +59,7 @@ def four():
 
 
 class Network(nn.Module):
-    """Input (N, 6), output (N, 3). Over four ranks, shards are uneven, and some are empty."""
+    """Input (N, 6), output (N, 3). With four ranks, shards are uneven, and some are empty."""
 
     def __init__(self, dtype=torch.float64):
         super().__init__()
@@ -74,7 +74,7 @@ class Network(nn.Module):
 
 
 class Sequence(nn.Module):
-    """Input (N, 4, 6), output (N, 4, 3); as tensor parallelism likes it, with a norm that is within its plan."""
+    """Input (N, 4, 6), output (N, 4, 3); suited to tensor parallelism, with a norm that is within the plan."""
 
     def __init__(self, dtype=torch.float64):
         super().__init__()
@@ -87,8 +87,8 @@ class Sequence(nn.Module):
         return self.last(self.c(torch.tanh(self.b(self.norm(torch.tanh(self.a(x)))))))
 
 
-# Of Sequence: the norm works on a part of the sequence, and its gradients are parts of a sum over the ranks; ``a`` and
-# ``last`` are outside the plan.
+# Of Sequence: the norm works on a part of the sequence, and its gradients are partial sums over the ranks; ``a`` and
+# ``last`` are outside of the plan.
 PLAN = {
     "norm": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1)),
     "norm.0": SequenceParallel(),
@@ -99,7 +99,7 @@ PLAN = {
 
 @cache
 def mesh_of(*shape, names=None):
-    """Made once in each process: every mesh has process groups of its own."""
+    """Return a mesh, created once per process: every mesh has its own process groups."""
     return init_device_mesh("cpu", shape, mesh_dim_names=names)
 
 
@@ -108,7 +108,7 @@ def network_of(kind):
 
 
 def sharded(kind, size, dtype=torch.float64, **options):
-    """A model as ``kind`` says, what part of the batch this rank has, and of how many."""
+    """Return a model sharded by ``kind``, this rank's part of the batch, and the number of parts."""
     model, rank = network_of(kind)(dtype), dist.get_rank()
     if kind == "replicate":
         from torch.distributed._composable.replicate_with_fsdp import replicate
@@ -164,12 +164,12 @@ def full(tensor):
 
 
 def apart(model, expected):
-    """The greatest difference between the parameters of a model and those that are expected."""
+    """Return the largest difference between the parameters of a model and the expected ones."""
     return max(float((full(p) - q).abs().max()) for p, q in zip(model.parameters(), expected, strict=True))
 
 
 def trajectory(model, optimizer, part=0, parts=1, steps=STEPS):
-    """All parameters after each step."""
+    """Return all parameters after each step."""
     result = []
     for step in range(steps):
         optimizer.step(closure_of(model, step, part, parts))
@@ -178,7 +178,8 @@ def trajectory(model, optimizer, part=0, parts=1, steps=STEPS):
 
 
 def both(kind, size, options, **of_sharding):
-    """The greatest difference between a sharded model's steps and those of one process, and the shards' addresses."""
+    """Return the largest difference between a sharded model's steps and those of one process, and the shards'
+    addresses."""
     model, part, parts = sharded(kind, size, **of_sharding)
     alone = network_of(kind)()
     made = CRSAM(model.parameters(), **options)
@@ -196,25 +197,25 @@ def difference(rank, size, kind, options):
     return both(kind, size, OPTIONS[options])
 
 
-# In float64, rounding is 1e-16 of numbers of size 1; found were at most 2.5e-15.
+# The rounding error of float64 is 1e-16 relative; the largest difference observed is 2.5e-15.
 ROUNDING = 1e-12
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("kind", ["fsdp", "tp and fsdp"])
-def test_steps_are_those_of_one_process(four, kind, options):
+def test_steps_equal_those_of_one_process(four, kind, options):
     assert max(four(difference, kind, options)) < ROUNDING
 
 
 @pytest.mark.parametrize("options", ["sgd", "adamw", "clip, log, adamw", "asam", "reuse, clip, adamw"])
 @pytest.mark.parametrize("kind", [kind for kind in SHARDED if kind not in ("fsdp", "tp and fsdp")])
-def test_every_way_of_sharding(four, kind, options):
+def test_every_kind_of_sharding_equals_one_process(four, kind, options):
     assert max(four(difference, kind, options)) < ROUNDING
 
 
 @pytest.mark.parametrize("options", ["sgd", "adamw", "clip, log, adamw", "reuse, clip, adamw", "rmsprop", "asam"])
-def test_ranks_without_elements(four, options):
-    """They take part in every sum, and their counters and state are those of the others."""
+def test_ranks_without_elements_take_part(four, options):
+    """They take part in every reduction, and their counters and state equal those of the others."""
     results = four(with_nothing, options)
     for error, numbers in results:
         assert error < ROUNDING
@@ -257,9 +258,10 @@ def for_long(rank, size, kind):
 
 @pytest.mark.parametrize("kind", SHARDED)
 def test_e_has_the_length_rho(four, kind):
-    """A dimension that replicates is not summed over: the norm would be the square root of its size too large."""
+    """A dimension that replicates is not reduced over; otherwise the norm would be too large by the square root of its
+    size."""
     for length in four(length_of_e, kind):
-        assert length == pytest.approx(0.1, rel=1e-9)  # less the 1e-12 that is added to the norm
+        assert length == pytest.approx(0.1, rel=1e-9)  # minus the 1e-12 that is added to the norm
 
 
 def length_of_e(rank, size, kind):
@@ -278,17 +280,17 @@ def length_of_e(rank, size, kind):
 @pytest.mark.parametrize(
     ("kind", "options", "count"),
     [
-        ("fsdp", "sgd", 2),  # one for the norm of g0, one for those of the other two
+        ("fsdp", "sgd", 2),  # one for the norm of g0, one for the other two norms
         ("fsdp", "sam", 2),
         ("fsdp", "base", 1),
         ("fsdp", "clip, log, adamw", 2),  # one for the norm, one for the Gram matrix
         ("hsdp", "sgd", 2),
-        ("tp and fsdp", "sgd", 4),  # of each for each dimension
+        ("tp and fsdp", "sgd", 4),  # one of each per dimension
         ("replicate", "sgd", 0),  # the ranks hold whole parameters
     ],
 )
 def test_sums_are_reduced_together(four, kind, options, count):
-    """Whatever the number of parameters and of groups, and beside what the model's own backward reduces."""
+    """The number does not depend on the number of parameters and groups, and excludes the model's own backward."""
     for with_step, of_passes in four(reductions, kind, options):
         assert with_step - of_passes == count
 
@@ -303,7 +305,7 @@ def reductions(rank, size, kind, options):
         for _ in range(passes):
             optimizer.zero_grad()
             closure()
-            # Where a gradient is a part of a sum, that sum is made when the gradient is taken.
+            # A gradient that is a partial sum is reduced when it is taken.
             for param in model.parameters():
                 if isinstance(param.grad, DTensor):
                     param.grad.redistribute(param.device_mesh, param.placements)
@@ -313,7 +315,7 @@ def reductions(rank, size, kind, options):
 
 
 def test_groups_are_reduced_over_in_the_order_of_the_meshes(monkeypatch):
-    """Ranks that reduce over their groups in different orders wait for each other."""
+    """Ranks that reduce over their groups in different orders would deadlock."""
     seen = []
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: seen.append(group))
     groups = [object() for _ in range(20)]
@@ -326,15 +328,15 @@ def test_groups_are_reduced_over_in_the_order_of_the_meshes(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", SHARDED)
-def test_what_others_see(four, kind):
-    """Gradients and state are DTensors, placed as the parameters, which stay where they are; no shard is copied."""
+def test_gradients_and_state_are_dtensors(four, kind):
+    """They are sharded as the parameters, which are not moved; no shard is copied."""
     assert all(four(seen, kind))
 
 
 def seen(rank, size, kind):
     model, part, parts = sharded(kind, size)
     optimizer = CRSAM(model.parameters(), **ADAMW, curvature_interval=2)
-    closure_of(model, 0, part, parts)()  # fully_shard settles where its shards are
+    closure_of(model, 0, part, parts)()  # fully_shard allocates its shards in the first forward
     model.zero_grad()
     params = list(model.parameters())
     shards = [param for param in params if isinstance(param, DTensor)]
@@ -361,7 +363,7 @@ def local_of(param):
     return param.detach().to_local() if isinstance(param, DTensor) else param.detach()
 
 
-def test_gradients_at_the_end_are_those_at_w(four):
+def test_gradients_after_a_step_are_those_at_w(four):
     for found, expected in four(gradients_after):
         assert float((found - expected).abs().max()) < ROUNDING
 
@@ -377,7 +379,7 @@ def gradients_after(rank, size):
 
 @pytest.mark.parametrize("kind", ["fsdp", "tp and fsdp"])
 @pytest.mark.parametrize("combines", [False, True])
-def test_calls(four, kind, combines):
+def test_calls_equal_one_process(four, kind, combines):
     assert max(four(with_calls, kind, combines)) < ROUNDING
 
 
@@ -405,8 +407,8 @@ def with_calls(rank, size, kind, combines):
 
 
 @pytest.mark.parametrize("reshards_late", [False, True])
-def test_accumulation(four, reshards_late):
-    """set_reshard_after_backward(False) is for micro-batches, between which nothing is perturbed."""
+def test_accumulation_equals_one_process(four, reshards_late):
+    """set_reshard_after_backward(False) is for micro-batches, between which no perturbation happens."""
     assert max(four(accumulated, reshards_late)) < ROUNDING
 
 
@@ -465,15 +467,15 @@ def with_nan(rank, size, kind, index):
     return same, int(optimizer.stats.skipped), scaler.get_scale() == 2.0, moved
 
 
-def test_torchs_scaler(four):
-    """It looks at the gradients of its own rank: the step asks the others."""
+def test_torchs_scaler_skips_the_step_on_all_ranks(four):
+    """It checks the gradients of its own rank only; the step reduces the result."""
     for same, skipped in four(with_torchs_scaler):
         assert same
         assert skipped == 1
 
 
-def test_what_one_rank_has_found_skips_the_step_of_all(four):
-    """Also where no gradient shows it."""
+def test_an_overflow_found_by_one_rank_skips_the_step_of_all(four):
+    """Also if no gradient shows it."""
     for same, skipped in four(with_found_inf):
         assert same
         assert skipped == 1
@@ -487,7 +489,7 @@ def with_found_inf(rank, size):
         closure_of(model, 0, part, parts)()
         call(zero_grad=True)
     closure_of(model, 0, part, parts)()
-    # As torch's GradScaler gives them.
+    # As torch's GradScaler passes them.
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(float(rank == 1))
     optimizer.step()
     same = all(torch.equal(full(p), q) for p, q in zip(model.parameters(), before, strict=True))
@@ -512,8 +514,8 @@ def with_torchs_scaler(rank, size):
 
 
 @pytest.mark.parametrize("options", ["sgd", "adamw", "reuse, clip, adamw"])
-def test_mixed_precision_of_fully_shard(four, options):
-    """The shards and gradients are float32: the steps are those of a model whose forward rounds alike."""
+def test_mixed_precision_of_fully_shard_equals_one_process(four, options):
+    """Shards and gradients are float32: the steps equal those of a model whose forward rounds in the same way."""
     assert all(four(with_mixed_precision, options))
 
 
@@ -527,7 +529,7 @@ def with_mixed_precision(rank, size, options):
             optimizer.step(closure_of(model, step, part, parts, torch.bfloat16))
         assert all(param.dtype == param.grad.dtype == torch.float32 for param in model.parameters())
         results.append([full(param) for param in model.parameters()])
-    # Moved from the start, finite, and the same bits in a second run.
+    # The parameters have moved, are finite, and are the same in a second run.
     assert all(torch.isfinite(p).all() for p in results[0])
     assert not torch.equal(results[0][0], Network(torch.float32).scale.detach())
     return all(map(torch.equal, *results))
@@ -535,7 +537,7 @@ def with_mixed_precision(rank, size, options):
 
 @pytest.mark.parametrize("kind", ["fsdp", "hsdp", "tp and fsdp"])
 def test_low_precision_with_masters(four, kind):
-    """bfloat16 shards: each has its master in float32, a DTensor in the state, of which it is the rounded value."""
+    """bfloat16 shards: the state contains a float32 master of each as a DTensor, and the shard is its rounded value."""
     assert all(four(with_masters, kind))
 
 
@@ -551,8 +553,8 @@ def with_masters(rank, size, kind):
     )
 
 
-def test_drifted_replicas_are_found(four):
-    """On every rank, also where one has drifted that others of another shard do not compare with."""
+def test_replicas_that_differ_are_found(four):
+    """Every rank reports it, also if the differing replica belongs to other shards."""
     for failure in four.attempt(drifted):
         assert failure.kind == "RuntimeError"
         assert "the replicas differ: b.weight of 9 parameters are not equal on all ranks" in failure.message
@@ -567,7 +569,7 @@ def drifted(rank, size):
     optimizer.check_replicas()
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# Errors --------------------------------------------------------------------------------------------------------------
 
 REFUSED = {
     "kept gathered": ("RuntimeError", "leave set_reshard_after_backward(True) in place"),
@@ -588,7 +590,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refusals_name_the_way_out(four, case):
+def test_errors_name_a_solution(four, case):
     kind, message = REFUSED[case]
     for failure in four.attempt(refused, case):
         assert failure.kind == kind, failure.told
@@ -642,8 +644,8 @@ def refused(rank, size, case):
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_an_exception_in_a_forward_leaves_w(four, index):
-    """And says what fully_shard needs before it goes on, where Python can add that to an exception."""
+def test_an_exception_in_a_forward_restores_w(four, index):
+    """If Python supports notes on exceptions, it also says what fully_shard requires before the next step."""
     for same, notes, difference in four(with_exception, index):
         assert same
         assert notes is None or "fully_shard needs model.reset_iter_state()" in notes
@@ -666,7 +668,7 @@ def with_exception(rank, size, index):
         optimizer.step(closure_of(model, 0, part, parts))
     handle.remove()
     same = all(map(torch.equal, before, map(local_of, optimizer.param_groups[0]["params"])))
-    if not hasattr(model, "reset_iter_state"):  # which has come with torch 2.14
+    if not hasattr(model, "reset_iter_state"):  # new in torch 2.14
         return same, None, 0.0
     model.reset_iter_state()
     for step in range(STEPS):
@@ -681,8 +683,8 @@ def with_exception(rank, size, index):
 
 
 @pytest.mark.parametrize("options", ["sgd", "adamw", "rmsprop"])
-def test_an_optimizer_whose_parameters_accelerate_exchanges(four, options):
-    """It shards the model after the optimizer was made, and puts the shards into the groups."""
+def test_accelerate_may_replace_the_parameters_of_an_optimizer(four, options):
+    """It shards the model after the optimizer was created, and puts the shards into the groups."""
     assert max(four(exchanged, options)) < ROUNDING
 
 

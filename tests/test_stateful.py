@@ -1,4 +1,4 @@
-"""Anything that users do to an optimizer, in any order, against the float64 reference."""
+"""User actions on an optimizer, in any order, against the float64 reference."""
 
 import copy
 import io
@@ -34,7 +34,7 @@ CONFIGURATIONS = {
     "adamw-log": (torch.optim.AdamW, "adamw", {"lr": 0.02, "regularizer": "log", "rho": 0.3}),
 }  # fmt: skip
 OURS = ("rho", "alpha", "beta", "regularizer", "max_grad_norm")
-# Dozens of steps, each of which may amplify what the last ones rounded.
+# Dozens of steps, each of which may amplify earlier rounding errors.
 TOLERANCE = 1e-9
 SHAPES = [(3,), (2, 3), (), (4,)]
 LATER = [(2,), (3, 1)]
@@ -45,7 +45,8 @@ class Broken(Exception):
 
 
 def loss_of(params):
-    """Couples all parameters; convex enough that no term of the log regularizer is dropped by a rounding."""
+    """Return a loss that couples all parameters, convex enough that rounding never drops a term of the log
+    regularizer."""
     total = sum(p.sum() for p in params)
     return sum((i + 1) * p.square().sum() + p.cos().sum() for i, p in enumerate(params)) + 0.1 * total.sin()
 
@@ -63,7 +64,7 @@ class Training(RuleBasedStateMachine):
         self.scheduler = ExponentialLR(self.optimizer, 0.9)
         self.expected = Reference([{"params": self.params}], name, **self.options)
         self.skipped = 0
-        self.done = 0  # calls of a step in progress
+        self.done = 0  # calls made of the step in progress
 
     def make(self, groups):
         own = {k: v for k, v in self.options.items() if k in OURS}
@@ -71,7 +72,7 @@ class Training(RuleBasedStateMachine):
         return CRSAM([dict(g) for g in groups], self.cls, **own, **base)
 
     def active(self, params):
-        """A loss that leaves frozen parameters out."""
+        """Return a loss that omits frozen parameters."""
         return loss_of([p for p, q in zip(params, self.params, strict=True) if q.requires_grad])
 
     def backward(self, spoil=False):
@@ -132,12 +133,13 @@ class Training(RuleBasedStateMachine):
         self.optimizer.restore()
         self.done = 0
 
-    # What happens between steps
+    # Between steps
 
     @between
     @rule(through_torch=st.booleans())
     def save_and_load(self, through_torch):
-        """Into new parameters and a new optimizer, also by way of torch's own, which has the same state."""
+        """Load into new parameters and a new optimizer, optionally through torch's own optimizer, which has the same
+        state."""
         file = io.BytesIO()
         torch.save((self.optimizer.state_dict(), self.scheduler.state_dict(), [p.detach() for p in self.params]), file)
         file.seek(0)
@@ -207,11 +209,11 @@ class Training(RuleBasedStateMachine):
     @rule(index=st.integers(1, 5))
     def freeze_or_thaw(self, index):
         param = self.params[index % len(self.params)]
-        if param is not self.params[0]:  # one must be left
+        if param is not self.params[0]:  # one must remain
             param.requires_grad_(not param.requires_grad)
             param.grad = None
 
-    # What holds throughout
+    # Invariants
 
     @invariant()
     def parameters_are_w(self):
@@ -228,11 +230,11 @@ class Training(RuleBasedStateMachine):
                 assert torch.allclose(value.double(), expected, rtol=TOLERANCE, atol=TOLERANCE), (name, i)
 
 
-Training.TestCase = None  # one test for each configuration instead
+Training.TestCase = None  # replaced by one test per configuration
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # any order is legal here
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # any order is allowed here
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
-def test_training(configuration):
+def test_training_matches_the_reference(configuration):
     machine = type(configuration, (Training,), {"configuration": configuration})
     run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=30))

@@ -1,4 +1,4 @@
-"""What is measured, on a quadratic function, whose curvature is known."""
+"""Statistics for a quadratic function, whose curvature is known."""
 
 import pytest
 import torch
@@ -8,11 +8,11 @@ from crsam_ext import CRSAM, GradScaler
 
 from .reference import EXACT, assert_close
 
-ALWAYS = {"max_regularizer_ratio": 1e9}  # a cap that never acts, but needs the Gram matrix
+ALWAYS = {"max_regularizer_ratio": 1e9}  # a cap that never applies, but needs the Gram matrix
 
 
 def after_a_step(device, scaled=False, **options):
-    """L = w.Hw / 2 over two parameters, in two groups with a rho of their own: stats, H, g0 and e."""
+    """Minimize L = w.Hw / 2 over two parameters, in two groups with their own rho; return stats, H, g0 and e."""
     torch.manual_seed(0)
     w = torch.randn(7, dtype=torch.float64)
     a = torch.randn(7, 7, dtype=torch.float64)
@@ -35,10 +35,11 @@ def after_a_step(device, scaled=False, **options):
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
-def test_curvature(scaled, backend_options, device):
+def test_curvature_is_exact(scaled, backend_options, device):
     stats, hessian, g, e = after_a_step(device, scaled, **ALWAYS, **backend_options)
     along = e @ hessian @ e / (e @ e)
-    assert_close(stats.directional_curvature, along, 1e3 * EXACT)  # from differences, smaller than the gradients
+    # from differences, which are smaller than the gradients
+    assert_close(stats.directional_curvature, along, 1e3 * EXACT)
     assert_close(stats.grad_norm, g.norm(), EXACT)
     assert_close(stats.normalized_curvature, along / g.norm(), 1e3 * EXACT)
     regularized = g + hessian @ e + 0.2 * 2 * hessian @ e  # d2 is 0, d1 = 2 H e
@@ -46,17 +47,17 @@ def test_curvature(scaled, backend_options, device):
 
 
 def test_curvature_without_a_gram_matrix(backend_options, device):
-    """The torch backend computes it on demand, those with kernels of their own always."""
+    """The torch backend computes it on demand, other backends always."""
     stats, *_ = after_a_step(device, **backend_options)
     assert (stats.directional_curvature is None) == (backend_options["backend"] == "torch")
 
 
-def test_no_curvature_of_an_adaptive_perturbation(backend_options, device):
+def test_adaptive_perturbation_has_no_curvature(backend_options, device):
     stats, *_ = after_a_step(device, adaptive=True, **ALWAYS, **backend_options)
     assert stats.directional_curvature is stats.normalized_curvature is None
     assert stats.regularized_norm > 0
 
 
-def test_nothing_before_the_first_step():
+def test_statistics_are_none_before_the_first_step():
     stats = CRSAM([Parameter(torch.ones(1))], lr=1.0).stats
     assert stats.directional_curvature is stats.regularized_norm is stats.grad_norm is None

@@ -1,4 +1,4 @@
-"""Lightning, Accelerate and transformers in two processes: the same bits as a loop of one's own."""
+"""Lightning, Accelerate and transformers in two processes: the same bits as a hand-written loop."""
 
 import os
 import tempfile
@@ -35,7 +35,7 @@ def data():
 
 
 def of_rank(rank):
-    """The batches of a rank."""
+    """Return the batches of a rank."""
     return list(torch.utils.data.DataLoader(dataset_of(rank), BATCH))
 
 
@@ -64,12 +64,12 @@ def assert_same(results, wanted):
 
 
 def environment(rank, size, port):
-    """What torchrun sets."""
+    """Set the environment variables that torchrun sets."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
 
 
-def test_lightning(two):
+def test_lightning_gives_the_same_bits(two):
     pytest.importorskip("lightning")
     assert_same(two(with_lightning), two(by_hand))
 
@@ -107,7 +107,7 @@ def with_lightning(rank, size):
     return [p.detach().clone() for p in module.parameters()]
 
 
-def test_accelerate(two):
+def test_accelerate_gives_the_same_bits(two):
     pytest.importorskip("accelerate")
     assert_same(two(with_accelerate), two(by_hand))
 
@@ -133,7 +133,7 @@ def with_accelerate(rank, size):
 
 
 @pytest.mark.parametrize("clipped", [False, True])
-def test_transformers(two, clipped):
+def test_transformers_gives_the_same_bits(two, clipped):
     pytest.importorskip("transformers")
     options = {"max_grad_norm": 0.05} if clipped else {}
     wanted = two(by_hand_clipped if clipped else by_hand)
@@ -141,7 +141,7 @@ def test_transformers(two, clipped):
 
 
 def by_hand_clipped(rank, size):
-    """Clipped after combine(), as the Trainer does it."""
+    """Clip after combine(), as the Trainer does."""
     model = network()
     ddp = DistributedDataParallel(model)
     optimizer = CRSAM(model.parameters(), model=ddp, **OPTIONS)

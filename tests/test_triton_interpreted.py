@@ -1,9 +1,9 @@
-"""The tests of every backend on interpreted Triton kernels: in a process of its own, with TRITON_INTERPRET=1.
+"""The tests of every backend with interpreted Triton kernels, in a separate process with TRITON_INTERPRET=1.
 
-That decides, when kernels are defined, that they are interpreted; other tests need them compiled. An interpreted step
-of a small network takes half a second, so here is all of what concerns an operator alone, and of the rest what calls
-them in ways of its own. What is left out are the other base optimizers, options and dtypes of the same tests, which
-differ in what Python does, and training a network. All of it, in half an hour or so:
+The variable must be set when kernels are defined; other tests need them compiled. An interpreted step of a
+small network takes half a second, so this file runs all tests of single operators, and of the others those
+that call operators in distinct ways. It omits other base optimizers, options and dtypes of the same tests,
+which only differ in Python, and training a network. Run all tests in about half an hour with
 
     TRITON_INTERPRET=1 python -m pytest -k triton_interpreted --ignore tests/test_triton_interpreted.py
 """
@@ -38,7 +38,7 @@ OPTIMIZER = (
     "overflow_skips_the_step and 2-closure-log-sgd",
 )
 PARTS = {
-    # Files, expression that chooses among the tests there, and how many are chosen.
+    # Files, an expression that selects tests, and the number of selected tests.
     "operators": (["test_ops.py"], "triton_interpreted", 246),
     "triton_operators": (["test_triton_operators.py"], "", 98),
     "trajectories": (
@@ -66,7 +66,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_interpreted(part):
+def test_interpreted_kernels_pass(part):
     if importlib.util.find_spec("triton") is None:
         missing("Triton was not found")
     files, chosen, count = PARTS[part]

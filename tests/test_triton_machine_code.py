@@ -1,4 +1,4 @@
-"""What Triton makes of the kernels: wide accesses, registers, spills, and where float64 is used. No GPU is needed."""
+"""Triton's output for the kernels: access widths, registers, spills and uses of float64. No GPU is needed."""
 
 import importlib.util
 import re
@@ -19,8 +19,8 @@ from .triton_driver import without_gpu
 
 pytestmark = pytest.mark.slow
 
-# For each compute capability the dtypes that are looked at: to compile all kernels for all of them would take minutes.
-# float16 differs from bfloat16 in a conversion.
+# The dtypes to check for each compute capability; compiling all kernels for all dtypes would take minutes. float16
+# differs from bfloat16 in a conversion.
 COMPILED = {
     80: (torch.float32, torch.bfloat16),
     90: (torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -35,7 +35,7 @@ POINTERS = {
 
 
 class Kernel(NamedTuple):
-    """A kernel, its constants, and the streams of its main loop, of rows and of masters."""
+    """A kernel, its constants, and the numbers of streams of its main loop, for rows and for masters."""
 
     function: str
     constants: dict[str, Any]
@@ -43,7 +43,7 @@ class Kernel(NamedTuple):
     master_loads: int
     stores: int
     master_stores: int
-    writes_master: bool = False  #: of w, where the rows are float16 or bfloat16
+    writes_master: bool = False  #: of w, if the rows are float16 or bfloat16
 
 
 KERNELS = {
@@ -66,11 +66,11 @@ KERNELS = {
     "combine_with_direction": Kernel("combine_kernel", {"GIVEN": 1}, 1, 1, 1, 0),
 }
 
-SUMS = ("grad_norm", "grad_norm_with_direction", "fd_gram", "fd_combine")  # those that end with a reduction
+SUMS = ("grad_norm", "grad_norm_with_direction", "fd_gram", "fd_combine")  # kernels that end with a reduction
 
 
 class Compiled(NamedTuple):
-    """What a kernel was compiled to."""
+    """The result of compiling a kernel."""
 
     kernel: Kernel
     dtype: torch.dtype
@@ -81,8 +81,8 @@ class Compiled(NamedTuple):
 
     @property
     def accesses(self):
-        """How many 128-bit loads and stores the main loop has at least. A vector of masters is as long as that of a
-        16-bit row, in elements, so twice as long in bytes."""
+        """The minimum number of 128-bit loads and stores in the main loop. A vector of masters has as many elements as
+        one of a 16-bit row, so twice as many bytes."""
         words = 2 if has_master(self.dtype) else 1
         k = self.kernel
         master_stores = k.master_stores + (k.writes_master and words == 2)
@@ -90,7 +90,7 @@ class Compiled(NamedTuple):
 
     @property
     def main_loops(self):
-        """The basic blocks that load or store 128 bits."""
+        """Return the basic blocks that load or store 128 bits."""
         blocks = re.split(r"^\$L\w+:", self.ptx, flags=re.MULTILINE)
         return [block for block in blocks if WIDE.search(block)]
 
@@ -99,7 +99,7 @@ WIDE = re.compile(r"\b(?:ld|st)\.global\S*\.(?:v4\.b32|v2\.b64)")
 
 
 def constants_and_registers(kernel):
-    """The constants of a kernel, and how many registers a thread may have: what the launchers say."""
+    """Return the constants of a kernel and the maximum number of registers per thread, as the launchers set them."""
     from crsam_ext.triton_kernels import launch
     from crsam_ext.triton_kernels.update_math import RULES
 
@@ -113,7 +113,7 @@ def constants_and_registers(kernel):
 
 @pytest.fixture(scope="module", params=COMPILED, ids=lambda architecture: f"sm_{architecture}")
 def compiled(request, tmp_path_factory):
-    """(name, dtype) -> what Triton made of the kernel."""
+    """Map (name, dtype) to Triton's output for the kernel."""
     if importlib.util.find_spec("triton") is None:
         missing("Triton was not found")
     if backend.interpreted():
@@ -133,7 +133,8 @@ def compiled(request, tmp_path_factory):
     with knobs.cache.scope():
         knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
         for name, kernel in KERNELS.items():
-            if name.endswith(("plain", "with_direction")) and request.param != 90:  # others have more of everything
+            # other kernels exercise more of everything
+            if name.endswith(("plain", "with_direction")) and request.param != 90:
                 continue
             for dtype in COMPILED[request.param]:
                 if name.endswith("stochastic") and not has_master(dtype):
@@ -158,8 +159,8 @@ def compiled(request, tmp_path_factory):
     return found
 
 
-def test_wide_accesses(compiled):
-    """Every stream of a main loop moves in words of 128 bits, past the caches, and nothing else is moved there."""
+def test_accesses_are_wide(compiled):
+    """Every stream of a main loop moves in 128-bit words and bypasses the caches; nothing else is moved there."""
     for key, one in compiled.items():
         loads = stores = 0
         for block in one.main_loops:
@@ -174,8 +175,8 @@ def test_wide_accesses(compiled):
         assert stores >= expected_stores, (key, stores)
 
 
-def test_loads_in_flight_of_the_norm(compiled):
-    """Vectors are read ahead of the sums, so that memory answers them together; of two loads one is masked out."""
+def test_loads_of_the_norm_precede_their_use(compiled):
+    """Vectors are loaded ahead of the sums, so that loads overlap; one of two loads is masked out."""
     for (name, dtype), one in compiled.items():
         if name == "grad_norm" and dtype != torch.float64:
             steps = re.findall(r"\bLDG\S*\.128|\bF(?:ADD|MUL|FMA)\b|\bHFMA2\S*|\bPRMT\b|\bIMAD\.U32\b", one.sass)
@@ -183,21 +184,21 @@ def test_loads_in_flight_of_the_norm(compiled):
             assert max(runs) >= 5, (name, dtype, runs)
 
 
-def test_no_spills(compiled):
+def test_kernels_do_not_spill(compiled):
     for key, one in compiled.items():
         assert one.resources["STACK"] == one.resources["LOCAL"] == 0, (key, one.resources)
         assert not re.search(r"\b(LDL|STL)\b", one.sass), key
 
 
-def test_registers(compiled):
-    """Four programs of 256 threads on a multiprocessor, which has 65536 registers; two of Adam and fd_combine."""
+def test_kernels_use_few_registers(compiled):
+    """Four programs of 256 threads fit on a multiprocessor with 65536 registers; two of Adam and fd_combine."""
     for (name, dtype), one in compiled.items():
         programs = 2 if name.startswith(("adam", "fd_combine")) else 4
         assert one.resources["REG"] * 256 * programs <= 65536, (name, dtype, one.resources)
 
 
-def test_no_exchange_in_main_loops(compiled):
-    """Nothing passes through shared memory: only reductions use it, at their end."""
+def test_main_loops_exchange_no_data(compiled):
+    """Shared memory is only used by reductions, at their end."""
     for (name, dtype), one in compiled.items():
         assert (one.shared > 0) == (name in SUMS), (name, dtype)
         for block in one.main_loops:
@@ -213,10 +214,10 @@ def test_no_float64_in_main_loops_of_float32(compiled):
 
 @pytest.fixture
 def launched(monkeypatch, tmp_path):
-    """Makes launches on CPU tensors go as far as they can without a GPU: to the driver.
+    """Let launches on CPU tensors proceed as far as possible without a GPU: to the driver.
 
     Returns:
-        What Triton's launcher was called with, each time.
+        The arguments of each call of Triton's launcher.
     """
     if importlib.util.find_spec("triton") is None:
         missing("Triton was not found")
@@ -239,7 +240,7 @@ def launched(monkeypatch, tmp_path):
 
 
 def _kernels():
-    """All kernels, as functions of Triton."""
+    """Return all kernels as Triton functions."""
     from crsam_ext.triton_kernels import coefficients, fd_gram, grad_norm, perturb, step
 
     modules = (coefficients, fd_gram, grad_norm, perturb, step)
@@ -247,7 +248,7 @@ def _kernels():
 
 
 def _run_all(sizes, offset, losses=False):
-    """Each kernel once, perturb_kernel with both signs."""
+    """Launch each kernel once, and perturb_kernel with both signs."""
     case = Case(torch.float32, sizes=sizes, groups=[0] * len(sizes), offset=offset)
     operators = backend.TritonOperators()
     for operator in Case.OPERATORS:
@@ -266,14 +267,14 @@ SIZES = (((1, 3, 4097, 40000), 0), ((5,), 1), ((16,) * 16, 0))
 
 
 def test_nothing_is_compiled_twice(launched, monkeypatch):
-    """Neither other sizes, numbers of rows and addresses, nor later steps make Triton compile a kernel again."""
+    """Neither other sizes, numbers of rows and addresses, nor later steps trigger recompilation."""
     from crsam_ext.triton_kernels import launch
 
     class Forgets(dict):
         def __setitem__(self, key, value):
             pass
 
-    monkeypatch.setattr(launch, "_launchers", Forgets())  # so that Triton looks at the arguments of each launch
+    monkeypatch.setattr(launch, "_launchers", Forgets())  # so that Triton inspects the arguments of each launch
     for sizes, offset in SIZES:
         _run_all(sizes, offset)
     variants = {kernel.fn.__name__: len(kernel.device_caches[0][0]) for kernel in _kernels()}
@@ -284,8 +285,8 @@ def test_nothing_is_compiled_twice(launched, monkeypatch):
     assert variants == {name: more.get(name, 1) for name in expected}
 
 
-def test_launchers_are_kept_with_this_triton(launched):
-    """Or every launch would cost 20 microseconds more; the tests below say whether a version can be added."""
+def test_launchers_are_cached_with_this_triton(launched):
+    """Otherwise every launch would take 20 microseconds more; the tests below show whether a version can be added."""
     import triton
     from crsam_ext.triton_kernels import launch
 
@@ -293,7 +294,7 @@ def test_launchers_are_kept_with_this_triton(launched):
     assert launch._keeps
 
 
-def test_with_another_triton_every_launch_is_its_own(launched, monkeypatch):
+def test_launches_with_another_triton_are_not_cached(launched, monkeypatch):
     from crsam_ext.triton_kernels import launch
 
     monkeypatch.setattr(launch, "_keeps", False)
