@@ -392,8 +392,8 @@ def test_checkpoint_loads_on_other_numbers_of_ranks(ranks_of, saved, options, si
         (assert_same if size == 4 else assert_close)(at_the_end, end)
 
 
-# Neighbouring numbers below 1 are 2^-24 apart in float32, and 2^-8 in bfloat16. Rounded the other way, a parameter is
-# that far off, and a gradient puts less than that into two steps at rates up to 0.1.
+# Neighboring numbers below 1 are 2^-24 apart in float32, and 2^-8 in bfloat16. A parameter that rounds the other way
+# differs by that much, and its gradient adds less than that in two steps with learning rates up to 0.1.
 MIXED = {"float32": 100 * 2.0**-24, "bfloat16": 10 * 2.0**-8}
 
 

@@ -307,8 +307,8 @@ def test_launches_with_another_triton_are_not_cached(launched, monkeypatch):
     assert launch._launchers == {}
 
 
-def test_launchers_are_limited(launched, monkeypatch):
-    """When there are too many, all are made again; every launch gets its own arguments."""
+def test_cache_of_launchers_is_limited(launched, monkeypatch):
+    """When the cache is full, all launchers are made again; every launch gets its own arguments."""
     from crsam_ext.triton_kernels import launch
 
     given, compiled = [], []
@@ -337,8 +337,8 @@ def test_launchers_are_limited(launched, monkeypatch):
 
 
 @pytest.mark.parametrize("losses", [False, True])
-def test_later_launches_are_as_triton_makes_them(losses, launched):
-    """They do without Triton's look at the arguments, and its launcher is called with the same."""
+def test_cached_launches_equal_triton_launches(losses, launched):
+    """They skip Triton's inspection of the arguments, and call its launcher with the same arguments."""
     from crsam_ext.triton_kernels import launch
 
     def comparable(x):
@@ -359,8 +359,9 @@ def test_later_launches_are_as_triton_makes_them(losses, launched):
         assert by_run[0] == by_run[1]
 
 
-def test_order_of_the_last_stage_of_sums(compiled):
-    """Partial sums, barrier, ticket; barrier, and the partial sums of others, past this multiprocessor's cache."""
+def test_last_stage_of_sums_is_ordered(compiled):
+    """Partial sums, barrier, ticket; barrier, and other blocks' partial sums, loaded past this multiprocessor's
+    cache."""
     order = r"st\.global\.b64.*bar\.sync.*atom\.global\.gpu\.acq_rel.*bar\.sync.*ld\.global\.cg\.b64"
     for (name, dtype), one in compiled.items():
         if name in SUMS:

@@ -1,7 +1,7 @@
-"""The Triton kernels, interpreted on the CPU: what the tests of every backend do not ask.
+"""The Triton kernels, interpreted on the CPU: tests in addition to those that run with every backend.
 
-Those tests run on interpreted kernels as well, as backend "triton_interpreted". Here are bytes and launches, the order
-of programs, rows of awkward sizes and addresses, many groups, and what is cached. See tests/test_triton_interpreted.py.
+Those tests also run with backend "triton_interpreted". This file tests bytes and launches, the order of
+programs, rows of unusual sizes and addresses, many groups, and caches. See tests/test_triton_interpreted.py.
 """
 
 import itertools
@@ -42,19 +42,19 @@ from .operator_cases import (
     wrong_arguments_of_a_step,
 )  # fmt: skip
 
-# A program costs some 10 ms, so that there are fewer tiny rows than elsewhere.
+# A program takes about 10 ms, so there are fewer small rows than elsewhere.
 FEWER = {**ROWS, "tiny": {"sizes": [1 + i % 7 for i in range(20)], "groups": [i % 2 for i in range(20)]}}
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of the size that a GPU gets, so that loops over a chunk go round more than once."""
+    """Use the block size of a GPU, so that loops over a chunk have more than one iteration."""
     monkeypatch.setattr(launch, "INTERPRETED_BLOCK", launch.DEFAULT_BLOCK)
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The names of the kernels that are launched, as they are."""
+    """Return a list to which the name of each launched kernel is appended."""
     names, call = [], interpreter.GridExecutor.__call__
 
     def counted(self, *args, **kwargs):
@@ -70,17 +70,17 @@ def launches(monkeypatch):
 
 @dtypes
 @pytest.mark.parametrize("rows", FEWER)
-def test_same_as_float64(rows, dtype):
+def test_values_equal_those_in_float64(rows, dtype):
     check_same_as_float64(TritonOperators(), dtype, **FEWER[rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
-def test_same_as_float64_in_small_blocks(offset, dtype, small_blocks):
+def test_values_equal_those_in_float64_in_small_blocks(offset, dtype, small_blocks):
     check_same_as_float64(TritonOperators(), dtype, sizes=(3, 3000), groups=(0, 1), offset=offset)
 
 
-def test_same_bits_in_any_order_of_programs(monkeypatch):
+def test_any_order_of_programs_gives_the_same_bits(monkeypatch):
     results = [run_all(TritonOperators(), Case(torch.float32)) for _ in range(2)]
     forward = interpreter.InterpreterBuilder.set_grid_idx
     monkeypatch.setattr(
@@ -93,8 +93,8 @@ def test_same_bits_in_any_order_of_programs(monkeypatch):
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
-def test_groups_without_rows():
-    """The sums of more groups than are written at a time, most of them empty."""
+def test_groups_without_rows_are_accepted():
+    """There are more groups than are written at a time, most of them empty."""
     rows, groups = [torch.ones(3), torch.ones(5), torch.ones(7)], [299, 0, 140]
     found = TritonOperators().grad_norm(rows, groups, 300, [None] * 3)
     expected = torch.zeros(300, dtype=torch.float64)
@@ -105,7 +105,7 @@ def test_groups_without_rows():
     assert torch.equal(gram[expected == 0], torch.zeros(297, 9, dtype=torch.float64))
 
 
-def test_more_chunks_than_are_summed_at_a_time():
+def test_more_chunks_than_are_summed_at_a_time_are_accepted():
     rows = [torch.full((1 + i % 3,), float(i)) for i in range(300)]
     found = TritonOperators().grad_norm(rows, [0] * 300, 1, [None] * 300)
     assert found.item() == sum(i * i * (1 + i % 3) for i in range(300))
@@ -114,8 +114,8 @@ def test_more_chunks_than_are_summed_at_a_time():
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf], ids=["finite", "nan", "inf"])
 @pytest.mark.parametrize("regularizer", ["linear", "log"])
 @pytest.mark.parametrize("groups", [1, 300])
-def test_coefficients(groups, regularizer, bad):
-    """The same decisions as those of the torch backend, with every combination of what is optional."""
+def test_coefficients_equal_those_of_torch(groups, regularizer, bad):
+    """The decisions equal those of the torch backend, for every combination of optional arguments."""
 
     def vector(low):
         return torch.rand(groups, dtype=torch.float64) + low
@@ -158,8 +158,8 @@ def one_minus_power_kernel(x, t, out, N: tl.constexpr):
     tl.store(out + lane, update_math.one_minus_power(tl.load(x + lane), tl.load(t + lane)))
 
 
-def test_one_minus_power():
-    """1 - beta^t to full precision, whatever beta is, from the first step to the last."""
+def test_one_minus_power_is_accurate():
+    """1 - beta^t has full precision for any beta, from the first step to the last."""
     rests = [1.0, 0.5, 0.1, 1e-3, 1e-8, 2.0**-60, 0.0]
     pairs = [(x, t) for x in rests for t in (1.0, 2.0, 10.0, 1e6)]
     pairs += [pairs[0]] * (32 - len(pairs))
@@ -175,7 +175,7 @@ def test_one_minus_power():
 
 
 class Traffic:
-    """Bytes that are read from and written to some tensors."""
+    """Counts bytes that are read from and written to some tensors."""
 
     def __init__(self, tensors, monkeypatch):
         self.ranges = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors]
@@ -200,8 +200,8 @@ class Traffic:
 
 @pytest.mark.parametrize("rows", ["odd", "misaligned"])
 @each_operator
-def test_bytes(operator, variant, rows, launches):
-    """Bytes read and written an element, and one launch, whatever the number of rows."""
+def test_each_operator_moves_the_expected_bytes(operator, variant, rows, launches):
+    """Check the bytes read and written per element, and that there is one launch, whatever the number of rows."""
     for dtype in (torch.float32, torch.bfloat16):
         read, written = moved(variant, dtype)
         case = Case(dtype, **ROWS[rows])
@@ -216,7 +216,7 @@ def test_bytes(operator, variant, rows, launches):
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("options", [{}, {"regularizer": "log", "max_grad_norm": 1.0}], ids=["linear", "log"])
-def test_launches_of_a_step(options, base, launches):
+def test_a_step_makes_the_expected_launches(options, base, launches):
     step = stepping(base, options, backend="triton")
     launches.clear()
     step()
@@ -242,12 +242,12 @@ def test_tables_are_copied_when_an_address_changes(monkeypatch):
     assert len(cache._entries) == cache.LIMIT
 
 
-# Manners -------------------------------------------------------------------------------------------------------------
+# Framework integration -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-def test_same_steps_with_the_compiled_host_functions(base, library, monkeypatch):
-    """Another memory order and a gradient of one pass only included; `library` is the extension."""
+def test_compiled_host_functions_make_the_same_steps(base, library, monkeypatch):
+    """This includes another memory layout and a gradient in one pass only; `library` is the extension."""
     results = []
     for reason in (None, "the extension was not built"):
         monkeypatch.setattr(extension, "why_missing", lambda: reason)  # noqa: B023
@@ -271,7 +271,7 @@ def test_same_steps_with_the_compiled_host_functions(base, library, monkeypatch)
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-def test_versions_of_what_is_written():
+def test_operators_increment_the_versions_that_they_write():
     check_versions(TritonOperators())
 
 
@@ -281,12 +281,12 @@ def test_interrupted_perturb_can_be_undone(launched, monkeypatch):
     check_interrupted_perturb(backend, backend._ops, launched, monkeypatch)
 
 
-def test_schemas_and_fakes():
-    TritonOperators()  # registers them
+def test_schemas_and_fakes_are_valid():
+    TritonOperators()  # registers the operators
     check_schemas_and_fakes(torch.ops.crsam_triton)
 
 
-def test_same_lengths_in_other_groups():
+def test_same_lengths_in_other_groups_get_their_own_table():
     check_other_groups(TritonOperators())
 
 
@@ -301,7 +301,7 @@ def test_dtypes_are_checked():
         TritonOperators().grad_norm(rows, [0], 1, [None])
 
 
-def test_nothing_to_do():
+def test_empty_arguments_are_accepted():
     """No rows, or rows without elements."""
     backend, scale, none = TritonOperators(), torch.ones(2, dtype=torch.float64), [torch.empty(0)]
     backend.perturb_(none, none, none, [1], scale, [False, True], 1, [])
@@ -322,7 +322,7 @@ def test_unknown_names_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("held_in", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_options_as_tensors(held_in, dtype):
+def test_options_may_be_tensors(held_in, dtype):
     check_options_as_tensors(TritonOperators(), held_in, dtype)
 
 
@@ -330,14 +330,14 @@ def test_options_as_tensors(held_in, dtype):
 
 
 def test_interpreter_still_truncates():
-    """Why tests patch it."""
-    x = np.array([1.0 + 2.0**-7 - 2.0**-20], np.float32)  # just below a bfloat16
+    """This is the reason why tests patch it."""
+    x = np.array([1.0 + 2.0**-7 - 2.0**-20], np.float32)  # just below a bfloat16 number
     bits = triton_interpreted.unpatched["_convert_float"](x, tl.float32, tl.bfloat16, None)
     if bits.view(np.uint16).item() == triton_interpreted.round_to_bfloat16(x).item():
         pytest.fail("Triton's interpreter rounds float32 to bfloat16 now: remove the patch in triton_interpreted.py")
 
 
-def test_rounding_to_bfloat16():
+def test_patched_interpreter_rounds_to_bfloat16():
     x = torch.cat([torch.randn(1000), torch.tensor([math.inf, -math.inf, 0.0, -0.0, 3.4e38, 1e-40])])
     bits = triton_interpreted.round_to_bfloat16(x.numpy())
     assert np.array_equal(bits, x.bfloat16().view(torch.uint16).numpy())

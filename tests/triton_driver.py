@@ -1,4 +1,4 @@
-"""A driver for Triton that has no GPU: kernels are compiled, and launches end where they would be handed to CUDA."""
+"""A Triton driver without a GPU: kernels are compiled, and a launch ends where it would call CUDA."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ __all__ = ["without_gpu"]
 
 
 def without_gpu(launched: Callable[..., None]) -> SimpleNamespace:
-    """The driver; every launch calls ``launched`` with what Triton's launcher would be called with."""
+    """Return the driver; every launch calls ``launched`` with the arguments of Triton's launcher."""
     from triton.backends.compiler import GPUTarget
 
     utils = SimpleNamespace(

@@ -1,6 +1,6 @@
-"""Compiles the unmodified sources of csrc/ for a CPU: as operators for CPU tensors, and as stand-alone programs.
+"""Compile the unmodified sources of csrc/ for a CPU: as operators for CPU tensors, and as stand-alone programs.
 
-What is built lies under build/cuda_on_cpu, named after a hash of everything that went into it.
+The results are in build/cuda_on_cpu, named by a hash of all inputs.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SOURCES = ROOT / "csrc"
 KERNELS = ("grad_norm.cu", "perturb.cu", "fd_gram.cu", "coefficients.cu", "step.cu")
-# Without contraction, so that only what is written as fma is one.
+# Without contraction, so that only explicit calls of fma are fused.
 FLAGS = ("-std=c++20", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas")
 
 
@@ -36,7 +36,7 @@ def _digest(*parts):
 
 @contextmanager
 def _alone():
-    """One process builds at a time: others find what it has built."""
+    """Hold a lock: one process builds at a time, and the others reuse the result."""
     folder = ROOT / "build" / "cuda_on_cpu"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -45,7 +45,7 @@ def _alone():
 
 
 def _build(output, sources, compile_flags, link_flags):
-    """One g++ call a source, all at once, then the link; ``output`` appears when it is complete."""
+    """Run one g++ process per source in parallel, then the linker; ``output`` appears when it is complete."""
     compiler = os.environ.get("CXX", "g++")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
@@ -63,7 +63,7 @@ def _build(output, sources, compile_flags, link_flags):
 
 
 def _torch_flags(*flags):
-    """Of the compiler and of the linker, for a library that uses torch."""
+    """Return the compiler and linker flags of a library that uses torch."""
     isystem = [f"-isystem{p}" for p in (*include_paths(), sysconfig.get_path("include"))]
     folders = library_paths()
     libraries = ["-ltorch_python", "-ltorch_cpu", "-lc10"]
@@ -73,15 +73,15 @@ def _torch_flags(*flags):
 
 @cache
 def library():
-    """The Python module of csrc/ with its kernels, for CPU tensors."""
+    """Return the Python module of csrc/ with its kernels, for CPU tensors."""
     return load(extension(*(SOURCES / "cuda" / name for name in (*KERNELS, "ops_cuda.cpp")), HERE / "control.cpp"))
 
 
 def extension(*sources):
-    """The path of the Python module of csrc/ with other sources in the place of kernels."""
+    """Return the path of the Python module of csrc/ with other sources in place of the kernels."""
     own = ["host.cpp", "operators.cpp", "bindings.cpp"]
     flags = ["-O2", f"-I{SOURCES}/cuda", "-DTORCH_EXTENSION_NAME=_C", "-DCRSAM_DISPATCH_KEY=CPU"]
-    if hasattr(torch.ops.crsam, "grad_norm"):  # another extension, for a GPU, counts the versions for all devices
+    if hasattr(torch.ops.crsam, "grad_norm"):  # another extension, for a GPU, increments versions for all devices
         flags.append("-DCRSAM_NO_VERSIONS")
     path = ROOT / "build" / "cuda_on_cpu" / _digest("extension", flags, *(p.read_text() for p in sources)) / "_C.so"
     with _alone():
@@ -91,7 +91,7 @@ def extension(*sources):
 
 
 def load(path):
-    """The Python module at a path."""
+    """Load the Python module at a path."""
     spec = spec_from_file_location("_C", path, loader=ExtensionFileLoader("_C", str(path)))
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -99,7 +99,7 @@ def load(path):
 
 
 def counted(shim, body):
-    """Launches, bytes read and bytes written by ``body``; ``shim`` is the library as ctypes sees it."""
+    """Return launches, bytes read and bytes written by ``body``; ``shim`` is the library as a ctypes object."""
     counters = (ctypes.c_uint64 * 3)()
     shim.crsam_take_counters(counters)
     body()
@@ -108,11 +108,11 @@ def counted(shim, body):
 
 
 def program(*flags, replaced=()):
-    """A stand-alone program that runs every kernel once; the path of it.
+    """Build a stand-alone program that runs every kernel once, and return its path.
 
     Args:
-        flags: of the compiler and the linker.
-        replaced: (file below csrc/cuda, text, other text), any number of them, made in a copy of the sources.
+        flags: flags of the compiler and the linker.
+        replaced: tuples (file in csrc/cuda, text, other text): replacements in a copy of the sources.
     """
     path = ROOT / "build" / "cuda_on_cpu" / _digest("program", flags, replaced) / "program"
     if path.exists():

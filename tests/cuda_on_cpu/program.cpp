@@ -1,5 +1,5 @@
-// Every kernel once on small rows, each array an allocation of its own, for the sanitizers; and the sums against
-// float64.
+// Runs every kernel once on small rows, with a separate allocation for each array, for the sanitizers; compares the
+// sums with float64.
 //
 //     program [order]
 #include <cstdio>
@@ -13,7 +13,7 @@
 
 namespace {
 
-#ifdef EMU_PARALLEL  // few blocks, as ThreadSanitizer takes a millisecond to make a fiber, and those of a group at once
+#ifdef EMU_PARALLEL  // few blocks, because ThreadSanitizer takes a millisecond to create a fiber; groups run at once
 const std::vector<int64_t> kLengths = {crsam::kChunk + 3, 3};
 #else
 const std::vector<int64_t> kLengths = {1, 3, crsam::kChunk + 4097, 300};
@@ -25,7 +25,7 @@ __nv_bfloat16 narrow(float x, __nv_bfloat16) { return __float2bfloat16_rn(x); }
 double widen(float x) { return x; }
 double widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// Arrays that end where their elements end, for AddressSanitizer.
+// Arrays without padding at the end, for AddressSanitizer.
 struct Memory {
   std::vector<std::unique_ptr<char[]>> blocks;
   template <class T>
@@ -78,7 +78,7 @@ void run(crsam::Dtype dtype) {
   double* gram = memory.make<double>(kNumGroups * 9, [](int64_t) { return -1; });
   double* half = memory.make<double>(kNumGroups, [](int64_t) { return 0.5; });
   double* scale = memory.make<double>(kNumGroups, zero);
-  for (int repetition = 0; repetition < 2; ++repetition) {  // the tickets are 0 again
+  for (int repetition = 0; repetition < 2; ++repetition) {  // the tickets must be 0 again
     launch_grad_norm(dtype, table, half, partial, norms, nullptr);
     launch_grad_norm(dtype, table, nullptr, partial, norms, nullptr);
     launch_fd_gram(dtype, table, partial, gram, nullptr);
@@ -141,7 +141,7 @@ void run(crsam::Dtype dtype) {
   };
   update(table);
 
-  // The last chunk of a row of 2^33 elements, of which only these few exist: offsets have 64 bits.
+  // The last chunk of a row of 2^33 elements, of which only these exist: tests 64-bit offsets.
   const int64_t before = int64_t(1) << 33, n = 1027;
   Row row = {};
   const auto shifted = [&](auto* array) { return array - before; };

@@ -1,4 +1,4 @@
-"""What the tests on a GPU share."""
+"""Fixtures of the GPU tests."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from ..conftest import missing
 
 @pytest.fixture(params=["cuda", "triton"])
 def fused(request):
-    """The name of each backend with kernels of its own."""
+    """Return the name of each fused backend in turn."""
     verdict = available_backends()[request.param]
     if verdict != "available":
         missing(f"backend {request.param} is {verdict}")

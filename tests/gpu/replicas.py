@@ -1,4 +1,4 @@
-"""Run by torchrun: steps of a DistributedDataParallel on a GPU, against the same on the CPU in float64."""
+"""Program for torchrun: compares DistributedDataParallel steps on a GPU with float64 steps on the CPU."""
 
 import sys
 
@@ -26,7 +26,7 @@ def network():
 
 
 def train(device, dtype, group, backend, base, options):
-    """The parameters after some steps."""
+    """Return the parameters after some steps."""
     model = network().to(device, dtype)
     ddp = DistributedDataParallel(model, process_group=group)
     optimizer = CRSAM(model.parameters(), base, lr=0.01, rho=0.1, model=ddp, backend=backend, **options)
@@ -56,7 +56,7 @@ def main(communication):
             expected = train("cpu", torch.float64, on_cpu, "torch", base, options)
             for backend in ("cuda", "triton", "torch"):
                 found = train(device, torch.float32, None, backend, base, options)
-                # Adam divides by the size of a gradient: 1e-4 is four digits of steps of 0.01.
+                # Adam divides by the magnitude of a gradient: 1e-4 is four digits of steps of 0.01.
                 for p, q in zip(found, expected, strict=True):
                     torch.testing.assert_close(
                         p, q, rtol=1e-3, atol=1e-4, msg=lambda m, c=(name, base, backend): f"{c}: {m}"

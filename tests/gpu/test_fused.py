@@ -1,4 +1,4 @@
-"""What only a GPU can show: the operators there, a step in a CUDA graph, no synchronisation, compute-sanitizer."""
+"""Tests that need a GPU: the operators there, a step in a CUDA graph, no synchronization, compute-sanitizer."""
 
 import shutil
 import subprocess
@@ -20,14 +20,14 @@ STEPS = 3
 def params_and_gradients(seed=0):
     generator = torch.Generator().manual_seed(seed)
     params = [Parameter(torch.randn(n, generator=generator).cuda()) for n in (1, 3, 4097, 300000)]
-    # Near each other and far from 0: where a combination cancels, Adam would divide rounding by rounding.
+    # Close to each other and not close to 0: where terms cancel, Adam would divide rounding errors by each other.
     signs = [torch.randn(p.shape, generator=generator).sign() for p in params]
     grads = [[(s * (1 + 0.3 * torch.rand(s.shape, generator=generator))).cuda() for s in signs] for _ in range(3)]
     return params, grads
 
 
 def closure_of(params, grads):
-    """Gives each pass its own gradients, as new tensors."""
+    """Return a closure that gives each pass its gradients, as new tensors."""
     passes = iter(grads * 100)
 
     def closure():
@@ -47,14 +47,14 @@ def train(backend, base, steps=STEPS):
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-def test_same_as_torch_and_deterministic(base, fused):
+def test_steps_equal_torchs_and_are_deterministic(base, fused):
     found, again, expected = train(fused, base), train(fused, base), train("torch", base)
     for x, y, z in zip(found, again, expected, strict=True):
         assert torch.equal(x, y)
         torch.testing.assert_close(x, z, rtol=1e-5, atol=1e-5)
 
 
-def test_no_synchronisation(fused):
+def test_steps_do_not_synchronize(fused):
     params, grads = params_and_gradients()
     optimizer = CRSAM(params, lr=0.1, momentum=0.9, backend=fused)
     closure = closure_of(params, grads)
@@ -66,8 +66,8 @@ def test_no_synchronisation(fused):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_step_in_a_graph(fused):
-    """Replayed steps are the same, bit for bit, as steps without a graph."""
+def test_steps_in_a_graph_give_the_same_bits(fused):
+    """Replayed steps equal eager steps, bit for bit."""
     expected = train(fused, torch.optim.SGD, steps=5)
     params, grads = params_and_gradients()
     optimizer = CRSAM(params, torch.optim.SGD, lr=0.1, backend=fused, max_grad_norm=1.0, replay_rng=False)
@@ -87,7 +87,7 @@ def test_step_in_a_graph(fused):
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_compute_sanitizer(tool, fused):
+def test_compute_sanitizer_finds_nothing(tool, fused):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         missing("no compute-sanitizer was found")

@@ -1,4 +1,4 @@
-"""Steps replayed from a CUDA graph equal ordinary ones, bit for bit."""
+"""Steps replayed from a CUDA graph equal eager steps, bit for bit."""
 
 import copy
 
@@ -55,11 +55,11 @@ def train(fused, graphed, base=torch.optim.SGD, bad_step=None, **options):
     ],
     ids=lambda options: "-".join(options),
 )
-def test_equal_to_ordinary_steps(fused, options):
-    """Dropout masks, running statistics, schedules, skipped steps and measurements included."""
+def test_graphed_steps_equal_eager_steps(fused, options):
+    """This includes dropout masks, running statistics, schedules, skipped steps and statistics."""
     weights, losses, random, stats = train(fused, False, **options)
     graphed_weights, graphed_losses, graphed_random, graphed_stats = train(fused, True, **options)
-    # The running statistics of a batch that is not finite are not finite.
+    # The running statistics of a batch with NaN are NaN.
     torch.testing.assert_close(weights, graphed_weights, rtol=0, atol=0, equal_nan=True)
     assert all(w.isfinite().all() for name, w in weights.items() if "running" not in name)
     torch.testing.assert_close(losses, graphed_losses, rtol=0, atol=0, equal_nan=True)
@@ -79,9 +79,9 @@ ZEROS = {
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("groups", ZEROS.values(), ids=ZEROS)
-def test_options_that_are_zero_in_one_group(groups, base, fused):
-    """A captured step copies no number from the host, where only some of those of one name are tensors; a schedule
-    that reaches 0 and one that leaves it go on."""
+def test_options_may_be_zero_in_one_group(groups, base, fused):
+    """A captured step copies no number from the host if only some groups have a tensor for an option. Schedules
+    may reach 0 and leave it."""
     trained = []
     for graphed in (False, True):
         torch.manual_seed(0)
@@ -97,7 +97,7 @@ def test_options_that_are_zero_in_one_group(groups, base, fused):
         step = GraphedStep(optimizer, closure) if graphed else lambda o=optimizer, c=closure: o.step(c)
         for index in range(STEPS):
             step()
-            if index == STEPS // 2:  # to 0, and away from it
+            if index == STEPS // 2:  # to 0, and away from 0
                 for group in optimizer.param_groups:
                     for name in ("alpha", "rho"):
                         value = group[name].item() if isinstance(group[name], torch.Tensor) else group[name]
@@ -108,9 +108,9 @@ def test_options_that_are_zero_in_one_group(groups, base, fused):
         assert torch.equal(p, q)
 
 
-def test_numbers_drawn_between_replays(fused):
-    """Whoever else draws from the generator leaves the passes of a step with equal masks: a loss without parameters
-    in it, three times the same noise."""
+def test_draws_between_replays_do_not_change_the_masks(fused):
+    """Other draws from the generator do not change that the passes of a step have equal masks: the loss contains no
+    parameters, so its three values are the same noise."""
     weight = nn.Parameter(torch.ones(3, device="cuda"))
     optimizer = CRSAM([weight], lr=0.0, rho=0.1, backend=fused)
 
@@ -129,7 +129,7 @@ def test_numbers_drawn_between_replays(fused):
     assert len(set(seen)) == 6
 
 
-def test_what_cannot_be_captured():
+def test_steps_that_cannot_be_captured_are_refused():
     weight = nn.Parameter(torch.ones(3, device="cuda"))
     for options, why in (
         ({"backend": "torch"}, "backend 'torch' reads numbers on the host"),

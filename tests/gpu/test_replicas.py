@@ -1,4 +1,4 @@
-"""DistributedDataParallel on GPUs: with NCCL a process for each, and two processes of gloo that share one."""
+"""DistributedDataParallel on GPUs: one process per GPU with NCCL, and two processes that share a GPU with gloo."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ PROGRAM = Path(__file__).with_name("replicas.py")
 
 
 @pytest.mark.parametrize("communication", ["nccl", "gloo"])
-def test_steps_are_those_of_a_cpu(communication):
+def test_steps_equal_those_on_a_cpu(communication):
     processes = torch.cuda.device_count() if communication == "nccl" else 2
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Parameters whose memory others hold, on a GPU: they stay where they are, and train as any others, to the bit."""
+"""Parameters with shared memory on a GPU: they are not moved, and train as other parameters, bit for bit."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def columns(values):
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("hold", [twin, columns])
-def test_trained_in_place_as_anywhere(hold, dtype, base, fused):
+def test_parameters_are_trained_in_place_with_the_same_bits(hold, dtype, base, fused):
     values = [torch.randn(shape, device="cuda").to(dtype) for shape in [(700, 300), (3, 5), ()]]
     held, seen = zip(*map(hold, values), strict=True)
     own, addresses = [Parameter(p.detach().clone()) for p in held], [p.data_ptr() for p in held]
@@ -39,8 +39,8 @@ def test_trained_in_place_as_anywhere(hold, dtype, base, fused):
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.3])
-def test_weights_of_cudnn(rho, fused):
-    """flatten_parameters() copies them into a new block in every forward, and points the parameters there."""
+def test_weights_of_cudnn_are_followed(rho, fused):
+    """flatten_parameters() copies them into a new block in every forward, and re-points the parameters."""
     x, trained = torch.randn(3, 2, 40, device="cuda"), []
     for flattens in (False, True):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-// What setup.py writes for an extension that it builds.
+// The file that setup.py writes for an extension.
 #define CRSAM_VERSION ""
 #define CRSAM_REVISION ""
 #define CRSAM_TORCH ""

@@ -12,7 +12,7 @@ inline float __bfloat162float(__nv_bfloat16 x) {
   std::memcpy(&wide, &bits, sizeof wide);
   return wide;
 }
-// To the nearest, ties to even.
+// Rounds to nearest, ties to even.
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   if (x != x) return {0x7fff};
   uint32_t bits;

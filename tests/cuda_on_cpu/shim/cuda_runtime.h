@@ -1,9 +1,9 @@
 // Runs CUDA kernels on a CPU, compiled with g++ -std=c++20: one fiber per CUDA thread.
 //
-// Barriers and shuffles switch between the fibers of a block, in an order that can be chosen (emu::order), so that a
-// missing barrier shows. Normally blocks run one after another, and __shared__ means static. With EMU_PARALLEL a block
-// is an OS thread, several run at once, and __shared__ means thread_local: for ThreadSanitizer, to which atomics and
-// fences are modelled as CUDA has them (an atomic orders nothing, __threadfence does).
+// Barriers and shuffles switch between the fibers of a block, in a selectable order (emu::order), so that a
+// missing barrier changes results. Normally blocks run one after another, and __shared__ means static. With
+// EMU_PARALLEL a block is an OS thread, several run in parallel, and __shared__ means thread_local: for
+// ThreadSanitizer, for which atomics and fences have CUDA's semantics (an atomic orders nothing, __threadfence does).
 #pragma once
 
 #include <math.h>
@@ -87,12 +87,12 @@ using Site = std::source_location;
 
 struct Block;
 
-// Where threads meet. A thread waits until the generation changes.
+// A meeting point of threads. A thread waits until the generation changes.
 struct Barrier {
   unsigned generation = 0, arrived = 0;
   Site site;
   char token[2] = {};         // of even and odd generations, for ThreadSanitizer
-  char slot[2][32][16] = {};  // what lanes exchange
+  char slot[2][32][16] = {};  // values that lanes exchange
 };
 
 struct Thread {
@@ -143,11 +143,11 @@ struct Block {
 };
 
 inline constexpr size_t kStack = 64 << 10;
-inline constexpr unsigned kParallel = 2;  // blocks at once, with EMU_PARALLEL
-inline unsigned order = 0;                // of threads and blocks: 0 forward, 1 backward, others: a seed
+inline constexpr unsigned kParallel = 2;  // blocks in parallel, with EMU_PARALLEL
+inline unsigned order = 0;                // of threads and blocks: 0 forward, 1 backward, otherwise a seed
 inline thread_local Thread* current = nullptr;
 
-// What tests count: launches, and bytes through __ldcs and __stcs.
+// Counters for tests: launches, and bytes through __ldcs and __stcs.
 struct Counters {
   std::atomic<uint64_t> launches, read, written;
 };
@@ -226,7 +226,7 @@ EMU_NOSAN inline void entry() {
   __builtin_trap();
 }
 
-// Waits for `expected` threads, all at one place in the source; the generation that has passed.
+// Waits for `expected` threads, all at one place in the source; returns the generation that has passed.
 EMU_NOSAN inline unsigned meet(Barrier* barrier, unsigned expected, const Site& site) {
   Thread* t = current;
   const unsigned generation = barrier->generation;
@@ -256,7 +256,7 @@ EMU_NOSAN inline void sync_block(const Site& site) {
   EMU_ACQUIRE(&b->barrier.token[generation & 1]);
 }
 
-// The value of another lane of a full warp; one's own where there is no such lane.
+// Returns the value of another lane of a full warp, or the caller's own if there is no such lane.
 template <class T>
 EMU_NOSAN T exchange(T value, int source, const Site& site) {
   static_assert(sizeof(T) <= 16);
@@ -270,7 +270,7 @@ EMU_NOSAN T exchange(T value, int source, const Site& site) {
 
 // Launching ----------------------------------------------------------------------------------------------------------
 
-// Stacks are used again, except under sanitizers, whose shadow memory would remember the previous block.
+// Stacks are reused, except under sanitizers, whose shadow memory would contain the previous block.
 struct Stacks {
   std::mutex mutex;
   std::vector<std::pair<size_t, char*>> free;
@@ -320,7 +320,7 @@ EMU_NOSAN inline void run_block(Launch* launch, unsigned index, std::latch* star
   b->threads = std::vector<Thread>(n);
   b->warps = std::vector<Barrier>((n + 31) / 32);
   b->stacks = take_stacks(kStack * n);
-  // A block that ended before its neighbour began would be ordered before it by the lock around the stacks.
+  // If a block ended before its neighbor began, the lock around the stacks would order them.
   if (start) start->arrive_and_wait();
 #ifdef __SANITIZE_THREAD__
   b->fiber = __tsan_get_current_fiber();
@@ -362,7 +362,7 @@ EMU_NOSAN inline void run_block(Launch* launch, unsigned index, std::latch* star
 #ifdef __SANITIZE_THREAD__
   for (Thread& t : b->threads) __tsan_destroy_fiber(t.fiber);
 #endif
-  // Freed after the launch: freeing here would order blocks, in ThreadSanitizer's eyes.
+  // Freed after the launch: for ThreadSanitizer, freeing here would order the blocks.
   const std::lock_guard<std::mutex> lock(launch->mutex);
   launch->finished.push_back(b);
 }
@@ -423,7 +423,8 @@ inline void check_aligned(const void* p, size_t size, const Site& site) {
 
 }  // namespace emu
 
-// What kernels call --------------------------------------------------------------------------------------------------
+// Functions that kernels call
+// ------------------------------------------------------------------------------------------
 
 #define threadIdx (::emu::current->index)
 #define blockIdx (::emu::current->block->index)

@@ -5,7 +5,7 @@
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
 
-// There are no graphs on a CPU.
+// A CPU has no graphs.
 inline int cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long*) {
   *status = cudaStreamCaptureStatusNone;
   return 0;
