@@ -1,4 +1,4 @@
-"""Options, and what becomes of the measurements: a result file, one table and two figures."""
+"""Options of pytest, and the output of the measurements: a result file, a table and two figures."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ def rounds(request):
 
 @pytest.fixture(scope="session")
 def results(request, device):
-    """What was measured, written at the end."""
+    """Return the records of the measurements, which are written at the end."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu-{torch.get_num_threads()}"
     collected = {
         "name": name.lower().replace(" ", "-"),
@@ -56,7 +56,7 @@ def results(request, device):
 
 
 def _rounded(value):
-    """Seconds to a microsecond's hundredth: a file that can be read."""
+    """Round seconds to a hundredth of a microsecond, so that the file is readable."""
     if isinstance(value, float):
         return round(value, 8)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""How good kappa's finite differences are: against the exact Hessian, over rho, precision, batch size and scale.
+"""Accuracy of kappa's finite differences against the exact Hessian, over rho, precision, batch size and scale.
 
     python -m benchmarks.finite_differences
 
@@ -8,8 +8,8 @@ learning rate of zero, on batches of half-trained networks), and is compared wit
 direction, from Hessian-vector products of the network in float64. Everything but rounding and the step size is equal.
 
 Expected: a truncation error in rho² for both; a rounding error in 1/rho from gradients, whose difference is divided by
-rho, and in 1/rho² from losses. Where the network has kinks, a difference also sees those that lie within e, which the
-Hessian does not know: an error of no order in rho. To the medians is fitted, with p = 1 or 2,
+rho, and in 1/rho² from losses. If the network has kinks, a difference also contains those within e, which the Hessian
+omits: an error without an order in rho. The model fitted to the medians, with p = 1 or 2, is
 ``relative error² = (T rho²)² + (R / rho^p)² + K²``.
 """
 
@@ -41,22 +41,22 @@ from .experiments.tasks import Samples
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
-# Half-trained: data, model, epochs of SGD. Kinks (ReLU) and batch norm as they are common, and one smooth network.
+# Half-trained: data, model, epochs of SGD. Common networks with kinks (ReLU) and batch norm, and one smooth network.
 NETWORKS = {
     "MLP, GELU, mnist1d": ("--data mnist1d --model mlp", 10),
     "MLP, ReLU, mnist1d": ("--data mnist1d --model mlp", 10),
     "CNN, ReLU, batch norm, digits": ("--data digits --model cnn", 2),
 }
 PRECISIONS = {"fp64": torch.float64, "fp32": torch.float32, "bf16 autocast": torch.float32}
-ESTIMATORS = {"gradient": 1, "loss": 2}  # and the power of rho that their rounding error falls with
+ESTIMATORS = {"gradient": 1, "loss": 2}  # the power of rho by which their rounding error decreases
 RHOS = [float(rho) for rho in 10 ** np.linspace(-4, 0, 13)]
 TOLERANCE = 0.1
-# Batch size, and what the loss is multiplied with; the first for all networks, the others for the first one.
+# Batch size and loss factor; the first pair is for all networks, the others for the first network.
 SETTINGS = [(128, 1.0), (16, 1.0), (512, 1.0), (128, 1e-3), (128, 1e3)]
 
 
 def half_trained(name: str) -> tuple[nn.Module, Samples]:
-    """A network after some epochs of SGD, and the samples of the epoch that would come next."""
+    """Return a network after some epochs of SGD, and the samples of the next epoch."""
     command, epochs = NETWORKS[name]
     options = parse([*command.split(), "--optimizer", "sgd", "--schedule", "constant"])
     data = load(options, CPU)
@@ -71,14 +71,14 @@ def half_trained(name: str) -> tuple[nn.Module, Samples]:
             step(x, y)
     last = list(data.train(epochs, 0))
     x, y = torch.cat([batch.x for batch in last]), torch.cat([batch.y for batch in last])
-    # A copy of its own: the optimizer has laid the parameters into its buffers.
+    # A copy, because the optimizer has moved the parameters into its buffers.
     return copy.deepcopy(model), (x, y)
 
 
 def kappas(
     model: nn.Module, batch: Samples, rhos: list[float], estimator: str, precision: str, scale: float
 ) -> tuple[list[float], list[torch.Tensor]]:
-    """kappa for each rho, as the optimizer computes it, and the gradient along which it does."""
+    """Return kappa for each rho, as the optimizer computes it, and the gradient that gives its direction."""
     x, y = batch
     model = copy.deepcopy(model).to(PRECISIONS[precision]).train()
     optimizer = CRSAM(model.parameters(), lr=0.0, regularizer="log", estimator=estimator, model=model)
@@ -101,12 +101,12 @@ def kappas(
 def errors_of(
     model: nn.Module, batches: list[Samples], rhos: list[float], precision: str, scale: float
 ) -> dict[str, list[list[float]]]:
-    """Relative errors of kappa: for each estimator, a list over rho of lists over batches."""
+    """Return relative errors of kappa: for each estimator, a list over rho of lists over batches."""
     wide = copy.deepcopy(model).double()
     errors: dict[str, list[list[float]]] = {name: [] for name in ESTIMATORS}
     for x, y in batches:
         measured = {name: kappas(model, (x, y), rhos, name, precision, scale) for name in ESTIMATORS}
-        direction = measured["gradient"][1]  # the same for all rho and both
+        direction = measured["gradient"][1]  # the same for all rho and both estimators
         exact = curvature.directional_curvature(
             wide, F.cross_entropy, [(x.double(), y)], direction=direction, training=True
         ).value
@@ -116,7 +116,7 @@ def errors_of(
 
 
 def fit(rhos: list[float], medians: list[float], power: int) -> list[float]:
-    """T, R and K of the error model, by least squares of the logarithm of the error."""
+    """Return T, R and K of the error model, by least squares of the logarithm of the error."""
     rho, error = np.array(rhos), np.maximum(medians, 1e-16)
 
     def residuals(logs: np.ndarray) -> np.ndarray:
@@ -127,13 +127,13 @@ def fit(rhos: list[float], medians: list[float], power: int) -> list[float]:
 
 
 def modelled(parameters: list[float], rho: np.ndarray, power: int) -> np.ndarray:
-    """The error that the model gives."""
+    """Return the error that the model predicts."""
     truncation, rounding, kinks = parameters
     return np.sqrt((truncation * rho**2) ** 2 + (rounding / rho**power) ** 2 + kinks**2)
 
 
 def good_range(rhos: list[float], by_rho: list[list[float]]) -> list[float] | None:
-    """The longest range of rho in which the 90 % quantile over batches is within the tolerance, or None."""
+    """Return the longest range of rho in which the 90 % quantile over batches is within the tolerance, or None."""
     good = [np.quantile(np.abs(errors), 0.9) <= TOLERANCE for errors in by_rho]
     best: list[float] = []
     current: list[float] = []
@@ -146,7 +146,7 @@ def good_range(rhos: list[float], by_rho: list[list[float]]) -> list[float] | No
 def measure(
     networks: list[str], settings: list[tuple[int, float]], rhos: list[float], count: int
 ) -> list[dict[str, Any]]:
-    """One row for each network, setting, precision and estimator."""
+    """Return one row for each network, setting, precision and estimator."""
     rows = []
     for name in networks:
         model, (x, y) = half_trained(name)
@@ -201,7 +201,7 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], rhos: list[float], path: Path) -> None:
-    """Error over rho for batches of 128, a row of panels for each network, a column for each precision."""
+    """Draw the error over rho for batches of 128: a row of panels for each network, a column for each precision."""
     from matplotlib.figure import Figure
 
     networks = list(dict.fromkeys(row["network"] for row in rows))
@@ -232,7 +232,7 @@ def draw(rows: list[dict[str, Any]], rhos: list[float], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, default=10, help="batches in each setting (default: 10)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of finite-differences.{json,md,png}")

@@ -1,6 +1,6 @@
-"""Everything that needs a GPU: the tests that run there, the bandwidth of every operator, training; one JSON file.
+"""Everything that needs a GPU: tests, the bandwidth of every operator, and training; the result is one JSON file.
 
-Run ``make gpu``, which builds the extension first. The exit status tells whether all tests passed.
+Run ``make gpu``, which builds the extension first. The exit status is 0 if all tests passed.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ TESTS = (
         )
     ),
 )  # fmt: skip
-# Those with a backend on the GPU, and tests/gpu.
+# Tests with a backend on the GPU, and tests/gpu.
 SELECTION = "gpu or (cuda and not cuda_on_cpu) or (triton and not triton_interpreted)"
 BACKENDS = ("cuda", "triton")
 DTYPES = (torch.float32, torch.bfloat16)
-# Shapes of a Triton program to try: vectors of a tile, and warps.
+# Shapes of a Triton program to compare: vectors per tile, and warps.
 BLOCKS = ((128, 4), (256, 4), (256, 8), (512, 4), (512, 8), (1024, 8), (1024, 16))
 
 
 def run_tests() -> dict[str, dict[str, object]]:
-    """For each file or folder of tests, how many passed, failed and were skipped, and what has failed.
+    """Return for each file or folder of tests how many passed, failed and were skipped, and the failures.
 
-    They are shared out to one process per core: most of their time is spent on the host.
+    The tests run in one process per core, because they spend most of their time on the host.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -68,7 +68,7 @@ def run_tests() -> dict[str, dict[str, object]]:
         cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     results: dict[str, dict[str, object]] = {}
     for name in TESTS:
-        # A file that cannot be imported is a case without a class, named as the file.
+        # A file that cannot be imported is a test case without a class, named after the file.
         module = f".{name.removesuffix('.py')}."
         own = [case for case in cases if module in f"{case.get('classname') or case.get('name')}."]
         failures = [c.get("name") for c in own if c.find("failure") is not None or c.find("error") is not None]
@@ -81,9 +81,9 @@ def run_tests() -> dict[str, dict[str, object]]:
 
 
 def tune(device: torch.device, lengths: list[int], calls: int) -> dict[str, dict[str, float]]:
-    """Seconds of all Triton operators together, for each dtype and each shape of a program.
+    """Return the seconds of all Triton operators together, for each dtype and shape of a program.
 
-    The fastest belongs into BLOCKS of triton_kernels/launch.py.
+    Enter the fastest shape into BLOCKS of triton_kernels/launch.py.
     """
     from crsam_ext.triton_kernels import launch
 
@@ -106,11 +106,11 @@ def tune(device: torch.device, lengths: list[int], calls: int) -> dict[str, dict
 
 
 def train_imagenet() -> dict[str, Any]:
-    """What `benchmarks.imagenet` measures with its defaults: within ten minutes on an H100."""
+    """Return the result of `benchmarks.imagenet` with its defaults, which take less than ten minutes on an H100."""
     try:
         from . import imagenet
-    except ModuleNotFoundError as error:  # what training needs, testing and measuring operators do without
-        print(f"training is left out: the package {error.name} is missing")
+    except ModuleNotFoundError as error:  # the tests and operators do not need the dependencies of training
+        print(f"training is not measured: the package {error.name} is missing")
         return {"skipped": {"training": f"the package {error.name} is missing"}}
     return imagenet.run(imagenet.parser().parse_args([]))
 
@@ -166,7 +166,8 @@ def main() -> int:
     report["parallel"] = parallel.measure(device, arguments.rounds, batch=128)
     print(f"\nA step with w + e and w - e evaluated in turn, and at once\n{parallel.table(report['parallel'])}")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")  # whatever happens in what takes longest
+    # keep the results so far, whatever happens in the longest part
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     print("\nTraining")
     report |= train_imagenet()
     report["seconds"] = time.perf_counter() - began

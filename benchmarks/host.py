@@ -1,12 +1,12 @@
-"""What a step costs the host: Python, dispatch, checks and tables of pointers, with kernels that are never started.
+"""Host time of a step: Python, dispatch, checks and tables of pointers, without launching kernels.
 
-No GPU is needed. Backend "cuda" is its own C++ (csrc/) with launchers that do nothing (empty_kernels.cpp); "triton" is
-its own Python and Triton's launcher, up to where the compiled kernel would be handed to the driver. Both work on CPU
-tensors, which skips two things that a GPU has: setting the current device, and the driver's part of seven launches.
+No GPU is needed. Backend "cuda" is its own C++ (csrc/) with empty launchers (empty_kernels.cpp); "triton" is its own
+Python with Triton's launcher, which stops before it passes the compiled kernel to the driver. Both run on CPU tensors,
+which omits two costs of a GPU: setting the current device, and the driver's part of seven launches.
 
-The floor beside it is what no optimizer of this kind can leave out, repeated with the arguments of a real step: reading
-and clearing every ``p.grad`` in every pass, marking the parameters as written, returning g0, the calls that start
-kernels, the random state that is saved and set again, and torch's own part of ``Optimizer.step``.
+The floor is the work that no optimizer of this kind can avoid, repeated with the arguments of a real step: reading and
+clearing every ``p.grad`` in every pass, marking the parameters as written, returning g0, the calls that launch kernels,
+saving and restoring the random state, and torch's own part of ``Optimizer.step``.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
 
 
 class HostTime(NamedTuple):
-    """Seconds of this thread on a processor, one a round."""
+    """Processor seconds of this thread, one entry per round."""
 
     step: list[float]
     floor: list[float]
 
 
 def measure(backend: str, base: str, shapes: Sequence[tuple[int, ...]], form: str, rounds: int) -> HostTime:
-    """The host's share of a step of three passes.
+    """Measure the host time of a step of three passes.
 
     Args:
         backend: "cuda" or "triton".
         base: "sgd" (with momentum) or "adamw".
-        shapes: of the parameters; only their number matters much.
+        shapes: shapes of the parameters; mainly their number matters.
         form: "closure" for ``step(closure)``, "calls" for first_step, second_step and third_step.
-        rounds: how many steps are measured, in turn with as many floors.
+        rounds: number of measured steps, each followed by a floor.
 
-    In a process of its own: operators can be registered once only.
+    Runs in a separate process, because operators can only be registered once.
     """
     arguments = json.dumps([backend, base, shapes, form, rounds])
     done = subprocess.run(
@@ -70,7 +70,7 @@ def measure(backend: str, base: str, shapes: Sequence[tuple[int, ...]], form: st
 def _measure(backend: str, base: str, shapes: Sequence[tuple[int, ...]], form: str, rounds: int) -> HostTime:
     torch.set_num_threads(1)
     with {"cuda": _empty_cuda, "triton": _empty_triton}[backend]():
-        # Nothing touches what is in them. They must lie at different addresses, as autograd's own do.
+        # Their values are never read. They must have different addresses, as autograd's gradients do.
         params = [torch.nn.Parameter(torch.empty(shape)) for shape in shapes]
         grads = [[torch.empty(shape) for shape in shapes] for _ in range(3)]
         cls, options = BASES[base]
@@ -91,7 +91,7 @@ def _measure(backend: str, base: str, shapes: Sequence[tuple[int, ...]], form: s
 def _step_of(
     optimizer: CRSAM, params: list[torch.nn.Parameter], grads: list[list[Tensor]], form: str
 ) -> Callable[[], float]:
-    """A function that takes a step and returns its seconds, without those in which gradients are assigned."""
+    """Return a function that makes a step and returns its seconds, excluding the assignment of gradients."""
     index, outside = 0, 0.0
 
     def assign() -> None:
@@ -117,7 +117,7 @@ def _step_of(
 
 
 class _Nothing(torch.optim.Optimizer):
-    """An optimizer that does nothing: what is left is torch's own part of a step."""
+    """An optimizer that does nothing, to measure torch's own part of a step."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -155,7 +155,7 @@ def _floor_of(
 
 
 def _record(optimizer: CRSAM, step: Callable[[], float]) -> list[Callable[[], object]]:
-    """The calls of a step that start kernels, as functions without arguments."""
+    """Return the calls of a step that launch kernels, as functions without arguments."""
     calls: list[Callable[[], object]] = []
 
     def recorder(function: Callable[..., object]) -> Callable[..., object]:
@@ -185,7 +185,7 @@ def _record(optimizer: CRSAM, step: Callable[[], float]) -> list[Callable[[], ob
 
 @contextmanager
 def _extension() -> Iterator[None]:
-    """csrc/ with launchers that do nothing."""
+    """Load csrc/ with empty launchers."""
     path = build.extension(ROOT / "csrc" / "cuda" / "ops_cuda.cpp", ROOT / "benchmarks" / "empty_kernels.cpp")
     with (
         mock.patch.object(extension, "why_missing", return_value=None),

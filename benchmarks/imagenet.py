@@ -1,8 +1,9 @@
-"""What becomes of ImageNet-sized images in a second: the data alone, the step alone, and training.
+"""Images per second at ImageNet's size: the data alone, the step alone, and training.
 
 Run ``python -m benchmarks.imagenet``; ``make gpu`` does so on a GPU. Images are synthetic JPEG files of 500x375 pixels.
 The four networks of the paper, each with the base optimizer, SAM, CR-SAM and CR-SAM with fewer passes; the data alone
-with each decoder; decoding alone with nvJPEG on a CUDA device. What would not end within --limit seconds is left out.
+with each decoder; decoding alone with nvJPEG on a CUDA device. Measurements that would not end within --limit
+seconds are omitted.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ METHODS = {
     "CR-SAM cheap": "--optimizer crsam --base {base} --interval 5 --reuse --curvature-interval 10",
 }
 DECODERS = ("torchcodec", "pillow")
-START = 8.0  # seconds allowed for a cell until it is warm: an estimate
+START = 8.0  # seconds allowed for the start of a cell: an estimate
 LIMIT = 570.0
 
 
 def options_of(arguments: Namespace, model: str, method: str, decoder: str) -> Namespace:
-    """What `crsam-train` would be told."""
+    """Return the options of the corresponding `crsam-train` run."""
     on_gpu = torch.cuda.is_available()
     line = f"--data {DATA} --decoder {decoder} --model {model} {METHODS[method].format(base=MODELS.get(model, 'sgd'))}"
     line += f" --image-size {arguments.image_size} --batch-size {arguments.batch_size} --workers {arguments.workers}"
@@ -60,9 +61,9 @@ def options_of(arguments: Namespace, model: str, method: str, decoder: str) -> N
 
 
 def nvjpeg(device: torch.device, batch_size: int, seconds: float) -> dict[str, Any]:
-    """The record of decoding batches alone, from memory to tensors (3, 375, 500) on the device."""
+    """Return the record of decoding batches alone, from memory to tensors (3, 375, 500) on the device."""
     if device.type != "cuda":
-        raise TrainingError("it needs a CUDA device")
+        raise TrainingError("nvJPEG needs a CUDA device")
     from torchcodec.decoders import decode_jpeg
 
     files = [
@@ -70,7 +71,7 @@ def nvjpeg(device: torch.device, batch_size: int, seconds: float) -> dict[str, A
         for index in range(batch_size)
     ]
     rates: list[float] = []
-    for index in range(-1, ROUNDS):  # one to warm up
+    for index in range(-1, ROUNDS):  # the first warms up
         images, began = 0, time.perf_counter()
         while (spent := time.perf_counter() - began) < seconds / ROUNDS:
             decode_jpeg(files, device=device)
@@ -85,7 +86,7 @@ def nvjpeg(device: torch.device, batch_size: int, seconds: float) -> dict[str, A
 
 
 def run(arguments: Namespace) -> dict[str, Any]:
-    """Measure everything, print what is done and then a table, and return what belongs into a result file.
+    """Measure everything, print the progress and a table, and return the content of the result file.
 
     Args:
         arguments: as :func:`parser` makes them.
@@ -94,14 +95,14 @@ def run(arguments: Namespace) -> dict[str, Any]:
     half, of_cell, decoders = arguments.seconds / 2, arguments.seconds + START, len(arguments.decoders) + 1
     print(
         f"{len(cells)} cells of {arguments.seconds:g} s, {decoders} decoders of {half:g} s, {START:g} s to start each: "
-        f"about {len(cells) * of_cell + decoders * (half + START):.0f} s; what may take longer than "
-        f"{arguments.limit:g} s is left out"
+        f"about {len(cells) * of_cell + decoders * (half + START):.0f} s; measurements that may exceed "
+        f"{arguments.limit:g} s are omitted"
     )
     device = prepare_device(options_of(arguments, arguments.models[0], "base", "auto"))
     began = time.perf_counter()
     records: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
-    longest = 0.0  # of what was measured so far: on a slow device, more than was expected
+    longest = 0.0  # longest measurement so far: a slow device may exceed the expected time
 
     def attempt(name: str, seconds: float, function: Callable[[], list[dict[str, Any]]]) -> None:
         nonlocal longest
@@ -113,14 +114,14 @@ def run(arguments: Namespace) -> dict[str, Any]:
                 records.extend(function())
             except (TrainingError, RuntimeError, ImportError, OSError) as error:
                 skipped[name] = (str(error).splitlines() or [type(error).__name__])[0]
-            gc.collect()  # a model, or workers, before the next ones come
+            gc.collect()  # free a model or workers before the next ones start
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             longest = max(longest, time.perf_counter() - started)
         left_out = f" is left out: {skipped[name]}" if name in skipped else ""
         print(f"{time.perf_counter() - began:6.0f} s  {name}{left_out}", flush=True)
 
-    loaded: list[tuple[Data, dict[str, Any]]] = []  # of the first decoder that there is: its workers serve all cells
+    loaded: list[tuple[Data, dict[str, Any]]] = []  # of the first available decoder, whose workers serve all cells
 
     def data_alone(decoder: str) -> list[dict[str, Any]]:
         options = options_of(arguments, arguments.models[0], "base", decoder)
@@ -150,10 +151,10 @@ def run(arguments: Namespace) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     on_gpu, cores = torch.cuda.is_available(), bench.cores()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of a network with a method, half of it for both")
+    parser.add_argument("--seconds", type=float, default=20.0, help="per network and method (default: 20)")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=256 if on_gpu else 8)
     parser.add_argument("--workers", type=int, default=cores, help="processes for the images (default: one per core)")

@@ -1,8 +1,8 @@
-"""What the number of ranks does to accuracy, where each perturbs with the e of its own part of the batch.
+"""The effect of the number of ranks on accuracy, if each rank perturbs with the e of its own part of the batch.
 
-Run ``python -m benchmarks.m_sharpness``; half an hour on two cores. The batch stays the same; m parts of it have a
+Run ``python -m benchmarks.m_sharpness``; half an hour on two cores. The batch is constant; m parts of it have a
 perturbation each ("local", what m ranks do by default), or one of the whole batch ("global", what they do with
-``sync_perturbation=True``). Computed in one process, with a list of m closures, which comes to the same.
+``sync_perturbation=True``). One process computes it with a list of m closures, which is equivalent.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RHO = 0.1
 
 
 def run(task_name: str, method: str, parts: int, local: bool, seed: int, epochs: int | None = None) -> float:
-    """Train on training and validation samples; the accuracy on the test samples."""
+    """Train on training and validation samples, and return the accuracy on the test samples."""
     torch.set_num_threads(1)
     task = TASKS[task_name]
     splits = task.load()
@@ -60,7 +60,7 @@ def run(task_name: str, method: str, parts: int, local: bool, seed: int, epochs:
 
 
 def table(results: dict[str, list[float]]) -> str:
-    """Means and standard errors in percent, a row for each task, method and form, a column for each m."""
+    """Return means and standard errors in percent, a row for each task, method and form, a column for each m."""
     rows = ["| | " + " | ".join(f"m = {parts}" for parts in PARTS) + " |", "|---|" + "---|" * len(PARTS)]
     for name in dict.fromkeys(key.rpartition(", ")[0] for key in results):
         cells = []

@@ -1,4 +1,4 @@
-"""GB/s of each operator of a fused backend, beside a copy of the same bytes."""
+"""GB/s of each operator of a fused backend, compared with a copy of the same bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ADAMW = AdamOptions(
 
 
 class Contestant(NamedTuple):
-    """Something to measure: the bytes that it reads and writes for each parameter, and a call of it."""
+    """A call to measure, and the bytes that it reads and writes for each parameter."""
 
     nbytes: int
     call: Callable[[], object]
@@ -33,7 +33,7 @@ class Contestant(NamedTuple):
 def contestants(
     backend: str, dtype: torch.dtype, device: torch.device, lengths: Sequence[int]
 ) -> dict[str, Contestant]:
-    """A copy, then the operators of a backend over rows of the given lengths."""
+    """Return a copy, then the operators of a backend over rows of the given lengths."""
     operators = backends.load(backend)
     wide = compute_dtype(dtype)
 
@@ -89,9 +89,9 @@ def contestants(
 
 
 def stopwatch(call: Callable[[], object], device: torch.device, calls: int) -> Callable[[], float]:
-    """A function that measures the seconds of one call, of several in a row.
+    """Return a function that measures the seconds per call over several consecutive calls.
 
-    On a GPU they are replayed from a CUDA graph, so that the device is measured and not the host.
+    On a GPU, a CUDA graph replays them, so that device time is measured and not host time.
     """
     call()
     if device.type == "cpu":
@@ -122,8 +122,8 @@ def stopwatch(call: Callable[[], object], device: torch.device, calls: int) -> C
 
 
 def host_seconds(call: Callable[[], object], device: torch.device, calls: int) -> float:
-    """Seconds that the host is busy with one call: to issue it, not to wait for it."""
-    call()  # tables are made and copied to the device
+    """Return the host seconds of one call: of issuing it, not of waiting for it."""
+    call()  # makes tables and copies them to the device
     began = time.perf_counter()
     for _ in range(calls):
         call()
@@ -136,9 +136,10 @@ def host_seconds(call: Callable[[], object], device: torch.device, calls: int) -
 def measure(
     backend: str, dtype: torch.dtype, device: torch.device, lengths: Sequence[int], rounds: int, calls: int
 ) -> dict[str, dict[str, float]]:
-    """For copy and operators: seconds of a call as quantiles, bytes, GB/s, the share of the copy's GB/s, host seconds.
+    """Return for the copy and each operator: quantiles of seconds, bytes, GB/s, the ratio to the copy's GB/s, host
+    seconds.
 
-    All take turns, so that a machine whose speed drifts favours none; the share is taken round by round.
+    All take turns, so that drift of the machine's speed favors none; the ratio is computed in each round.
     """
     entries = contestants(backend, dtype, device, lengths)
     watches = {name: stopwatch(entry.call, device, calls) for name, entry in entries.items()}
@@ -146,7 +147,7 @@ def measure(
     for round_ in range(rounds + 1):
         for name, watch in watches.items():
             taken = watch()
-            if round_ > 0:  # the first one warms up
+            if round_ > 0:  # the first round warms up
                 times[name].append(taken)
     results = {}
     for name, entry in entries.items():

@@ -1,7 +1,7 @@
-"""Time of a step that evaluates w + e and w - e at once, by vmap, against one of two passes.
+"""Time of a step that evaluates w + e and w - e together, by vmap, against a step of two passes.
 
-Run ``python -m benchmarks.parallel``; ``make gpu`` does so on a GPU. Both take turns, step by step, and a ratio is that
-of two neighbours, so that a machine whose speed drifts favours none.
+Run ``python -m benchmarks.parallel``; ``make gpu`` does so on a GPU. Both alternate, step by step, and a ratio compares
+adjacent steps, so that drift of the machine's speed favors none.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def mlp() -> nn.Module:
 
 
 def transformer() -> nn.Module:
-    """A vision transformer of four layers over patches of 4 x 4."""
+    """Return a vision transformer with four layers over patches of 4 x 4."""
 
     class Mean(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ def transformer() -> nn.Module:
 
 
 def convolutions() -> nn.Module:
-    """A VGG-like network with group norm."""
+    """Return a VGG-like network with group norm."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 32), (32, 64), (64, 128)):
         layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.GroupNorm(8, outputs), nn.ReLU()]
@@ -50,7 +50,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"MLP": mlp, "transformer": transfo
 
 
 def measure(device: torch.device, rounds: int, batch: int) -> dict[str, dict[str, float]]:
-    """For each model the median seconds of a step in both forms, and quantiles of their ratio."""
+    """Return for each model the median seconds of a step in both forms, and quantiles of their ratio."""
     results = {}
     for name, make in MODELS.items():
         torch.manual_seed(0)
@@ -106,7 +106,7 @@ def _seconds(step: Callable[[], object], device: torch.device) -> float:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """Milliseconds of a step in both forms and their ratio."""
+    """Return a table of the milliseconds of a step in both forms and their ratio."""
     lines = [f"{'':16}{'batch':>7}{'in turn ms':>12}{'at once ms':>12}{'ratio p20':>11}{'p50':>7}{'p80':>7}"]
     for name, x in results.items():
         ratios = f"{x['ratio p20']:11.2f}{x['ratio p50']:7.2f}{x['ratio p80']:7.2f}"
@@ -115,7 +115,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    """Measure on a CPU with small and with large batches, and print."""
+    """Measure on a CPU with small and large batches, and print the results."""
     for batch in (16, 128):
         print(table(measure(torch.device("cpu"), rounds=15, batch=batch)))
 

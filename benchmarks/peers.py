@@ -1,8 +1,8 @@
-"""Who is compared: ways to do what lies between the gradients of a step, all with the same result.
+"""The compared implementations of the work between the gradients of a step, all with the same result.
 
-A peer is made of parameters and a :class:`Case`, and is a list of phases, one for each pass of the step: functions of
-that pass's gradients. tests/test_benchmarks.py holds all of them to each other in float64. To add a peer, write such a
-function and enter it into `PEERS`; its bytes are counted by themselves where it is made of PyTorch's operators.
+A peer is a function of parameters and a :class:`Case`, which returns a list of phases, one for each pass of the step:
+functions of that pass's gradients. tests/test_benchmarks.py compares all of them in float64. To add a peer, write a
+function and enter it into `PEERS`; the bytes of peers that consist of PyTorch's operators are counted automatically.
 
 float16 and bfloat16 parameters have float32 masters, as everywhere in this project: w is the master, and the perturbed
 or updated master is rounded into the parameter.
@@ -33,7 +33,7 @@ Phase = Callable[[Sequence[Tensor]], None]
 
 
 class Case(NamedTuple):
-    """What all peers of a comparison have in common."""
+    """The settings of a comparison."""
 
     method: str  #: "crsam", of three passes, or "sam", of two
     base: str  #: "sgd", with momentum, or "adamw"
@@ -44,13 +44,14 @@ class Case(NamedTuple):
 
 
 def _masters(params: Sequence[Parameter]) -> list[Tensor]:
-    """What the base optimizer updates: float32 copies of 16-bit parameters, else the parameters."""
+    """Return the tensors that the base optimizer updates: float32 copies of 16-bit parameters, otherwise the
+    parameters."""
     wide = compute_dtype(params[0].dtype)
     return list(params) if params[0].dtype == wide else [Parameter(p.detach().to(wide)) for p in params]
 
 
 def loop(params: list[Parameter], case: Case) -> list[Phase]:
-    """The formulas tensor by tensor, with gradients cloned: what released implementations do."""
+    """Compute the formulas tensor by tensor, with cloned gradients, as released implementations do."""
     masters = _masters(params)
     base = CLASSES[case.base](masters, foreach=False, **BASES[case.base])
     narrow = masters[0] is not params[0]
@@ -93,7 +94,7 @@ def loop(params: list[Parameter], case: Case) -> list[Phase]:
 
 
 def foreach(params: list[Parameter], case: Case) -> list[Phase]:
-    """The same in ``torch._foreach`` operations, with as few of them and as few copies as they allow."""
+    """Compute the same with ``torch._foreach`` operations, with as few operations and copies as possible."""
     masters = _masters(params)
     base = CLASSES[case.base](masters, foreach=True, **BASES[case.base])
     w = [m.detach() for m in masters]
@@ -141,7 +142,7 @@ def foreach(params: list[Parameter], case: Case) -> list[Phase]:
     return [first, second, last] if case.passes == 3 else [first, last]
 
 
-# Everything in one long tensor each ---------------------------------------------------------------------------------
+# One long tensor for everything --------------------------------------------------------------------------------------
 
 
 def _flat_first(live: Tensor, saved: Tensor, g: Tensor) -> Tensor:
@@ -215,12 +216,12 @@ def _flat(params: list[Parameter], case: Case, compile: bool) -> list[Phase]:
 
 
 def flat_eager(params: list[Parameter], case: Case) -> list[Phase]:
-    """Flat buffers and PyTorch's operators; gradients are gathered."""
+    """Use flat buffers and PyTorch's operators; gradients are gathered."""
     return _flat(params, case, compile=False)
 
 
 def flat_compiled(params: list[Parameter], case: Case) -> list[Phase]:
-    """The same, fused by ``torch.compile``, one call a phase."""
+    """Compute the same, fused by ``torch.compile``, with one call per phase."""
     return _flat(params, case, compile=True)
 
 
@@ -228,7 +229,7 @@ def flat_compiled(params: list[Parameter], case: Case) -> list[Phase]:
 
 
 def _phase(params: list[Parameter], call: Callable[..., None]) -> Phase:
-    """One of the calls that make a step, after its gradients."""
+    """Return one of the calls of a step, with its gradients."""
 
     def run(grads: Sequence[Tensor]) -> None:
         for p, g in zip(params, grads, strict=True):
@@ -240,7 +241,7 @@ def _phase(params: list[Parameter], call: Callable[..., None]) -> Phase:
 
 def _crsam(**options: Any) -> Callable[[list[Parameter], Case], list[Phase]]:
     def make(params: list[Parameter], case: Case) -> list[Phase]:
-        """This project's optimizer, through its calls."""
+        """Use this project's optimizer, through its calls."""
         weights = {"alpha": ALPHA, "beta": BETA} if case.passes == 3 else {"alpha": 0.0, "beta": 0.0}
         optimizer = CRSAM(params, CLASSES[case.base], rho=RHO, **weights, **options, **BASES[case.base])
 
@@ -251,7 +252,7 @@ def _crsam(**options: Any) -> Callable[[list[Parameter], Case], list[Phase]]:
 
 
 def pytorch_optimizer_sam(params: list[Parameter], case: Case) -> list[Phase]:
-    """SAM of the package pytorch_optimizer."""
+    """Use SAM of the package pytorch_optimizer."""
     from pytorch_optimizer import SAM
 
     optimizer = SAM(params, CLASSES[case.base], rho=RHO, perturb_eps=EPSILON, **BASES[case.base])
@@ -260,7 +261,8 @@ def pytorch_optimizer_sam(params: list[Parameter], case: Case) -> list[Phase]:
 
 
 def base_alone(params: list[Parameter], case: Case) -> list[Phase]:
-    """torch's fused SGD or AdamW with the last gradient: the floor of the last phase. Not a SAM, so not compared."""
+    """Use torch's fused SGD or AdamW with the last gradient: the floor of the last phase. It is not SAM, so not
+    compared."""
     optimizer = CLASSES[case.base](params, fused=True, **BASES[case.base])
 
     def last(grads: Sequence[Tensor]) -> None:
@@ -271,7 +273,7 @@ def base_alone(params: list[Parameter], case: Case) -> list[Phase]:
     return [*[lambda grads: None] * (case.passes - 1), last]
 
 
-#: By name. What `base_alone` computes is another thing, and only it.
+#: Peers by name. Only `base_alone` computes another result.
 PEERS: dict[str, Callable[[list[Parameter], Case], list[Phase]]] = {
     "loop": loop,
     "foreach": foreach,
@@ -287,16 +289,16 @@ PEERS: dict[str, Callable[[list[Parameter], Case], list[Phase]]] = {
 
 
 def available(name: str, case: Case, dtype: torch.dtype) -> bool:
-    """Whether a peer runs here, and computes the case."""
+    """Return whether a peer runs on this machine and computes the case."""
     backend = name.removeprefix("crsam_ext ").partition(",")[0]
     if name.startswith("crsam_ext"):
         return available_backends()[backend] == "available"
     if name == "pytorch_optimizer":
         return case.method == "sam" and not has_master(dtype)
-    # torch's fused CPU kernels do nothing for 16-bit parameters.
+    # torch's fused CPU kernels have no effect on 16-bit parameters.
     return name != "torch, base alone" or not has_master(dtype)
 
 
 def make(name: str, params: list[Parameter], case: Case) -> list[Phase]:
-    """The phases of a peer, without recording gradients."""
+    """Return the phases of a peer, without gradient recording."""
     return [torch.no_grad()(phase) for phase in PEERS[name](params, case)]

@@ -1,4 +1,4 @@
-"""Measuring one peer: time beside a copy and the loop, bytes, launches, memory, synchronisations."""
+"""Measure one peer: time compared with a copy and the loop, bytes, launches, memory, synchronizations."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ FUSED_LAUNCHES = {"crsam": 8, "sam": 6}
 
 
 def fused_bytes(case: Case, dtype: torch.dtype, gram: bool = True, gathered: bool = False) -> int:
-    """Bytes that a fused step moves for each parameter; benchmarks/README.md derives them.
+    """Return the bytes that a fused step moves for each parameter; benchmarks/README.md derives them.
 
     Args:
-        gram: with the Gram matrix; without, the norm of the last gradient shows whether it is sound.
-        gathered: gradients are copied into a buffer first, and soundness is not looked at.
+        gram: with the Gram matrix; without it, the norm of the last gradient shows whether it is finite.
+        gathered: gradients are copied into a buffer first, and not checked for NaN or Inf.
     """
 
     def of(operator: str, *variant: int) -> int:
@@ -54,7 +54,7 @@ def fused_bytes(case: Case, dtype: torch.dtype, gram: bool = True, gathered: boo
 
 
 def _bytes_of(peer: str, case: Case, dtype: torch.dtype, counted: int, elements: int) -> tuple[int, str]:
-    """Bytes of a step, and how they are known."""
+    """Return the bytes of a step, and how they were determined."""
     if peer.startswith("crsam_ext"):
         return fused_bytes(case, dtype, gram="torch" not in peer) * elements, "derived"
     if peer == "flat, compiled":
@@ -94,9 +94,9 @@ class Operations(TorchDispatchMode):
 
 
 def memory(body: Callable[[], object]) -> tuple[int, int, int]:
-    """Bytes allocated during ``body`` at most and at its end, beyond those before; number of allocations.
+    """Return the bytes allocated during ``body``, at most and at its end, and the number of allocations.
 
-    On a CPU from the events of torch's allocator, on a GPU from its counters.
+    Bytes allocated before are not included. A CPU uses the events of torch's allocator, a GPU its counters.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -108,7 +108,7 @@ def memory(body: Callable[[], object]) -> tuple[int, int, int]:
         return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before, counted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         body()
-    # The public list of events has them summed up by operator.
+    # The public list of events sums them up by operator.
     events = trace.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     now = peak = allocations = 0
@@ -119,7 +119,7 @@ def memory(body: Callable[[], object]) -> tuple[int, int, int]:
 
 
 def synchronisations(body: Callable[[], object], device: torch.device) -> int | str:
-    """How often the host waits for the device."""
+    """Count how often the host waits for the device."""
     if device.type != "cuda":
         return "n/a"
     torch.cuda.synchronize()
@@ -155,7 +155,7 @@ class Contest:
 
         initial = tensors(0.05)
         self.gradients = [tensors(1e-3) for _ in range(case.passes)]
-        # The step of this project with this peer's bytes is what a copy is compared with, whatever the peer moves.
+        # The size of the copy is that of this project's step, whatever the peer moves.
         self.copied = fused_bytes(case, dtype) * self.elements
         n = max(self.elements * 4, _LEAST_COPY) // 4
         self._source, self._target = (torch.zeros(n, device=device) for _ in range(2))
@@ -168,22 +168,22 @@ class Contest:
             self._peer += make(peer, [Parameter(x.clone()) for x in initial], case)
             self.step()
 
-        # Whoever moves the parameters frees where they were.
+        # A peer that moves the parameters frees their old memory.
         parameters = self.elements * dtype.itemsize
         peak, held, _ = memory(begin)
         self.record["peak_bytes"], self.record["held_bytes"] = peak - parameters, held - parameters
 
     def step(self) -> None:
-        """A step of the peer."""
+        """Make a step of the peer."""
         for phase, grads in zip(self._peer, self.gradients, strict=True):
             phase(grads)
 
     def timed_step(self) -> None:
-        """The same, with the times of its phases."""
+        """Make a step and record the times of its phases."""
         self.record["phases"].append(self._phases(self._peer))
 
     def references(self) -> None:
-        """Time the copy and the loop, just before the peer; the copy leaves nothing else in the caches."""
+        """Time the copy and the loop, just before the peer; the copy evicts other data from the caches."""
         if self._loop is not None:
             self.record["loop"].append(sum(self._phases(self._loop)))
         moved, began = 0, self._now()
@@ -205,7 +205,7 @@ class Contest:
         return time.perf_counter()
 
     def finish(self, seconds: list[float]) -> dict[str, Any]:
-        """The record, complete with what is counted."""
+        """Return the record, completed with the counters."""
         rounds = len(seconds)
         self.record["seconds"] = seconds
         for name in ("phases", "copy", "loop"):
@@ -222,7 +222,7 @@ class Contest:
         )
         self.record["operations"] = FUSED_LAUNCHES[self.case.method] if fused else operations.count
         if "compiled" in peer:
-            self.record["operations"] = "n/a"  # one call for each row, of one or more loops
+            self.record["operations"] = "n/a"  # one call for each row, with one or more loops
         self.record["floor_bytes"] = self.copied
         _, _, self.record["allocations"] = memory(self.step)
         self.record["synchronisations"] = synchronisations(self.step, self.device)
@@ -231,13 +231,13 @@ class Contest:
 
 @contextmanager
 def _uncompiled() -> Iterator[None]:
-    """Compiled functions do not see a dispatch mode, and need not be compiled for it once more."""
+    """Disable compilation: a dispatch mode cannot see compiled functions, which need not be compiled again for it."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 def measure(model: str, peer: str, case: Case, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Any]:
-    """A record without pytest-benchmark."""
+    """Return a record without pytest-benchmark."""
     contest = Contest(model, peer, case, dtype, device)
     contest.step()
     for _ in range(rounds):

@@ -1,8 +1,8 @@
-"""Time of a training step over several GPUs: CR-SAM with one, two and three all-reduces of the gradient, and SGD.
+"""Training step time on several GPUs: CR-SAM with one, two and three all-reduces of the gradient, and SGD.
 
 Run ``torchrun --nproc-per-node 8 -m benchmarks.replicas`` on each node: one process for each GPU, with NCCL. ResNet-50
-in bfloat16 autocast on random images. ``--trace FOLDER`` leaves a profile of a step of each form, in which the
-all-reduce of the last pass is to run beside its backward.
+in bfloat16 autocast on random images. ``--trace FOLDER`` writes a profile of a step of each form, in which the
+all-reduce of the last pass should overlap its backward.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMS = {
 
 
 def step_of(form: str, batch: int, device: torch.device) -> Callable[[], object]:
-    """A function that makes one step of a new model."""
+    """Return a function that makes one step of a new model."""
     torch.manual_seed(0)
     network = torchvision.models.resnet50().to(device, memory_format=torch.channels_last)
     model = DistributedDataParallel(network, device_ids=[device], gradient_as_bucket_view=True)
@@ -51,7 +51,7 @@ def step_of(form: str, batch: int, device: torch.device) -> Callable[[], object]
 
 
 def measure(step: Callable[[], object], rounds: int) -> list[float]:
-    """Milliseconds of steps between two events, after some that choose kernels and arrange buckets."""
+    """Return milliseconds of steps between two events, after warm-up steps that choose kernels and arrange buckets."""
     for _ in range(6):
         step()
     times = []

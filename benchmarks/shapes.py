@@ -1,4 +1,4 @@
-"""Parameter shapes of networks, in order, as plain data: tests hold them to timm and crsam_ext.training."""
+"""Parameter shapes of networks, in order, as plain data; tests compare them with timm and crsam_ext.training."""
 
 from __future__ import annotations
 
@@ -105,12 +105,12 @@ def vit_l16() -> Shapes:
 
 
 def gpt3_xl() -> Shapes:
-    """As large as GPT-3 XL (Brown et al., 2020): 24 layers, width 2048, 50,257 tokens; 1,315,723,264 elements."""
+    """The size of GPT-3 XL (Brown et al., 2020): 24 layers, width 2048, 50,257 tokens; 1,315,723,264 elements."""
     return [(50257, 2048), (2048, 2048), *_transformer(2048, 24), *_norm(2048)]
 
 
 def tiny() -> Shapes:
-    """3000 tensors of 1 to 64 elements: nothing but overhead."""
+    """3000 tensors of 1 to 64 elements, to measure overhead alone."""
     return [(1 + i % 64,) for i in range(3000)]
 
 

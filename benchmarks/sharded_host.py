@@ -1,9 +1,9 @@
-"""What a step on shards costs the host: CRSAM with AdamW, and torch.optim.AdamW, on DTensors and on plain tensors.
+"""Host time of a step on shards: CRSAM with AdamW, and torch.optim.AdamW, on DTensors and on plain tensors.
 
-`python -m benchmarks.sharded_host` takes rank 5 of 4096 in one process: a fake process group takes part in collectives
-without sending anything. The plain tensors are the same shards, so what is between the two is the cost of DTensors.
-Gradients are assigned by hand, outside of what is timed. Backend "cuda" is its own C++ with kernels that are never
-started (host.py); "torch" and AdamW do the arithmetic on the shards too, which are small.
+`python -m benchmarks.sharded_host` simulates rank 5 of 4096 in one process: a fake process group performs collectives
+without communication. The plain tensors are the same shards, so the difference is the cost of DTensors.
+Gradients are assigned outside of the timed part. Backend "cuda" is its own C++ without launching kernels
+(host.py); "torch" and AdamW include the arithmetic on the shards, which are small.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RANK, RANKS = 5, 4096
 
 
 def small() -> Shapes:
-    """10,000 tensors, of which every rank has 1 to 8 elements."""
+    """10,000 tensors, of which every rank holds 1 to 8 elements."""
     return [((1 + i % 8) * RANKS,) for i in range(10_000)]
 
 
@@ -44,7 +44,7 @@ PEERS = ("CRSAM, cuda without kernels", "CRSAM, torch", "AdamW, foreach")
 
 @torch.no_grad()
 def tensors(shapes: Shapes, mesh: Any, plain: bool) -> list[Tensor]:
-    """Random shards of tensors of these shapes, each in memory of its own."""
+    """Return random shards of tensors of these shapes, each in separate memory."""
     made = []
     for shape in shapes:
         tensor = empty(shape, device_mesh=mesh, placements=[Shard(0)])
@@ -54,7 +54,7 @@ def tensors(shapes: Shapes, mesh: Any, plain: bool) -> list[Tensor]:
 
 
 def step_of(peer: str, shapes: Shapes, mesh: Any, plain: bool) -> Callable[[], float]:
-    """A function that takes a step and returns the seconds of this thread on a processor."""
+    """Return a function that makes a step and returns the processor seconds of this thread."""
     params = [Parameter(x) for x in tensors(shapes, mesh, plain)]
     options = {"lr": 1e-3, "weight_decay": 1e-2}
     if peer.startswith("CRSAM"):
@@ -74,7 +74,7 @@ def step_of(peer: str, shapes: Shapes, mesh: Any, plain: bool) -> Callable[[], f
 
 
 def main() -> None:
-    """Print a table, and write a result file, of which p20, p50 and p80 are in milliseconds."""
+    """Print a table, and write a result file with p20, p50 and p80 in milliseconds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "sharded-host.json")
@@ -99,7 +99,7 @@ def main() -> None:
                 steps = {kind: step_of(peer, shapes, mesh, kind == "plain") for kind in ("plain", "DTensor")}
                 seconds: dict[str, list[float]] = {kind: [] for kind in steps}
                 for index in range(-3, arguments.rounds):
-                    for kind, step in steps.items():  # in turn, as the machine's speed drifts
+                    for kind, step in steps.items():  # in turn, because the machine's speed drifts
                         taken = step()
                         if index >= 0:
                             seconds[kind].append(taken)

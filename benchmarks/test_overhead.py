@@ -1,4 +1,5 @@
-"""The optimizer's part of a step: ``pytest benchmarks`` or ``make bench``. benchmarks/README.md says how it is done."""
+"""The optimizer's part of a step: ``pytest benchmarks`` or ``make bench``. benchmarks/README.md describes the
+method."""
 
 import time
 
@@ -47,9 +48,9 @@ def pytest_generate_tests(metafunc):
 
 def test_step(model, case, dtype, peer, device, rounds, results, benchmark):
     if not available(peer, case, dtype):
-        pytest.skip("not available here, or does not compute this")
+        pytest.skip("not available here, or does not compute this case")
     elements = sum(torch.Size(shape).numel() for shape in MODELS[model]())
-    # The peer and the loop, each with parameters, state, what it keeps of the gradients and temporaries.
+    # The peer and the loop, each with parameters, state, stored gradients and temporaries.
     needed, free = 20 * 4 * elements, psutil.virtual_memory().available
     if device.type == "cuda":
         free = torch.cuda.mem_get_info()[0]
@@ -76,7 +77,7 @@ def test_host_time(backend, base, form, results):
     ids=["eager", "compiled", "cuda", "triton"],
 )
 def test_share_of_a_training_step(options, device, rounds, results):
-    """The CIFAR form of ResNet-18: three gradients of a batch, and everything between them."""
+    """Measure the CIFAR form of ResNet-18: three gradients of a batch, and everything between them."""
     verdict = available_backends()[options["backend"]]
     if verdict != "available":
         pytest.skip(f"backend {options['backend']} is {verdict}")

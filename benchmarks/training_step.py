@@ -1,8 +1,8 @@
 """Time of a whole training step of ResNet-50 on a GPU: torch's SGD, SAM, and CR-SAM with each backend.
 
 Run ``python -m benchmarks.training_step``. Batch of 256 images of 224 x 224, channels last, bfloat16 autocast, as one
-tensor on the device, so that no loader is measured. "device" is the time between two events around a step, "host" the
-time until the step was issued; p50 over the rounds.
+tensor on the device, so that no loader is measured. "device" is the time between two events, before
+and after a step; "host" is the time until the step was issued; p50 over the rounds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CASES = ("sgd", "sam cuda", "crsam torch", "crsam cuda", "crsam triton", "crsam 
 
 
 def step_of(case: str, batch: int) -> Callable[[], object]:
-    """A function that makes one step of a new model."""
+    """Return a function that makes one step of a new model."""
     torch.manual_seed(0)
     model = torchvision.models.resnet50().cuda().to(memory_format=torch.channels_last)
     x = torch.randn(batch, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)
@@ -52,8 +52,8 @@ def step_of(case: str, batch: int) -> Callable[[], object]:
 
 
 def measure(step: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Milliseconds of a step on the device, and of the host until the step was issued."""
-    for _ in range(6):  # kernels are chosen and compiled, and a graph is captured
+    """Return milliseconds of a step on the device, and of the host until the step was issued."""
+    for _ in range(6):  # warm up: choose and compile kernels, capture a graph
         step()
     device, host = [], []
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""Tune rho on a validation split, run every method with the best of it, and report. Stops and goes on where it was."""
+"""Tune rho on a validation split, run every method with its best rho, and report. An interrupted run continues."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ def methods_of(task: str) -> Sequence[str]:
 
 
 def epochs_of(task: str, quick: bool) -> tuple[int, tuple[int, ...]]:
-    """How many epochs, and after which curvature is measured: early, and at each third of the run."""
+    """Return the number of epochs, and after which of them curvature is measured: early, and at each third of the
+    run."""
     epochs = TASKS[task].quick_epochs if quick else TASKS[task].epochs
     parts = (1 / 3, 2 / 3, 1) if quick else (1 / 15, 1 / 3, 2 / 3, 1)
     return epochs, tuple(sorted({max(1, round(part * epochs)) for part in parts}))
 
 
 def tuning_configs(tasks: Sequence[str], quick: bool) -> list[Config]:
-    """Half as many seeds as the runs that count, and others."""
+    """Return the configurations of the tuning runs: half as many seeds as the final runs, and different ones."""
     return [
         Config(task, method, rho, 1000 + seed, epochs_of(task, quick)[0], (epochs_of(task, quick)[0],), tuning=True)
         for task in tasks
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer epochs, values of rho, seeds and checkpoints")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all")
-    parser.add_argument("--seeds", type=int, help="runs that count of each method (default: 5; quick: 2)")
+    parser.add_argument("--seeds", type=int, help="final runs of each method (default: 5; quick: 2)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--cache", type=Path, default=Path("runs/experiments"), help="runs that are complete")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the results are written")

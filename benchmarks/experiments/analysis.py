@@ -1,4 +1,4 @@
-"""Means and errors over seeds, and how well a measure ranks checkpoints by their generalization gap."""
+"""Means and errors over seeds, and rank correlations of a measure with the generalization gap of checkpoints."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-DRAWS = 1000  # of the bootstrap
-#: Of the training set, so that they could have been measured without a test set.
+DRAWS = 1000  # draws of the bootstrap
+#: Measures of the training set, which do not need a test set.
 PREDICTORS = ("train_c", "train_trace", "train_top_eigenvalue", "train_gradient_norm")
 
 
 def best_rho(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """For each task and method, the rho with the best mean validation accuracy; of equals, the smallest."""
+    """Return for each task and method the rho with the best mean validation accuracy; of equals, the smallest."""
     scores: dict[tuple[str, str], dict[float, list[float]]] = {}
     for result in results:
         config = result["config"]
@@ -26,14 +26,14 @@ def best_rho(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
 
 
 def mean_and_error(values: Sequence[float | None]) -> tuple[float, float]:
-    """Mean and its standard error; a value that is missing makes both NaN."""
+    """Return the mean and its standard error; a missing value makes both NaN."""
     array = np.array([math.nan if v is None else v for v in values], dtype=float)
     error = array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else math.nan
     return float(array.mean()), float(error)
 
 
 def summaries(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each task, method and checkpoint: mean and error over seeds of everything that was measured."""
+    """Return one row for each task, method and checkpoint: mean and error over seeds of all measurements."""
     groups: dict[tuple[str, str, float, int], list[dict[str, Any]]] = {}
     for result in results:
         config = result["config"]
@@ -48,17 +48,17 @@ def summaries(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray, kind: str) -> float:
-    """Spearman's or Kendall's coefficient; NaN where either is constant."""
+    """Return Spearman's or Kendall's coefficient; NaN if either input is constant."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
         return float((stats.spearmanr if kind == "spearman" else stats.kendalltau)(x, y).statistic)
 
 
 def bootstrap_interval(runs: Sequence[tuple[np.ndarray, np.ndarray]], kind: str, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of a rank correlation over the checkpoints of all runs.
+    """Return the 95 % percentile interval of a rank correlation over the checkpoints of all runs.
 
-    Whole runs are drawn, with all their checkpoints: those of one run are not independent, and a run with more of them
-    tells no more about other runs.
+    Whole runs are drawn with all their checkpoints: the checkpoints of one run are not independent, and more of
+    them say no more about other runs.
 
     Args:
         runs: for each run, the two quantities at its checkpoints.
@@ -75,8 +75,8 @@ def bootstrap_interval(runs: Sequence[tuple[np.ndarray, np.ndarray]], kind: str,
 
 
 def predictions(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rank correlations of each predictor with the gap test loss − training loss: for each task, over all checkpoints,
-    and over the last ones alone, where runs differ by method and seed but not by how long they have trained."""
+    """Return rank correlations of each predictor with test loss − training loss, for each task: over all checkpoints,
+    and over the last ones alone, which differ by method and seed but not by training time."""
     rows = []
     for task in dict.fromkeys(result["config"]["task"] for result in results):
         for which in ("all checkpoints", "last checkpoints"):

@@ -1,6 +1,6 @@
 """Federated averaging with SGD, SAM and CR-SAM as the optimizer of the clients, for a given number of rounds.
 
-    python -m benchmarks.experiments.federated   # half an hour on one core, stops and goes on where it was
+    python -m benchmarks.experiments.federated   # half an hour on one core, continues after an interruption
 
 FedAvg (McMahan et al., AISTATS 2017). The labels of the clients differ, after Hsu et al. (arXiv 1909.06335): each
 client has a share of each label, and the shares of a label are drawn from a Dirichlet distribution. For each number of
@@ -36,17 +36,17 @@ from .runs import evaluate, key_of, run_all
 from .tasks import TASKS, Samples, batches
 
 RESULTS = Path(__file__).parents[1] / "results"
-VERSION = 1  # to be raised when a change of the code changes what a run computes
+VERSION = 1  # increment it when a change of the code changes the result of a run
 TASK = "mnist1d-mlp"
 CLIENTS = (10, 50)
-PARTICIPANTS = 5  # of a round
+PARTICIPANTS = 5  # clients per round
 LOCAL_STEPS = (1, 2, 5, 10)
 ROUNDS = 100
 BATCH_SIZE = 32
 CONCENTRATION = 0.3  # of the Dirichlet distribution
-LEAST = 8  # samples of a client
-# Clients keep no state between rounds. Momentum that starts anew would be worth nothing to one local step, and much to
-# ten: there is none.
+LEAST = 8  # minimum number of samples of a client
+# Clients keep no state between rounds. Momentum that starts from zero would have no effect on one local step, and a
+# large effect on ten, so there is none.
 SGD = {"momentum": 0.0, "weight_decay": 1e-3}
 RHOS = (0.05, 0.1, 0.2)
 
@@ -56,11 +56,11 @@ Cell = tuple[int, int, str]  # clients, local steps, and method
 
 @dataclass(frozen=True)
 class Method:
-    """What a client does in a round."""
+    """The training of a client in a round."""
 
-    options: dict[str, Any] | None = None  #: of CRSAM; None is torch's SGD
-    local_steps: int = 1  #: times those of the others
-    lrs: tuple[float, ...] = ()  #: to choose from; without any, that of SGD
+    options: dict[str, Any] | None = None  #: options of CRSAM; None is torch's SGD
+    local_steps: int = 1  #: factor of the number of local steps
+    lrs: tuple[float, ...] = ()  #: learning rates to choose from; if empty, that of SGD
 
 
 COMPARED = {
@@ -73,18 +73,18 @@ COMPARED = {
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides what a run computes."""
+    """All parameters that determine the result of a run."""
 
     task: str
     method: str
     clients: int
-    participants: int  #: clients of a round, drawn anew for each
-    local_steps: int  #: of SGD; a method may take a multiple
+    participants: int  #: clients per round, drawn again in each round
+    local_steps: int  #: local steps of SGD; a method may take a multiple
     rounds: int
-    lr: float  #: in the first round; it falls to 0 as a cosine
+    lr: float  #: learning rate of the first round; it decays to 0 as a cosine
     rho: float
     seed: int
-    tuning: bool = False  #: leave the validation samples out, and measure accuracy on them alone
+    tuning: bool = False  #: exclude the validation samples from training, and measure accuracy on them alone
 
     @property
     def key(self) -> str:
@@ -92,7 +92,7 @@ class Config:
 
 
 def split(labels: Tensor, clients: int, seed: int) -> list[Tensor]:
-    """Deal samples out to clients: for each client the sorted indices of its own, int64 (n,)."""
+    """Assign samples to clients: return for each client the sorted indices of its samples, int64 (n,)."""
     generator = np.random.default_rng(seed)
     while True:
         parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
@@ -103,27 +103,27 @@ def split(labels: Tensor, clients: int, seed: int) -> list[Tensor]:
             for part, piece in zip(parts, np.split(indices, ends), strict=True):
                 part.append(piece)
         dealt = [np.sort(np.concatenate(part)) for part in parts]
-        if min(map(len, dealt)) >= LEAST:  # else all is drawn again
+        if min(map(len, dealt)) >= LEAST:  # otherwise draw again
             return [torch.from_numpy(indices) for indices in dealt]
 
 
 def stream(x: Tensor, y: Tensor, seed: int) -> Iterator[Samples]:
-    """A client's batches without end, epoch after epoch."""
+    """Yield a client's batches indefinitely, epoch after epoch."""
     for epoch in count():
         yield from batches(x, y, BATCH_SIZE, epoch_order(len(x), seed, epoch))
 
 
 class Federation:
-    """A server and its clients. One model with its optimizer is each client in turn."""
+    """A server and its clients. One model with its optimizer simulates each client in turn."""
 
     def __init__(self, config: Config, train: Samples) -> None:
         checkpoint.seed_everything(config.seed)
         self.config, self.method = config, COMPARED[config.method]
         options = self.method.options
         self.model = TASKS[config.task].model()
-        assert not list(self.model.buffers()), "running statistics would have to be averaged too"
+        assert not list(self.model.buffers()), "averaging of running statistics is not implemented"
         self.params = list(self.model.parameters())
-        self.weights = [param.detach().clone() for param in self.params]  # the server's
+        self.weights = [param.detach().clone() for param in self.params]  # the server's weights
         self.optimizer: torch.optim.Optimizer
         if options is None:
             self.optimizer = torch.optim.SGD(self.params, config.lr, **SGD)
@@ -136,10 +136,10 @@ class Federation:
         self.streams = [stream(train[0][part], train[1][part], 1000 * config.seed + k) for k, part in enumerate(parts)]
         self._drawing = torch.Generator().manual_seed(config.seed)
         self.sent = {"down": 0, "up": 0}  # bytes so far
-        self.gradients = 0  # so far
+        self.gradients = 0  # gradients so far
 
     def round(self) -> None:
-        """Draw clients, let them train, and average their weights, each by its number of samples."""
+        """Draw clients, train them, and average their weights, weighted by their numbers of samples."""
         drawn = torch.randperm(self.config.clients, generator=self._drawing)[: self.config.participants].tolist()
         total = sum(self.sizes[client] for client in drawn)
         mean = [torch.zeros_like(weight) for weight in self.weights]
@@ -156,14 +156,14 @@ class Federation:
 
     @torch.no_grad()
     def load(self, weights: Sequence[Tensor]) -> None:
-        """Into the model, where its parameters are: the optimizer keeps them in its buffers."""
+        """Copy weights into the model in place: the optimizer keeps the parameters in its buffers."""
         torch._foreach_copy_(self.params, weights)
 
     def step(self, x: Tensor, y: Tensor) -> None:
-        """One local step."""
+        """Make one local step."""
         self.model.train()
         if self.method.options is None:
-            self.optimizer.zero_grad()  # CRSAM does so itself
+            self.optimizer.zero_grad()  # CRSAM does this itself
 
         def closure() -> Tensor:
             loss = F.cross_entropy(self.model(x), y)
@@ -175,7 +175,7 @@ class Federation:
 
 
 def nbytes(tensors: Sequence[Tensor]) -> int:
-    """Of all of them together."""
+    """Return the total number of bytes."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
@@ -199,7 +199,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def best(tuned: Sequence[dict[str, Any]], option: str) -> dict[Cell, float]:
-    """For each cell the "lr" or "rho" with the best validation accuracy."""
+    """Return for each cell the "lr" or "rho" with the best validation accuracy."""
     found = {}
     for clients in CLIENTS:
         for local_steps in LOCAL_STEPS:
@@ -219,7 +219,7 @@ def tuning_configs_of_lr() -> list[Config]:
         for clients in CLIENTS
         for local_steps in LOCAL_STEPS
         for lr in method.lrs
-        for seed in range(3 // method.local_steps)  # as many gradients for either
+        for seed in range(3 // method.local_steps)  # as many gradients for each method
     ]
 
 
@@ -249,7 +249,7 @@ def final_configs(lrs: dict[Cell, float], rhos: dict[Cell, float], seeds: int) -
 
 
 def summaries(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each number of clients and local steps, and method."""
+    """Return a row for each number of clients, number of local steps, and method."""
     by_cell: dict[Cell, list[dict[str, Any]]] = {}
     for result in results:
         config = result["config"]
@@ -259,14 +259,14 @@ def summaries(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         row = {"clients": clients, "local_steps": local_steps, "method": method}
         config, first = of_cell[0]["config"], of_cell[0]["rows"][0]
         row |= {"lr": config["lr"], "rho": config["rho"], "seeds": len(of_cell)}
-        row |= {name: first[name] / config["rounds"] for name in ("down", "up", "gradients")}  # a round
+        row |= {name: first[name] / config["rounds"] for name in ("down", "up", "gradients")}  # per round
         accuracies = [result["rows"][0]["test_accuracy"] for result in of_cell]
         rows.append(row | {"test_accuracy": mean_and_error(accuracies)})
     return rows
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """A table for each number of clients. Bytes and gradients are those of all participants."""
+    """Return a table for each number of clients. Bytes and gradients are totals over the participants."""
     lines: list[str] = []
     for clients in dict.fromkeys(row["clients"] for row in rows):
         lines += [f"## {clients} clients, {PARTICIPANTS} in each of {ROUNDS} rounds", ""]
@@ -290,7 +290,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Test accuracy against gradients of a participant in a round, a panel for each number of clients."""
+    """Draw test accuracy against gradients of a participant in a round, a panel for each number of clients."""
     numbers = list(dict.fromkeys(row["clients"] for row in rows))
     figure = Figure(figsize=(3.4 * len(numbers), 3.4), layout="constrained")
     for ax, clients in zip(figure.subplots(1, len(numbers), squeeze=False, sharey=True)[0], numbers, strict=True):

@@ -28,7 +28,7 @@ COLORS = {method: f"C{index}" for index, method in enumerate(METHODS)}
 
 
 def last_of(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each task and method, the last checkpoint."""
+    """Return the last checkpoint of each task and method."""
     return list({(row["task"], row["method"]): row for row in summaries}.values())
 
 
@@ -42,7 +42,7 @@ def shown(value: tuple[float, float], percent: bool = False) -> str:
 
 
 def markdown(about: dict[str, Any], summaries: Sequence[dict[str, Any]], predictions: Sequence[dict[str, Any]]) -> str:
-    """All tables, with what they mean."""
+    """Return all tables with explanations."""
     columns = list(NAMES)
     lines = [
         f"# Experiments, {about['form']} form",
@@ -83,7 +83,7 @@ def markdown(about: dict[str, Any], summaries: Sequence[dict[str, Any]], predict
 
 
 def draw_accuracy(summaries: Sequence[dict[str, Any]], path: Path) -> None:
-    """Test accuracy at the end, with standard errors."""
+    """Draw the final test accuracy, with standard errors."""
     rows = last_of(summaries)
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure = Figure(figsize=(3 * len(tasks), 3.2), layout="constrained")
@@ -100,7 +100,7 @@ def draw_accuracy(summaries: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_curves(summaries: Sequence[dict[str, Any]], path: Path) -> None:
-    """Everything that is measured over epochs: a row of panels for each quantity, a column for each task."""
+    """Draw all measurements over epochs: a row of panels for each quantity, a column for each task."""
     tasks = list(dict.fromkeys(row["task"] for row in summaries))
     quantities = [name for name in NAMES if name not in ("train_trace", "test_trace")]
     figure = Figure(figsize=(3 * len(tasks), 2.2 * len(quantities)), layout="constrained")
@@ -130,7 +130,7 @@ def draw_curves(summaries: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_predictions(predictions: Sequence[dict[str, Any]], path: Path) -> None:
-    """Spearman's coefficient and its interval for each measure."""
+    """Draw Spearman's coefficient and its interval for each measure."""
     rows = [row for row in predictions if "spearman" in row]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     if not tasks:

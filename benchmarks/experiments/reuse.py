@@ -1,6 +1,6 @@
-"""What the sharpness direction is worth between perturbations: accuracy and flatness against gradients a step.
+"""The benefit of the sharpness direction between perturbations: accuracy and flatness against gradients per step.
 
-    python -m benchmarks.experiments.reuse   # all tasks; an hour or two on two cores, stops and goes on where it was
+    python -m benchmarks.experiments.reuse   # all tasks; an hour or two on two cores, continues if interrupted
 
 rho is tuned for each method on a validation split; then every method runs with each seed. Last, steps are timed: a
 minute for each task, also where all its runs are in the cache.
@@ -35,35 +35,36 @@ from .runs import evaluate, key_of, run_all
 from .tasks import TASKS, Samples, batches
 
 RESULTS = Path(__file__).parents[1] / "results"
-VERSION = 1  # to be raised when a change of the code changes what a run computes
+VERSION = 1  # increment it when a change of the code changes the result of a run
 INTERVALS = (2, 5, 10, 20)
 LOOKSAM_WEIGHT = 0.7  # alpha of the paper (Liu et al., CVPR 2022)
 
-TIMED_RHO = 0.1  # its value does not change what a step does
-TIMED_STEPS = 10  # in a block, at least
-TIMED_ROUNDS = 5, 100  # at least, and at most
-TIMED_SECONDS = 50.0  # for a task, after which no round begins
+TIMED_RHO = 0.1  # its value does not change the cost of a step
+TIMED_STEPS = 10  # minimum in a block
+TIMED_ROUNDS = 5, 100  # minimum and maximum
+TIMED_SECONDS = 50.0  # per task; no round starts after this time
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is compared."""
+    """A compared method."""
 
-    options: dict[str, Any]  #: of CRSAM
+    options: dict[str, Any]  #: options of CRSAM
     budget: float = 1.0  #: epochs, in multiples of the task's
-    tuned_as: str = ""  #: another method, whose rho it takes
-    between: str = ""  #: what replaces the direction: "looksam", "random", or "other run"
+    tuned_as: str = ""  #: another method, whose rho it uses
+    between: str = ""  #: replacement of the direction: "looksam", "random", or "other run"
 
     @property
     def gradients(self) -> float:
-        """Gradients a step, on average."""
+        """Return the mean number of gradients per step."""
         options = self.options
         perturbed = 2.0 if not (options["alpha"] or options["beta"]) else 2 + 1 / options.get("curvature_interval", 1)
         return 1 + (perturbed - 1) / options.get("interval", 1) if options.get("rho", 1) else 1.0
 
     @property
     def timed_steps(self) -> int:
-        """Steps in a block that is timed: whole cycles, so that all blocks have the same number of gradients."""
+        """Return the number of steps in a timed block: whole cycles, so that all blocks have the same number of
+        gradients."""
         cycle = self.options.get("interval", 1) * self.options.get("curvature_interval", 1)
         return cycle * math.ceil(TIMED_STEPS / cycle)
 
@@ -94,7 +95,7 @@ def _methods() -> dict[str, Method]:
 
 COMPARED = _methods()
 
-#: What the figure joins by a line, under which name.
+#: Methods that the figure joins by a line, by label.
 LINES = {
     "SAM": ["SAM", *(f"SAM, reuse {k}" for k in INTERVALS)],
     "CR-SAM": ["CR-SAM", *(f"CR-SAM, reuse {k}" for k in INTERVALS)],
@@ -106,14 +107,14 @@ LINES = {
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides what a run computes."""
+    """All parameters that determine the result of a run."""
 
     task: str
     method: str
     rho: float
     seed: int
     epochs: int
-    tuning: bool = False  #: leave the validation samples out, and measure accuracy on them alone
+    tuning: bool = False  #: exclude the validation samples from training, and measure accuracy on them alone
 
     @property
     def key(self) -> str:
@@ -121,7 +122,7 @@ class Config:
 
 
 class Run:
-    """A model in training, a step at a time."""
+    """A model in training, one step at a time."""
 
     def __init__(self, config: Config, seed: int) -> None:
         task, self.method = TASKS[config.task], COMPARED[config.method]
@@ -130,12 +131,12 @@ class Run:
         options = {"rho": config.rho, **self.method.options}
         self.optimizer = CRSAM(self.model.parameters(), task.base, model=self.model, **options, **task.base_options)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.epochs)
-        self._added: list[torch.Tensor] = []  # LookSAM's direction, of unit length
+        self._added: list[torch.Tensor] = []  # LookSAM's direction, with unit length
         self._generator = torch.Generator().manual_seed(seed)
 
     @property
     def direction(self) -> list[torch.Tensor]:
-        """What the optimizer keeps; written, it is what it goes on with."""
+        """Return the optimizer's stored direction; the optimizer uses values that are written to it."""
         return [self.optimizer.state[param][DIRECTION] for param in self.model.parameters()]
 
     def step(self, x: torch.Tensor, y: torch.Tensor, other: Run | None = None) -> None:
@@ -173,7 +174,7 @@ class Run:
 
 
 def length(tensors: Sequence[torch.Tensor]) -> float:
-    """Norm of all of them together."""
+    """Return the norm of all tensors together."""
     return math.sqrt(sum(float(x.detach().double().square().sum()) for x in tensors))
 
 
@@ -206,12 +207,12 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def measure(model: nn.Module, train: Samples, count: int) -> dict[str, float]:
-    """C(w) and the largest eigenvalue at the first training samples."""
+    """Return C(w) and the largest eigenvalue at the first training samples."""
     loader = [(train[0][:count], train[1][:count])]
     c = curvature.normalized_trace(model, F.cross_entropy, loader, probes=8)
     try:
         top = curvature.top_eigenvalues(model, F.cross_entropy, loader, tolerance=0.02).values[0]
-    except RuntimeError:  # of a run that has diverged
+    except RuntimeError:  # the run has diverged
         top = math.nan
     return {"train_c": c.value, "train_top_eigenvalue": top}
 
@@ -247,27 +248,26 @@ def step_times(
     seconds: float = TIMED_SECONDS,
     rounds: tuple[int, int] = TIMED_ROUNDS,
 ) -> dict[str, list[float]]:
-    """Time of a step relative to one of the base optimizer: for each method the 20th, 50th and 80th percentile.
+    """Return the time of a step relative to the base optimizer: for each method the 20th, 50th and 80th percentile.
 
-    In every round each method takes one block of steps, of the same mini-batches, and is compared with the base
-    optimizer in that round: on a machine whose speed drifts, ratios of times that are far apart say little. It is the
-    processor time of the one thread there is, which does not count waits for other programs. Methods with the same
-    options are timed once. Those that replace the direction are left out: what they add is plain Python, and not what
-    a step of the optimizer takes.
+    In every round each method makes one block of steps, with the same mini-batches, and is compared with the base
+    optimizer in that round, because the machine's speed drifts between rounds. The time is the processor time of the
+    single thread, which excludes waiting for other programs. Methods with the same options are timed once. Methods that
+    replace the direction are not timed: they add plain Python, which is not part of a step of the optimizer.
 
     Args:
         methods: all by default.
-        seconds: no round begins after so many.
-        rounds: how many there are at least, at least 2, and at most.
+        seconds: no round starts after this many.
+        rounds: minimum (at least 2) and maximum number of rounds.
     """
     torch.set_num_threads(1)
-    timed: dict[str, str] = {}  # the method whose times are those of this one
+    timed: dict[str, str] = {}  # the method whose times each method uses
     by_options: dict[Any, str] = {}
     for name in dict.fromkeys(["base", *(COMPARED if methods is None else methods)]):
         if not COMPARED[name].between:
             timed[name] = by_options.setdefault(tuple(sorted(COMPARED[name].options.items())), name)
     x, y = TASKS[task].load().train
-    # All of one size: with a smaller one at the end, blocks would differ.
+    # All batches have the same size: a smaller last one would make blocks differ.
     data = list(batches(x, y, TASKS[task].batch_size, epoch_order(len(x), 0, 0), drop_last=True))
     runs = {name: Run(Config(task, name, TIMED_RHO, 0, epochs_of(task, name)), 0) for name in by_options.values()}
 
@@ -279,7 +279,7 @@ def step_times(
         return (time.thread_time() - began) / steps
 
     began = time.perf_counter()
-    for each in runs.values():  # the first block makes state and buffers
+    for each in runs.values():  # the first block allocates state and buffers
         seconds_a_step(each)
     ratios: dict[str, list[float]] = {name: [] for name in runs}
     while (done := len(ratios["base"])) < rounds[0] or (done < rounds[1] and time.perf_counter() - began < seconds):
@@ -294,7 +294,7 @@ def step_times(
 
 
 def summaries(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each task and method."""
+    """Return a row for each task and method."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     rho = {}
     for result in results:
@@ -310,7 +310,7 @@ def summaries(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(rows: Sequence[dict[str, Any]], times: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """A table for each task.
+    """Return a table for each task.
 
     Args:
         times: the result of :func:`step_times` for each task; a method that was not timed has no entry.
@@ -346,7 +346,7 @@ def markdown(rows: Sequence[dict[str, Any]], times: Mapping[str, Mapping[str, Se
 
 
 def ratio_cell(quantiles: Sequence[float] | None) -> str:
-    """The median; with the 20th and the 80th percentile where these are more than 5 % apart."""
+    """Return the median, and the 20th and 80th percentile if they differ by more than 5 %."""
     if quantiles is None:
         return "–"
     low, median, high = quantiles
@@ -354,7 +354,7 @@ def ratio_cell(quantiles: Sequence[float] | None) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Test accuracy against gradients a step, a panel for each task, three in a row."""
+    """Draw test accuracy against gradients per step, a panel for each task, three in a row."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     columns = min(3, len(tasks))
     lines = math.ceil(len(tasks) / columns)
@@ -374,7 +374,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             means, errors = [100 * m for m, _ in y], [100 * e for _, e in y]
             ax.errorbar(x, means, errors, fmt=style, markersize=4, capsize=2, color=f"C{index}", label=label)
         ax.set_title(task, fontsize=10)
-        if place + columns >= len(tasks):  # the lowest of its column
+        if place + columns >= len(tasks):  # the lowest panel of its column
             ax.set_xlabel("gradients a step")
         if place % columns == 0:
             ax.set_ylabel("test accuracy, %")
@@ -383,7 +383,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and write ``reuse.json``, ``reuse.md`` and ``reuse.png``, after each task with all that are complete."""
+    """Measure and write ``reuse.json``, ``reuse.md`` and ``reuse.png``, after each task with all complete tasks."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments.reuse", description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all")
     parser.add_argument("--seeds", type=int, default=5)

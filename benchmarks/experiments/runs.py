@@ -1,4 +1,4 @@
-"""One training run with its measurements, and many of them in parallel, each computed once."""
+"""One training run with its measurements, and many of them in parallel, each computed only once."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from crsam_ext.training.data import epoch_order
 from .methods import METHODS
 from .tasks import TASKS, Samples, batches
 
-#: Part of the name of a cached run: to be raised when a change of the code changes what a run computes.
+#: Part of the name of a cached run. Increment it when a change of the code changes the result of a run.
 VERSION = 1
 ASCENT_RHO = 0.2  # of the ascent gap, the same for all methods
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides what a run computes."""
+    """All parameters that determine the result of a run."""
 
     task: str
     method: str
     rho: float
     seed: int
     epochs: int
-    checkpoints: tuple[int, ...]  #: after these epochs, losses and curvature are measured
+    checkpoints: tuple[int, ...]  #: epochs after which losses and curvature are measured
     probes: int = 8
-    samples: int = 500  #: the first of each set, in one batch, at which curvature is measured
-    tuning: bool = False  #: leave the validation samples out, measure only accuracy, and on them
+    samples: int = 500  #: number of samples of each set at which curvature is measured, in one batch
+    tuning: bool = False  #: exclude the validation samples from training, measure only accuracy, and on them alone
 
     @property
     def key(self) -> str:
@@ -49,13 +49,13 @@ class Config:
 
 
 def key_of(config: Any, version: int) -> str:
-    """The name under which a run is cached: another one for each configuration, version of the code, and torch."""
+    """Return the name of a cached run, which depends on the configuration, the version of the code, and torch."""
     text = json.dumps([version, torch.__version__, asdict(config)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Train and measure. Returns the configuration, a row of numbers for each checkpoint, and seconds."""
+    """Train and measure. Return the configuration, a row of numbers for each checkpoint, and seconds."""
     start = time.perf_counter()
     torch.set_num_threads(1)
     task = TASKS[config.task]
@@ -98,7 +98,7 @@ def run(config: Config) -> dict[str, Any]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, samples: Samples, name: str) -> dict[str, float]:
-    """Mean cross-entropy and accuracy over all samples, or all characters of them."""
+    """Return mean cross-entropy and accuracy over all samples, or all their characters."""
     model.eval()
     loss = correct = 0.0
     for x, y in zip(samples[0].split(500), samples[1].split(500), strict=True):
@@ -110,7 +110,7 @@ def evaluate(model: nn.Module, samples: Samples, name: str) -> dict[str, float]:
 
 
 def measure(model: nn.Module, train: Samples, test: Samples, config: Config) -> dict[str, float]:
-    """Curvature at the first samples of both sets, in evaluation mode."""
+    """Measure curvature at the first samples of both sets, in evaluation mode."""
     row = {}
     count = math.ceil(config.samples * TASKS[config.task].share)
     for name, (x, y) in (("train", train), ("test", test)):
@@ -121,7 +121,7 @@ def measure(model: nn.Module, train: Samples, test: Samples, config: Config) -> 
     loader = [(train[0][:count], train[1][:count])]
     try:
         top = curvature.top_eigenvalues(model, F.cross_entropy, loader, tolerance=0.02).values[0]
-    except RuntimeError:  # of a run that has diverged
+    except RuntimeError:  # the run has diverged
         top = math.nan
     gap = curvature.ascent_gap(model, F.cross_entropy, loader, rho=ASCENT_RHO, steps=10)
     return row | {"train_top_eigenvalue": top, "train_ascent_gap": gap.ratio}
@@ -130,12 +130,12 @@ def measure(model: nn.Module, train: Samples, test: Samples, config: Config) -> 
 def run_all(
     configs: Sequence[Any], cache: Path, workers: int, progress: Any = None, run_one: Any = None
 ) -> list[dict[str, Any]]:
-    """Results of all configurations, in their order, from the cache where they are there.
+    """Return the results of all configurations, in their order, from the cache if possible.
 
     Args:
-        cache: folder of one JSON file for each run; written as soon as a run is complete.
-        workers: processes, of one thread each; 0 computes in this one.
-        progress: called with the number of runs that are complete and the last one's result.
+        cache: folder with a JSON file for each run, written as soon as the run is complete.
+        workers: number of processes with one thread each; 0 computes in this process.
+        progress: called with the number of complete runs and the result of the last one.
         run_one: computes the result of one configuration, :func:`run` by default.
     """
     cache.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def run_all(
 
 
 def load(config: Any, cache: Path) -> dict[str, Any] | None:
-    """The cached result; None if there is none, or none that can be read."""
+    """Return the cached result, or None if it does not exist or cannot be read."""
     try:
         return json.loads((cache / f"{config.key}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -163,7 +163,7 @@ def _computed(configs: Sequence[Any], workers: int, run_one: Any) -> Iterable[tu
     if not workers or not configs:
         yield from ((config, run_one(config)) for config in configs)
         return
-    # New processes: a forked one would share the state of this one's threads.
+    # Spawn processes: a forked one would inherit the state of this process's threads.
     with ProcessPoolExecutor(min(workers, len(configs)), mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(run_one, config): config for config in configs}
         try:

@@ -1,9 +1,9 @@
-"""How fast the sharpness direction turns: h of the last perturbation beside what h would be, against its age.
+"""How fast the sharpness direction changes: the stored h compared with the current one, by age.
 
     python -m benchmarks.experiments.staleness   # two tasks, three minutes on one core
 
-Training perturbs in every 20th step, and reuses h between. In every step, h is also computed anew, from the
-formulas, without a part in training.
+Training perturbs in every 20th step and reuses h between. In every step, h is also computed again from the formulas,
+without affecting the training.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RHO, ALPHA, BETA = 0.2, 0.5, 0.1
 
 
 def gradient(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
-    """Of the loss, with the running statistics as they are afterwards."""
+    """Return the gradient of the loss, and restore the running statistics."""
     buffers = [buffer.clone() for buffer in model.buffers()]
     found = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
     for buffer, before in zip(model.buffers(), buffers, strict=True):
@@ -41,7 +41,7 @@ def gradient(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def sharpness_direction(model: nn.Module, x: Tensor, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """g0 and h = ghat - g0 of a batch, where the model is."""
+    """Return g0 and h = ghat - g0 of a batch, at the model's current parameters."""
     params = list(model.parameters())
     w = [param.clone() for param in params]
 
@@ -61,12 +61,12 @@ def sharpness_direction(model: nn.Module, x: Tensor, y: Tensor) -> tuple[list[Te
 
 
 def cosine(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
-    """Of the angle between two vectors."""
+    """Return the cosine of the angle between two vectors."""
     return sum(float((s.double() * t.double()).sum()) for s, t in zip(x, y, strict=True)) / (length(x) * length(y))
 
 
 def measured(task_name: str, seed: int = 0) -> dict[int, dict[str, float]]:
-    """By the age of h: means of what is measured over all steps of a training."""
+    """Return means of the measurements over all steps of a training, by the age of h."""
     torch.set_num_threads(1)
     task = TASKS[task_name]
     splits = task.load()
@@ -101,7 +101,7 @@ def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def markdown(results: dict[str, dict[int, dict[str, float]]]) -> str:
-    """A row for each task and quantity, a column for each age."""
+    """Return a row for each task and quantity, a column for each age."""
     lines = ["| task | mean of | " + " | ".join(f"age {age}" for age in AGES) + " |", "|---" * (2 + len(AGES)) + "|"]
     for task, by_age in results.items():
         for name in next(iter(by_age.values())):

@@ -1,4 +1,4 @@
-"""Data, networks and base optimizers. Nothing is downloaded; a task is the same wherever Python's library is."""
+"""Data, networks and base optimizers. Nothing is downloaded; one task uses the source code of Python's library."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class Task:
-    """A problem: classification of samples, of each character of a text, or of nodes."""
+    """A classification task: of samples, of each character of a text, or of nodes."""
 
     load: Callable[[], Splits]
     model: Callable[[], nn.Module]
@@ -41,8 +41,8 @@ class Task:
     quick_epochs: int
     base: type[torch.optim.Optimizer] = torch.optim.SGD
     base_options: dict[str, Any] = field(default_factory=lambda: SGD)
-    share: float = 1.0  #: of the samples at which curvature is measured: less where each has many labels
-    ablation: bool = False  #: whether all methods are compared, or the base, SAM and CR-SAM only
+    share: float = 1.0  #: of the samples at which curvature is measured: less for samples with many labels
+    ablation: bool = False  #: whether all methods are compared, or only the base, SAM and CR-SAM
 
 
 def batches(
@@ -56,7 +56,7 @@ def batches(
 
 @cache
 def images(name: str) -> Splits:
-    """mnist1d or digits as crsam-train has them; a fifth of the training samples, chosen once, is for validation."""
+    """Return mnist1d or digits as in crsam-train; a fixed fifth of the training samples is for validation."""
     data = load_training_data(parse(["--data", name]), torch.device("cpu"))
     x, y = (torch.cat(parts) for parts in list(zip(*data.train(0, 0), strict=True))[:2])
     test = tuple(torch.cat(parts) for parts in list(zip(*data.test(), strict=True))[:2])
@@ -79,7 +79,7 @@ FILES = {
 
 @cache
 def source_code() -> Splits:
-    """Windows of characters of modules of the running Python's own library; the label is the next character."""
+    """Return windows of characters from modules of Python's library; the label is the next character."""
     folder = Path(sysconfig.get_path("stdlib"))
     splits = []
     for names in FILES.values():
@@ -92,7 +92,7 @@ def source_code() -> Splits:
 
 
 class Transformer(nn.Module):
-    """Two causal layers; input int64 (N, length), output (N, characters, length)."""
+    """A transformer with two causal layers; input int64 (N, length), output (N, characters, length)."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """One GRU layer; input int64 (N, length), output (N, characters, length)."""
+    """A network with one GRU layer; input int64 (N, length), output (N, characters, length)."""
 
     def __init__(self, width: int = 96) -> None:
         super().__init__()
@@ -121,9 +121,9 @@ class Recurrent(nn.Module):
 
 @cache
 def neighbour_graph() -> tuple[Tensor, Tensor, Tensor]:
-    """scikit-learn's 1797 digits as a graph, each joined with its 8 nearest: features, adjacency, labels.
+    """Return scikit-learn's 1797 digits as a graph of 8 nearest neighbors: features, adjacency, labels.
 
-    The adjacency is D^-1/2 (A + I) D^-1/2, as Kipf and Welling (ICLR 2017) have it.
+    The adjacency is D^-1/2 (A + I) D^-1/2, as in Kipf and Welling (ICLR 2017).
     """
     from sklearn.datasets import load_digits
     from sklearn.neighbors import kneighbors_graph
@@ -137,7 +137,7 @@ def neighbour_graph() -> tuple[Tensor, Tensor, Tensor]:
 
 @cache
 def nodes() -> Splits:
-    """Numbers of nodes and their labels: 100 to train with, 300 to validate, the other 1397 to test."""
+    """Return node indices and labels: 100 for training, 300 for validation, the other 1397 for testing."""
     labels = neighbour_graph()[2]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train, validation, test = order.split([100, 300, len(order) - 400])
@@ -145,12 +145,12 @@ def nodes() -> Splits:
 
 
 class GraphNetwork(nn.Module):
-    """Two graph convolutions; input int64 (N,), numbers of nodes, output (N, 10)."""
+    """A network with two graph convolutions; input int64 (N,), node indices, output (N, 10)."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
         features, self.adjacency, _ = neighbour_graph()
-        self.spread = self.adjacency @ features  # the first convolution's sum over neighbours never changes
+        self.spread = self.adjacency @ features  # the first convolution's sum over neighbors is constant
         self.first, self.second = nn.Linear(64, width), nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
