@@ -1,5 +1,4 @@
-"""The optimizer's part of a step: ``pytest benchmarks`` or ``make bench``. benchmarks/README.md describes the
-method."""
+"""The optimizer's part of a step: ``pytest benchmarks`` or ``make bench``; see benchmarks/README.md."""
 
 import time
 
