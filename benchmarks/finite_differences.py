@@ -120,13 +120,13 @@ def fit(rhos: list[float], medians: list[float], power: int) -> list[float]:
     rho, error = np.array(rhos), np.maximum(medians, 1e-16)
 
     def residuals(logs: np.ndarray) -> np.ndarray:
-        return np.log(modelled(np.exp(logs), rho, power)) - np.log(error)
+        return np.log(modeled(np.exp(logs), rho, power)) - np.log(error)
 
     start = [math.log(error[-1] / rho[-1] ** 2), math.log(error[0] * rho[0] ** power), math.log(min(error))]
     return [float(x) for x in np.exp(least_squares(residuals, start, loss="soft_l1").x)]
 
 
-def modelled(parameters: list[float], rho: np.ndarray, power: int) -> np.ndarray:
+def modeled(parameters: list[float], rho: np.ndarray, power: int) -> np.ndarray:
     """Return the error that the model predicts."""
     truncation, rounding, kinks = parameters
     return np.sqrt((truncation * rho**2) ** 2 + (rounding / rho**power) ** 2 + kinks**2)
@@ -218,7 +218,7 @@ def draw(rows: list[dict[str, Any]], rhos: list[float], path: Path) -> None:
             rho, np.maximum(row["median"], 1e-12), np.maximum(row["p90"], 1e-12), color=color, alpha=0.2, linewidth=0
         )
         power = ESTIMATORS[row["estimator"]]
-        model = modelled([row["truncation"], row["rounding"], row["kinks"]], rho, power)
+        model = modeled([row["truncation"], row["rounding"], row["kinks"]], rho, power)
         ax.loglog(rho, model, "--", color=color, linewidth=1)
         ax.axhline(TOLERANCE, color="0.6", linewidth=0.8)
         ax.set_ylim(1e-9, 1e3)

@@ -25,7 +25,7 @@ FORMS = {
     "SGD": "1 all-reduce, one pass",
     "every pass": "3 all-reduces: made without model=",
     "sync_perturbation": "2 all-reduces: one e for all ranks",
-    "local": "1 all-reduce: an e of its own on every rank",
+    "local": "1 all-reduce: one e per rank",
 }
 
 

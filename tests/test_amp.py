@@ -102,7 +102,7 @@ def test_scale_cancels(settings, base, backend_options, device):
 
 
 @settings
-def test_scale_cancels_in_calls(settings, backend_options, device):
+def test_scale_cancels_in_the_form_of_calls(settings, backend_options, device):
     if settings.get("estimator") == "loss":
         settings = settings | {"estimator": "gradient"}  # the scaler's call has no loss argument
     plain = Problem(BASES["sgd"], device, **settings, **backend_options)
@@ -250,7 +250,7 @@ def test_torchs_scaler_unscales_and_clips_after_combine():
 
 
 @pytest.mark.parametrize("overflow", [1, 2, 3])
-def test_overflow_before_combine(overflow):
+def test_overflow_before_combine_skips_the_step(overflow):
     problem = Problem(BASES["sgd"], scaler=scaler_of("cpu", torch.amp.GradScaler))
     before, problem.overflow = problem.everything(), overflow
     problem.optimizer.combine(passes_before_combine(problem))

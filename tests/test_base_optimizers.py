@@ -172,13 +172,13 @@ def test_options_of_the_same_name_are_kept_apart():
     assert [group["step"] for group in optimizer.param_groups] == [1, 1], "our state_dict holds its counter"
 
 
-def test_muon_refuses_other_than_matrices():
+def test_muon_refuses_vectors():
     params = [*matrices(), torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))]
     with pytest.raises(ValueError, match="Muon only supports 2D parameters"):
         CRSAM(params, torch.optim.Muon)
 
 
-def test_muon_with_adamw_for_other_parameters():
+def test_muon_can_be_combined_with_adamw():
     """Both are in one optimizer, with one perturbation; two CRSAMs would each call the closure."""
     library = pytest.importorskip("pytorch_optimizer")
     w, v = params = matrices()
@@ -222,7 +222,7 @@ SCHEDULE_FREE = [
 
 
 @pytest.mark.parametrize("case", SCHEDULE_FREE)
-def test_modes_of_schedule_free_optimizers(case):
+def test_modes_of_schedule_free_optimizers_work(case):
     """eval() moves the parameters to the average and train() moves them back, as without CRSAM; a checkpoint of the
     average resumes."""
     params = matrices(torch.float32)

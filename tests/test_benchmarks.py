@@ -100,7 +100,7 @@ def test_operators_are_measured(cuda_on_cpu):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_bytes_of_a_fused_step(case, dtype, cuda_on_cpu, shim):
+def test_kernels_of_a_step_move_the_reported_bytes(case, dtype, cuda_on_cpu, shim):
     """The bytes by which peers are judged are those that the kernels of a step move."""
     lengths = [4097, 3, 300]
     params = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in lengths]
@@ -196,7 +196,7 @@ def test_result_files_can_be_read(name):
         (1, 417, 1, 4, 104.25, 1),
     ],
 )
-def test_cores_for_a_device(compute, data, devices, workers, of_core, cores):
+def test_cores_for_a_device_are_computed(compute, data, devices, workers, of_core, cores):
     of_data = {"images_per_second": [data / 2, data, 3 * data], "devices": devices, "workers": workers}
     of_compute = {"images_per_second": [compute], "devices": devices, "workers": workers}
     assert bench.rate_of_core(of_data) == of_core
@@ -235,7 +235,7 @@ def test_imagenet_benchmark_keeps_to_its_limit():
     assert expected < defaults.limit < 600
 
 
-def test_methods_of_the_imagenet_benchmark():
+def test_methods_of_the_imagenet_benchmark_have_the_right_options():
     arguments = imagenet.parser().parse_args([])
     for model, base in imagenet.MODELS.items():
         names = [method(imagenet.options_of(arguments, model, name, "pillow")) for name in imagenet.METHODS]

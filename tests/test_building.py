@@ -272,7 +272,7 @@ def test_extension_without_kernels_reports_why(built, monkeypatch):
         (None, False, (8, 0), None),
     ],
 )
-def test_reason_for_unavailable_triton(missing, interpreted, capability, reason, monkeypatch):
+def test_reason_for_unavailable_triton_is_reported(missing, interpreted, capability, reason, monkeypatch):
     monkeypatch.setattr(triton, "find_spec", lambda name: None if name == missing else object())
     monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -25,7 +25,7 @@ def test_shared_storage_is_detected():
         assert not _compat.storage_is_shared(x.untyped_storage())
 
 
-def test_shared_storage_without_torchs_use_count(monkeypatch):
+def test_storage_is_not_shared_without_torchs_use_count(monkeypatch):
     monkeypatch.delattr(torch._C, "_storage_Use_Count")
     x = torch.ones(4)
     view = x[1:]
@@ -83,7 +83,7 @@ DRAWS = {
 @pytest.mark.parametrize("draw", DRAWS)
 def test_mark_of_python_changes_with_each_draw(draw):
     assert _compat.mark_of_python() is not None, "random numbers are still replayed, but each step takes longer"
-    for _ in range(4):  # of two normal variates, the second is kept for later
+    for _ in range(4):  # of two normal variates, the second is stored for later
         state, before = random.getstate(), _compat.mark_of_python()
         assert _compat.mark_of_python() == before
         DRAWS[draw]()
@@ -95,7 +95,7 @@ def test_mark_of_python_changes_with_each_draw(draw):
     assert _compat.mark_of_python() != before
 
 
-def test_mark_of_python_on_other_platforms(monkeypatch):
+def test_mark_of_python_is_none_on_other_implementations(monkeypatch):
     monkeypatch.setattr(_compat.sys.implementation, "name", "another")
     _compat._python_generator.cache_clear()
     try:
@@ -173,7 +173,7 @@ def ddp(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def test_hooks_of(ddp):
+def test_hooks_of_ddp_are_found(ddp):
     def hook(state, bucket):
         raise NotImplementedError
 
@@ -182,14 +182,14 @@ def test_hooks_of(ddp):
     assert _compat.hooks_of(ddp) == [(hook, "state")]
 
 
-def test_is_joining(ddp):
+def test_is_joining_detects_join(ddp):
     assert not _compat.is_joining(ddp)
     with ddp.join():
         assert _compat.is_joining(ddp)
     assert not _compat.is_joining(torch.nn.Linear(2, 2))
 
 
-def test_is_part_of_zero(ddp):
+def test_is_part_of_zero_detects_its_constructor(ddp):
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     seen = []
@@ -204,7 +204,7 @@ def test_is_part_of_zero(ddp):
     assert seen == [True, False]
 
 
-def test_local_tensors(ddp, monkeypatch):
+def test_local_tensors_are_those_of_dtensors(ddp, monkeypatch):
     placed = distribute_tensor(torch.ones(3), init_device_mesh("cpu", (1,)), [Shard(0)])
     param = torch.nn.Parameter(placed)
     for _ in range(2):
@@ -214,7 +214,7 @@ def test_local_tensors(ddp, monkeypatch):
         monkeypatch.setattr(_compat, "_local_tensor_of", attrgetter("_of_another_name"))
 
 
-def test_is_fsdp_flat():
+def test_is_fsdp_flat_detects_flat_parameters():
     param = torch.nn.Parameter(torch.ones(2))
     assert not _compat.is_fsdp_flat(param)
     param._fsdp_flattened = True  # as FullyShardedDataParallel does; tests/test_replicas.py tests the real class

@@ -1,4 +1,4 @@
-"""What people report about SAM optimizers in PyTorch: each works, or raises a one-line error that says what to do.
+"""Common complaints about SAM optimizers in PyTorch: each case works, or raises a one-line error that says what to do.
 
 Tested elsewhere:
 

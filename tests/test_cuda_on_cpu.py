@@ -130,7 +130,7 @@ def test_a_step_makes_the_expected_launches(options, base, cuda_on_cpu, shim):
     ],
     ids=["sgd", "adamw", "clipped"],
 )
-def test_cost_of_a_reuse_step(base, options, launches, copies, cuda_on_cpu, shim):
+def test_a_reuse_step_moves_the_expected_bytes(base, options, launches, copies, cuda_on_cpu, shim):
     """In units of the parameters: reads w, g0, h and the state, writes w and the state, and reads g0 for its norm;
     clipping reads g0 and h once more. A few numbers per group are added."""
     step = stepping(base, {**options, "interval": 100, "reuse": True}, backend="cuda")
@@ -346,7 +346,7 @@ def test_python_and_compiled_functions_take_the_same_gradients(library, kinds, t
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
-def test_functions_over_all_parameters(compiled, library):
+def test_functions_over_all_parameters_agree(compiled, library):
     """They assign and clear gradients, bump versions, and report addresses, shapes, strides and dtypes."""
     module = library if compiled else host
     params = module.Column(Parameter(torch.ones(shape)) for shape in ((2, 3), (), (4,)))

@@ -376,7 +376,7 @@ def test_ascent_gap_of_a_quadratic_is_exact():
     assert result.loss == pytest.approx(loss_at(w).item())
 
 
-def test_functions_without_curvature():
+def test_functions_without_curvature_have_trace_zero():
     """The Hessian is zero if the gradient does not depend on the parameters; an unused parameter adds nothing."""
     model = nn.ModuleDict({"used": nn.Linear(3, 1), "unused": nn.Linear(3, 1)})
     model.forward = lambda x: model["used"](x)
@@ -466,7 +466,7 @@ def test_missing_package_is_named(monkeypatch):
 
 
 @pytest.mark.require_cuda
-def test_curvature_on_a_gpu():
+def test_curvature_works_on_a_gpu():
     """The loader stays on the CPU. Probes are drawn on the device and therefore differ; an exact trace does not."""
     model, loader = with_batch_norm(), batches(torch.float32)
     expected = curvature.normalized_trace(model, F.cross_entropy, loader, estimator="exact")

@@ -80,14 +80,14 @@ def test_examples_run_in_several_processes(name, percent, processes):
     assert float(line.removeprefix("test accuracy ").rstrip("%")) > percent
 
 
-def test_digits(capsys):
+def test_digits_example_runs(capsys):
     pytest.importorskip("sklearn")
     runpy.run_path(str(EXAMPLES / "digits.py"))
     assert accuracy(capsys) > 95
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-def test_lightning(precision, capsys):
+def test_lightning_example_runs(precision, capsys):
     trainer, model = load("lightning_digits").main(precision, epochs=4)
     assert accuracy(capsys) > 93
     steps = 4 * (1438 // 64)
@@ -97,27 +97,27 @@ def test_lightning(precision, capsys):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_accelerate(precision, capsys):
+def test_accelerate_example_runs(precision, capsys):
     model, optimizer = load("accelerate_digits").main(precision, epochs=6)
     assert accuracy(capsys) > 85
     assert optimizer.stats.steps == 6 * -(-1438 // 64)
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_transformers(capsys):
+def test_transformers_example_runs(capsys):
     trainer = load("transformers_digits").main(epochs=2, disable_tqdm=True)
     assert accuracy(capsys) > 80
     assert trainer.state.global_step == trainer.optimizer.optimizer.stats.steps == 2 * -(-1438 // 64)
 
 
-def test_transformers_in_bfloat16():
+def test_transformers_example_runs_in_bfloat16():
     """It runs only a few steps, because bfloat16 is slow on some CPUs."""
     trainer = load("transformers_digits").main(bf16=True, max_steps=3, disable_tqdm=True)
     assert trainer.optimizer.optimizer.stats.as_dict()["steps"] == 3
     assert trainer.optimizer.optimizer.stats.skipped == 0
 
 
-def test_transformers_resumes(tmp_path):
+def test_transformers_example_resumes(tmp_path):
     """It resumes after two of three epochs from the Trainer's checkpoint, to the same bits."""
     example = load("transformers_digits")
     straight = example.main(epochs=3, folder=tmp_path, disable_tqdm=True)
@@ -128,7 +128,7 @@ def test_transformers_resumes(tmp_path):
         assert torch.equal(p, q)
 
 
-def test_timm(tmp_path, capsys):
+def test_timm_example_runs(tmp_path, capsys):
     model, average, optimizer = load("timm_digits").main(epochs=3, folder=tmp_path)
     assert accuracy(capsys) > 85
     assert optimizer.stats.steps == 3 * -(-1437 // 64)

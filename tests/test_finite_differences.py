@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import finite_differences
-from benchmarks.finite_differences import RHOS, errors_of, fit, good_range, modelled
+from benchmarks.finite_differences import RHOS, errors_of, fit, good_range, modeled
 
 pytestmark = pytest.mark.slow
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("power", [1, 2])
 def test_fit_recovers_the_model(power):
     truth = [0.3, 1e-6, 1e-3]
-    assert fit(RHOS, list(modelled(truth, np.array(RHOS), power)), power) == pytest.approx(truth, rel=1e-3)
+    assert fit(RHOS, list(modeled(truth, np.array(RHOS), power)), power) == pytest.approx(truth, rel=1e-3)
 
 
 def test_good_range_is_the_longest_one():

@@ -111,7 +111,7 @@ def repeat_given_gradients(trajectory, optimizer):
 
 @float32_and_float64
 @pytest.mark.parametrize("name", GIVEN_GRADIENTS)
-def test_given_gradients(name, dtype, backend, device):
+def test_given_gradients_repeat_the_trajectory(name, dtype, backend, device):
     trajectory = Trajectory(name, dtype, device)
     repeat_given_gradients(trajectory, trajectory.optimizer(backend))
 
@@ -121,13 +121,13 @@ def test_given_gradients(name, dtype, backend, device):
     [("crsam_sgd_momentum", torch.float32), ("crsam_adamw", torch.float64)],
     ids=["crsam_sgd_momentum-float32", "crsam_adamw-float64"],
 )
-def test_given_gradients_compiled(name, dtype):
+def test_given_gradients_repeat_the_trajectory_compiled(name, dtype):
     trajectory = Trajectory(name, dtype, torch.device("cpu"))
     repeat_given_gradients(trajectory, trajectory.optimizer("torch", compile=True))
 
 
 @float32_and_float64
-def test_network(dtype, backend, device):
+def test_network_repeats_the_trajectory(dtype, backend, device):
     trajectory = Trajectory("crsam_mlp", dtype, device)
     optimizer = trajectory.optimizer(backend)
     w0, b0, w1, b1 = trajectory.params

@@ -77,7 +77,7 @@ def test_unused_parameter_does_not_change(base, backend_options, device):
 
 @bases
 @pytest.mark.parametrize("used", [{0}, {1}, {2}, {0, 2}, {1, 2}], ids=str)
-def test_gradient_in_some_passes(used, base, backend_options, device):
+def test_gradient_in_some_passes_counts_as_zero_in_the_others(used, base, backend_options, device):
     """In a pass without its gradient, zero is used; without a gradient in the first pass, the parameter is not
     perturbed."""
     pair = Pair(tensors((3,), (5,), (2, 2), device=device), backend_options, base, rho=0.4)

@@ -182,7 +182,7 @@ def test_lightning_resumes(plain, tmp_path):
     ],
     ids=["clip", "accumulate", "16-mixed"],
 )
-def test_lightning_settings_that_are_refused(options, match):
+def test_invalid_lightning_settings_are_refused(options, match):
     pytest.importorskip("lightning")
     from lightning.pytorch.plugins import MixedPrecision
 
@@ -399,7 +399,7 @@ def test_transformers_clips_the_regularized_gradient(tmp_path):
     ],
     ids=["accumulate", "AdamW"],
 )
-def test_transformers_settings_that_are_refused(cls, arguments, error, match, tmp_path):
+def test_invalid_transformers_settings_are_refused(cls, arguments, error, match, tmp_path):
     trainer = hugging_face(tmp_path, optimizer_cls_and_kwargs=(cls, {"lr": 0.1}), model=Wrapped(), **arguments)
     with pytest.raises(error, match=match):
         trainer.train()

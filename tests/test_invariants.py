@@ -181,7 +181,7 @@ def test_restore_returns_to_w(done, dtype, backend_options, device):
 @pytest.mark.parametrize("position", [0, 1, 2])
 @bases
 @forms
-def test_bad_gradient(form, base, position, bad, backend_options, device):
+def test_bad_gradient_skips_the_step(form, base, position, bad, backend_options, device):
     check_bad_gradient(BASES[base], FORMS[form], position, bad, backend_options, device, torch.float32)
 
 
@@ -404,7 +404,7 @@ def test_two_runs_give_the_same_bits(base, form, backend_options, device):
     assert results[0][1] == results[1][1]
 
 
-class NoSynchronisation(TorchDispatchMode):
+class NoSynchronization(TorchDispatchMode):
     """Raises if an operation would synchronize with a device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -443,7 +443,7 @@ def test_step_does_not_synchronize(form, base, how, monkeypatch):
     if how == "compiled":  # guards and dispatch of compiled code are torch's
         optimizer.step(closure)
     else:
-        with NoSynchronisation():
+        with NoSynchronization():
             optimizer.step(closure)
     monkeypatch.undo()
     assert not same_snapshot(optimizer, before)
@@ -727,7 +727,7 @@ def test_copies_are_independent_and_equal(base, how, attach_scheduler, backend_o
     assert other.stats.as_dict() == optimizer.stats.as_dict()
 
 
-def test_copy_in_the_middle_of_a_step(backend_options, device):
+def test_copy_in_the_middle_of_a_step_has_no_step_in_progress(backend_options, device):
     """The copy has no step in progress; the original continues its step."""
     data, params = batch(device=device), network_params(device=device)
     optimizer = CRSAM(params, lr=0.1, **backend_options)
@@ -777,7 +777,7 @@ def test_state_dict_hooks_are_called(backend_options, device):
     optimizer.step(closure_of(lambda p: network_loss(p, data), params))
 
 
-def test_zero_grad_and_repr(backend_options, device):
+def test_zero_grad_and_repr_work(backend_options, device):
     params = network_params(device=device)
     optimizer = CRSAM(params, ADAMW, lr=0.1, rho=0.3, **backend_options)
     params[0].grad = torch.zeros_like(params[0])

@@ -349,7 +349,7 @@ def test_stochastic_rounding_is_correct_on_average(dtype, operators, device):
 
 
 @low_precision
-def test_stochastic_rounding_of_special_numbers(dtype, operators, device):
+def test_stochastic_rounding_handles_special_numbers(dtype, operators, device):
     """Without a gradient nothing moves, the mean is correct near 0, and NaN and Inf are preserved."""
     tiny = torch.finfo(dtype).smallest_normal
     live = torch.tensor([0.0, -1.0, 3 * tiny, -tiny, 1.0, 1.0, 1.0], device=device, dtype=dtype)

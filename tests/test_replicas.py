@@ -259,14 +259,14 @@ def test_without_the_model_every_pass_is_reduced(two, wrapped):
         {"interval": 2, "reuse": True},
     ],
 )
-def test_sync_perturbation_with_weights_that_need_all_gradients(two, options):
+def test_sync_perturbation_reduces_all_gradients_if_needed(two, options):
     """If every gradient is needed, all are reduced."""
     results = two(trained, "sgd", {**LINEAR, **options, "sync_perturbation": True})
     assert_equal(results)
     assert_close_to_whole(results, 2, {**LINEAR, **options})
 
 
-def test_sync_perturbation_within_groups_of_ranks(four):
+def test_sync_perturbation_works_within_groups_of_ranks(four):
     """Two groups of two ranks have one e each: the result is that of two ranks with twice the batch."""
     results = four(in_groups)
     assert_equal(results)
@@ -331,7 +331,7 @@ def test_log_form_is_capped_and_counted(two):
     assert all(stats["capped"] == STEPS for *_, stats in results)
 
 
-def test_log_form_with_two_groups(two):
+def test_log_form_works_with_two_groups(two):
     """kappa and sigma are means over the ranks, each of which has its own e in both groups."""
     (kappa, sigma, *alone), (_, _, *other) = two(grouped_log)
     for found, own, others in zip((kappa, sigma), alone, other, strict=True):
@@ -506,7 +506,7 @@ def test_a_squared_norm_that_overflows_skips_the_step(two, index, options):
 @pytest.mark.parametrize("scaler", ["ours", "ours in calls", "torch's"])
 @pytest.mark.parametrize("options", [LINEAR, LOG])
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_grad_scaler_of_all_ranks_agrees(two, scaler, options, index):
+def test_grad_scalers_of_all_ranks_agree(two, scaler, options, index):
     """An overflow in one pass of one rank decreases the scale on all ranks."""
     if scaler == "torch's" and options is LOG:  # it checks each rank's own gradient of the last pass
         failures = two.attempt(scaled, scaler, options, index)

@@ -232,7 +232,7 @@ def test_shared_and_unshared_parameters_may_be_mixed(backend_options, device):
 
 
 @pytest.mark.parametrize("hold", [a_part, columns, of_numpy, shared], ids=lambda hold: hold.__name__)
-def test_sharing_without_torchs_use_count(hold, backend_options, device, monkeypatch):
+def test_sharing_is_detected_without_torchs_use_count(hold, backend_options, device, monkeypatch):
     """The properties of the storage still count: its size, whether it is resizable, whether it is in shared memory."""
     monkeypatch.setattr(flat, "storage_is_shared", lambda storage: False)
     _, held, seen = pair(hold, torch.float32, device)

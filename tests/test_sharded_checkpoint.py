@@ -226,7 +226,7 @@ FORMS = {
 }
 
 
-def asked_first(rank, size, options, forms):
+def read_first(rank, size, options, forms):
     """Return everything after some steps, of a run whose state was first read in these forms, and of an undisturbed
     run."""
     results = []
@@ -253,7 +253,7 @@ def asked_first(rank, size, options, forms):
 
 @pytest.mark.parametrize("options", ["all", "reuse", "rmsprop", "adagrad"])
 def test_reading_the_state_before_the_first_step_changes_nothing(four, options):
-    for asked, twin in four(asked_first, options, list(FORMS)):
+    for asked, twin in four(read_first, options, list(FORMS)):
         assert_same(asked, twin)
 
 

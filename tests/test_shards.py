@@ -536,7 +536,7 @@ def with_mixed_precision(rank, size, options):
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "hsdp", "tp and fsdp"])
-def test_low_precision_with_masters(four, kind):
+def test_low_precision_shards_have_masters(four, kind):
     """bfloat16 shards: the state contains a float32 master of each as a DTensor, and the shard is its rounded value."""
     assert all(four(with_masters, kind))
 

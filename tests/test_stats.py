@@ -46,7 +46,7 @@ def test_curvature_is_exact(scaled, backend_options, device):
     assert_close(stats.regularized_norm, regularized.norm(), EXACT)
 
 
-def test_curvature_without_a_gram_matrix(backend_options, device):
+def test_curvature_is_computed_on_demand(backend_options, device):
     """The torch backend computes it on demand, other backends always."""
     stats, *_ = after_a_step(device, **backend_options)
     assert (stats.directional_curvature is None) == (backend_options["backend"] == "torch")

@@ -66,7 +66,7 @@ def markdown(about: dict[str, Any], summaries: Sequence[dict[str, Any]], predict
         "## Which measure ranks networks by their generalization gap?",
         "",
         "Rank correlation of a measure on the training set with test loss − training loss, and its 95 % interval from",
-        "a bootstrap over whole runs. Of fewer than ten runs or so, the interval is narrower than what is known.",
+        "a bootstrap over whole runs. With fewer than about ten runs, the interval is too narrow.",
         "",
         "| task | over | runs | measure | Spearman | Kendall |",
         "|---|---|---|---|---|---|",

@@ -120,7 +120,7 @@ class Recurrent(nn.Module):
 
 
 @cache
-def neighbour_graph() -> tuple[Tensor, Tensor, Tensor]:
+def neighbor_graph() -> tuple[Tensor, Tensor, Tensor]:
     """Return scikit-learn's 1797 digits as a graph of 8 nearest neighbors: features, adjacency, labels.
 
     The adjacency is D^-1/2 (A + I) D^-1/2, as in Kipf and Welling (ICLR 2017).
@@ -138,7 +138,7 @@ def neighbour_graph() -> tuple[Tensor, Tensor, Tensor]:
 @cache
 def nodes() -> Splits:
     """Return node indices and labels: 100 for training, 300 for validation, the other 1397 for testing."""
-    labels = neighbour_graph()[2]
+    labels = neighbor_graph()[2]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train, validation, test = order.split([100, 300, len(order) - 400])
     return Splits((train, labels[train]), (validation, labels[validation]), (test, labels[test]))
@@ -149,7 +149,7 @@ class GraphNetwork(nn.Module):
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
-        features, self.adjacency, _ = neighbour_graph()
+        features, self.adjacency, _ = neighbor_graph()
         self.spread = self.adjacency @ features  # the first convolution's sum over neighbors is constant
         self.first, self.second = nn.Linear(64, width), nn.Linear(width, 10)
 
