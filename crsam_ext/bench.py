@@ -175,9 +175,12 @@ def _details(record: dict[str, Any]) -> str:
     return "; ".join(details)
 
 
+_SHOWN = 6.0  # greatest value that determines an axis; bars of greater ones are cut off
+
+
 def draw(results: Results, folder: Path) -> list[Path]:
     """Draw two figures: time of a step by model and peer, and bytes moved relative to the floor. Needs matplotlib."""
-    from matplotlib.figure import Figure
+    from .figures import COLORS, panels, reference_line
 
     cases: dict[str, list[dict[str, Any]]] = {}
     for record in results.get("results", []):
@@ -185,33 +188,51 @@ def draw(results: Results, folder: Path) -> list[Path]:
     paths: list[Path] = []
     if not cases:
         return paths
-    for name, label in (("time", "time of a step / copy of a fused step's bytes"), ("bytes", "bytes / fused step's")):
-        figure = Figure(figsize=(1 + 3.6 * len(cases), 4.5), layout="constrained")
-        for axes, (case, records) in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases.items(), strict=True):
+    for name in ("time", "bytes"):
+        figure, axes = panels(len(cases), height=2.6, columns=2)
+        for ax, (case, records) in zip(axes, cases.items(), strict=True):
             peers = [r["peer"] for r in records]
             if name == "time":
                 cuts = [quantiles(ratios(r, "copy")) for r in records]
                 values = [p50 for _, p50, _ in cuts]
                 spread = [[b - a for a, b, _ in cuts], [c - b for _, b, c in cuts]]
-                bars = axes.barh(peers, values, xerr=spread, color="tab:blue")
-                axes.set_xscale("log")
-                axes.set_xticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
-                axes.minorticks_off()
+                label, reference = "time of a step / time of the copy", "copy"
             else:
-                values = [r["bytes"] / r["floor_bytes"] for r in records]
-                colours = ["tab:blue" if r["bytes_are"] == "counted" else "tab:gray" for r in records]
-                bars = axes.barh(peers, values, color=colours)
-            axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize="small")
-            axes.margins(x=0.25)
-            axes.axvline(1.0, color="black", linewidth=0.8)
-            axes.invert_yaxis()
-            axes.tick_params(labelsize="small")
-            axes.set_title(case, fontsize="small")
-        kinds = "; counted blue, derived gray" if name == "bytes" else ", p50 with p20 and p80"
-        figure.suptitle(f"{label}{kinds} ({results['device']})", fontsize="medium")
+                values, spread = [r["bytes"] / r["floor_bytes"] for r in records], None
+                label, reference = "bytes moved / bytes of the fused step", "fused step"
+            bars = ax.barh(peers, values, xerr=spread, color=[COLORS[_kind(peer)] for peer in peers])
+            limit = 1.2 * max(1.0, *(value for value in values if value <= _SHOWN))
+            ax.set_xlim(0, limit)
+            if name == "bytes":
+                for bar, record in zip(bars, records, strict=True):
+                    bar.set_hatch("" if record["bytes_are"] == "counted" else "///")
+                    bar.set_edgecolor("white")
+            for place, value in enumerate(values):
+                inside = value > limit  # the bar is cut off
+                end = value if spread is None else value + spread[1][place]
+                ax.annotate(
+                    f"{value:.2f} →" if inside else f"{value:.2f}", (limit if inside else end, place),
+                    (-4 if inside else 5, 0), textcoords="offset points", va="center", fontsize=7,
+                    ha="right" if inside else "left", color="white" if inside else "black",
+                )  # fmt: skip
+            reference_line(ax, 1.0, reference)
+            ax.invert_yaxis()
+            ax.set_title(case, fontsize=9, pad=14)
+            ax.set_xlabel(label, fontsize=8)
+        figure.suptitle(
+            f"{results['device']}: " + ("median, p20 to p80" if name == "time" else "counted; hatched: derived"),
+            fontsize=9,
+        )
         paths.append(folder / f"{results['name']}-{name}.png")
-        figure.savefig(paths[-1], dpi=120)
+        figure.savefig(paths[-1], dpi=100)
     return paths
+
+
+def _kind(peer: str) -> str:
+    """Return the kind of a peer, which its color stands for."""
+    if peer.startswith("crsam_ext"):
+        return "crsam_ext"
+    return {"loop": "loop", "torch, base alone": "reference"}.get(peer, "other")
 
 
 def compare(before: Results, after: Results) -> list[str]:

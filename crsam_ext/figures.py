@@ -13,21 +13,20 @@ from matplotlib.figure import Figure
 __all__ = ["COLORS", "WIDTH", "panels", "reference_line"]
 
 WIDTH = 9.0  #: of a figure, in inches: at 100 dpi its text is readable in a README
-_PER_ROW = 3
-
 #: What is measured: this package, other programs, the formulas written as a loop, a lower bound or a base optimizer.
 COLORS = {"crsam_ext": "tab:blue", "other": "tab:orange", "loop": "tab:gray", "reference": "0.35"}
 
 
-def panels(count: int, height: float = 3.0, **options: Any) -> tuple[Figure, list[Axes]]:
-    """Make a figure with panels, at most three in a row.
+def panels(count: int, height: float = 3.0, columns: int = 3, **options: Any) -> tuple[Figure, list[Axes]]:
+    """Make a figure with panels.
 
     Args:
         count: number of panels.
         height: of a row, in inches.
+        columns: at most so many panels in a row.
         **options: of :meth:`matplotlib.figure.Figure.subplots`.
     """
-    columns = min(count, _PER_ROW)
+    columns = min(count, columns)
     rows = -(-count // columns)
     figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False, **options).flatten())
@@ -41,13 +40,10 @@ def panels(count: int, height: float = 3.0, **options: Any) -> tuple[Figure, lis
 
 def reference_line(ax: Axes, value: float, label: str, vertical: bool = True) -> None:
     """Draw a line that values are compared with, and write its name beside it."""
-    color = COLORS["reference"]
+    text: dict[str, Any] = {"fontsize": 7, "color": COLORS["reference"], "va": "bottom"}
     if vertical:
-        ax.axvline(value, color=color, linewidth=0.8)
-        place, align = (value, 1.0), {"ha": "center", "va": "bottom"}
-        transform = ax.get_xaxis_transform()
+        ax.axvline(value, color=COLORS["reference"], linewidth=0.8)
+        ax.text(value, 1.0, label, ha="center", transform=ax.get_xaxis_transform(), **text)
     else:
-        ax.axhline(value, color=color, linewidth=0.8)
-        place, align = (1.0, value), {"ha": "right", "va": "bottom"}
-        transform = ax.get_yaxis_transform()
-    ax.text(*place, label, fontsize=7, color=color, transform=transform, **align)
+        ax.axhline(value, color=COLORS["reference"], linewidth=0.8)
+        ax.text(1.0, value, label, ha="right", transform=ax.get_yaxis_transform(), **text)

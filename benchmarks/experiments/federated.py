@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
 from crsam_ext import CRSAM
+from crsam_ext.figures import panels
 from crsam_ext.training import checkpoint
 from crsam_ext.training.data import epoch_order
 
@@ -292,8 +292,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw test accuracy against gradients of a participant in a round, a panel for each number of clients."""
     numbers = list(dict.fromkeys(row["clients"] for row in rows))
-    figure = Figure(figsize=(3.4 * len(numbers), 3.4), layout="constrained")
-    for ax, clients in zip(figure.subplots(1, len(numbers), squeeze=False, sharey=True)[0], numbers, strict=True):
+    figure, axes = panels(len(numbers), height=3.4, sharey=True)
+    for ax, clients in zip(axes, numbers, strict=True):
         for index, name in enumerate(COMPARED):
             known = [row for row in rows if (row["clients"], row["method"]) == (clients, name)]
             x = [row["gradients"] / PARTICIPANTS for row in known]

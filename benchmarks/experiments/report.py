@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from crsam_ext.curvature import Measurement
+from crsam_ext.figures import panels, reference_line
 
 from .analysis import PREDICTORS
 from .methods import METHODS
@@ -86,16 +87,18 @@ def draw_accuracy(summaries: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the final test accuracy, with standard errors."""
     rows = last_of(summaries)
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(3 * len(tasks), 3.2), layout="constrained")
-    for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    figure, axes = panels(len(tasks), height=3.4)
+    for ax, task in zip(axes, tasks, strict=True):
+        base = next(row for row in rows if row["task"] == task and row["method"] == "base")
+        reference_line(ax, 100 * base["test_accuracy"][0], "base", vertical=False)
         for index, row in enumerate(row for row in rows if row["task"] == task):
             mean, error = row["test_accuracy"]
             ax.errorbar(index, 100 * mean, 100 * error, fmt="o", color=COLORS[row["method"]], capsize=3)
         methods = [row["method"] for row in rows if row["task"] == task]
         ax.set_xticks(range(len(methods)), methods, rotation=60, ha="right", fontsize=8)
         ax.margins(x=0.15)
-        ax.set_title(task, fontsize=10)
-    figure.axes[0].set_ylabel("test accuracy, %")
+        ax.set_title(task, fontsize=9)
+        ax.set_ylabel("test accuracy, %", fontsize=8)
     figure.savefig(path, dpi=100)
 
 
@@ -135,8 +138,8 @@ def draw_predictions(predictions: Sequence[dict[str, Any]], path: Path) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     if not tasks:
         return
-    figure = Figure(figsize=(2.8 * len(tasks), 3.2), layout="constrained")
-    for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0], tasks, strict=True):
+    figure, axes = panels(len(tasks), height=3.4, sharey=True)
+    for ax, task in zip(axes, tasks, strict=True):
         for shift, which in ((-0.1, "all checkpoints"), (0.1, "last checkpoints")):
             points = [row for row in rows if row["task"] == task and row["over"] == which]
             for row in points:
@@ -146,7 +149,7 @@ def draw_predictions(predictions: Sequence[dict[str, Any]], path: Path) -> None:
                 ax.plot([at, at], [low, high], color=color)
                 label = which if row is points[0] else None
                 ax.plot(at, row["spearman"], "o", color=color, markersize=4, label=label)
-        ax.axhline(0, color="0.7", linewidth=0.8)
+        reference_line(ax, 0.0, "none", vertical=False)
         names = [NAMES[name].removesuffix(", training set") for name in PREDICTORS]
         ax.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
         ax.set_ylim(-1.05, 1.05)

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
 from crsam_ext import CRSAM, curvature
+from crsam_ext.figures import panels, reference_line
 from crsam_ext.reuse import DIRECTION
 from crsam_ext.training import checkpoint
 from crsam_ext.training.data import epoch_order
@@ -103,6 +103,8 @@ LINES = {
     "interval alone": ["SAM, interval 5", "CR-SAM, interval 5"],
     "LookSAM's rule": ["LookSAM's rule, 5"],
 }
+#: Methods that are far below the others on some tasks, and do not determine the axes.
+OUTLIERS = ("LookSAM's rule, 5",)
 
 
 @dataclass(frozen=True)
@@ -356,29 +358,30 @@ def ratio_cell(quantiles: Sequence[float] | None) -> str:
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw test accuracy against gradients per step, a panel for each task, three in a row."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    columns = min(3, len(tasks))
-    lines = math.ceil(len(tasks) / columns)
-    figure = Figure(figsize=(3.4 * columns, 3.1 * lines + 0.5), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for ax in axes[len(tasks) :]:
-        ax.remove()
-    for place, (ax, task) in enumerate(zip(axes, tasks, strict=False)):
+    figure, axes = panels(len(tasks))
+    for ax, task in zip(axes, tasks, strict=True):
         by_method = {row["method"]: row["test_accuracy"] for row in rows if row["task"] == task}
         mean, error = (100 * x for x in by_method["base"])
-        ax.axhspan(mean - error, mean + error, color="0.85")
-        ax.axhline(mean, color="0.5", linewidth=0.8, label="base")
+        ax.axhspan(mean - error, mean + error, color="0.88")
+        reference_line(ax, mean, "base", vertical=False)
+        shown = [100 * by_method[name][0] for names in LINES.values() for name in names if name not in OUTLIERS]
+        low, high = min([*shown, mean]), max([*shown, mean])
+        margin = max(high - low, 0.3) / 4
+        ax.set_ylim(low - margin, high + margin)
         for index, (label, names) in enumerate(LINES.items()):
             known = sorted((COMPARED[name].gradients, by_method[name]) for name in names)
             x, y = [g for g, _ in known], [value for _, value in known]
             style = "o-" if index < 3 else "s"
             means, errors = [100 * m for m, _ in y], [100 * e for _, e in y]
             ax.errorbar(x, means, errors, fmt=style, markersize=4, capsize=2, color=f"C{index}", label=label)
-        ax.set_title(task, fontsize=10)
-        if place + columns >= len(tasks):  # the lowest panel of its column
-            ax.set_xlabel("gradients a step")
-        if place % columns == 0:
-            ax.set_ylabel("test accuracy, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8)
+            for place, value in zip(x, means, strict=True):
+                if value < low - margin:  # below the axis: its value in words
+                    ax.annotate(f"{value:.1f} ↓", (place, low - margin), (0, 3), textcoords="offset points",
+                                color=f"C{index}", fontsize=7, ha="center")  # fmt: skip
+        ax.set_title(task, fontsize=9)
+        ax.set_xlabel("gradients per step", fontsize=8)
+        ax.set_ylabel("test accuracy, %", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=100)
 
 
