@@ -87,7 +87,7 @@ from crsam_ext.training import loop, logs
 from crsam_ext.training.__main__ import main
 from crsam_ext.training.errors import TrainingError
 
-replace, take, evaluate = os.replace, loop.Training._take, loop.evaluate
+replace, take, evaluate = os.replace, loop.Training.take, loop.evaluate
 
 def die(number=signal.SIGKILL):
     os.kill(os.getpid(), number)
@@ -121,7 +121,7 @@ def arrange(left, file=None, moment=None, step=None, test=None, rank=None, signa
 
     if file:
         os.replace = counted_replace
-    loop.Training._take = counted_take
+    loop.Training.take = counted_take
     if test:
         loop.evaluate = counted_evaluate
 

@@ -169,7 +169,7 @@ def test_the_host_does_not_wait_for_the_device_between_log_lines(crsam_train, mo
 
     for name in ("item", "__bool__", "__float__", "__int__", "__index__", "cpu", "tolist", "numpy", "nonzero"):
         watched(name)
-    within(Training, "_take", True)
+    within(Training, "take", True)
     within(CRSAM, "step", False)
     within(Objective, "forward", True)
     command = "--model cnn --epochs 1 --ema 0.9 --mixup 0.1 --max-grad-norm 1 --rho-schedule proportional --output out"

@@ -61,7 +61,7 @@ def stop_after(monkeypatch, step, *signals):
     """Sends signals during a step."""
     from crsam_ext.training.loop import Training
 
-    take = Training._take
+    take = Training.take
 
     def interrupted_take(training, batch):
         take(training, batch)
@@ -69,7 +69,7 @@ def stop_after(monkeypatch, step, *signals):
             for number in signals:
                 signal.raise_signal(number)
 
-    monkeypatch.setattr(Training, "_take", interrupted_take)
+    monkeypatch.setattr(Training, "take", interrupted_take)
 
 
 def test_killed_when_files_are_replaced(kill_at, crsam_train, here, assert_same_run, read_log):
