@@ -213,7 +213,7 @@ def test_an_error_is_one_line(two, here):
     (here / "full" / "file").write_text("mine")
     for command, message in (
         (f"{SHORT} full", "full is not empty: use --resume, --overwrite or another --output"),
-        (f"{SHORT} new --batch-size 65", "--batch-size 65 cannot be divided among 2 processes"),
+        (f"{SHORT} new --batch-size 65", "--batch-size 65 cannot be divided equally among 2 processes"),
         (f"{SHORT} new --resume", "there is no checkpoint new/last.pt"),
     ):
         assert two(command) == ([2, 2], f"crsam-train: {message}\n")
