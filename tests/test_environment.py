@@ -133,7 +133,7 @@ def test_extension_that_does_not_load_is_reported(monkeypatch):
         monkeypatch.setattr(module, "find_spec", lambda name: object())
     monkeypatch.setattr(extension, "load", load)
     found = parts(environment.report())
-    expected = "the extension does not load, build it again: .../_C.so: undefined symbol: _ZN3c10"
+    expected = "the extension cannot be loaded, rebuild it: .../_C.so: undefined symbol: _ZN3c10"
     assert found.extension["crsam_ext._C"] == f"not used: {expected}"
     assert found.extension["failed"] == "ImportError: .../_C.so: undefined symbol: _ZN3c10"
 
