@@ -21,13 +21,13 @@ train: $(INSTALLED)  ## Train a network on the digits data with CR-SAM; results 
 	$(BIN)/crsam-train --data digits --optimizer crsam --output runs/digits --overwrite
 
 test: $(INSTALLED)  ## Run all tests; skipped tests are listed with their reasons
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-oldest:  ## Run all tests with the oldest supported versions, in a separate environment
 	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt
 
 quick: $(INSTALLED)  ## Run the tests that find most mistakes, in a minute: backend torch, without the slow tests
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m 'not slow' -k 'not cuda_on_cpu' -q
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m 'not slow' -k 'not cuda_on_cpu' -q
 
 lint: $(INSTALLED)  ## Check style, format and types
 	$(BIN)/ruff check .

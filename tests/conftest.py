@@ -4,6 +4,7 @@ hardware."""
 import ctypes
 import os
 import random
+import signal
 from typing import NoReturn
 
 import numpy as np
@@ -20,6 +21,18 @@ from .cuda_on_cpu import build
 torch.set_num_threads(1)  # tests are small: threads would only wait for each other
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+# A shell starts background jobs with SIGINT ignored, and the programs that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Files that take minutes come first: otherwise one worker would still run them when the others have finished.
+LONGEST = ("test_triton_interpreted.py", "test_end_to_end.py", "test_triton_machine_code.py", "test_cuda_on_cpu.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def missing(reason: str) -> NoReturn:

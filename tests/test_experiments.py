@@ -15,6 +15,7 @@ from benchmarks.experiments import __main__ as program
 from benchmarks.experiments import analysis, federated, reuse, runs, staleness, tasks
 from benchmarks.experiments.runs import Config, run, run_all
 from crsam_ext import CRSAM
+from crsam_ext import figures as figure_style
 from crsam_ext.training import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -266,15 +267,15 @@ def test_program_of_reuse_runs_from_end_to_end(tmp_path, monkeypatch):
 
 def test_figure_of_reuse_has_three_panels_in_a_row_and_one_legend(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(reuse, "Figure", lambda **kwargs: figures.append(Figure(**kwargs)) or figures[-1])
+    monkeypatch.setattr(figure_style, "Figure", lambda **kwargs: figures.append(Figure(**kwargs)) or figures[-1])
     names = {"base", *(name for names in reuse.LINES.values() for name in names)}
     rows = [{"task": task, "method": name, "test_accuracy": (0.5, 0.1)} for task in "abcde" for name in names]
     reuse.draw(rows, tmp_path / "five.png")
     axes, legends = figures[0].axes, figures[0].legends
     assert [ax.get_subplotspec().rowspan.start for ax in axes] == [0, 0, 0, 1, 1]
-    assert [bool(ax.get_xlabel()) for ax in axes] == [False, False, True, True, True]
-    assert [bool(ax.get_ylabel()) for ax in axes] == [True, False, False, True, False]
-    assert [text.get_text() for text in legends[0].get_texts()] == ["base", *reuse.LINES]
+    assert all(ax.get_xlabel() and ax.get_ylabel() for ax in axes)
+    assert all("base" in [text.get_text() for text in ax.texts] for ax in axes)
+    assert [text.get_text() for text in legends[0].get_texts()] == [*reuse.LINES]
     assert (tmp_path / "five.png").stat().st_size < 150_000
 
 
