@@ -251,20 +251,30 @@ def photographs():
 
 
 @pytest.fixture(scope="session")
-def photograph_crops(photographs, tmp_path_factory):
-    """A folder in the layout of ImageNet: JPEGs of 200×160, crops of three photographs, one class per photograph."""
-    root = tmp_path_factory.mktemp("crops")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 16), ("val", 5)):
-        for name, image in photographs.items():
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for index in range(count):
-                left, top = (
-                    int(generator.integers(side - part)) for side, part in zip(image.size, (200, 160), strict=True)
-                )
-                image.crop((left, top, left + 200, top + 160)).save(folder / f"{index}.JPEG", quality=92)
-    return root
+def write_crops(photographs):
+    """Writes crops of 200×160 of the three photographs as JPEG in the layout of ImageNet, one class per photograph."""
+
+    def write(root, counts, size=(200, 160)):
+        generator = np.random.default_rng(0)
+        for split, count in counts.items():
+            for name, image in photographs.items():
+                folder = root / split / name
+                folder.mkdir(parents=True)
+                for index in range(count):
+                    left, top = (
+                        int(generator.integers(side - part)) for side, part in zip(image.size, (200, 160), strict=True)
+                    )
+                    crop = image.crop((left, top, left + 200, top + 160))
+                    crop.resize(size).save(folder / f"{index}.JPEG", quality=92)
+        return root
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def photograph_crops(write_crops, tmp_path_factory):
+    """A small folder of such crops, which tests may not change."""
+    return write_crops(tmp_path_factory.mktemp("crops"), {"train": 16, "val": 5})
 
 
 @pytest.fixture

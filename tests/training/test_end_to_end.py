@@ -35,21 +35,9 @@ sys.exit(main())
 
 
 @pytest.fixture(scope="module")
-def many_crops(photographs, tmp_path_factory):
+def many_crops(write_crops, tmp_path_factory):
     """A folder in the layout of ImageNet: 3000 training and 300 validation JPEGs of 100×80, from three photographs."""
-    root = tmp_path_factory.mktemp("many")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 1000), ("val", 100)):
-        for name, image in photographs.items():
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for index in range(count):
-                left, top = (
-                    int(generator.integers(side - part)) for side, part in zip(image.size, (200, 160), strict=True)
-                )
-                part = image.crop((left, top, left + 200, top + 160)).resize((100, 80))
-                part.save(folder / f"{index}.JPEG", quality=90)
-    return root
+    return write_crops(tmp_path_factory.mktemp("many"), {"train": 1000, "val": 100}, (100, 80))
 
 
 @pytest.fixture
