@@ -15,7 +15,8 @@ RECIPES = [[recipe] for recipe in names() if recipe != "cheap"]
 @pytest.mark.parametrize("files", [*RECIPES, ["vit-s32-gsam-300", "cheap"]], ids=" ".join)
 def test_three_steps_with_the_network_of_the_recipe(files, crsam_train, here, read_log, monkeypatch):
     monkeypatch.setattr("crsam_ext.training.synthetic.PER_CLASS", {"train": 12, "val": 2})
-    small = "--image-size 32 --val-image-size 32 --epochs 1 --batch-size 8 --warmup-steps 1"
+    # With bfloat16, so that all four networks have run with it.
+    small = "--image-size 32 --val-image-size 32 --epochs 1 --batch-size 8 --warmup-steps 1 --amp"
 
     assert crsam_train(f"--config {' '.join(files)} --data synthetic:2 {small} --output run") == 0
 
