@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .ranks import ALONE, Ranks
 
-#: Peak TFLOPS of dense bfloat16, by a part of the device name (from NVIDIA data sheets).
+#: Peak TFLOPS of dense bfloat16, by words of the device name (from NVIDIA data sheets).
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.4,
@@ -153,4 +154,7 @@ def peak_tflops(device: torch.device, given: float | None, amp: bool) -> float |
     if device.type != "cuda" or not amp:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    # Whole words: an L40 is no L4. Other variants of a card have other peaks.
+    if re.search(r"\b(NVL|Laptop|D|MIG)\b", name):
+        return None
+    return next((peak for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name)), None)

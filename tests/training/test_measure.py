@@ -189,6 +189,20 @@ def test_flops_are_unknown_for_a_model_that_reads_values():
     assert flops_of_pass(Reads(2, 2), (2,)) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H200", 989.4), ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA L4", 121.0), ("NVIDIA L40S", 362.0), ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA A10", 125.0),
+        ("NVIDIA L40", None), ("NVIDIA A10G", None), ("NVIDIA GB200", None), ("NVIDIA H100 NVL", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None),
+    ],
+)  # fmt: skip
+def test_peak_tflops_is_not_guessed_for_other_variants(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_tflops(torch.device("cuda", 0), None, amp=True) == peak
+
+
 def test_peak_tflops_of_known_devices(monkeypatch):
     cuda = torch.device("cuda")
     name = "NVIDIA H100 PCIe"
