@@ -7,7 +7,8 @@ Pillow's pixels: JPEGs (RGB, gray or CMYK, baseline or progressive) that need no
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -57,23 +58,39 @@ def decode(data: bytes, name: str, decoder: str = "pillow") -> Tensor | None:
         MemoryError: the pixels do not fit in memory.
     """
     try:
+        with opened(data, name) as image:
+            if decoder == "torchcodec" and image.format == "JPEG" and _is_upright(image):
+                try:
+                    return _torchcodec()(data).permute(1, 2, 0)
+                except (RuntimeError, ValueError):
+                    pass  # Pillow decides whether the image is broken
+            return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB")))
+    except (TrainingError, MemoryError):
+        raise
+    except Exception:  # the exception depends on the format and on the damage
+        return None
+
+
+@contextmanager
+def opened(data: bytes, name: str) -> Iterator[Image.Image]:
+    """Open an image with Pillow, whose warnings are ignored.
+
+    Args:
+        data: content of the file.
+        name: name of the file, for messages.
+
+    Raises:
+        TrainingError: the image has more than 8 bits per channel, or too many pixels.
+    """
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about many pixels, transparent palettes, damaged EXIF
             with Image.open(io.BytesIO(data)) as image:
                 if image.mode[0] in "IF":
                     raise TrainingError(f"{name} has more than 8 bits per channel (mode {image.mode}): convert it to 8")
-                if decoder == "torchcodec" and image.format == "JPEG" and _is_upright(image):
-                    try:
-                        return _torchcodec()(data).permute(1, 2, 0)
-                    except (RuntimeError, ValueError):
-                        pass  # Pillow decides whether the image is broken
-                return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB")))
+                yield image
     except Image.DecompressionBombError as error:
         raise TrainingError(f"{name}: {error}") from error
-    except (TrainingError, MemoryError):
-        raise
-    except Exception:  # the exception depends on the format and on the damage
-        return None
 
 
 def _is_upright(image: Image.Image) -> bool:

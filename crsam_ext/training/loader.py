@@ -146,7 +146,7 @@ class Pool:
             "timeout": timeout,
             "prefetch_factor": PREFETCH,
             "persistent_workers": True,
-            "worker_init_fn": _ignore_signals,
+            "worker_init_fn": ignore_signals,
         }
         self._loader: DataLoader[Any] = _quietly(
             DataLoader,
@@ -224,7 +224,7 @@ def _unchanged(answer: Any) -> Any:
     return answer
 
 
-def _ignore_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Ignore signals to the whole process group: the main process handles them, and needs workers for its last step."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

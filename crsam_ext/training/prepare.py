@@ -34,15 +34,15 @@ from typing import IO, Any
 
 import PIL
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, features
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader, Dataset
 
-from .checkpoint import PARTIAL, write
+from .checkpoint import PARTIAL, as_json, write
+from .decoding import opened
 from .errors import TrainingError
 from .images import find, named
+from .loader import ignore_signals
 from .options import Parser, integer
-from .progress import say, warn
+from .progress import new_bar, say, warn
 from .ranks import started
 
 FORMAT = "crsam-train prepare 1"
@@ -102,17 +102,11 @@ def shrink(path: Path, size: int, quality: int) -> tuple[int, bytes | None]:
     content = b""
     try:
         content = path.read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about many pixels, transparent palettes, damaged EXIF
-            with Image.open(io.BytesIO(content)) as image:
-                if image.mode[0] in "IF":
-                    raise TrainingError(f"{path} has more than 8 bits per channel (mode {image.mode}): convert it to 8")
-                if _fits(image, size):
-                    image.load()  # fails if the file is truncated
-                    return len(content), content
-                return len(content), _jpeg(image, size, quality)
-    except Image.DecompressionBombError as error:
-        raise TrainingError(f"{path}: {error}") from error
+        with opened(content, str(path)) as image:
+            if _fits(image, size):
+                image.load()  # fails if the file is truncated
+                return len(content), content
+            return len(content), _jpeg(image, size, quality)
     except (TrainingError, MemoryError):
         raise
     except Exception:  # the exception depends on the format and on the damage
@@ -332,10 +326,8 @@ def _shrunk(
     split: str, total: int, left: list[Path], options: Namespace
 ) -> Generator[tuple[int, bytes | TrainingError | None], None, None]:
     """Yield the result of :func:`shrink` for each remaining file, in order, from worker processes."""
-    console = Console()
-    columns = (TextColumn(split), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-    task = bar.add_task("", total=total, completed=total - len(left))
+    bar = new_bar()
+    task = bar.add_task(split, total=total, completed=total - len(left))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about more workers than CPUs
@@ -347,7 +339,7 @@ def _shrunk(
                     sampler=left,  # a map-style data set may have any keys
                     num_workers=min(options.workers, -(-len(left) // _BATCH)),
                     collate_fn=list,
-                    worker_init_fn=_ignore_signals,
+                    worker_init_fn=ignore_signals,
                 )
             )
         with bar:
@@ -375,12 +367,6 @@ class _Shrink(Dataset[Any]):
             return 0, error
         except MemoryError:
             return 0, TrainingError(f"out of memory for {path}: use fewer --workers")
-
-
-def _ignore_signals(worker: int) -> None:
-    """Ignore Ctrl-C and SIGTERM, which often reach all processes of a job: the main process ends the workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _fits(image: Image.Image, size: int) -> bool:
@@ -549,7 +535,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write(path, lambda file: file.write(f"{json.dumps(content, indent=2)}\n".encode()))
+    write(path, lambda file: file.write(as_json(content)))
 
 
 def _gigabytes(size: int) -> str:

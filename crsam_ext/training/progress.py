@@ -49,12 +49,17 @@ class Bar:
         return f"epoch {epoch + 1}/{self._epochs}  batch {done - epoch * self._steps}/{self._steps}"
 
 
-@contextmanager
-def progress(epochs: int, steps: int, done: int) -> Iterator[Bar]:
-    """Show the progress of a run of ``epochs`` times ``steps`` steps; ``done`` steps are already taken."""
+def new_bar() -> Progress:
+    """Return a progress bar that shows the description of its task; it is disabled if stdout is not a terminal."""
     console = Console()
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     )  # fmt: skip
-    with Progress(*columns, console=console, disable=is_quiet() or not console.is_terminal, transient=True) as bar:
+    return Progress(*columns, console=console, disable=is_quiet() or not console.is_terminal, transient=True)
+
+
+@contextmanager
+def progress(epochs: int, steps: int, done: int) -> Iterator[Bar]:
+    """Show the progress of a run of ``epochs`` times ``steps`` steps; ``done`` steps are already taken."""
+    with new_bar() as bar:
         yield Bar(bar, epochs, steps, done)
