@@ -126,6 +126,18 @@ def test_killed_at_random_steps(forked_train, assert_same_run, here, options):
 KILL = [signal.SIGKILL]
 
 
+def test_stochastic_depth_draws_the_same_numbers_after_resuming(forked_train, assert_same_run):
+    """A checkpoint holds no state of a generator: the numbers of a step depend on the seed and the step."""
+    command = (
+        "--data synthetic:2 --model test_resnet --image-size 32 --drop-path 0.5 --batch-size 20 --epochs 1 --output"
+    )
+    assert forked_train(f"{command} straight")[0] == [0]
+    assert forked_train(f"{command} stopped", step=5, signals=[signal.SIGTERM])[0] == [75]
+    assert forked_train(f"{command} stopped --resume")[0] == [0]
+
+    assert_same_run("straight", "stopped")
+
+
 def test_the_decay_of_the_moving_average_continues(forked_train, here):
     """The decay grows with the steps, so a counter that restarts would give another average."""
     from timm.utils.model_ema import ModelEmaV3
