@@ -18,7 +18,7 @@ from .errors import Stopped, TrainingError
 from .images import named
 from .loader import explained
 from .logs import Logs, check_packages
-from .measure import Epoch, Parts, correct_in_top, flops_of_pass, peak_tflops
+from .measure import Epoch, Parts, correct_in_top, flops_of_pass, mfu_percent, peak_tflops
 from .models import create_model
 from .options import image_sizes, key_and_value
 from .profile import profile
@@ -311,13 +311,13 @@ class Training:
             bar.line(_step_line(row, done, self.data.steps, options.epochs))
 
     def _mfu(self, shape: tuple[int, ...], passes_per_second: float) -> float | None:
-        """Return the model FLOPs utilization in percent (Chowdhery et al. 2022); None if the peak is unknown."""
+        """Return the model FLOPs utilization in percent; None if the peak is unknown."""
         if self.peak is None:
             return None
         if shape not in self.flops:
             self.flops[shape] = flops_of_pass(self.state.model, shape)
         flops = self.flops[shape]
-        return None if flops is None else 100 * flops * passes_per_second / (self.peak * 1e12)
+        return None if flops is None else mfu_percent(flops, passes_per_second, self.peak)
 
     def _remaining(self) -> float:
         began, first = self._began

@@ -147,6 +147,17 @@ def flops_of_pass(model: nn.Module, shape: Sequence[int]) -> float | None:
     return counter.get_total_flops() / 2
 
 
+def mfu_percent(flops: float, passes_per_second: float, peak: float) -> float:
+    """Return the model FLOPs utilization in percent (Chowdhery et al. 2022).
+
+    Args:
+        flops: floating-point operations of one pass of one sample.
+        passes_per_second: passes of single samples, per device.
+        peak: of the device, in TFLOPS.
+    """
+    return 100 * flops * passes_per_second / (peak * 1e12)
+
+
 def peak_tflops(device: torch.device, given: float | None, amp: bool) -> float | None:
     """Return the peak TFLOPS of a device: as given, or for bfloat16 by its name; None if unknown."""
     if given is not None:

@@ -24,7 +24,7 @@ from . import checkpoint
 from .data import Batch, Data
 from .errors import TrainingError
 from .loader import PREFETCH
-from .measure import flops_of_pass
+from .measure import flops_of_pass, mfu_percent
 from .options import full_config
 from .progress import say, warn
 from .ranks import ALONE, Ranks
@@ -277,7 +277,7 @@ def _records(training: Training, batch: Batch, sections: dict[str, list[_Section
         passes = sum(s.passes for s in sections[part]) / sum(s.images for s in sections[part])
         record = {**common, "part": part, "images_per_second": rates, "passes": passes}
         if flops is not None and peak is not None:
-            record["mfu_percent"] = [100 * flops * passes * rate / ranks.size / (peak * 1e12) for rate in rates]
+            record["mfu_percent"] = [mfu_percent(flops, passes * rate / ranks.size, peak) for rate in rates]
         record["parts_percent"] = [_shares(of_round) for of_round in zip(*rounds, strict=True)]
         records.append(record)
     if sections["data"]:
