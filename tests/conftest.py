@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from crsam_ext import available_backends, extension
+from crsam_ext import available_backends
 from crsam_ext.backends import cuda, triton
 
 from . import triton_interpreted
@@ -58,10 +58,7 @@ def require_cuda(request):
 @pytest.fixture
 def library(monkeypatch):
     """Compile the CUDA sources for a CPU and install the result as the extension; its operators take CPU tensors."""
-    module = build.library()
-    monkeypatch.setattr(extension, "why_missing", lambda: None)
-    monkeypatch.setattr(extension, "load", lambda: module)
-    return module
+    return build.install(monkeypatch)
 
 
 @pytest.fixture

@@ -10,11 +10,16 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch._dynamo  # DistributedDataParallel imports it: do so once, before the fork
+import torch._dynamo  # DistributedDataParallel imports it: do so once, before the forks
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LIMIT = 120  # seconds that a test may take
+
+# The processes are forks of a server that has imported this module and done nothing else. Forks of the process that
+# runs the tests could not call backward() if an earlier test made autograd start a thread.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([__name__])
 
 
 class Ranks:
@@ -27,11 +32,11 @@ class Ranks:
 
     def __init__(self, size, seconds=20):
         self.size, self._folder = size, tempfile.TemporaryDirectory()
-        fork, store = multiprocessing.get_context("fork"), Path(self._folder.name, "store")
+        store = Path(self._folder.name, "store")
         self._pipes, self._processes = [], []
         for rank in range(size):
-            ours, theirs = fork.Pipe()
-            process = fork.Process(target=_serve, args=(rank, size, str(store), seconds, theirs), daemon=True)
+            ours, theirs = SERVER.Pipe()
+            process = SERVER.Process(target=_serve, args=(rank, size, str(store), seconds, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)

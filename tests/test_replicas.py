@@ -11,7 +11,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from crsam_ext import CRSAM, GradScaler, combine_wrapper
+from crsam_ext.backends import cuda
 
+from .cuda_on_cpu import build
 from .ranks import Collectives, Ranks
 
 pytestmark = pytest.mark.slow
@@ -421,10 +423,19 @@ def d2(g):
     return [up + down - 2 * at for at, up, down in zip(*g, strict=True)]
 
 
-def test_compiled_cuda_sources_and_host_functions_make_the_same_steps(cuda_on_cpu):
+def with_cuda_on_cpu(rank, size):
+    """Make backend "cuda" available for CPU tensors on a rank."""
+    monkeypatch = pytest.MonkeyPatch()
+    build.install(monkeypatch)
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: None)
+
+
+def test_compiled_cuda_sources_and_host_functions_make_the_same_steps():
     """They are CUDA C++ compiled for a CPU, with the compiled host functions; the steps agree up to rounding."""
+    build.library()  # builds it here, where no time limit applies
     ranks = Ranks(2)
     try:
+        ranks(with_cuda_on_cpu)
         kept, adaptive, alone = {"curvature_interval": 2}, {"adaptive": True}, {"model": None}
         for options in (LINEAR, LOG, {**LINEAR, **kept}, {**LINEAR, **adaptive}, {**LINEAR, **alone}):
             for ddp in ({}, WRAPPED["tiny bucket views"]):
@@ -434,6 +445,32 @@ def test_compiled_cuda_sources_and_host_functions_make_the_same_steps(cuda_on_cp
                 assert_close(found[0][0], wanted[0][0], 1e-8)
         own = ranks(with_own_hook, "sgd", {**LINEAR, "backend": "cuda"}, ())
         assert_close(own[0][0], expected(2, "sgd", LINEAR))
+    finally:
+        ranks.close()
+
+
+class Nested(torch.autograd.Function):
+    """The identity; its backward calls backward, `depth` times within each other."""
+
+    @staticmethod
+    def forward(ctx, x, depth):
+        ctx.depth = depth
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if ctx.depth:
+            with torch.enable_grad():
+                Nested.apply(torch.ones(1, requires_grad=True), ctx.depth - 1).backward()
+        return gradient, None
+
+
+def test_ranks_call_backward_after_autograd_has_started_a_thread():
+    """Ranks do not inherit the state of the process that runs the tests: forks of it could not call backward now."""
+    Nested.apply(torch.ones(1, requires_grad=True), 100).backward()
+    ranks = Ranks(2)
+    try:
+        assert_equal(ranks(trained, "sgd", LINEAR, ()))
     finally:
         ranks.close()
 

@@ -4,7 +4,6 @@ The other ranks do not exist: a fake process group performs collectives without 
 uninitialized memory, so the test writes values to the gradients after every backward.
 """
 
-import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -24,7 +23,7 @@ from crsam_ext import CRSAM
 from crsam_ext.backends.torch import TorchOperators
 from crsam_ext.flat import ALIGNMENT
 
-from .ranks import LIMIT, Collectives
+from .ranks import LIMIT, SERVER, Collectives
 
 pytestmark = pytest.mark.slow
 
@@ -82,8 +81,7 @@ class Run:
 
 def on_one_of(size, function, *arguments):
     """Return the result of a function on one rank of ``size``, in a new process with its own process group."""
-    fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(1, mp_context=fork) as pool:
+    with ProcessPoolExecutor(1, mp_context=SERVER) as pool:
         return pool.submit(_begin, size, function, arguments).result(LIMIT)
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
+import crsam_ext
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SOURCES = ROOT / "csrc"
@@ -75,6 +77,14 @@ def _torch_flags(*flags):
 def library():
     """Return the Python module of csrc/ with its kernels, for CPU tensors."""
     return load(extension(*(SOURCES / "cuda" / name for name in (*KERNELS, "ops_cuda.cpp")), HERE / "control.cpp"))
+
+
+def install(monkeypatch):
+    """Make that module the CUDA extension of this process, and return it."""
+    module = library()
+    monkeypatch.setattr(crsam_ext.extension, "why_missing", lambda: None)
+    monkeypatch.setattr(crsam_ext.extension, "load", lambda: module)
+    return module
 
 
 def extension(*sources):
