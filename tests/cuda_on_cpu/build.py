@@ -47,18 +47,26 @@ def _alone():
 
 
 def _build(output, sources, compile_flags, link_flags):
-    """Run one g++ process per source in parallel, then the linker; ``output`` appears when it is complete."""
-    compiler = os.environ.get("CXX", "g++")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    """Run one g++ process per source in parallel, then the linker; ``output`` appears when it is complete.
+
+    Objects are kept: the libraries differ in few sources, and those that include PyTorch take half a minute each.
+    """
+    compiler, kept = os.environ.get("CXX", "g++"), ROOT / "build" / "cuda_on_cpu" / "objects"
+    for parent in (output.parent, kept):
+        parent.mkdir(parents=True, exist_ok=True)
+    objects = [kept / f"{_digest(compile_flags, source.name, source.read_text())}.o" for source in sources]
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        objects = [f"{folder}/{source.name}.o" for source in sources]
         running = []
         for source, target in zip(sources, objects, strict=True):
-            command = [compiler, *FLAGS, *compile_flags, f"-I{HERE}/shim", "-c", "-x", "c++", source, "-o", target]
-            running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-        for source, process in zip(sources, running, strict=True):
+            if not target.exists():
+                made = f"{folder}/{source.name}.o"
+                command = [compiler, *FLAGS, *compile_flags, f"-I{HERE}/shim", "-c", "-x", "c++", source, "-o", made]
+                process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+                running.append((process, source, made, target))
+        for process, source, made, target in running:
             _, errors = process.communicate()
             assert process.returncode == 0, f"{source}:\n{errors}"
+            os.replace(made, target)
         linked = f"{folder}/{output.name}"
         subprocess.run([compiler, *objects, *link_flags, "-pthread", "-o", linked], check=True)
         os.replace(linked, output)
