@@ -4,7 +4,7 @@ The notation is that of the paper (Wu, Luo, Wunsch, AAAI 2024, arXiv 2312.13555)
 The gradients and their differences
 
 .. math::
-    g_0 = \nabla L(w), \quad g_+ = \nabla L(w + e), \quad g_- = \nabla L(w - e), \qquad
+    g_0 = \nabla L(w), \quad g_+ = \nabla L(w + e), \quad g_- = \nabla L(w - e), \\
     d_1 = g_+ - g_-, \quad d_2 = (g_+ - g_0) + (g_- - g_0)
 
 are called ``grad``, ``grad_ascent``, ``grad_descent``, first difference and second difference. The base optimizer
@@ -239,7 +239,7 @@ class Operators(ABC):
             squared_direction: float64 [groups], of h.
             decay: 0-dim float64, :math:`\delta`.
             grad_scale: 0-dim float64, the scale of g0, which also multiplies :math:`\delta`; or None.
-            max_ratio: r.
+            max_ratio: :math:`r`.
         Returns:
             float64 0-dim tensor.
         """
