@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 from benchmarks.experiments import __main__ as program
-from benchmarks.experiments import analysis, federated, reuse, runs, staleness, tasks
+from benchmarks.experiments import analysis, federated, report, reuse, runs, staleness, tasks
+from benchmarks.experiments.methods import METHODS, WITHOUT_ABLATION
 from benchmarks.experiments.runs import Config, run, run_all
 from crsam_ext import CRSAM
 from crsam_ext import figures as figure_style
@@ -259,7 +260,7 @@ def test_program_of_reuse_runs_from_end_to_end(tmp_path, monkeypatch):
     times = content["step_times"]["graph"]
     assert times.keys() == few.keys() - {"LookSAM's rule, 5"}
     table = (tmp_path / "reuse.md").read_text(encoding="utf-8")
-    assert "| method | gradients a step | time a step, relative to base | epochs |" in table
+    assert "| method | gradients per step | time per step / base | epochs |" in table
     assert f"| CR-SAM, reuse 5 | 1.40 | {reuse.ratio_cell(times['CR-SAM, reuse 5'])} | 3 |" in table
     assert "| LookSAM's rule, 5 | 1.20 | – | 3 |" in table
     assert (tmp_path / "reuse.png").stat().st_size > 5_000
@@ -277,6 +278,28 @@ def test_figure_of_reuse_has_three_panels_in_a_row_and_one_legend(tmp_path, monk
     assert all("base" in [text.get_text() for text in ax.texts] for ax in axes)
     assert [text.get_text() for text in legends[0].get_texts()] == [*reuse.LINES]
     assert (tmp_path / "five.png").stat().st_size < 150_000
+
+
+def test_figure_of_curves_has_a_panel_for_each_task_and_one_legend(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(figure_style, "Figure", lambda **kwargs: figures.append(Figure(**kwargs)) or figures[-1])
+    measures = dict.fromkeys(report.CURVES, (100.0, 10.0))
+    rows = [
+        {"task": task, "method": method, "epoch": epoch, **measures}
+        for task in "abcd" for method in (*WITHOUT_ABLATION, "CR-SAM, log") for epoch in (1, 2)
+    ]  # fmt: skip
+    report.draw_curves(rows, tmp_path / "curves.png")
+    axes, legends = figures[0].axes, figures[0].legends
+    assert [ax.get_title() for ax in axes] == list("abcd")
+    assert all(ax.get_xlabel() and ax.get_ylabel() for ax in axes)
+    assert all(len(ax.containers) == len(WITHOUT_ABLATION) * len(measures) for ax in axes)
+    assert [text.get_text() for text in legends[0].get_texts()] == [*WITHOUT_ABLATION, "C(w)", "Hessian trace"]
+
+
+def test_variants_of_a_method_have_its_color():
+    colors = {name: figure_style.method_color(name) for name in METHODS}
+    assert {colors["CR-SAM, log"], colors["CR-SAM, norm only"]} == {colors["CR-SAM"]}
+    assert len({colors[name] for name in WITHOUT_ABLATION}) == 3
 
 
 def test_direction_at_the_same_point_equals_the_stored_one():

@@ -1,10 +1,11 @@
-"""Federated averaging with SGD, SAM and CR-SAM as the optimizer of the clients, for a given number of rounds.
+"""Federated averaging with SGD, SAM and CR-SAM as the clients' optimizer, for a fixed number of rounds.
 
-    python -m benchmarks.experiments.federated   # half an hour on one core, continues after an interruption
+    python -m benchmarks.experiments.federated   # half an hour on one core; an interrupted run continues
 
-FedAvg (McMahan et al., AISTATS 2017). The labels of the clients differ, after Hsu et al. (arXiv 1909.06335): each
-client has a share of each label, and the shares of a label are drawn from a Dirichlet distribution. For each number of
-clients and local steps, the learning rate of SGD is tuned on a validation split, then, with it, rho of SAM and CR-SAM.
+The algorithm is FedAvg (McMahan et al., AISTATS 2017). Clients have different label distributions, as in Hsu et al.
+(arXiv 1909.06335): each label is split among the clients with shares from a Dirichlet distribution. For each number of
+clients and of local steps, the learning rate of SGD is tuned on a validation split. SAM and CR-SAM use the same rate;
+then their rho is tuned.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crsam_ext import CRSAM
-from crsam_ext.figures import panels
+from crsam_ext.figures import method_color, panels
 from crsam_ext.training import checkpoint
 from crsam_ext.training.data import epoch_order
 
@@ -44,11 +45,12 @@ LOCAL_STEPS = (1, 2, 5, 10)
 ROUNDS = 100
 BATCH_SIZE = 32
 CONCENTRATION = 0.3  # of the Dirichlet distribution
-LEAST = 8  # minimum number of samples of a client
+LEAST = 8  # minimum number of samples per client
 # Clients keep no state between rounds. Momentum that starts from zero would have no effect on one local step, and a
 # large effect on ten, so there is none.
 SGD = {"momentum": 0.0, "weight_decay": 1e-3}
 RHOS = (0.05, 0.1, 0.2)
+GRADIENT_TICKS = (1, 2, 5, 10, 20)  # of the figure
 
 
 Cell = tuple[int, int, str]  # clients, local steps, and method
@@ -56,11 +58,11 @@ Cell = tuple[int, int, str]  # clients, local steps, and method
 
 @dataclass(frozen=True)
 class Method:
-    """The training of a client in a round."""
+    """How a client trains in a round."""
 
-    options: dict[str, Any] | None = None  #: options of CRSAM; None is torch's SGD
-    local_steps: int = 1  #: factor of the number of local steps
-    lrs: tuple[float, ...] = ()  #: learning rates to choose from; if empty, that of SGD
+    options: dict[str, Any] | None = None  #: options of CRSAM; None means torch's SGD
+    local_steps: int = 1  #: multiplies the number of local steps
+    lrs: tuple[float, ...] = ()  #: candidate learning rates; empty: use the rate tuned for SGD
 
 
 COMPARED = {
@@ -78,10 +80,10 @@ class Config:
     task: str
     method: str
     clients: int
-    participants: int  #: clients per round, drawn again in each round
+    participants: int  #: number of clients drawn for each round
     local_steps: int  #: local steps of SGD; a method may take a multiple
     rounds: int
-    lr: float  #: learning rate of the first round; it decays to 0 as a cosine
+    lr: float  #: initial learning rate, with cosine decay to 0
     rho: float
     seed: int
     tuning: bool = False  #: exclude the validation samples from training, and measure accuracy on them alone
@@ -199,7 +201,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def best(tuned: Sequence[dict[str, Any]], option: str) -> dict[Cell, float]:
-    """Return for each cell the "lr" or "rho" with the best validation accuracy."""
+    """Return, for each cell, the "lr" or "rho" with the best validation accuracy."""
     found = {}
     for clients in CLIENTS:
         for local_steps in LOCAL_STEPS:
@@ -266,12 +268,12 @@ def summaries(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Return a table for each number of clients. Bytes and gradients are totals over the participants."""
+    """Return a table for each number of clients."""
     lines: list[str] = []
     for clients in dict.fromkeys(row["clients"] for row in rows):
-        lines += [f"## {clients} clients, {PARTICIPANTS} in each of {ROUNDS} rounds", ""]
+        lines += [f"## {clients} clients, {PARTICIPANTS} of them in each of {ROUNDS} rounds", ""]
         lines.append(
-            "| local steps | method | gradients a round | kB down a round | kB up a round | lr | rho | seeds "
+            "| local steps | method | gradients per round | kB down per round | kB up per round | lr | rho | seeds "
             "| test accuracy |"
         )
         lines.append("|---" * 9 + "|")
@@ -286,24 +288,32 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
                 ]  # fmt: skip
                 lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
+    lines.append(
+        "Gradients and kB are totals over the participants of a round: down from the server, up from the clients. Test "
+        "accuracy: mean ± standard error over the seeds.\n"
+    )
     return "\n".join(lines)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw test accuracy against gradients of a participant in a round, a panel for each number of clients."""
+    """Draw test accuracy against gradients per participant and round, one panel per number of clients."""
     numbers = list(dict.fromkeys(row["clients"] for row in rows))
-    figure, axes = panels(len(numbers), height=3.4, sharey=True)
+    figure, axes = panels(len(numbers), height=3.4, columns=2, sharey=True)
     for ax, clients in zip(axes, numbers, strict=True):
-        for index, name in enumerate(COMPARED):
+        for name, method in COMPARED.items():
             known = [row for row in rows if (row["clients"], row["method"]) == (clients, name)]
             x = [row["gradients"] / PARTICIPANTS for row in known]
             means, errors = zip(*((100 * m, 100 * e) for m, e in (row["test_accuracy"] for row in known)), strict=True)
-            ax.errorbar(x, means, errors, fmt="o-", markersize=4, capsize=2, color=f"C{index}", label=name)
+            style = "o-" if method.local_steps == 1 else "s--"
+            ax.errorbar(x, means, errors, fmt=style, markersize=4, capsize=2, color=method_color(name), label=name)
         ax.set_xscale("log")
-        ax.set_title(f"{clients} clients", fontsize=10)
-        ax.set_xlabel("gradients of a participant in a round")
-    figure.axes[0].set_ylabel("test accuracy, %")
-    figure.axes[0].legend(fontsize=6)
+        ax.set_xticks(GRADIENT_TICKS, [str(tick) for tick in GRADIENT_TICKS])
+        ax.set_xticks([], minor=True)
+        ax.set_title(f"{clients} clients", fontsize=9)
+        ax.set_xlabel("gradients per participant and round")
+        ax.set_ylabel("test accuracy, %")
+        ax.tick_params(labelleft=True)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(COMPARED), fontsize=8)
     figure.savefig(path, dpi=100)
 
 

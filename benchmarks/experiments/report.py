@@ -1,4 +1,4 @@
-"""Tables and figures of the results."""
+"""Tables and figures of the results of the experiments."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from crsam_ext.curvature import Measurement
-from crsam_ext.figures import panels, reference_line
+from crsam_ext.figures import METHODS, method_color, panels, reference_line
 
 from .analysis import PREDICTORS
-from .methods import METHODS
+from .methods import WITHOUT_ABLATION
 
 NAMES = {
     "test_accuracy": "test accuracy",
     "train_c": "C(w), training set",
     "test_c": "C(w), test set",
-    "train_trace": "trace, training set",
-    "test_trace": "trace, test set",
+    "train_trace": "Hessian trace, training set",
+    "test_trace": "Hessian trace, test set",
     "train_gradient_norm": "gradient norm",
-    "train_top_eigenvalue": "top eigenvalue",
+    "train_top_eigenvalue": "largest eigenvalue",
     "train_ascent_gap": "ascent gap",
 }
-COLORS = {method: f"C{index}" for index, method in enumerate(METHODS)}
+CURVES = {"train_c": "-", "train_trace": "--"}  # measures drawn over epochs, and their line styles
 
 
 def last_of(summaries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -43,17 +44,21 @@ def shown(value: tuple[float, float], percent: bool = False) -> str:
 
 
 def markdown(about: dict[str, Any], summaries: Sequence[dict[str, Any]], predictions: Sequence[dict[str, Any]]) -> str:
-    """Return all tables with explanations."""
+    """Return the report: all tables and their explanations."""
     columns = list(NAMES)
     lines = [
         f"# Experiments, {about['form']} form",
         "",
         f"`{about['command']}`, torch {about['versions']['torch']}, Python {about['versions']['python']}; "
-        f"{about['seconds'] / 60:.0f} minutes, added up over all runs. Mean ± standard error over {about['seeds']} "
-        "seeds. rho is the best of those tried on a validation split, for each method. Curvature is that of the first "
-        f"{about['samples']} samples of a set (a sixteenth of that many texts), in evaluation mode, traces with "
-        f"{about['probes']} probes; ascent gap: what one step within rho = {about['ascent_rho']:g} finds of the loss "
-        "increase that ten more find.",
+        f"{about['seconds'] / 60:.0f} minutes in total over all runs.",
+        "",
+        f"- Every number is a mean ± standard error over {about['seeds']} seeds.",
+        "- rho is tuned for each method on a validation split.",
+        f"- Curvature is measured in evaluation mode on the first {about['samples']} samples of each set (for texts, "
+        f"on a sixteenth as many), the trace with {about['probes']} probes.",
+        "- Gradient norm, largest eigenvalue and ascent gap are measured on the training set.",
+        f"- Ascent gap: the loss increase after one ascent step of length {about['ascent_rho']:g}, divided by the "
+        "largest increase that ten further steps within this radius find.",
     ]
     for task in about["tasks"]:
         lines += ["", f"## {task}", "", "| method | rho | " + " | ".join(NAMES.values()) + " |"]
@@ -66,10 +71,11 @@ def markdown(about: dict[str, Any], summaries: Sequence[dict[str, Any]], predict
         "",
         "## Which measure ranks networks by their generalization gap?",
         "",
-        "Rank correlation of a measure on the training set with test loss − training loss, and its 95 % interval from",
-        "a bootstrap over whole runs. With fewer than about ten runs, the interval is too narrow.",
+        "Rank correlation between a measure on the training set and the generalization gap (test loss − training",
+        "loss), with a 95 % interval from a bootstrap over whole runs. With fewer than about ten runs, the interval is",
+        "too narrow.",
         "",
-        "| task | over | runs | measure | Spearman | Kendall |",
+        "| task | checkpoints | runs | measure | Spearman | Kendall |",
         "|---|---|---|---|---|---|",
     ]
     for row in predictions:
@@ -79,12 +85,13 @@ def markdown(about: dict[str, Any], summaries: Sequence[dict[str, Any]], predict
                 for kind in ("spearman", "kendall")
             ]
             name = NAMES[row["predictor"]].removesuffix(", training set")
-            lines.append(f"| {row['task']} | {row['over']} | {row['runs']} | {name} | {cells[0]} | {cells[1]} |")
+            over = row["over"].removesuffix(" checkpoints")
+            lines.append(f"| {row['task']} | {over} | {row['runs']} | {name} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines) + "\n"
 
 
 def draw_accuracy(summaries: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the final test accuracy, with standard errors."""
+    """Draw the final test accuracy with standard errors, one panel per task."""
     rows = last_of(summaries)
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure, axes = panels(len(tasks), height=3.4)
@@ -93,67 +100,66 @@ def draw_accuracy(summaries: Sequence[dict[str, Any]], path: Path) -> None:
         reference_line(ax, 100 * base["test_accuracy"][0], "base", vertical=False)
         for index, row in enumerate(row for row in rows if row["task"] == task):
             mean, error = row["test_accuracy"]
-            ax.errorbar(index, 100 * mean, 100 * error, fmt="o", color=COLORS[row["method"]], capsize=3)
+            ax.errorbar(index, 100 * mean, 100 * error, fmt="o", color=method_color(row["method"]), capsize=3)
         methods = [row["method"] for row in rows if row["task"] == task]
         ax.set_xticks(range(len(methods)), methods, rotation=60, ha="right", fontsize=8)
         ax.margins(x=0.15)
         ax.set_title(task, fontsize=9)
-        ax.set_ylabel("test accuracy, %", fontsize=8)
+        ax.set_ylabel("test accuracy, %")
     figure.savefig(path, dpi=100)
 
 
 def draw_curves(summaries: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw all measurements over epochs: a row of panels for each quantity, a column for each task."""
+    """Draw C(w) and the Hessian trace on the training set over epochs, one panel per task.
+
+    Only the methods that all tasks have in common are drawn. The other measures are in the tables.
+    """
     tasks = list(dict.fromkeys(row["task"] for row in summaries))
-    quantities = [name for name in NAMES if name not in ("train_trace", "test_trace")]
-    figure = Figure(figsize=(3 * len(tasks), 2.2 * len(quantities)), layout="constrained")
-    axes = figure.subplots(len(quantities), len(tasks), squeeze=False, sharex="col")
-    for column, task in enumerate(tasks):
-        for line, name in enumerate(quantities):
-            ax = axes[line][column]
-            for method in METHODS:
-                rows = [row for row in summaries if row["task"] == task and row["method"] == method]
-                if rows:
-                    means, errors = zip(*(row[name] for row in rows), strict=True)
-                    epochs = [row["epoch"] for row in rows]
-                    ax.errorbar(
-                        epochs, means, errors, fmt="o-", markersize=3, capsize=2, color=COLORS[method], label=method
-                    )
-            if name not in ("test_accuracy", "train_ascent_gap"):
-                ax.set_yscale("log")
-                ax.yaxis.set_major_formatter("{x:g}")
-                ax.yaxis.set_minor_formatter("{x:g}")
-                ax.tick_params(axis="y", which="both", labelsize=7)
-            if column == 0:
-                ax.set_ylabel(NAMES[name], fontsize=9)
-        axes[0][column].set_title(task, fontsize=10)
-        axes[-1][column].set_xlabel("epoch")
-    axes[0][0].legend(fontsize=6)
+    figure, axes = panels(len(tasks))
+    for ax, task in zip(axes, tasks, strict=True):
+        for method in WITHOUT_ABLATION:
+            rows = [row for row in summaries if row["task"] == task and row["method"] == method]
+            for name, line in CURVES.items():
+                means, errors = zip(*(row[name] for row in rows), strict=True)
+                epochs = [row["epoch"] for row in rows]
+                ax.errorbar(epochs, means, errors, fmt=f"o{line}", markersize=3, capsize=2, color=method_color(method))
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.set_title(task, fontsize=9)
+        ax.set_xlabel("epoch")
+        ax.set_ylabel("C(w), Hessian trace")
+    handles = [
+        Line2D([], [], color=METHODS[method], marker="o", markersize=3, label=method) for method in WITHOUT_ABLATION
+    ]
+    handles += [
+        Line2D([], [], color="black", linestyle=line, label=NAMES[name].removesuffix(", training set"))
+        for name, line in CURVES.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
     figure.savefig(path, dpi=100)
 
 
 def draw_predictions(predictions: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw Spearman's coefficient and its interval for each measure."""
+    """Draw Spearman's coefficient and its 95 % interval for each measure, one panel per task."""
     rows = [row for row in predictions if "spearman" in row]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     if not tasks:
         return
-    figure, axes = panels(len(tasks), height=3.4, sharey=True)
+    figure, axes = panels(len(tasks), height=3.4)
     for ax, task in zip(axes, tasks, strict=True):
-        for shift, which in ((-0.1, "all checkpoints"), (0.1, "last checkpoints")):
+        for shift, which, face in ((-0.12, "all checkpoints", "tab:green"), (0.12, "last checkpoints", "white")):
             points = [row for row in rows if row["task"] == task and row["over"] == which]
-            for row in points:
-                low, high = row["spearman_interval"]
-                at = PREDICTORS.index(row["predictor"]) + shift
-                color = "C0" if which == "all checkpoints" else "C1"
-                ax.plot([at, at], [low, high], color=color)
-                label = which if row is points[0] else None
-                ax.plot(at, row["spearman"], "o", color=color, markersize=4, label=label)
+            x = [PREDICTORS.index(row["predictor"]) + shift for row in points]
+            y = [row["spearman"] for row in points]
+            ax.vlines(x, *zip(*(row["spearman_interval"] for row in points), strict=True), color="tab:green")
+            ax.plot(x, y, "o", color="tab:green", markerfacecolor=face, markersize=5, label=which)
         reference_line(ax, 0.0, "none", vertical=False)
         names = [NAMES[name].removesuffix(", training set") for name in PREDICTORS]
-        ax.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+        ax.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
         ax.set_ylim(-1.05, 1.05)
-        ax.set_title(task, fontsize=10)
-    figure.axes[0].set_ylabel("Spearman with the loss gap")
-    figure.axes[0].legend(fontsize=7)
+        ax.set_title(task, fontsize=9)
+        ax.set_ylabel("Spearman's rank correlation")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=100)

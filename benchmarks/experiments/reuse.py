@@ -1,9 +1,9 @@
-"""The benefit of the sharpness direction between perturbations: accuracy and flatness against gradients per step.
+"""The benefit of reusing the sharpness direction: accuracy and flatness against gradients per step.
 
-    python -m benchmarks.experiments.reuse   # all tasks; an hour or two on two cores, continues if interrupted
+    python -m benchmarks.experiments.reuse   # all tasks; one to two hours on two cores; an interrupted run continues
 
-rho is tuned for each method on a validation split; then every method runs with each seed. Last, steps are timed: a
-minute for each task, also where all its runs are in the cache.
+rho is tuned for each method on a validation split; then every method runs with every seed. Finally, steps are timed,
+which takes a minute per task even if all its runs are cached.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from crsam_ext import CRSAM, curvature
+from crsam_ext.figures import METHODS as METHOD_COLORS
 from crsam_ext.figures import panels, reference_line
 from crsam_ext.reuse import DIRECTION
 from crsam_ext.training import checkpoint
@@ -47,12 +48,12 @@ TIMED_SECONDS = 50.0  # per task; no round starts after this time
 
 @dataclass(frozen=True)
 class Method:
-    """A compared method."""
+    """One of the compared methods."""
 
     options: dict[str, Any]  #: options of CRSAM
-    budget: float = 1.0  #: epochs, in multiples of the task's
-    tuned_as: str = ""  #: another method, whose rho it uses
-    between: str = ""  #: replacement of the direction: "looksam", "random", or "other run"
+    budget: float = 1.0  #: multiplies the task's number of epochs
+    tuned_as: str = ""  #: the method whose tuned rho it uses, if not its own
+    between: str = ""  #: what replaces the direction: "looksam", "random", or "other run"
 
     @property
     def gradients(self) -> float:
@@ -63,7 +64,7 @@ class Method:
 
     @property
     def timed_steps(self) -> int:
-        """Return the number of steps in a timed block: whole cycles, so that all blocks have the same number of
+        """Return the number of steps in a timed block: a multiple of the cycle, so that blocks need equally many
         gradients."""
         cycle = self.options.get("interval", 1) * self.options.get("curvature_interval", 1)
         return cycle * math.ceil(TIMED_STEPS / cycle)
@@ -95,7 +96,7 @@ def _methods() -> dict[str, Method]:
 
 COMPARED = _methods()
 
-#: Methods that the figure joins by a line, by label.
+#: Methods of each line or group of markers in the figure, by its label.
 LINES = {
     "SAM": ["SAM", *(f"SAM, reuse {k}" for k in INTERVALS)],
     "CR-SAM": ["CR-SAM", *(f"CR-SAM, reuse {k}" for k in INTERVALS)],
@@ -103,7 +104,15 @@ LINES = {
     "interval alone": ["SAM, interval 5", "CR-SAM, interval 5"],
     "LookSAM's rule": ["LookSAM's rule, 5"],
 }
-#: Methods that are far below the others on some tasks, and do not determine the axes.
+#: Marker, line and color of each label.
+STYLES = {
+    "SAM": ("o-", METHOD_COLORS["SAM"]),
+    "CR-SAM": ("o-", METHOD_COLORS["CR-SAM"]),
+    "CR-SAM, reuse and curvature_interval": ("D--", "tab:cyan"),
+    "interval alone": ("s", "tab:green"),
+    "LookSAM's rule": ("^", "tab:purple"),
+}
+#: Methods that are far below the others in some tasks; the range of the axis ignores them.
 OUTLIERS = ("LookSAM's rule, 5",)
 
 
@@ -124,7 +133,7 @@ class Config:
 
 
 class Run:
-    """A model in training, one step at a time."""
+    """A model and its optimizer, trained step by step."""
 
     def __init__(self, config: Config, seed: int) -> None:
         task, self.method = TASKS[config.task], COMPARED[config.method]
@@ -133,12 +142,12 @@ class Run:
         options = {"rho": config.rho, **self.method.options}
         self.optimizer = CRSAM(self.model.parameters(), task.base, model=self.model, **options, **task.base_options)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.epochs)
-        self._added: list[torch.Tensor] = []  # LookSAM's direction, with unit length
+        self._added: list[torch.Tensor] = []  # LookSAM's direction, of unit length
         self._generator = torch.Generator().manual_seed(seed)
 
     @property
     def direction(self) -> list[torch.Tensor]:
-        """Return the optimizer's stored direction; the optimizer uses values that are written to it."""
+        """Return the optimizer's stored direction, not a copy: writing to it changes later steps."""
         return [self.optimizer.state[param][DIRECTION] for param in self.model.parameters()]
 
     def step(self, x: torch.Tensor, y: torch.Tensor, other: Run | None = None) -> None:
@@ -176,7 +185,7 @@ class Run:
 
 
 def length(tensors: Sequence[torch.Tensor]) -> float:
-    """Return the norm of all tensors together."""
+    """Return the norm of the concatenation of all tensors."""
     return math.sqrt(sum(float(x.detach().double().square().sum()) for x in tensors))
 
 
@@ -250,16 +259,16 @@ def step_times(
     seconds: float = TIMED_SECONDS,
     rounds: tuple[int, int] = TIMED_ROUNDS,
 ) -> dict[str, list[float]]:
-    """Return the time of a step relative to the base optimizer: for each method the 20th, 50th and 80th percentile.
+    """Return the time per step relative to the base optimizer: for each method the 20th, 50th and 80th percentile.
 
-    In every round each method makes one block of steps, with the same mini-batches, and is compared with the base
-    optimizer in that round, because the machine's speed drifts between rounds. The time is the processor time of the
-    single thread, which excludes waiting for other programs. Methods with the same options are timed once. Methods that
-    replace the direction are not timed: they add plain Python, which is not part of a step of the optimizer.
+    In every round, each method makes one block of steps with the same mini-batches. Its time is divided by that of the
+    base optimizer in the same round, because the machine's speed drifts. Times are processor times of the single
+    thread, which exclude waiting for other programs. Methods with the same options are timed once. Methods that replace
+    the direction are not timed: the replacement is Python code, not part of the optimizer's step.
 
     Args:
         methods: all by default.
-        seconds: no round starts after this many.
+        seconds: no round starts after this time.
         rounds: minimum (at least 2) and maximum number of rounds.
     """
     torch.set_num_threads(1)
@@ -322,8 +331,8 @@ def markdown(rows: Sequence[dict[str, Any]], times: Mapping[str, Mapping[str, Se
         lines += [
             f"## {task}",
             "",
-            "| method | gradients a step | time a step, relative to base | epochs | rho | test accuracy | C(w) "
-            "| top eigenvalue |",
+            "| method | gradients per step | time per step / base | epochs | rho | test accuracy | C(w) "
+            "| largest eigenvalue |",
         ]
         lines.append("|---" * 8 + "|")
         for row in rows:
@@ -340,9 +349,11 @@ def markdown(rows: Sequence[dict[str, Any]], times: Mapping[str, Mapping[str, Se
                 lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     lines.append(
-        "Time a step: processor time of one thread, a block of steps over the base's block of the same round; the "
-        "median over rounds, in brackets the 20th and 80th percentile where they are more than 5 % apart. –: a control "
-        "in plain Python, not timed.\n"
+        "Accuracy, C(w) and the largest eigenvalue of the Hessian are means ± standard errors over the seeds. C(w) and "
+        "the eigenvalue are measured on training samples.\n\n"
+        "Time per step / base: processor time of one thread for a block of steps, divided by the time of the base "
+        "optimizer's block in the same round. The number is the median over rounds; brackets show the 20th and 80th "
+        "percentile if they differ by more than 5 %. –: not timed, because the direction is replaced in Python.\n"
     )
     return "\n".join(lines)
 
@@ -356,7 +367,7 @@ def ratio_cell(quantiles: Sequence[float] | None) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw test accuracy against gradients per step, a panel for each task, three in a row."""
+    """Draw test accuracy against gradients per step, one panel per task."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure, axes = panels(len(tasks))
     for ax, task in zip(axes, tasks, strict=True):
@@ -364,23 +375,24 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         mean, error = (100 * x for x in by_method["base"])
         ax.axhspan(mean - error, mean + error, color="0.88")
         reference_line(ax, mean, "base", vertical=False)
-        shown = [100 * by_method[name][0] for names in LINES.values() for name in names if name not in OUTLIERS]
-        low, high = min([*shown, mean]), max([*shown, mean])
-        margin = max(high - low, 0.3) / 4
-        ax.set_ylim(low - margin, high + margin)
-        for index, (label, names) in enumerate(LINES.items()):
+        shown = [by_method[name] for names in LINES.values() for name in names if name not in OUTLIERS]
+        shown.append(by_method["base"])
+        low, high = min(100 * (m - e) for m, e in shown), max(100 * (m + e) for m, e in shown)
+        bottom = low - max(high - low, 0.3) / 8  # room for the values below the axis
+        ax.set_ylim(bottom, high + (low - bottom) / 2)
+        for label, names in LINES.items():
+            style, color = STYLES[label]
             known = sorted((COMPARED[name].gradients, by_method[name]) for name in names)
             x, y = [g for g, _ in known], [value for _, value in known]
-            style = "o-" if index < 3 else "s"
             means, errors = [100 * m for m, _ in y], [100 * e for _, e in y]
-            ax.errorbar(x, means, errors, fmt=style, markersize=4, capsize=2, color=f"C{index}", label=label)
+            ax.errorbar(x, means, errors, fmt=style, markersize=4, capsize=2, color=color, label=label)
             for place, value in zip(x, means, strict=True):
-                if value < low - margin:  # below the axis: its value in words
-                    ax.annotate(f"{value:.1f} ↓", (place, low - margin), (0, 3), textcoords="offset points",
-                                color=f"C{index}", fontsize=7, ha="center")  # fmt: skip
+                if value < bottom:  # below the axis: write the value
+                    ax.annotate(f"{value:.1f} ↓", (place, bottom), (0, 2), textcoords="offset points", color=color,
+                                fontsize=8, ha="center")  # fmt: skip
         ax.set_title(task, fontsize=9)
-        ax.set_xlabel("gradients per step", fontsize=8)
-        ax.set_ylabel("test accuracy, %", fontsize=8)
+        ax.set_xlabel("gradients per step")
+        ax.set_ylabel("test accuracy, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=100)
 
