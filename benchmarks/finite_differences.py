@@ -1,16 +1,16 @@
-"""Accuracy of kappa's finite differences against the exact Hessian, over rho, precision, batch size and scale.
+"""Error of kappa from finite differences, relative to the exact Hessian, by rho, precision, batch size and loss scale.
 
     python -m benchmarks.finite_differences
 
-The log regularizer divides by kappa, its estimate of eᵀHe for e = rho g/‖g‖, which ``estimator`` takes from gradients,
-½ e·(g₊ − g₋), or from losses, L(w+e) + L(w−e) − 2 L(w). Here the optimizer itself computes it (``stats.kappa``, with a
-learning rate of zero, on batches of half-trained networks), and is compared with eᵀHe of the same batch, mode and
-direction, from Hessian-vector products of the network in float64. Everything but rounding and the step size is equal.
+The log regularizer divides by kappa, an estimate of eᵀHe with e = rho g/‖g‖. ``estimator`` selects its source: the
+gradients, ½ e·(g₊ − g₋), or the losses, L(w+e) + L(w−e) − 2 L(w). Here the optimizer computes kappa on batches of
+half-trained networks (``stats.kappa``, with a learning rate of zero). The reference is eᵀHe for the same batch, mode
+and direction, from Hessian-vector products in float64. Only rounding and the step size differ.
 
-Expected: a truncation error in rho² for both; a rounding error in 1/rho from gradients, whose difference is divided by
-rho, and in 1/rho² from losses. If the network has kinks, a difference also contains those within e, which the Hessian
-omits: an error without an order in rho. The model fitted to the medians, with p = 1 or 2, is
-``relative error² = (T rho²)² + (R / rho^p)² + K²``.
+Both estimators should have a truncation error in rho². The rounding error should grow as 1/rho from gradients, whose
+difference is divided by rho, and as 1/rho² from losses. If the network has kinks, a difference also contains the kinks
+between w and w ± e, which the Hessian omits: an error without an order in rho. The model fitted to the medians is
+``relative error² = (T rho²)² + (R / rho^p)² + K²`` with p = 1 or 2.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from .experiments.tasks import Samples
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
-# Half-trained: data, model, epochs of SGD. Common networks with kinks (ReLU) and batch norm, and one smooth network.
+# Data, model and epochs of SGD after which a network is half-trained: one smooth network, and common ones with kinks
+# (ReLU) and batch norm.
 NETWORKS = {
     "MLP, GELU, mnist1d": ("--data mnist1d --model mlp", 10),
     "MLP, ReLU, mnist1d": ("--data mnist1d --model mlp", 10),
@@ -49,9 +50,10 @@ NETWORKS = {
 }
 PRECISIONS = {"fp64": torch.float64, "fp32": torch.float32, "bf16 autocast": torch.float32}
 ESTIMATORS = {"gradient": 1, "loss": 2}  # the power of rho by which their rounding error decreases
+COLORS = {"gradient": "tab:blue", "loss": "tab:green"}
 RHOS = [float(rho) for rho in 10 ** np.linspace(-4, 0, 13)]
 TOLERANCE = 0.1
-# Batch size and loss factor; the first pair is for all networks, the others for the first network.
+# Batch size and loss factor. All networks use the first pair; only the first network uses the others.
 SETTINGS = [(128, 1.0), (16, 1.0), (512, 1.0), (128, 1e-3), (128, 1e3)]
 
 
@@ -179,14 +181,18 @@ def measure(
 
 def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     lines = [
-        "# Finite differences of the curvature against the exact Hessian",
+        "# Error of kappa from finite differences, relative to the exact Hessian",
         "",
-        f"`{about['command']}`, torch {about['versions']['torch']}, {about['machine']}. Range: rho, of the 13",
-        f"from 1e-4 to 1 (three a decade), for which the 90 % quantile of the error, over {rows[0]['batches']} "
-        f"batches, is within {TOLERANCE:.0%}.",
-        "T, R, K: fitted model, relative error² = (T rho²)² + (R / rho^p)² + K², p = 1 (gradient) or 2 (loss).",
+        f"`{about['command']}`, torch {about['versions']['torch']}, {about['machine']}.",
         "",
-        "| network | batch | loss × | precision | estimator | range of rho | T | R | K | median error at rho 0.1 |",
+        "- loss ×: factor by which the loss is multiplied.",
+        f"- range of rho: where the 90 % quantile of the error over {rows[0]['batches']} batches is at most "
+        f"{TOLERANCE:.0%}. {len(about['rhos'])} values from 1e-4 to 1 were tried, evenly spaced on a log scale.",
+        "- T, R, K: coefficients of the fitted error model, relative error² = (T rho²)² + (R / rho^p)² + K², with "
+        "p = 1 (gradient) or 2 (loss).",
+        "",
+        "| network | batch size | loss × | precision | estimator | range of rho | T | R | K "
+        "| median error at rho = 0.1 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     at = min(range(len(about["rhos"])), key=lambda i: abs(about["rhos"][i] - 0.1))
@@ -201,34 +207,43 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], rhos: list[float], path: Path) -> None:
-    """Draw the error over rho for batches of 128: a row of panels for each network, a column for each precision."""
-    from matplotlib.figure import Figure
+    """Draw the error over rho for batches of 128: one row of panels per network, one column per precision."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    from crsam_ext.figures import panels, reference_line
 
     networks = list(dict.fromkeys(row["network"] for row in rows))
-    figure = Figure(figsize=(11, 3 * len(networks)), layout="constrained")
-    axes = figure.subplots(len(networks), len(PRECISIONS), sharex=True, sharey=True, squeeze=False)
+    columns = len(PRECISIONS)
+    figure, axes = panels(len(networks) * columns, height=2.4, columns=columns, sharex=True, sharey=True)
     rho = np.array(rhos)
     for row in rows:
         if (row["batch_size"], row["loss_scale"]) != SETTINGS[0]:
             continue
-        ax = axes[networks.index(row["network"])][list(PRECISIONS).index(row["precision"])]
-        color = f"C{list(ESTIMATORS).index(row['estimator'])}"
-        ax.loglog(rho, np.maximum(row["median"], 1e-12), "o-", color=color, markersize=3, label=row["estimator"])
+        ax = axes[networks.index(row["network"]) * columns + list(PRECISIONS).index(row["precision"])]
+        color = COLORS[row["estimator"]]
+        ax.loglog(rho, np.maximum(row["median"], 1e-12), "o-", color=color, markersize=3)
         ax.fill_between(
             rho, np.maximum(row["median"], 1e-12), np.maximum(row["p90"], 1e-12), color=color, alpha=0.2, linewidth=0
         )
         power = ESTIMATORS[row["estimator"]]
         model = modeled([row["truncation"], row["rounding"], row["kinks"]], rho, power)
         ax.loglog(rho, model, "--", color=color, linewidth=1)
-        ax.axhline(TOLERANCE, color="0.6", linewidth=0.8)
         ax.set_ylim(1e-9, 1e3)
         ax.set_title(f"{row['network']}\n{row['precision']}", fontsize=9)
-    for ax in axes[-1]:
         ax.set_xlabel("ρ")
-    for ax in axes[:, 0]:
         ax.set_ylabel("relative error of κ")
-    axes[0][0].legend(title="dots: median, band: to 90 %\ndashes: fitted model", fontsize=8, title_fontsize=8)
-    figure.savefig(path, dpi=110)
+    for ax in axes:
+        reference_line(ax, TOLERANCE, f"{TOLERANCE:.0%}", vertical=False)
+        ax.label_outer()
+    handles = [
+        *(Line2D([], [], color=color, label=f"estimator: {name}") for name, color in COLORS.items()),
+        Line2D([], [], color="black", marker="o", markersize=3, label="median"),
+        Patch(color="black", alpha=0.2, linewidth=0, label="median to 90 % quantile"),
+        Line2D([], [], color="black", linestyle="--", linewidth=1, label="fitted error model"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
