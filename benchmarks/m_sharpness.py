@@ -1,8 +1,8 @@
-"""The effect of the number of ranks on accuracy, if each rank perturbs with the e of its own part of the batch.
+"""The effect of the number of ranks on accuracy, if each rank computes e from its own part of the batch.
 
-Run ``python -m benchmarks.m_sharpness``; half an hour on two cores. The batch is constant; m parts of it have a
-perturbation each ("local", what m ranks do by default), or one of the whole batch ("global", what they do with
-``sync_perturbation=True``). One process computes it with a list of m closures, which is equivalent.
+Run ``python -m benchmarks.m_sharpness``; it takes half an hour on two cores. The batch size is constant. Each of m
+parts of the batch has its own perturbation ("local", the default with m ranks), or all share that of the whole batch
+("global", ``sync_perturbation=True``). One process simulates the m ranks with a list of m closures.
 """
 
 from __future__ import annotations
@@ -60,8 +60,16 @@ def run(task_name: str, method: str, parts: int, local: bool, seed: int, epochs:
 
 
 def table(results: dict[str, list[float]]) -> str:
-    """Return means and standard errors in percent, a row for each task, method and form, a column for each m."""
-    rows = ["| | " + " | ".join(f"m = {parts}" for parts in PARTS) + " |", "|---|" + "---|" * len(PARTS)]
+    """Return means and standard errors in percent: one row per task, method and form, one column per m."""
+    seeds = max(map(len, results.values()))
+    rows = [
+        f"Test accuracy in percent: mean ± standard error over {seeds} seeds. m: number of parts of a batch, or ranks.",
+        "local: each part has its own perturbation. global: all parts share that of the whole batch. With m = 1 both",
+        "are the same.",
+        "",
+        "| task, method, perturbation | " + " | ".join(f"m = {parts}" for parts in PARTS) + " |",
+        "|---|" + "---|" * len(PARTS),
+    ]
     for name in dict.fromkeys(key.rpartition(", ")[0] for key in results):
         cells = []
         for parts in PARTS:
@@ -77,11 +85,11 @@ def table(results: dict[str, list[float]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each case (default: 5)")
     parser.add_argument("--tasks", nargs="+", default=["mnist1d-mlp", "digits-cnn"], choices=sorted(TASKS))
-    parser.add_argument("--epochs", type=int, help="of every run (default: those of the task)")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--epochs", type=int, help="epochs per run (default: as set for the task)")
+    parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="output folder")
     arguments = parser.parse_args()
     cases = [
         (task, method, parts, local)

@@ -1,9 +1,9 @@
-"""How fast the sharpness direction changes: the stored h compared with the current one, by age.
+"""How fast the sharpness direction h changes: the stored h compared with the current one, by age.
 
-    python -m benchmarks.experiments.staleness   # two tasks, three minutes on one core
+    python -m benchmarks.experiments.staleness   # two tasks; three minutes on one core
 
-Training perturbs in every 20th step and reuses h between. In every step, h is also computed again from the formulas,
-without affecting the training.
+Training computes h in every 20th step and reuses it in the steps between. At selected ages, h is also recomputed from
+the formulas, without affecting the training.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RHO, ALPHA, BETA = 0.2, 0.5, 0.1
 
 
 def gradient(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
-    """Return the gradient of the loss, and restore the running statistics."""
+    """Return the gradient of the loss, leaving the running statistics unchanged."""
     buffers = [buffer.clone() for buffer in model.buffers()]
     found = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
     for buffer, before in zip(model.buffers(), buffers, strict=True):
@@ -66,7 +66,7 @@ def cosine(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
 
 
 def measured(task_name: str, seed: int = 0) -> dict[int, dict[str, float]]:
-    """Return means of the measurements over all steps of a training, by the age of h."""
+    """Train, and return the means of the measurements over all steps, by the age of h."""
     torch.set_num_threads(1)
     task = TASKS[task_name]
     splits = task.load()
@@ -101,8 +101,15 @@ def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def markdown(results: dict[str, dict[int, dict[str, float]]]) -> str:
-    """Return a row for each task and quantity, a column for each age."""
-    lines = ["| task | mean of | " + " | ".join(f"age {age}" for age in AGES) + " |", "|---" * (2 + len(AGES)) + "|"]
+    """Return a table with one row per task and quantity, one column per age."""
+    lines = [
+        f"Age: steps since h was computed, in training with interval {INTERVAL} and reuse. Cosines compare the stored",
+        "h, and the g0 of the same step, with those of the current batch at the current parameters. All values are",
+        "means over the steps of a run.",
+        "",
+        "| task | mean of | " + " | ".join(f"age {age}" for age in AGES) + " |",
+        "|---" * (2 + len(AGES)) + "|",
+    ]
     for task, by_age in results.items():
         for name in next(iter(by_age.values())):
             lines.append(f"| {task} | {name} | " + " | ".join(f"{by_age[age][name]:.2f}" for age in AGES) + " |")
@@ -113,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write ``staleness.md`` and print it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments.staleness", description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["mnist1d-mlp", "graph"])
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the result is written")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="output folder")
     args = parser.parse_args(argv)
     results: dict[str, Any] = {task: measured(task) for task in args.tasks}
     args.output.mkdir(parents=True, exist_ok=True)
