@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
+from benchmarks import finite_differences, m_sharpness
 from benchmarks.experiments import __main__ as program
 from benchmarks.experiments import analysis, federated, report, reuse, runs, staleness, tasks
 from benchmarks.experiments.methods import METHODS, WITHOUT_ABLATION
@@ -412,3 +413,23 @@ def test_program_of_federated_runs_from_end_to_end(tmp_path, monkeypatch):
     assert {run["config"]["rho"] for run in content["runs"] if "SAM" in run["config"]["method"]} == {0.1}
     assert "| 2 | CR-SAM | 12 |" in (tmp_path / "federated.md").read_text()
     assert (tmp_path / "federated.png").stat().st_size > 5_000
+
+
+# Committed tables ----------------------------------------------------------------------------------------------------
+
+
+def test_committed_tables_are_made_from_the_committed_results():
+    def content(name):
+        return json.loads((program.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+    experiments, finite = content("experiments"), content("finite-differences")
+    made = {
+        "experiments": report.markdown(
+            experiments, analysis.summaries(experiments["runs"]), experiments["predictions"]
+        ),
+        "federated": federated.markdown(federated.summaries(content("federated")["runs"])),
+        "finite-differences": finite_differences.markdown(finite["rows"], finite),
+        "m-sharpness": m_sharpness.table(content("m-sharpness")["accuracy"]),
+    }
+    committed = {name: (program.RESULTS / f"{name}.md").read_text(encoding="utf-8") for name in made}
+    assert made == committed
