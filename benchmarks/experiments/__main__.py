@@ -28,7 +28,7 @@ def methods_of(task: str) -> Sequence[str]:
 
 
 def epochs_of(task: str, quick: bool) -> tuple[int, tuple[int, ...]]:
-    """Return the number of epochs, and after which of them curvature is measured: early, and at each third of the
+    """Return the number of epochs and those after which curvature is measured: an early one, and each third of the
     run."""
     epochs = TASKS[task].quick_epochs if quick else TASKS[task].epochs
     parts = (1 / 3, 2 / 3, 1) if quick else (1 / 15, 1 / 3, 2 / 3, 1)
@@ -36,7 +36,7 @@ def epochs_of(task: str, quick: bool) -> tuple[int, tuple[int, ...]]:
 
 
 def tuning_configs(tasks: Sequence[str], quick: bool) -> list[Config]:
-    """Return the configurations of the tuning runs: half as many seeds as the final runs, and different ones."""
+    """Return the configurations of the tuning runs. They use fewer seeds than the final runs, and different ones."""
     return [
         Config(task, method, rho, 1000 + seed, epochs_of(task, quick)[0], (epochs_of(task, quick)[0],), tuning=True)
         for task in tasks
@@ -69,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer epochs, values of rho, seeds and checkpoints")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all")
-    parser.add_argument("--seeds", type=int, help="final runs of each method (default: 5; quick: 2)")
+    parser.add_argument("--seeds", type=int, help="final runs per method (default: 5; with --quick: 2)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    parser.add_argument("--cache", type=Path, default=Path("runs/experiments"), help="runs that are complete")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results are written")
+    parser.add_argument("--cache", type=Path, default=Path("runs/experiments"), help="folder of completed runs")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="output folder")
     args = parser.parse_args(argv)
     seeds = args.seeds or (2 if args.quick else 5)
     console = Console()

@@ -1,4 +1,4 @@
-"""Means and errors over seeds, and rank correlations of a measure with the generalization gap of checkpoints."""
+"""Means and errors over seeds, and rank correlations between measures and the generalization gap."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from scipy import stats
 
 DRAWS = 1000  # draws of the bootstrap
-#: Measures of the training set, which do not need a test set.
+#: Measures that need no test set.
 PREDICTORS = ("train_c", "train_trace", "train_top_eigenvalue", "train_gradient_norm")
 
 
 def best_rho(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """Return for each task and method the rho with the best mean validation accuracy; of equals, the smallest."""
+    """Return, for each task and method, the rho with the best mean validation accuracy; the smallest if tied."""
     scores: dict[tuple[str, str], dict[float, list[float]]] = {}
     for result in results:
         config = result["config"]
@@ -26,14 +26,14 @@ def best_rho(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
 
 
 def mean_and_error(values: Sequence[float | None]) -> tuple[float, float]:
-    """Return the mean and its standard error; a missing value makes both NaN."""
+    """Return the mean and its standard error. If a value is missing, both are NaN."""
     array = np.array([math.nan if v is None else v for v in values], dtype=float)
     error = array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else math.nan
     return float(array.mean()), float(error)
 
 
 def summaries(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row for each task, method and checkpoint: mean and error over seeds of all measurements."""
+    """Return one row per task, method and checkpoint, with mean and error over seeds of every measurement."""
     groups: dict[tuple[str, str, float, int], list[dict[str, Any]]] = {}
     for result in results:
         config = result["config"]
@@ -57,8 +57,7 @@ def rank_correlation(x: np.ndarray, y: np.ndarray, kind: str) -> float:
 def bootstrap_interval(runs: Sequence[tuple[np.ndarray, np.ndarray]], kind: str, seed: int = 0) -> tuple[float, float]:
     """Return the 95 % percentile interval of a rank correlation over the checkpoints of all runs.
 
-    Whole runs are drawn with all their checkpoints: the checkpoints of one run are not independent, and more of
-    them say no more about other runs.
+    Whole runs are drawn, each with all its checkpoints, because the checkpoints of a run are not independent.
 
     Args:
         runs: for each run, the two quantities at its checkpoints.
@@ -75,8 +74,11 @@ def bootstrap_interval(runs: Sequence[tuple[np.ndarray, np.ndarray]], kind: str,
 
 
 def predictions(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rank correlations of each predictor with test loss − training loss, for each task: over all checkpoints,
-    and over the last ones alone, which differ by method and seed but not by training time."""
+    """Return, for each task, the rank correlation of each predictor with test loss − training loss.
+
+    It is computed over all checkpoints, and over the last ones, which differ in method and seed but not in training
+    time.
+    """
     rows = []
     for task in dict.fromkeys(result["config"]["task"] for result in results):
         for which in ("all checkpoints", "last checkpoints"):

@@ -320,10 +320,10 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and write ``federated.json``, ``federated.md`` and ``federated.png``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments.federated", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="final runs of each case (default: 5)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    parser.add_argument("--cache", type=Path, default=Path("runs/experiments"), help="runs that are complete")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results are written")
+    parser.add_argument("--cache", type=Path, default=Path("runs/experiments"), help="folder of completed runs")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="output folder")
     args = parser.parse_args(argv)
 
     def computed(configs: Sequence[Config], what: str) -> list[dict[str, Any]]:

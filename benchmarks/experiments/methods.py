@@ -1,10 +1,10 @@
-"""The compared methods, and the values of rho from which a validation split selects for each method."""
+"""The compared methods, and the values of rho among which a validation split selects."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# alpha = 0.5 and beta = 0.1 are those of the README's table; "log" uses the defaults.
+# alpha and beta are those of the README's table; "log" uses the defaults.
 METHODS: dict[str, dict[str, Any]] = {
     "base": {"alpha": 0.0, "beta": 0.0},
     "SAM": {"alpha": 0.0, "beta": 0.0},

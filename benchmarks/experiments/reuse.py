@@ -401,10 +401,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and write ``reuse.json``, ``reuse.md`` and ``reuse.png``, after each task with all complete tasks."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments.reuse", description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="final runs of each case (default: 5)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    parser.add_argument("--cache", type=Path, default=Path("runs/experiments"), help="runs that are complete")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results are written")
+    parser.add_argument("--cache", type=Path, default=Path("runs/experiments"), help="folder of completed runs")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="output folder")
     args = parser.parse_args(argv)
 
     def progress(task: str, count: int) -> Callable[[int, dict[str, Any]], None]:

@@ -1,4 +1,4 @@
-"""One training run with its measurements, and many of them in parallel, each computed only once."""
+"""A training run with its measurements, and a runner that computes many in parallel and caches the results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .tasks import TASKS, Samples, batches
 
 #: Part of the name of a cached run. Increment it when a change of the code changes the result of a run.
 VERSION = 1
-ASCENT_RHO = 0.2  # of the ascent gap, the same for all methods
+ASCENT_RHO = 0.2  # radius for the ascent gap, the same for all methods
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Config:
     epochs: int
     checkpoints: tuple[int, ...]  #: epochs after which losses and curvature are measured
     probes: int = 8
-    samples: int = 500  #: number of samples of each set at which curvature is measured, in one batch
-    tuning: bool = False  #: exclude the validation samples from training, measure only accuracy, and on them alone
+    samples: int = 500  #: samples of each set on which curvature is measured, in one batch
+    tuning: bool = False  #: exclude the validation samples from training, and measure only accuracy, on them alone
 
     @property
     def key(self) -> str:
@@ -49,13 +49,13 @@ class Config:
 
 
 def key_of(config: Any, version: int) -> str:
-    """Return the name of a cached run, which depends on the configuration, the version of the code, and torch."""
+    """Return the name of a cached run; it depends on the configuration and on the versions of the code and torch."""
     text = json.dumps([version, torch.__version__, asdict(config)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Train and measure. Return the configuration, a row of numbers for each checkpoint, and seconds."""
+    """Train and measure. Return the configuration, a row of numbers per checkpoint, skipped steps, and seconds."""
     start = time.perf_counter()
     torch.set_num_threads(1)
     task = TASKS[config.task]
@@ -98,7 +98,7 @@ def run(config: Config) -> dict[str, Any]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, samples: Samples, name: str) -> dict[str, float]:
-    """Return mean cross-entropy and accuracy over all samples, or all their characters."""
+    """Return mean cross-entropy and accuracy over all labels: one per sample, or one per character."""
     model.eval()
     loss = correct = 0.0
     for x, y in zip(samples[0].split(500), samples[1].split(500), strict=True):
@@ -110,7 +110,7 @@ def evaluate(model: nn.Module, samples: Samples, name: str) -> dict[str, float]:
 
 
 def measure(model: nn.Module, train: Samples, test: Samples, config: Config) -> dict[str, float]:
-    """Measure curvature at the first samples of both sets, in evaluation mode."""
+    """Measure curvature on the first samples of both sets, in evaluation mode."""
     row = {}
     count = math.ceil(config.samples * TASKS[config.task].share)
     for name, (x, y) in (("train", train), ("test", test)):
@@ -133,9 +133,9 @@ def run_all(
     """Return the results of all configurations, in their order, from the cache if possible.
 
     Args:
-        cache: folder with a JSON file for each run, written as soon as the run is complete.
-        workers: number of processes with one thread each; 0 computes in this process.
-        progress: called with the number of complete runs and the result of the last one.
+        cache: folder with one JSON file per run, written when the run is complete.
+        workers: number of processes, with one thread each; 0 computes in this process.
+        progress: called with the number of complete runs and the result of the latest one.
         run_one: computes the result of one configuration, :func:`run` by default.
     """
     cache.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def _computed(configs: Sequence[Any], workers: int, run_one: Any) -> Iterable[tu
     if not workers or not configs:
         yield from ((config, run_one(config)) for config in configs)
         return
-    # Spawn processes: a forked one would inherit the state of this process's threads.
+    # Spawn, because a forked process would inherit the state of this process's threads.
     with ProcessPoolExecutor(min(workers, len(configs)), mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(run_one, config): config for config in configs}
         try:

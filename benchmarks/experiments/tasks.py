@@ -1,4 +1,4 @@
-"""Data, networks and base optimizers. Nothing is downloaded; one task uses the source code of Python's library."""
+"""Data, networks and base optimizers. Nothing is downloaded: text comes from Python's standard library."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task: of samples, of each character of a text, or of nodes."""
+    """A task: classify samples or nodes, or predict each character of a text."""
 
     load: Callable[[], Splits]
     model: Callable[[], nn.Module]
@@ -41,14 +41,14 @@ class Task:
     quick_epochs: int
     base: type[torch.optim.Optimizer] = torch.optim.SGD
     base_options: dict[str, Any] = field(default_factory=lambda: SGD)
-    share: float = 1.0  #: of the samples at which curvature is measured: less for samples with many labels
-    ablation: bool = False  #: whether all methods are compared, or only the base, SAM and CR-SAM
+    share: float = 1.0  #: multiplies the number of samples for curvature; smaller for samples with many labels
+    ablation: bool = False  #: whether all methods are compared, or only base, SAM and CR-SAM
 
 
 def batches(
     x: torch.Tensor, y: torch.Tensor, batch_size: int, order: torch.Tensor, drop_last: bool = False
 ) -> Iterator[Samples]:
-    """Cut (x, y) into batches in ``order``, an int64 tensor of indices; the last may be smaller, or is dropped."""
+    """Yield batches of (x, y) in ``order``, an int64 tensor of indices. The last may be smaller, or is dropped."""
     stop = len(order) - len(order) % batch_size if drop_last else len(order)
     for indices in order[:stop].split(batch_size):
         yield x[indices], y[indices]
@@ -56,7 +56,7 @@ def batches(
 
 @cache
 def images(name: str) -> Splits:
-    """Return mnist1d or digits as in crsam-train; a fixed fifth of the training samples is for validation."""
+    """Return mnist1d or digits as in crsam-train, with a fixed fifth of the training samples for validation."""
     data = load_training_data(parse(["--data", name]), torch.device("cpu"))
     x, y = (torch.cat(parts) for parts in list(zip(*data.train(0, 0), strict=True))[:2])
     test = tuple(torch.cat(parts) for parts in list(zip(*data.test(), strict=True))[:2])
@@ -79,7 +79,7 @@ FILES = {
 
 @cache
 def source_code() -> Splits:
-    """Return windows of characters from modules of Python's library; the label is the next character."""
+    """Return windows of characters from modules of the standard library; each label is the next character."""
     folder = Path(sysconfig.get_path("stdlib"))
     splits = []
     for names in FILES.values():
@@ -92,7 +92,7 @@ def source_code() -> Splits:
 
 
 class Transformer(nn.Module):
-    """A transformer with two causal layers; input int64 (N, length), output (N, characters, length)."""
+    """A causal transformer with two layers. Input: int64 (N, length); output: (N, characters, length)."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A network with one GRU layer; input int64 (N, length), output (N, characters, length)."""
+    """A network with one GRU layer. Input: int64 (N, length); output: (N, characters, length)."""
 
     def __init__(self, width: int = 96) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Recurrent(nn.Module):
 
 @cache
 def neighbor_graph() -> tuple[Tensor, Tensor, Tensor]:
-    """Return scikit-learn's 1797 digits as a graph of 8 nearest neighbors: features, adjacency, labels.
+    """Return scikit-learn's 1797 digits as a graph of their 8 nearest neighbors: features, adjacency, labels.
 
     The adjacency is D^-1/2 (A + I) D^-1/2, as in Kipf and Welling (ICLR 2017).
     """
@@ -145,7 +145,7 @@ def nodes() -> Splits:
 
 
 class GraphNetwork(nn.Module):
-    """A network with two graph convolutions; input int64 (N,), node indices, output (N, 10)."""
+    """A network with two graph convolutions. Input: node indices, int64 (N,); output: (N, 10)."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
