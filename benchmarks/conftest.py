@@ -1,4 +1,4 @@
-"""Options of pytest, and the output of the measurements: a result file, a table and two figures."""
+"""Options of pytest, and output of the results: a JSON file, a table and two figures."""
 
 import json
 import sys
@@ -15,9 +15,11 @@ HERE = Path(__file__).parent
 def pytest_addoption(parser):
     group = parser.getgroup("crsam_ext")
     group.addoption("--full", action="store_true", help="all models, dtypes and base optimizers that fit into memory")
-    group.addoption("--rounds", type=int, default=15, help="measured rounds for each peer and case")
-    group.addoption("--threads", type=int, default=1, help="threads on a CPU, no more than there are idle cores")
-    group.addoption("--output", type=Path, help="the result file; by default benchmarks/results/<device>.json")
+    group.addoption("--rounds", type=int, default=15, help="measured rounds per peer and case (default: 15)")
+    group.addoption(
+        "--threads", type=int, default=1, help="threads on a CPU, at most the number of idle cores (default: 1)"
+    )
+    group.addoption("--output", type=Path, help="result file (default: benchmarks/results/<device>.json)")
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +35,7 @@ def rounds(request):
 
 @pytest.fixture(scope="session")
 def results(request, device):
-    """Return the records of the measurements, which are written at the end."""
+    """Return the records of the measurements, and write them at the end of the session."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu-{torch.get_num_threads()}"
     collected = {
         "name": name.lower().replace(" ", "-"),
@@ -56,7 +58,7 @@ def results(request, device):
 
 
 def _rounded(value):
-    """Round seconds to a hundredth of a microsecond, so that the file is readable."""
+    """Round seconds to 0.01 us to keep the file readable."""
     if isinstance(value, float):
         return round(value, 8)
     if isinstance(value, dict):

@@ -1,10 +1,10 @@
-"""What an image costs on one core: from the bytes of a JPEG to the pixels of a training sample.
+"""Time per image on one core, from the bytes of a JPEG file to the pixels of a training sample.
 
 Run ``python -m benchmarks.decoding``. The images are crops of scikit-learn's two photographs, 500x375 pixels and
-quality 92, and the same images after ``crsam-train prepare`` with a short side of 256 pixels. Each pipeline decodes,
-takes a random crop of 8 to 100 % of the area, resizes it to 224x224 and flips it: timm's transforms on images of
-Pillow, and crsam-train with each decoder. All pipelines process the same images in each round. Times are processor
-times of one thread, and ratios compare times of the same round.
+quality 92, and the same images after ``crsam-train prepare`` with a short side of 256 pixels. The pipelines are timm's
+transforms on Pillow images, and crsam-train with each decoder. Each decodes the file, takes a random crop of 8 to 100 %
+of the area, resizes it to 224x224 and flips it at random. All process the same images in each round. Times are
+processor times of one thread, and ratios compare times of the same round.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MEAN = (0.485, 0.456, 0.406)
 
 
 def photographs(count: int) -> list[bytes]:
-    """JPEG files of 500x375 pixels, parts of two photographs."""
+    """Return JPEG files of 500x375 pixels, cropped from two photographs."""
     generator = np.random.default_rng(0)
     files = []
     for index in range(count):
@@ -53,7 +53,7 @@ def photographs(count: int) -> list[bytes]:
 
 
 def shrunk(files: Sequence[bytes], folder: Path, size: int = 256, quality: int = 90) -> list[bytes]:
-    """What ``prepare`` makes of them."""
+    """Return the files as ``crsam-train prepare`` writes them."""
     made = []
     for index, data in enumerate(files):
         path = folder / f"{index}.jpg"
@@ -65,7 +65,7 @@ def shrunk(files: Sequence[bytes], folder: Path, size: int = 256, quality: int =
 
 
 def pipelines() -> dict[str, Callable[[bytes], Any]]:
-    """What is compared: each takes a file. Those without a decoder are left out, with a line."""
+    """Return the compared functions of a file. Print a line for each decoder that is not available."""
 
     def of_timm(transform: Any, data: bytes) -> Any:
         with Image.open(io.BytesIO(data)) as image:
@@ -87,16 +87,16 @@ def pipelines() -> dict[str, Callable[[bytes], Any]]:
         try:
             found[f"crsam-train, {decoder}"] = partial(ours, choose(decoder))
         except TrainingError as error:
-            print(f"left out: {error}")
+            print(f"omitted: {error}")
     return found
 
 
 def measure(files: dict[str, list[bytes]], rounds: int) -> dict[str, list[float]]:
-    """Images a second of processor time, one value a round, for each pipeline and kind of files."""
+    """Return images per second of processor time for each pipeline and kind of files, one value per round."""
     torch.set_num_threads(1)
     cells = {f"{name}, {kind}": (run, kind) for name, run in pipelines().items() for kind in files}
     rates: dict[str, list[float]] = {name: [] for name in cells}
-    for index in range(-1, rounds):  # one to warm up
+    for index in range(-1, rounds):  # the first round warms up
         for name, (run, kind) in cells.items():
             began = time.thread_time()
             for data in files[kind]:
@@ -107,8 +107,8 @@ def measure(files: dict[str, list[bytes]], rounds: int) -> dict[str, list[float]
 
 
 def table(rates: dict[str, list[float]]) -> str:
-    """A line for each: images a second, and the ratio to timm's of the same files, p20, p50 and p80 over rounds."""
-    lines = [f"{'':44}{'images/s':>9}   over timm (p20, p50, p80)"]
+    """Return a table: images per second, and p20, p50 and p80 of the ratio to timm with the same files."""
+    lines = [f"{'':44}{'images/s':>9}   relative to timm (p20, p50, p80)"]
     for name, values in rates.items():
         base = rates["timm, " + name.rpartition(", ")[2]]
         low, middle, high = bench.quantiles([x / y for x, y in zip(values, base, strict=True)])
@@ -119,9 +119,9 @@ def table(rates: dict[str, list[float]]) -> str:
 def main() -> None:
     """Measure, print the table and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--images", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--output", type=Path, default=RESULTS / "decoding.json")
+    parser.add_argument("--images", type=int, default=40, help="images per round (default: 40)")
+    parser.add_argument("--rounds", type=int, default=25, help="default: 25")
+    parser.add_argument("--output", type=Path, default=RESULTS / "decoding.json", help="result file")
     arguments = parser.parse_args()
     files = photographs(arguments.images)
     with TemporaryDirectory() as folder:

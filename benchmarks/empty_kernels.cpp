@@ -1,4 +1,4 @@
-// Launchers that launch nothing: with csrc/cuda/ops_cuda.cpp they make operators that do all of a step's host work.
+// Launchers that launch nothing. Linked with csrc/cuda/ops_cuda.cpp, they give operators that only do the host work.
 #include "kernels.h"
 
 namespace crsam {
@@ -11,7 +11,7 @@ void launch_perturb(Dtype, const Table&, const double*, int, bool, cudaStream_t)
 void launch_fd_gram(Dtype, const Table&, double*, double*, cudaStream_t) {}
 void launch_fd_combine(Dtype, const Table&, Decision, double*, double*, cudaStream_t) {}
 void launch_fd_direction(Dtype, const Table&, Decision, cudaStream_t) {}
-// A step that is sound: parameters enter the optimizer's state as they do in training.
+// Report a finite step, so that parameters enter the optimizer's state as in training.
 void launch_coefficients(const CoefficientsArguments& arguments, cudaStream_t) { arguments.flags->ok = true; }
 std::optional<Regularizer> regularizer_named(std::string_view) { return Regularizer::linear; }
 std::optional<RuleShape> shape_of_rule(std::string_view rule) {

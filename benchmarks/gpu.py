@@ -1,4 +1,4 @@
-"""Everything that needs a GPU: tests, the bandwidth of every operator, and training; the result is one JSON file.
+"""Run everything that needs a GPU: tests, the bandwidth of every operator, and training. Write one JSON file.
 
 Run ``make gpu``, which builds the extension first. The exit status is 0 if all tests passed.
 """
@@ -37,18 +37,18 @@ TESTS = (
         )
     ),
 )  # fmt: skip
-# Tests with a backend on the GPU, and tests/gpu.
+# Tests that use a backend on the GPU, and all of tests/gpu.
 SELECTION = "gpu or (cuda and not cuda_on_cpu) or (triton and not triton_interpreted)"
 BACKENDS = ("cuda", "triton")
 DTYPES = (torch.float32, torch.bfloat16)
-# Shapes of a Triton program to compare: vectors per tile, and warps.
+# Shapes of a Triton program to compare: vectors per tile and number of warps.
 BLOCKS = ((128, 4), (256, 4), (256, 8), (512, 4), (512, 8), (1024, 8), (1024, 16))
 
 
 def run_tests() -> dict[str, dict[str, object]]:
-    """Return for each file or folder of tests how many passed, failed and were skipped, and the failures.
+    """Run the tests; return for each file or folder how many passed, failed and were skipped, and the failures.
 
-    The tests run in one process per core, because they spend most of their time on the host.
+    They run in one process per core, because they spend most of their time on the host.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -81,7 +81,7 @@ def run_tests() -> dict[str, dict[str, object]]:
 
 
 def tune(device: torch.device, lengths: list[int], calls: int) -> dict[str, dict[str, float]]:
-    """Return the seconds of all Triton operators together, for each dtype and shape of a program.
+    """Return the total seconds of all Triton operators, for each dtype and shape of a program.
 
     Enter the fastest shape into BLOCKS of triton_kernels/launch.py.
     """
@@ -106,10 +106,11 @@ def tune(device: torch.device, lengths: list[int], calls: int) -> dict[str, dict
 
 
 def train_imagenet() -> dict[str, Any]:
-    """Return the result of `benchmarks.imagenet` with its defaults, which take less than ten minutes on an H100."""
+    """Return the result of `benchmarks.imagenet` with its defaults, which should take less than ten minutes on an
+    H100."""
     try:
         from . import imagenet
-    except ModuleNotFoundError as error:  # the tests and operators do not need the dependencies of training
+    except ModuleNotFoundError as error:  # only training needs these packages
         print(f"training is not measured: the package {error.name} is missing")
         return {"skipped": {"training": f"the package {error.name} is missing"}}
     return imagenet.run(imagenet.parser().parse_args([]))
@@ -123,8 +124,8 @@ def revision() -> str:
 def main() -> int:
     """Run the tests, measure the operators, print a table and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--calls", type=int, default=10, help="calls in a row in each round")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds per operator (default: 20)")
+    parser.add_argument("--calls", type=int, default=10, help="consecutive calls per round (default: 10)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -164,9 +165,9 @@ def main() -> int:
             for block, taken in sorted(blocks.items(), key=lambda item: item[1]):
                 print(f"triton {dtype_name:9} {block:24} {taken * 1e6:8.1f} us for all operators")
     report["parallel"] = parallel.measure(device, arguments.rounds, batch=128)
-    print(f"\nA step with w + e and w - e evaluated in turn, and at once\n{parallel.table(report['parallel'])}")
+    print(f"\nTime of a step with w + e and w - e evaluated in turn or together\n{parallel.table(report['parallel'])}")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    # keep the results so far, whatever happens in the longest part
+    # Keep these results even if training, the longest part, fails.
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     print("\nTraining")
     report |= train_imagenet()

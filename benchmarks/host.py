@@ -1,12 +1,12 @@
 """Host time of a step: Python, dispatch, checks and tables of pointers, without launching kernels.
 
 No GPU is needed. Backend "cuda" is its own C++ (csrc/) with empty launchers (empty_kernels.cpp); "triton" is its own
-Python with Triton's launcher, which stops before it passes the compiled kernel to the driver. Both run on CPU tensors,
-which omits two costs of a GPU: setting the current device, and the driver's part of seven launches.
+Python with Triton's launcher, which stops before it passes the compiled kernel to the driver. Both run on CPU tensors.
+This omits two costs of a GPU: setting the current device, and the driver's part of the launches.
 
-The floor is the work that no optimizer of this kind can avoid, repeated with the arguments of a real step: reading and
-clearing every ``p.grad`` in every pass, marking the parameters as written, returning g0, the calls that launch kernels,
-saving and restoring the random state, and torch's own part of ``Optimizer.step``.
+The floor is the work that no such optimizer can avoid, repeated with the arguments of a real step: reading and clearing
+every ``p.grad`` in every pass, marking the parameters as written, returning g0, the calls that launch kernels, saving
+and restoring the random state, and torch's own part of ``Optimizer.step``.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def measure(backend: str, base: str, shapes: Sequence[tuple[int, ...]], form: st
     Args:
         backend: "cuda" or "triton".
         base: "sgd" (with momentum) or "adamw".
-        shapes: shapes of the parameters; mainly their number matters.
+        shapes: shapes of the parameters. The time depends mainly on their number.
         form: "closure" for ``step(closure)``, "calls" for first_step, second_step and third_step.
-        rounds: number of measured steps, each followed by a floor.
+        rounds: number of measured steps, each followed by a measurement of the floor.
 
-    Runs in a separate process, because operators can only be registered once.
+    The measurement runs in a separate process, because operators can be registered only once per process.
     """
     arguments = json.dumps([backend, base, shapes, form, rounds])
     done = subprocess.run(
@@ -70,7 +70,7 @@ def measure(backend: str, base: str, shapes: Sequence[tuple[int, ...]], form: st
 def _measure(backend: str, base: str, shapes: Sequence[tuple[int, ...]], form: str, rounds: int) -> HostTime:
     torch.set_num_threads(1)
     with {"cuda": _empty_cuda, "triton": _empty_triton}[backend]():
-        # Their values are never read. They must have different addresses, as autograd's gradients do.
+        # Values are never read. As with autograd, the gradients of the three passes need different addresses.
         params = [torch.nn.Parameter(torch.empty(shape)) for shape in shapes]
         grads = [[torch.empty(shape) for shape in shapes] for _ in range(3)]
         cls, options = BASES[base]
@@ -91,7 +91,7 @@ def _measure(backend: str, base: str, shapes: Sequence[tuple[int, ...]], form: s
 def _step_of(
     optimizer: CRSAM, params: list[torch.nn.Parameter], grads: list[list[Tensor]], form: str
 ) -> Callable[[], float]:
-    """Return a function that makes a step and returns its seconds, excluding the assignment of gradients."""
+    """Return a function that makes a step and returns its time in seconds, without the assignment of gradients."""
     index, outside = 0, 0.0
 
     def assign() -> None:

@@ -1,9 +1,9 @@
 """Images per second at ImageNet's size: the data alone, the step alone, and training.
 
-Run ``python -m benchmarks.imagenet``; ``make gpu`` does so on a GPU. Images are synthetic JPEG files of 500x375 pixels.
-The four networks of the paper, each with the base optimizer, SAM, CR-SAM and CR-SAM with fewer passes; the data alone
-with each decoder; decoding alone with nvJPEG on a CUDA device. Measurements that would not end within --limit
-seconds are omitted.
+Run ``python -m benchmarks.imagenet``; ``make gpu`` includes it. Images are synthetic JPEG files of 500x375 pixels. It
+measures the four networks of the paper, each with the base optimizer, SAM, CR-SAM, and CR-SAM with fewer passes; the
+data alone with each decoder; and, on a CUDA device, decoding alone with nvJPEG. Measurements that may not end within
+--limit seconds are omitted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from crsam_ext.training.synthetic import picture
 
 ROOT = Path(__file__).parents[1]
 DATA = "synthetic-jpeg:1000"
-# Networks, and the optimizer that their recipes use.
+# Networks and the base optimizer of their recipes.
 MODELS = {
     "resnet50": "sgd",
     "resnet101": "sgd",
@@ -48,7 +48,7 @@ METHODS = {
     "CR-SAM cheap": "--optimizer crsam --base {base} --interval 5 --reuse --curvature-interval 10",
 }
 DECODERS = ("torchcodec", "pillow")
-START = 8.0  # seconds allowed for the start of a cell: an estimate
+START = 8.0  # estimated seconds to start a cell
 LIMIT = 570.0
 
 
@@ -61,7 +61,7 @@ def options_of(arguments: Namespace, model: str, method: str, decoder: str) -> N
 
 
 def nvjpeg(device: torch.device, batch_size: int, seconds: float) -> dict[str, Any]:
-    """Return the record of decoding batches alone, from memory to tensors (3, 375, 500) on the device."""
+    """Measure decoding alone, from files in memory to tensors (3, 375, 500) on the device, and return the record."""
     if device.type != "cuda":
         raise TrainingError("nvJPEG needs a CUDA device")
     from torchcodec.decoders import decode_jpeg
@@ -71,7 +71,7 @@ def nvjpeg(device: torch.device, batch_size: int, seconds: float) -> dict[str, A
         for index in range(batch_size)
     ]
     rates: list[float] = []
-    for index in range(-1, ROUNDS):  # the first warms up
+    for index in range(-1, ROUNDS):  # the first round warms up
         images, began = 0, time.perf_counter()
         while (spent := time.perf_counter() - began) < seconds / ROUNDS:
             decode_jpeg(files, device=device)
@@ -86,10 +86,10 @@ def nvjpeg(device: torch.device, batch_size: int, seconds: float) -> dict[str, A
 
 
 def run(arguments: Namespace) -> dict[str, Any]:
-    """Measure everything, print the progress and a table, and return the content of the result file.
+    """Measure everything, print progress and a table, and return the content of the result file.
 
     Args:
-        arguments: as :func:`parser` makes them.
+        arguments: parsed by :func:`parser`.
     """
     cells = [(model, method) for model in arguments.models for method in METHODS]
     half, of_cell, decoders = arguments.seconds / 2, arguments.seconds + START, len(arguments.decoders) + 1
@@ -102,13 +102,13 @@ def run(arguments: Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     records: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
-    longest = 0.0  # longest measurement so far: a slow device may exceed the expected time
+    longest = 0.0  # seconds of the longest measurement so far; a slow device may exceed the expected time
 
     def attempt(name: str, seconds: float, function: Callable[[], list[dict[str, Any]]]) -> None:
         nonlocal longest
         started = time.perf_counter()
         if started - began + max(seconds, longest) > arguments.limit:
-            skipped[name] = f"no time left of {arguments.limit:g} s"
+            skipped[name] = f"may exceed the limit of {arguments.limit:g} s"
         else:
             try:
                 records.extend(function())
@@ -118,10 +118,10 @@ def run(arguments: Namespace) -> dict[str, Any]:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             longest = max(longest, time.perf_counter() - started)
-        left_out = f" is left out: {skipped[name]}" if name in skipped else ""
-        print(f"{time.perf_counter() - began:6.0f} s  {name}{left_out}", flush=True)
+        omitted = f" omitted: {skipped[name]}" if name in skipped else ""
+        print(f"{time.perf_counter() - began:6.0f} s  {name}{omitted}", flush=True)
 
-    loaded: list[tuple[Data, dict[str, Any]]] = []  # of the first available decoder, whose workers serve all cells
+    loaded: list[tuple[Data, dict[str, Any]]] = []  # data and record of the first available decoder, for all cells
 
     def data_alone(decoder: str) -> list[dict[str, Any]]:
         options = options_of(arguments, arguments.models[0], "base", decoder)
@@ -133,7 +133,7 @@ def run(arguments: Namespace) -> dict[str, Any]:
 
     def cell(model: str, method: str) -> list[dict[str, Any]]:
         if not loaded:
-            raise TrainingError("there are no images")
+            raise TrainingError("no images were loaded")
         data, record = loaded[0]
         options = options_of(arguments, model, method, record["decoder"])
         state = start(options, data, device, ALONE)
@@ -155,14 +155,16 @@ def parser() -> argparse.ArgumentParser:
     on_gpu, cores = torch.cuda.is_available(), bench.cores()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seconds", type=float, default=20.0, help="per network and method (default: 20)")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=256 if on_gpu else 8)
-    parser.add_argument("--workers", type=int, default=cores, help="processes for the images (default: one per core)")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help="of timm")
+    parser.add_argument("--image-size", type=int, default=224, help="side of a training image (default: 224)")
+    parser.add_argument("--batch-size", type=int, default=256 if on_gpu else 8, help="default: 256, on a CPU 8")
+    parser.add_argument("--workers", type=int, default=cores, help="processes that load images (default: one per core)")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="names in timm")
     parser.add_argument(
-        "--decoders", nargs="+", choices=DECODERS, default=list(DECODERS), help="training uses the first"
+        "--decoders", nargs="+", choices=DECODERS, default=list(DECODERS), help="training uses the first available one"
     )
-    parser.add_argument("--limit", type=float, default=LIMIT, metavar="SECONDS", help="that all may take")
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, metavar="SECONDS", help="for all measurements (default: 570)"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "imagenet.json")
     return parser
 

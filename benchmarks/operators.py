@@ -1,4 +1,4 @@
-"""GB/s of each operator of a fused backend, compared with a copy of the same bytes."""
+"""Bandwidth in GB/s of each operator of a fused backend, compared with that of a copy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ADAMW = AdamOptions(
 
 
 class Contestant(NamedTuple):
-    """A call to measure, and the bytes that it reads and writes for each parameter."""
+    """A call to measure, and the bytes that it reads and writes per parameter."""
 
     nbytes: int
     call: Callable[[], object]
@@ -33,7 +33,7 @@ class Contestant(NamedTuple):
 def contestants(
     backend: str, dtype: torch.dtype, device: torch.device, lengths: Sequence[int]
 ) -> dict[str, Contestant]:
-    """Return a copy, then the operators of a backend over rows of the given lengths."""
+    """Return a copy and the operators of a backend on rows of the given lengths."""
     operators = backends.load(backend)
     wide = compute_dtype(dtype)
 
@@ -122,8 +122,8 @@ def stopwatch(call: Callable[[], object], device: torch.device, calls: int) -> C
 
 
 def host_seconds(call: Callable[[], object], device: torch.device, calls: int) -> float:
-    """Return the host seconds of one call: of issuing it, not of waiting for it."""
-    call()  # makes tables and copies them to the device
+    """Return the host seconds that it takes to issue a call, without waiting for its result."""
+    call()  # builds tables and copies them to the device
     began = time.perf_counter()
     for _ in range(calls):
         call()
@@ -136,10 +136,10 @@ def host_seconds(call: Callable[[], object], device: torch.device, calls: int) -
 def measure(
     backend: str, dtype: torch.dtype, device: torch.device, lengths: Sequence[int], rounds: int, calls: int
 ) -> dict[str, dict[str, float]]:
-    """Return for the copy and each operator: quantiles of seconds, bytes, GB/s, the ratio to the copy's GB/s, host
-    seconds.
+    """Return, for the copy and each operator, quantiles of seconds, bytes, GB/s, their ratio to the copy's GB/s, and
+    host seconds.
 
-    All take turns, so that drift of the machine's speed favors none; the ratio is computed in each round.
+    All run in every round, so that drift of the machine's speed favors none. Ratios are computed within a round.
     """
     entries = contestants(backend, dtype, device, lengths)
     watches = {name: stopwatch(entry.call, device, calls) for name, entry in entries.items()}

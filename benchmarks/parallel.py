@@ -1,7 +1,7 @@
-"""Time of a step that evaluates w + e and w - e together, by vmap, against a step of two passes.
+"""Time of a step that evaluates w + e and w - e together, by vmap, relative to a step that evaluates them in turn.
 
-Run ``python -m benchmarks.parallel``; ``make gpu`` does so on a GPU. Both alternate, step by step, and a ratio compares
-adjacent steps, so that drift of the machine's speed favors none.
+Run ``python -m benchmarks.parallel``; ``make gpu`` includes it. The two kinds of steps alternate and a ratio compares
+adjacent steps, so that drift of the machine's speed favors neither.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def measure(device: torch.device, rounds: int, batch: int) -> dict[str, dict[str
         x, y = torch.randn(batch, 3, 32, 32, device=device), torch.randint(CLASSES, (batch,), device=device)
         steps = [_sequential(models[0], x, y), _parallel(models[1], x, y)]
         times: list[tuple[float, float]] = []
-        for index in range(-3, rounds):  # three to warm up
+        for index in range(-3, rounds):  # three warm-up rounds
             pair = tuple(_seconds(step, device) for step in steps)
             if index >= 0:
                 times.append((pair[0], pair[1]))
@@ -107,7 +107,7 @@ def _seconds(step: Callable[[], object], device: torch.device) -> float:
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """Return a table of the milliseconds of a step in both forms and their ratio."""
-    lines = [f"{'':16}{'batch':>7}{'in turn ms':>12}{'at once ms':>12}{'ratio p20':>11}{'p50':>7}{'p80':>7}"]
+    lines = [f"{'':16}{'batch':>7}{'in turn ms':>12}{'together ms':>12}{'ratio p20':>11}{'p50':>7}{'p80':>7}"]
     for name, x in results.items():
         ratios = f"{x['ratio p20']:11.2f}{x['ratio p50']:7.2f}{x['ratio p80']:7.2f}"
         lines.append(f"{name:16}{x['batch']:7}{1e3 * x['sequential']:12.1f}{1e3 * x['parallel']:12.1f}{ratios}")

@@ -1,10 +1,10 @@
-"""The compared implementations of the work between the gradients of a step, all with the same result.
+"""The compared implementations of the work between the gradients of a step. All give the same result.
 
-A peer is a function of parameters and a :class:`Case`, which returns a list of phases, one for each pass of the step:
-functions of that pass's gradients. tests/test_benchmarks.py compares all of them in float64. To add a peer, write a
-function and enter it into `PEERS`; the bytes of peers that consist of PyTorch's operators are counted automatically.
+A peer is a function of the parameters and a :class:`Case`. It returns a list of phases, one for each pass of the step.
+A phase is a function of that pass's gradients. tests/test_benchmarks.py compares all peers in float64. To add one,
+write a function and add it to `PEERS`. The bytes of peers made of PyTorch's operators are counted automatically.
 
-float16 and bfloat16 parameters have float32 masters, as everywhere in this project: w is the master, and the perturbed
+As everywhere in this project, float16 and bfloat16 parameters have float32 masters: w is the master, and the perturbed
 or updated master is rounded into the parameter.
 """
 
@@ -35,8 +35,8 @@ Phase = Callable[[Sequence[Tensor]], None]
 class Case(NamedTuple):
     """The settings of a comparison."""
 
-    method: str  #: "crsam", of three passes, or "sam", of two
-    base: str  #: "sgd", with momentum, or "adamw"
+    method: str  #: "crsam" (three passes) or "sam" (two)
+    base: str  #: "sgd" (with momentum) or "adamw"
 
     @property
     def passes(self) -> int:
@@ -44,8 +44,8 @@ class Case(NamedTuple):
 
 
 def _masters(params: Sequence[Parameter]) -> list[Tensor]:
-    """Return the tensors that the base optimizer updates: float32 copies of 16-bit parameters, otherwise the
-    parameters."""
+    """Return the tensors that the base optimizer updates: float32 copies of 16-bit parameters, or the parameters
+    themselves."""
     wide = compute_dtype(params[0].dtype)
     return list(params) if params[0].dtype == wide else [Parameter(p.detach().to(wide)) for p in params]
 
@@ -142,7 +142,7 @@ def foreach(params: list[Parameter], case: Case) -> list[Phase]:
     return [first, second, last] if case.passes == 3 else [first, last]
 
 
-# One long tensor for everything --------------------------------------------------------------------------------------
+# One flat buffer for all parameters ----------------------------------------------------------------------------------
 
 
 def _flat_first(live: Tensor, saved: Tensor, g: Tensor) -> Tensor:
@@ -216,12 +216,12 @@ def _flat(params: list[Parameter], case: Case, compile: bool) -> list[Phase]:
 
 
 def flat_eager(params: list[Parameter], case: Case) -> list[Phase]:
-    """Use flat buffers and PyTorch's operators; gradients are gathered."""
+    """Use flat buffers, into which gradients are gathered, and PyTorch's operators."""
     return _flat(params, case, compile=False)
 
 
 def flat_compiled(params: list[Parameter], case: Case) -> list[Phase]:
-    """Compute the same, fused by ``torch.compile``, with one call per phase."""
+    """Do the same as :func:`flat_eager`, fused by ``torch.compile``, with one call per phase."""
     return _flat(params, case, compile=True)
 
 
@@ -229,7 +229,7 @@ def flat_compiled(params: list[Parameter], case: Case) -> list[Phase]:
 
 
 def _phase(params: list[Parameter], call: Callable[..., None]) -> Phase:
-    """Return one of the calls of a step, with its gradients."""
+    """Return a phase that assigns the gradients and makes one of the calls of a step."""
 
     def run(grads: Sequence[Tensor]) -> None:
         for p, g in zip(params, grads, strict=True):
@@ -241,7 +241,7 @@ def _phase(params: list[Parameter], call: Callable[..., None]) -> Phase:
 
 def _crsam(**options: Any) -> Callable[[list[Parameter], Case], list[Phase]]:
     def make(params: list[Parameter], case: Case) -> list[Phase]:
-        """Use this project's optimizer, through its calls."""
+        """Use this project's optimizer through first_step, second_step and third_step."""
         weights = {"alpha": ALPHA, "beta": BETA} if case.passes == 3 else {"alpha": 0.0, "beta": 0.0}
         optimizer = CRSAM(params, CLASSES[case.base], rho=RHO, **weights, **options, **BASES[case.base])
 
@@ -252,7 +252,7 @@ def _crsam(**options: Any) -> Callable[[list[Parameter], Case], list[Phase]]:
 
 
 def pytorch_optimizer_sam(params: list[Parameter], case: Case) -> list[Phase]:
-    """Use SAM of the package pytorch_optimizer."""
+    """Use SAM from the package pytorch_optimizer."""
     from pytorch_optimizer import SAM
 
     optimizer = SAM(params, CLASSES[case.base], rho=RHO, perturb_eps=EPSILON, **BASES[case.base])
@@ -261,8 +261,8 @@ def pytorch_optimizer_sam(params: list[Parameter], case: Case) -> list[Phase]:
 
 
 def base_alone(params: list[Parameter], case: Case) -> list[Phase]:
-    """Use torch's fused SGD or AdamW with the last gradient: the floor of the last phase. It is not SAM, so not
-    compared."""
+    """Use torch's fused SGD or AdamW with the last gradient: the floor of the last phase. It does not compute SAM, so
+    its result is not compared."""
     optimizer = CLASSES[case.base](params, fused=True, **BASES[case.base])
 
     def last(grads: Sequence[Tensor]) -> None:
@@ -273,7 +273,7 @@ def base_alone(params: list[Parameter], case: Case) -> list[Phase]:
     return [*[lambda grads: None] * (case.passes - 1), last]
 
 
-#: Peers by name. Only `base_alone` computes another result.
+#: Peers by name. All but `base_alone` compute the same result.
 PEERS: dict[str, Callable[[list[Parameter], Case], list[Phase]]] = {
     "loop": loop,
     "foreach": foreach,
@@ -300,5 +300,5 @@ def available(name: str, case: Case, dtype: torch.dtype) -> bool:
 
 
 def make(name: str, params: list[Parameter], case: Case) -> list[Phase]:
-    """Return the phases of a peer, without gradient recording."""
+    """Return the phases of a peer, each run without recording gradients."""
     return [torch.no_grad()(phase) for phase in PEERS[name](params, case)]

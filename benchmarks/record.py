@@ -1,4 +1,4 @@
-"""Measure one peer: time compared with a copy and the loop, bytes, launches, memory, synchronizations."""
+"""Measure one peer: time relative to a copy and to the loop, bytes, launches, memory, synchronizations."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from .shapes import MODELS
 __all__ = ["FUSED_LAUNCHES", "Contest", "Operations", "fused_bytes", "measure", "memory"]
 
 _LEAST_COPY = 64 * 2**20  # bytes: a shorter copy would stay in a cache
-#: Norm, scale, perturbation, norm (shows an overflow), perturbation, Gram matrix, coefficients, step; or without the
-#: fourth, fifth and sixth, but with a norm of the second gradient.
+#: CR-SAM: norm, scale, perturbation, norm (detects an overflow), perturbation, Gram matrix, coefficients, step. SAM:
+#: norm, scale, perturbation, norm of the second gradient, coefficients, step.
 FUSED_LAUNCHES = {"crsam": 8, "sam": 6}
 
 
 def fused_bytes(case: Case, dtype: torch.dtype, gram: bool = True, gathered: bool = False) -> int:
-    """Return the bytes that a fused step moves for each parameter; benchmarks/README.md derives them.
+    """Return the bytes that a fused step moves per parameter; benchmarks/README.md derives them.
 
     Args:
-        gram: with the Gram matrix; without it, the norm of the last gradient shows whether it is finite.
-        gathered: gradients are copied into a buffer first, and not checked for NaN or Inf.
+        gram: whether the Gram matrix is computed; if not, the norm of the last gradient shows whether it is finite.
+        gathered: whether gradients are first copied into a buffer; they are then not checked for NaN or Inf.
     """
 
     def of(operator: str, *variant: int) -> int:
@@ -94,9 +94,10 @@ class Operations(TorchDispatchMode):
 
 
 def memory(body: Callable[[], object]) -> tuple[int, int, int]:
-    """Return the bytes allocated during ``body``, at most and at its end, and the number of allocations.
+    """Run ``body`` and return the peak of allocated bytes, the bytes held at its end, and the number of allocations.
 
-    Bytes allocated before are not included. A CPU uses the events of torch's allocator, a GPU its counters.
+    Earlier allocations are not included. On a CPU the numbers come from the events of torch's allocator, on a GPU from
+    its counters.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -119,7 +120,7 @@ def memory(body: Callable[[], object]) -> tuple[int, int, int]:
 
 
 def synchronisations(body: Callable[[], object], device: torch.device) -> int | str:
-    """Count how often the host waits for the device."""
+    """Return how often ``body`` makes the host wait for the device."""
     if device.type != "cuda":
         return "n/a"
     torch.cuda.synchronize()
@@ -155,7 +156,7 @@ class Contest:
 
         initial = tensors(0.05)
         self.gradients = [tensors(1e-3) for _ in range(case.passes)]
-        # The size of the copy is that of this project's step, whatever the peer moves.
+        # The copy has the size of this project's step, regardless of the peer.
         self.copied = fused_bytes(case, dtype) * self.elements
         n = max(self.elements * 4, _LEAST_COPY) // 4
         self._source, self._target = (torch.zeros(n, device=device) for _ in range(2))
@@ -168,13 +169,13 @@ class Contest:
             self._peer += make(peer, [Parameter(x.clone()) for x in initial], case)
             self.step()
 
-        # A peer that moves the parameters frees their old memory.
+        # Subtract the parameters, because a peer that moves them frees their old memory.
         parameters = self.elements * dtype.itemsize
         peak, held, _ = memory(begin)
         self.record["peak_bytes"], self.record["held_bytes"] = peak - parameters, held - parameters
 
     def step(self) -> None:
-        """Make a step of the peer."""
+        """Make one step of the peer."""
         for phase, grads in zip(self._peer, self.gradients, strict=True):
             phase(grads)
 
@@ -205,7 +206,7 @@ class Contest:
         return time.perf_counter()
 
     def finish(self, seconds: list[float]) -> dict[str, Any]:
-        """Return the record, completed with the counters."""
+        """Add the counters to the record and return it."""
         rounds = len(seconds)
         self.record["seconds"] = seconds
         for name in ("phases", "copy", "loop"):
@@ -231,13 +232,13 @@ class Contest:
 
 @contextmanager
 def _uncompiled() -> Iterator[None]:
-    """Disable compilation: a dispatch mode cannot see compiled functions, which need not be compiled again for it."""
+    """Run compiled functions eagerly: a dispatch mode cannot see into them and would trigger recompilation."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 def measure(model: str, peer: str, case: Case, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Return a record without pytest-benchmark."""
+    """Measure without pytest-benchmark and return the record."""
     contest = Contest(model, peer, case, dtype, device)
     contest.step()
     for _ in range(rounds):

@@ -1,8 +1,8 @@
 """Training step time on several GPUs: CR-SAM with one, two and three all-reduces of the gradient, and SGD.
 
-Run ``torchrun --nproc-per-node 8 -m benchmarks.replicas`` on each node: one process for each GPU, with NCCL. ResNet-50
-in bfloat16 autocast on random images. ``--trace FOLDER`` writes a profile of a step of each form, in which the
-all-reduce of the last pass should overlap its backward.
+Run ``torchrun --nproc-per-node 8 -m benchmarks.replicas`` on each node, with one process per GPU. It trains ResNet-50
+with bfloat16 autocast on random images and uses NCCL. ``--trace FOLDER`` writes a profile of one step of each form. In
+it, the all-reduce of the last pass should overlap with its backward pass.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from crsam_ext import CRSAM
 
 FORMS = {
     "SGD": "1 all-reduce, one pass",
-    "every pass": "3 all-reduces: made without model=",
+    "every pass": "3 all-reduces: CRSAM without model=",
     "sync_perturbation": "2 all-reduces: one e for all ranks",
     "local": "1 all-reduce: one e per rank",
 }
@@ -51,7 +51,7 @@ def step_of(form: str, batch: int, device: torch.device) -> Callable[[], object]
 
 
 def measure(step: Callable[[], object], rounds: int) -> list[float]:
-    """Return milliseconds of steps between two events, after warm-up steps that choose kernels and arrange buckets."""
+    """Return the milliseconds of each step, after warm-up steps that choose kernels and arrange buckets."""
     for _ in range(6):
         step()
     times = []
@@ -68,9 +68,9 @@ def measure(step: Callable[[], object], rounds: int) -> list[float]:
 def main() -> int:
     """Print a line for each form."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--batch", type=int, default=128, help="images of a GPU")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--trace", type=Path)
+    parser.add_argument("--batch", type=int, default=128, help="images per GPU (default: 128)")
+    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each form (default: 10)")
+    parser.add_argument("--trace", type=Path, metavar="FOLDER", help="write a profile of one step of each form")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("torch finds no CUDA device", file=sys.stderr)
@@ -81,7 +81,9 @@ def main() -> int:
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
     if rank == 0:
-        print(f"{size} x {torch.cuda.get_device_name()}, torch {torch.__version__}, ResNet-50, {arguments.batch} a GPU")
+        print(
+            f"{size} x {torch.cuda.get_device_name()}, torch {torch.__version__}, ResNet-50, {arguments.batch} per GPU"
+        )
     for form, what in FORMS.items():
         torch.cuda.empty_cache()
         step = step_of(form, arguments.batch, device)

@@ -1,4 +1,4 @@
-"""Parameter shapes of networks, in order, as plain data; tests compare them with timm and crsam_ext.training."""
+"""Parameter shapes of networks, in order, as plain data. Tests compare them with timm and crsam_ext.training."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Shapes = list[tuple[int, ...]]
 
 
 def _norm(width: int) -> Shapes:
-    """Weight and bias."""
+    """Return a weight and a bias."""
     return [(width,), (width,)]
 
 
 def _resnet(blocks: tuple[int, int, int, int], bottleneck: bool) -> Shapes:
-    """He et al., 2016, for ImageNet."""
+    """Return a ResNet for ImageNet (He et al., 2016)."""
     shapes: Shapes = [(64, 3, 7, 7), *_norm(64)]
     inputs = 64
     for width, count in zip((64, 128, 256, 512), blocks, strict=True):
@@ -48,7 +48,7 @@ def resnet101() -> Shapes:
 
 
 def wrn28_10() -> Shapes:
-    """Zagoruyko and Komodakis, 2016, for CIFAR-10: 36,479,194 elements."""
+    """WRN-28-10 for CIFAR-10 (Zagoruyko and Komodakis, 2016): 36,479,194 elements."""
     shapes: Shapes = [(16, 3, 3, 3)]
     inputs = 16
     for width in (160, 320, 640):
@@ -61,7 +61,8 @@ def wrn28_10() -> Shapes:
 
 
 def pyramidnet110() -> Shapes:
-    """Han et al., 2017, additive with 270 more channels, for CIFAR-10: 28,485,477 elements with basic blocks."""
+    """Additive PyramidNet with 270 more channels and basic blocks, for CIFAR-10 (Han et al., 2017): 28,485,477
+    elements."""
     shapes: Shapes = [(16, 3, 3, 3), *_norm(16)]
     inputs = 16
     for block in range(54):
@@ -76,14 +77,14 @@ def _linear(outputs: int, inputs: int) -> Shapes:
 
 
 def _transformer(width: int, depth: int) -> Shapes:
-    """Blocks with a hidden layer of four times the width."""
+    """Return transformer blocks whose hidden layer has four times the width."""
     block = [*_norm(width), *_linear(3 * width, width), *_linear(width, width)]
     block += [*_norm(width), *_linear(4 * width, width), *_linear(width, 4 * width)]
     return block * depth
 
 
 def _vit(width: int, depth: int, patch: int) -> Shapes:
-    """Dosovitskiy et al., 2021, for 224 x 224 pixels and 1000 classes."""
+    """Return a ViT for 224 x 224 pixels and 1000 classes (Dosovitskiy et al., 2021)."""
     tokens = (224 // patch) ** 2 + 1
     first: Shapes = [(1, 1, width), (1, tokens, width), (width, 3, patch, patch), (width,)]
     return [*first, *_transformer(width, depth), *_norm(width), *_linear(1000, width)]
@@ -110,7 +111,7 @@ def gpt3_xl() -> Shapes:
 
 
 def tiny() -> Shapes:
-    """3000 tensors of 1 to 64 elements, to measure overhead alone."""
+    """3000 tensors of 1 to 64 elements, to measure only the overhead."""
     return [(1 + i % 64,) for i in range(3000)]
 
 

@@ -1,9 +1,9 @@
 """Host time of a step on shards: CRSAM with AdamW, and torch.optim.AdamW, on DTensors and on plain tensors.
 
 `python -m benchmarks.sharded_host` simulates rank 5 of 4096 in one process: a fake process group performs collectives
-without communication. The plain tensors are the same shards, so the difference is the cost of DTensors.
-Gradients are assigned outside of the timed part. Backend "cuda" is its own C++ without launching kernels
-(host.py); "torch" and AdamW include the arithmetic on the shards, which are small.
+without communication. The plain tensors are the same shards, so the difference is the cost of DTensors. The assignment
+of gradients is not timed. Backend "cuda" is its own C++ without launching kernels (host.py). "torch" and AdamW include
+the arithmetic on the shards, which are small.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RANK, RANKS = 5, 4096
 
 
 def small() -> Shapes:
-    """10,000 tensors, of which every rank holds 1 to 8 elements."""
+    """Return 10,000 tensors of which every rank holds 1 to 8 elements."""
     return [((1 + i % 8) * RANKS,) for i in range(10_000)]
 
 
@@ -76,7 +76,7 @@ def step_of(peer: str, shapes: Shapes, mesh: Any, plain: bool) -> Callable[[], f
 def main() -> None:
     """Print a table, and write a result file with p20, p50 and p80 in milliseconds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each kind (default: 15)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "sharded-host.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The optimizer's part of a step: ``pytest benchmarks`` or ``make bench``; see benchmarks/README.md."""
+"""Measure the optimizer's part of a step. Run ``make bench`` or ``pytest benchmarks``; see benchmarks/README.md."""
 
 import time
 
@@ -47,7 +47,7 @@ def pytest_generate_tests(metafunc):
 
 def test_step(model, case, dtype, peer, device, rounds, results, benchmark):
     if not available(peer, case, dtype):
-        pytest.skip("not available here, or does not compute this case")
+        pytest.skip("the peer is not available or does not support this case")
     elements = sum(torch.Size(shape).numel() for shape in MODELS[model]())
     # The peer and the loop, each with parameters, state, stored gradients and temporaries.
     needed, free = 20 * 4 * elements, psutil.virtual_memory().available

@@ -1,8 +1,8 @@
 """Time of a whole training step of ResNet-50 on a GPU: torch's SGD, SAM, and CR-SAM with each backend.
 
-Run ``python -m benchmarks.training_step``. Batch of 256 images of 224 x 224, channels last, bfloat16 autocast, as one
-tensor on the device, so that no loader is measured. "device" is the time between two events, before
-and after a step; "host" is the time until the step was issued; p50 over the rounds.
+Run ``python -m benchmarks.training_step``. The batch, 256 images of 224 x 224 pixels, is one channels-last tensor on
+the device, so no loader is measured. Training uses bfloat16 autocast. "device" is the time between events before and
+after a step, "host" the time until the step was issued. Both are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def step_of(case: str, batch: int) -> Callable[[], object]:
 
 
 def measure(step: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Return milliseconds of a step on the device, and of the host until the step was issued."""
+    """Return the milliseconds of a step on the device, and those until the host has issued it."""
     for _ in range(6):  # warm up: choose and compile kernels, capture a graph
         step()
     device, host = [], []
@@ -72,8 +72,8 @@ def measure(step: Callable[[], object], rounds: int) -> tuple[float, float]:
 def main() -> int:
     """Print a line for each case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=256, help="images per batch (default: 256)")
+    parser.add_argument("--rounds", type=int, default=8, help="timed steps of each case (default: 8)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("torch finds no CUDA device", file=sys.stderr)

@@ -48,7 +48,7 @@ def after_steps(name, case, dtype, steps=3):
 @pytest.mark.parametrize("name", [name for name in PEERS if name not in ("loop", "torch, base alone")])
 def test_peers_agree(name, case, cuda_on_cpu):
     if not available(name, case, torch.float64):
-        pytest.skip(f"{name} is not available here, or does not compute {case.method}")
+        pytest.skip(f"{name} is not available or does not support {case.method}")
     for actual, expected in zip(*(after_steps(n, case, torch.float64) for n in (name, "loop")), strict=True):
         # About 30 roundings of numbers of order 1 per step; AdamW also divides by sqrt(v), of order 1.
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
