@@ -20,7 +20,7 @@ from . import __version__, available_backends, extension
 
 # Installed versions come from metadata: an import of all of these would take half a minute.
 _PACKAGES = ("numpy", "timm", "torchvision", "torchcodec", "lightning", "accelerate", "transformers")
-# Packages with compiled parts that often do not match torch. They load fast enough to be tried.
+# Packages whose compiled parts often do not match torch. They load fast enough for a trial import.
 _IMPORTED = ("numpy", "torchcodec", "torchvision", "triton")
 _VARIABLES = (
     "CUDA_HOME",
@@ -39,7 +39,7 @@ _FOLDERS = r"(?<![\w./])(?:~|[A-Za-z]:)?[/\\](?:[^/\\\s:;'\"]+[/\\])+"
 
 
 def main() -> int:
-    """Print the report; a part that fails is reported as such. Returns the exit code, which is 0."""
+    """Print the report and return the exit code, 0. If a part of the report fails, its error is printed instead."""
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:  # a terminal or pipe may be unable to encode a character of a message
         reconfigure(errors="replace")
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def report() -> str:
-    """Return the environment as a Markdown code block without names of users and without folders."""
+    """Return the environment as a Markdown code block without user names and folders."""
     parts: list[tuple[str, Callable[[], Iterator[tuple[str, object]]]]] = [
         ("versions", _versions),
         ("backends", lambda: iter(available_backends().items())),
@@ -86,7 +86,7 @@ def _versions() -> Iterator[tuple[str, object]]:
 
 
 def _package(name: str) -> str:
-    """Return the version of an installed package, and the error if it is one of those that are imported and fails."""
+    """Return the version of an installed package and, for those in ``_IMPORTED``, the error of a failed import."""
     try:
         version = metadata.version(name) or "unknown version"
     except Exception as error:  # damaged metadata raises more than PackageNotFoundError
@@ -130,9 +130,7 @@ def _cpu() -> str:
         name = found[1] if found else name
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     instructions = torch.backends.cpu.get_cpu_capability()
-    return (
-        f"{name}, {usable} of {os.cpu_count()} cores usable, {instructions}, {torch.get_num_threads()} threads of torch"
-    )
+    return f"{name}, {usable} of {os.cpu_count()} cores usable, {instructions}, {torch.get_num_threads()} torch threads"
 
 
 def _gpu(index: int) -> str:

@@ -43,7 +43,7 @@ _TORCHS_OWN = ("_optimizer_", "_zero_grad_profile_name", "_warned_capturable_if_
 
 
 def storage_is_shared(storage: torch.UntypedStorage) -> bool:
-    """Return whether ``storage`` has other users than the caller's tensor: views, ``detach()``, a NumPy array.
+    """Return whether ``storage`` has users other than the caller's tensor: views, ``detach()``, a NumPy array.
 
     Return False if torch does not provide the reference count.
     """
@@ -81,7 +81,7 @@ def mark_of_python() -> Any:
 
 
 def mark_of_numpy(numpy_random: Any) -> Any:
-    """Return a value that changes with the global generator of ``numpy.random``; None if it is no Mersenne Twister.
+    """Return a value that changes with the global generator of ``numpy.random``; None if it is not MT19937.
 
     It does not include the cached second normal variate (``has_gauss`` of the state). Reading it is fifty times faster
     than reading the state.

@@ -54,7 +54,7 @@ class GradScaler(torch.amp.GradScaler):
         if closure is None and state["stage"] is not OptState.READY:  # after combine() and unscale_()
             return super().step(optimizer)
         if state["stage"] is not OptState.READY:
-            raise RuntimeError("step(optimizer, closure) called after unscale_() or step(): update() is due")
+            raise RuntimeError("step(optimizer, closure) called after unscale_() or step(): call update() first")
         if self._scale is None:  # nothing has been scaled yet
             self._lazy_init_scale_growth_tracker(optimizer.param_groups[0]["params"][0].device)
         scale = self._get_scale_async()

@@ -229,7 +229,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 
 def _kind(peer: str) -> str:
-    """Return the kind of a peer, which its color stands for."""
+    """Return the kind of a peer, which determines its color."""
     if peer.startswith("crsam_ext"):
         return "crsam_ext"
     return {"loop": "loop", "torch, base alone": "reference"}.get(peer, "other")
@@ -290,11 +290,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     before, after = (json.loads(path.read_text()) for path in (given.before, given.after))
     if before["device"] != after["device"]:
-        print(f"note: {before['device']} and {after['device']}")
+        print(f"note: the devices differ: {before['device']} and {after['device']}")
     options, others = before.get("options", {}), after.get("options", {})
     for name in sorted(options.keys() & others.keys()):
         if options[name] != others[name]:
-            print(f"note: {name} {options[name]} and {others[name]}")
+            print(f"note: {name} differs: {options[name]} and {others[name]}")
     slower = compare(before, after)
     print("\n".join(slower) or "nothing is slower")
     return int(bool(slower))

@@ -313,7 +313,7 @@ def ascent_gap(
     training: bool = False,
     progress: bool = False,
 ) -> AscentGap:
-    r"""Measure which share of the loss increase within a ball SAM's single ascent step reaches.
+    r"""Measure how much of the maximum loss increase within a ball SAM's single ascent step achieves.
 
     SAM uses :math:`w + \rho\, g/\|g\|` as the worst point within rho of w. This function searches for a worse point by
     normalized gradient ascent. It starts at SAM's point, takes steps of length rho, and projects each result onto the
@@ -488,7 +488,7 @@ class _Objective:
         if not self.samples:
             raise ValueError("the loader has no samples" if index >= 0 else "the loader has no batches")
         if not self.weight:
-            raise ValueError("the loss ignores all targets of the loader, or gives their classes no weight")
+            raise ValueError("the loss ignores all targets of the loader, or gives their classes a weight of 0")
 
     def loss(self) -> float:
         return math.fsum(batch.weight * batch.loss().item() for batch in self.batches()) / self.weight

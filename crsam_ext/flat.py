@@ -818,7 +818,7 @@ class FlatParameters:
         return taken
 
     def _take_as_they_are(self, bucket: Bucket, here: Sequence[Tensor | None], views: bool) -> Gradients | None:
-        """Take the gradients of a bucket out of ``p.grad`` without a copy; None, and they stay, if this is impossible.
+        """Take the gradients of a bucket out of ``p.grad`` without a copy; if impossible, leave them and return None.
 
         Args:
             here: for DTensors, the local shard of each gradient.

@@ -13,7 +13,7 @@ from .optimizer import CRSAM
 
 __all__ = ["GraphedStep"]
 
-# Options that schedulers change. As tensors on the device, every replay reads their current values.
+# Options that schedulers change. They become tensors on the device, so every replay reads their current values.
 _SCHEDULED = ("lr", "rho", "alpha", "beta")
 
 
@@ -172,7 +172,7 @@ class _GraphNoise(SharedNoise):
         self._generator.graphsafe_set_state(self._states[0])
 
     def align(self) -> None:
-        """Set all states to the first, before a replay: other code may have drawn from the generator since the last."""
+        """Set all states to the first one, because other code may have drawn numbers since the last replay."""
         first = self._states[0].get_state()
         for state in self._states[1:]:
             state.set_state(first)

@@ -112,7 +112,7 @@ def take_gradients(params: Column, views: bool) -> Column | None:
         params: of one dtype and device, without gaps in their memory.
         views: whether views are safe, because no backward runs before they are used.
     Returns:
-        The gradients; None, and they stay in ``p.grad``, if one is missing or must be copied.
+        The gradients. If one is missing or must be copied, all stay in ``p.grad``, and the result is None.
     """
     grads: Any = Column(map(_grad_of, params))
     if not all(map(is_not, grads, repeat(None))):

@@ -341,7 +341,7 @@ class Operators(ABC):
 
         Args:
             out: rows in the compute dtype, written; 0 if not ``ok``.
-            grads: for each pass, the rows of its gradient: g0, g+ and g-. (If :math:`c_i = 0`, the last can be any.)
+            grads: for each pass, the rows of its gradient: g0, g+ and g- (any tensors for g- if its :math:`c_i = 0`).
             groups: the group of each row.
             pass_weights: float64 [PASSES - 1, groups], see :class:`Coefficients`.
             factor: 0-dim float64, c.

@@ -267,9 +267,7 @@ class CRSAM(Optimizer):
                 'curvature_interval > 1 leaves out losses that estimator="loss" needs: use estimator="gradient"'
             )
         if reuse and interval == 1:
-            raise ValueError(
-                "reuse=True applies to the steps between two perturbed steps, and there are none with interval=1"
-            )
+            raise ValueError("reuse=True applies to the steps between two perturbed steps: set interval to 2 or more")
         self.interval, self.curvature_interval, self.reuse = interval, curvature_interval, reuse
         self.regularizer, self.estimator = regularizer, estimator
         self.max_grad_norm, self.max_regularizer_ratio = max_grad_norm, max_regularizer_ratio
@@ -340,7 +338,9 @@ class CRSAM(Optimizer):
 
     @property
     def model(self) -> torch.nn.Module | None:
-        """The model whose buffers and replicas are handled. It can be set until the first step, after wrapping it.
+        """The model whose buffers and replicas are handled.
+
+        It can be set until the first step, for example after the model was wrapped.
 
         Raises:
             RuntimeError: if it is set after the first step.
@@ -360,10 +360,10 @@ class CRSAM(Optimizer):
         self.model_buffers = None if model is None else ModelBuffers(model)
         self.replicas = self._replicas_of(model)
         if self.replicas is None and self.sync_perturbation is not False:
-            raise ValueError("sync_perturbation needs several ranks: give a DistributedDataParallel as model=")
+            raise ValueError("sync_perturbation needs several ranks: pass a DistributedDataParallel as model=")
         if self.replicas is None and self.shard_state:
             raise ValueError(
-                "shard_state=True is about the ranks of a DistributedDataParallel: give that as model= (fully_shard "
+                "shard_state=True needs the ranks of a DistributedDataParallel: pass one as model= (fully_shard "
                 "already shards the state along with the parameters)"
             )
 
@@ -784,7 +784,7 @@ class CRSAM(Optimizer):
         return self._difference if self.curvature_interval > 1 and self._curved else None
 
     def _kept_direction(self, passes: int) -> SharpnessDirection | None:
-        """Return the direction h if a step of so many passes writes or reads it, else None."""
+        """Return the direction h if a step with this number of passes writes or reads it, else None."""
         between = self.stats.steps % self.interval > 0
         return self._direction if self.reuse and (passes > 1) != between and self._perturbs else None
 
@@ -1177,7 +1177,7 @@ class CRSAM(Optimizer):
             self._reset()
             return
         attributes = state.pop("_base_attributes", {})
-        # Pickles of earlier versions contain what are properties now, and lack what was added later.
+        # Pickles of earlier versions contain attributes that are now properties, and lack attributes added since.
         groups, _ = state.pop("param_groups", None), state.pop("state", None)
         base = state["base_optimizer"]
         shares_names = bool(state["_own"].keys() & base.defaults.keys())
@@ -1217,7 +1217,7 @@ def _with_gradients(closure: Callable[[], Any]) -> Any:
 def _accumulating(
     closures: Callable[[], Any] | Sequence[Callable[[], Any]], locally: Callable[[], AbstractContextManager[Any]]
 ) -> Callable[[], Any]:
-    """Return one closure that calls all, all but the last within ``locally()``, and returns the sum of the losses."""
+    """Return a closure that calls ``closures``, all but the last within ``locally()``, and returns the total loss."""
     if callable(closures):
         return closures
     if not closures or not all(map(callable, closures)):

@@ -129,7 +129,7 @@ class Replicas:
         return cast("AbstractContextManager[Any]", self.ddp.no_sync())
 
     def begin_pass(self) -> None:
-        """Begin the next pass; call when the gradients of the previous pass were taken."""
+        """Begin the next pass; call after the gradients of the previous pass have been taken."""
         self._called.clear()
 
     def was_called(self) -> bool:
@@ -158,8 +158,8 @@ class Replicas:
         """
         if bucket.index() in self._called:
             raise RuntimeError(
-                "two backwards of the last pass were synchronized, but only one can be reduced: put all but the last "
-                "micro-batch into ddp.no_sync()"
+                "two backwards of the last pass were synchronized, but only one can be reduced: run all but the last "
+                "micro-batch within ddp.no_sync()"
             )
         self._called.add(bucket.index())
         self._has_reduced |= kind is not Pass.LOCAL
@@ -229,7 +229,7 @@ class Replicas:
 
 
 def parts(rows: Sequence[Tensor]) -> Iterator[slice]:
-    """Split rows of one dtype into pieces of at most ``PIECE`` bytes or one row; each is reduced at once."""
+    """Split rows of one dtype into pieces of at most ``PIECE`` bytes or one row, one all-reduce each."""
     start, size = 0, 0
     for index, row in enumerate(rows):
         if index > start and size + row.nbytes > PIECE:

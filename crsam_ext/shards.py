@@ -86,7 +86,7 @@ def placed_alike(param: Any, grad: Any) -> bool:
 
 
 def as_shard_of(param: Any, shard: Tensor) -> Tensor:
-    """Return a DTensor like ``param`` that shares the memory of ``shard``; ``shard`` itself if ``param`` is none."""
+    """Return a DTensor like ``param`` that shares the memory of ``shard``; ``shard`` itself if ``param`` is not one."""
     if not is_sharded(param):
         return shard
     from torch.distributed.tensor import DTensor

@@ -61,8 +61,8 @@ class StepSettings:
     def weights_known(self, passes: int, keeps: bool) -> bool:
         """Whether the weights of the passes in the regularized gradient are known before the last pass.
 
-        They are not if they depend on all gradients. ``keeps`` tells that the step keeps a second difference or a
-        direction, which also needs all gradients; then the result is False.
+        Return False if they depend on all gradients, or if the step ``keeps`` a second difference or a direction, which
+        needs all gradients.
         """
         if keeps:
             return False

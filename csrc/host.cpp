@@ -145,7 +145,7 @@ py::object item(const Column& column, int64_t i) {
   return column[i].defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(column[i])) : py::none();
 }
 
-// The elements of a 1-D tensor as 0-dim tensors that share its storage but are no views for autograd.
+// The elements of a 1-D tensor as 0-dim tensors that share its storage but are not views for autograd.
 py::tuple unbind(const at::Tensor& numbers) {
   py::tuple parts(numbers.numel());
   for (int64_t i = 0; i < numbers.numel(); ++i) {

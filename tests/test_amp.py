@@ -202,7 +202,7 @@ def test_unscale_in_the_middle_of_a_step_is_refused():
 def test_two_steps_without_an_update_are_refused():
     problem = Problem(BASES["sgd"], scaler=scaler_of("cpu"))
     problem.scaler.step(problem.optimizer, problem.closure)
-    with pytest.raises(RuntimeError, match=r"update\(\) is due"):
+    with pytest.raises(RuntimeError, match=r"call update\(\) first"):
         problem.scaler.step(problem.optimizer, problem.closure)
 
 

@@ -174,7 +174,7 @@ def test_comparison_of_training_reports_regressions(tmp_path, capsys):
     # Other parts are not compared, and different options are reported.
     other = trained(tmp_path / "other.json", [1.0, 1.0], part="compute")
     assert bench.main(["compare", before, other]) == 0
-    assert "note: batch_size 7 and 2" in capsys.readouterr().out
+    assert "note: batch_size differs: 7 and 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["cpu-1", "nvidia-h200", "gpu"])

@@ -1020,7 +1020,7 @@ def parting(rank, size):
 
 def test_repeated_synchronized_backwards_are_refused(two):
     for failure in two.attempt(twice_in_the_last_pass):
-        assert "put all but the last micro-batch into ddp.no_sync()" in failure.message
+        assert "run all but the last micro-batch within ddp.no_sync()" in failure.message
     for failure in two.attempt(without_the_first_all_reduce):
         assert "use optimizer.no_sync()" in failure.message
 

@@ -435,7 +435,7 @@ def test_training_converges_with_any_interval(monkeypatch):
 
 
 def test_reuse_without_an_interval_is_refused():
-    with pytest.raises(ValueError, match="there are none with interval=1"):
+    with pytest.raises(ValueError, match="set interval to 2 or more"):
         problem(interval=1)
 
 

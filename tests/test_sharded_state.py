@@ -340,7 +340,7 @@ def reductions(rank, size):
 
 def test_invalid_configurations_are_refused(two):
     params = list(Network().parameters())
-    with pytest.raises(ValueError, match=r"shard_state=True is about the ranks .*: give that as model="):
+    with pytest.raises(ValueError, match=r"shard_state=True needs the ranks .*: pass one as model="):
         CRSAM(params, lr=0.1, shard_state=True)
     for failure in two.attempt(with_another_base):
         assert failure.kind == "ValueError"

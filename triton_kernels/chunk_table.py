@@ -1,4 +1,4 @@
-"""The chunk table describes the tensors of a launch; with functions that iterate over chunks and access memory.
+"""The chunk table, which describes the tensors of a launch, and functions that read and write chunks.
 
 A row is one contiguous run of parameters with its addresses and metadata. The table of rows is an int64 tensor [rows,
 COLUMNS]. Rows are cut into chunks, and a launch has one program per chunk, so one launch processes any number of

@@ -110,7 +110,8 @@ def _save(live: Tensor, saved: Tensor, scratch: Scratch) -> Tensor:
         return live
     rounded = scratch(0, live.dtype).copy_(saved)
     if live.device.type == "cpu":
-        # Usually nothing changed. This test takes a tenth of where(), because torch does not vectorize loops over bool.
+        # Usually nothing changed. This test takes a tenth of the time of where(), because torch does not vectorize
+        # loops over bool.
         bits = rounded.view(torch.int16), live.view(torch.int16)
         if not any(torch.bitwise_xor(*bits, out=scratch(1, torch.int16)).aminmax()):
             return saved
@@ -474,9 +475,9 @@ class TorchOperators(Operators):
         undo: list[tuple[Sequence[Tensor], Sequence[Tensor]]],
         stochastic: bool = False,
     ) -> None:
-        # Never compiled. After a block was saved it is still in the cache, so fusing would gain nothing on a CPU, and
-        # ``undo`` must be extended between saving and writing. Compiling the two functions separately is no option
-        # either: torch.compile removes the conversion to 16 bits and back with which `_save` detects changes.
+        # Never compiled. A block that was just saved is still in the cache, so fusing would gain nothing on a CPU, and
+        # ``undo`` must be extended between saving and writing. The two functions cannot be compiled separately either:
+        # torch.compile removes the conversion to 16 bits and back with which `_save` detects changes.
         table = self._table([scale * sign], live[0])
         for *row, group in zip(live, saved, grads, groups, strict=True):
             for (p, w, g), scratch in self._blocks(row):

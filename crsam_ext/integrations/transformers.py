@@ -17,9 +17,9 @@ __all__ = ["CRSAMTrainer"]
 class CRSAMTrainer(Trainer):
     """Hugging Face's Trainer for CRSAM, which runs forward and backward of a batch once per pass.
 
-    Pass it ``optimizers=(optimizer, None)`` or ``optimizer_cls_and_kwargs=(CRSAM, {...})``. The second form applies
-    weight decay only to the parameters that Hugging Face selects, and reserves the key ``model``. The reported loss is
-    that at w. The Trainer's ``max_grad_norm`` clips the regularized gradient; CRSAM's own does the same at a lower
+    Pass it ``optimizers=(optimizer, None)`` or ``optimizer_cls_and_kwargs=(CRSAM, {...})``. In the second form, Hugging
+    Face selects the parameters that get weight decay, and reserves the key ``model``. The reported loss is that at w.
+    The Trainer's ``max_grad_norm`` clips the regularized gradient; CRSAM's own does the same at a lower
     cost. In several processes, if the optimizer has a ``model``, the DistributedDataParallel of the Trainer replaces
     it, so that gradients are reduced once per step. The Trainer checks that the replicas are equal in the first step
     and at the end of training.

@@ -40,7 +40,7 @@ using word_t = std::conditional_t<
     kBytes == 16, uint4,
     std::conditional_t<kBytes == 8, unsigned long long, std::conditional_t<kBytes == 4, unsigned, unsigned short>>>;
 
-// The words in which N elements of T are moved, of at most 128 bits, the widest memory access.
+// The words in which N elements of T are moved. They have at most 128 bits, the widest memory access.
 template <typename T, int N>
 struct Words {
   static constexpr int kBytes = N * sizeof(T) < 16 ? N * sizeof(T) : 16;
