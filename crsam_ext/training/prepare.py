@@ -52,6 +52,13 @@ _BATCH = 16  # images in a batch of a worker
 _COMMIT = 1.0  # seconds between writes to the list: the most work that is lost if the command is killed
 _METADATA = 4096  # most bytes of metadata in a JPEG that is copied: an sRGB profile has 3 kB, a thumbnail more
 _COLUMNS = ("name", "source_bytes", "bytes", "sha256")
+# In messages: the keys of the manifest that are not options.
+_IN_WORDS = {
+    "classes": "list of classes",
+    "source_sha256": "list of source files",
+    "pillow": "version of Pillow",
+    "libjpeg": "version of libjpeg",
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -231,9 +238,9 @@ def _claim(target: Path, identity: dict[str, Any], overwrite: bool) -> bool:
         keys = identity.keys() - ({"pillow", "libjpeg"} if complete else set())
         changed = sorted(key for key in keys if made.get(key) != identity[key])
         if changed and not overwrite:
+            told = ", ".join(_IN_WORDS.get(key, f"--{key}") for key in changed)
             raise TrainingError(
-                f"{target} was made with a different {', '.join(changed)}: use another TARGET, or --overwrite to "
-                "replace it"
+                f"{target} was made with a different {told}: use another TARGET, or --overwrite to replace it"
             )
         if complete and not overwrite:
             begun.unlink(missing_ok=True)  # killed after manifest.json was written
