@@ -55,7 +55,7 @@ def load(options: Namespace, device: torch.device, ranks: Ranks = ALONE) -> Data
     part = ranks.part(options.batch_size)
     if (options.mixup or options.cutmix) and part % 2:
         flag = "--mixup" if options.mixup else "--cutmix"
-        raise TrainingError(f"{flag} pairs samples: the {part} samples of each process must be an even number")
+        raise TrainingError(f"{flag} pairs samples: the number of samples of each process must be even, but is {part}")
     kind, _, rest = options.data.partition(":")
     if options.decoder:
         from .decoding import choose

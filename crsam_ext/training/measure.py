@@ -165,7 +165,7 @@ def peak_tflops(device: torch.device, given: float | None, amp: bool) -> float |
     if device.type != "cuda" or not amp:
         return None
     name = torch.cuda.get_device_name(device)
-    # Whole words: an L40 is no L4. Other variants of a card have other peaks.
+    # Match whole words, because an L40 is not an L4. Variants of a card have other peaks.
     if re.search(r"\b(NVL|Laptop|D|MIG)\b", name):
         return None
     return next((peak for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name)), None)

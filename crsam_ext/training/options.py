@@ -139,7 +139,7 @@ def integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
 
 
 def image_sizes(text: str) -> list[tuple[float, int]]:
-    """Parse ``SIZE[,SIZE@FRACTION...]`` into pairs of a fraction of the run and the size that is used from there.
+    """Parse ``SIZE[,SIZE@FRACTION...]`` into pairs: a fraction of the run, and the size used from that point.
 
     The first fraction is 0. Sizes are in pixels; fractions increase and are less than 1.
 
@@ -341,7 +341,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=integer(1),
         help="global batch size, summed over all processes. For digits and mnist1d, an incomplete last batch is "
-        "dropped if it holds one sample, with mixup or cutmix, or with several processes; for all other data, always",
+        "dropped if it holds one sample, with mixup or cutmix, or with several processes; for other data, it is "
+        "always dropped",
     )
     add(
         "--schedule",
@@ -405,7 +406,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--peak-tflops",
         type=number(1e-6),
-        help="peak TFLOPS of one device, to compute the model FLOPs utilization of a device that is not known",
+        help="peak TFLOPS of one device, to compute the model FLOPs utilization of an unknown device",
     )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
@@ -446,7 +447,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     chosen = {"optimizer": optimizer, "base": base, "data": kind}
     _refuse_idle_options(options, chosen)
     if options.warmup_steps is not None or options.warmup_epochs is not None:
-        configured.warmup_steps = configured.warmup_epochs = None  # the command line may set the other one of the two
+        configured.warmup_steps = configured.warmup_epochs = None  # the command line may set the other of the two
     for name, value in vars(configured).items():
         if getattr(options, name) is None and not _is_idle(name, chosen):
             setattr(options, name, value)

@@ -49,8 +49,8 @@ FORMAT = "crsam-train prepare 1"
 SPLITS = ("train", "val")
 
 _BATCH = 16  # images in a batch of a worker
-_COMMIT = 1.0  # seconds between writes to the list: the most work that is lost if the command is killed
-_METADATA = 4096  # most bytes of metadata in a JPEG that is copied: an sRGB profile has 3 kB, a thumbnail more
+_COMMIT = 1.0  # seconds between writes to the list: the maximum work lost if the command is killed
+_METADATA = 4096  # maximum bytes of metadata in a JPEG that is copied: an sRGB profile has 3 kB, a thumbnail more
 _COLUMNS = ("name", "source_bytes", "bytes", "sha256")
 # In messages: the keys of the manifest that are not options.
 _IN_WORDS = {
@@ -214,7 +214,7 @@ def _prepare(options: Namespace) -> str:
         f"{counts} images, {_gigabytes(before)} before, {_gigabytes(after)} after, {rate:.0f} images/s, {bad} bad files"
     )
     missing = len(results["val"]["bad_files"])
-    return f"{line}, {missing} of them in val, missing from every evaluation" if missing else line
+    return f"{line}, {missing} of them in val, so every evaluation lacks them" if missing else line
 
 
 def _with_members(samples: Sequence[tuple[Path, int]]) -> list[tuple[Path, str]]:

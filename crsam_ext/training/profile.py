@@ -100,7 +100,10 @@ def measure(training: Training, seconds: float, data_alone: bool = True) -> list
         sections["both"].append(meter.steps(islice(loader.batches, plan.both)))
     skipped = int(training.state.optimizer.stats.skipped)
     if skipped:
-        warn(f"{skipped} steps were skipped because of a NaN or Inf, which takes less time: the rates are too high")
+        warn(
+            f"{skipped} steps were skipped because of a NaN or Inf; a skipped step takes less time, so the rates are "
+            "too high"
+        )
     return _records(training, meter.batch, sections)
 
 

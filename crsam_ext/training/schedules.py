@@ -16,7 +16,7 @@ from .options import SCHEDULED
 class Schedules:
     r"""Sets the scheduled options of all parameter groups for a step.
 
-    With T steps, of these W warm-up steps, and :math:`s = (t - W) / (T - W)`, the learning rate of step t is
+    With T steps, the first W of them warm-up steps, and :math:`s = (t - W) / (T - W)`, the learning rate of step t is
 
     ============  ==================================================================
     ``t < W``     peak t / W

@@ -182,7 +182,7 @@ def test_training_drops_the_last_batch_and_every_process_has_samples(photograph_
     with pytest.raises(TrainingError, match="cannot be divided equally among 3 processes"):
         load_data(f"{command} 16", ranks=Pretended(0, 3))
     with pytest.raises(
-        TrainingError, match="--mixup pairs samples: the 3 samples of each process must be an even number"
+        TrainingError, match="--mixup pairs samples: the number of samples of each process must be even, but is 3"
     ):
         load_data(f"{command} 6 --mixup 1", ranks=Pretended(0, 2))
 

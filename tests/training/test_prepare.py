@@ -390,7 +390,7 @@ def test_messages(source, tmp_path, capsys):
 def test_the_summary_warns_about_bad_files_of_val(source, tmp_path, capsys):
     (source / "val" / "bee" / "0.JPEG").write_bytes(b"")
     assert run(source, tmp_path / "out") == 0
-    assert capsys.readouterr().out.endswith(" 2 bad files, 1 of them in val, missing from every evaluation\n")
+    assert capsys.readouterr().out.endswith(" 2 bad files, 1 of them in val, so every evaluation lacks them\n")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["splits"]["val"]["bad_files"] == ["bee/0.JPEG"]
 
 
