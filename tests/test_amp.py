@@ -102,7 +102,7 @@ def test_scale_cancels(settings, base, backend_options, device):
 
 
 @settings
-def test_scale_cancels_in_the_form_of_calls(settings, backend_options, device):
+def test_scale_cancels_with_separate_calls(settings, backend_options, device):
     if settings.get("estimator") == "loss":
         settings = settings | {"estimator": "gradient"}  # the scaler's call has no loss argument
     plain = Problem(BASES["sgd"], device, **settings, **backend_options)

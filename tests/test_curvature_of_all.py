@@ -122,7 +122,7 @@ def test_other_user_functions_are_accepted(measure):
 
 
 @pytest.mark.parametrize("estimator", ["gradient", "loss"])
-def test_estimators_of_first_derivatives_accept_them(estimator):
+def test_estimators_that_need_first_derivatives_accept_these_functions(estimator):
     found, expected = (
         curvature.hessian_trace(Squaring(square), CRITERION, data(), estimator=estimator, rho=1e-2, probes=4).value
         for square in (OnceSquare.apply, lambda x: x**2)
@@ -180,7 +180,7 @@ def token_data(positions):
 
 @pytest.mark.parametrize("positions", [False, True], ids=["samples", "tokens"])
 @pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
-def test_batches_count_as_in_the_loss_over_all(options, positions):
+def test_batches_are_weighted_as_in_the_loss_over_all_samples(options, positions):
     model, loss_fn = Tokens(), nn.CrossEntropyLoss(**options)
     loader = token_data(positions)
     whole = [tuple(torch.cat(parts) for parts in zip(*loader, strict=True))]
@@ -196,7 +196,7 @@ def test_batches_count_as_in_the_loss_over_all(options, positions):
 
 
 @pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
-def test_log_likelihoods_count_as_in_the_loss_over_all(options):
+def test_log_likelihoods_are_weighted_as_in_the_loss_over_all_samples(options):
     options = {k: v for k, v in options.items() if k != "label_smoothing"}
     model, loader = nn.Sequential(Tokens(), nn.LogSoftmax(1)), token_data(True)
     whole = [tuple(torch.cat(parts) for parts in zip(*loader, strict=True))]
@@ -204,7 +204,7 @@ def test_log_likelihoods_count_as_in_the_loss_over_all(options):
     assert found == pytest.approx(expected, rel=1e-10)
 
 
-def test_probabilities_as_targets_count_by_samples():
+def test_batches_with_probabilities_are_weighted_by_samples():
     """The mean is over samples, whatever the class weights."""
     model, loss_fn = Tokens(), nn.CrossEntropyLoss(weight=CLASS_WEIGHTS)
     loader = [(x, F.one_hot(y, 3).double() * 0.9 + 0.1 / 3) for x, y in token_data(False)]

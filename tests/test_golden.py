@@ -121,7 +121,7 @@ def test_given_gradients_repeat_the_trajectory(name, dtype, backend, device):
     [("crsam_sgd_momentum", torch.float32), ("crsam_adamw", torch.float64)],
     ids=["crsam_sgd_momentum-float32", "crsam_adamw-float64"],
 )
-def test_given_gradients_repeat_the_trajectory_compiled(name, dtype):
+def test_given_gradients_repeat_the_trajectory_in_compiled_steps(name, dtype):
     trajectory = Trajectory(name, dtype, torch.device("cpu"))
     repeat_given_gradients(trajectory, trajectory.optimizer("torch", compile=True))
 

@@ -188,13 +188,13 @@ def test_bad_gradient_skips_the_step(form, base, position, bad, backend_options,
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("position", [0, 1, 2])
 @pytest.mark.parametrize("base", ["momentum", "adamw"])
-def test_bad_gradient_in_other_dtypes(base, position, dtype, backend_options, device):
+def test_bad_gradient_skips_the_step_in_other_dtypes(base, position, dtype, backend_options, device):
     check_bad_gradient(BASES[base], FORMS["linear"], position, math.nan, backend_options, device, dtype)
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
 @pytest.mark.parametrize("base", ["momentum", "adamw"])
-def test_bad_gradient_compiled(base, position):
+def test_bad_gradient_skips_the_compiled_step(base, position):
     check_bad_gradient(BASES[base], FORMS["linear"], position, math.nan, COMPILED, "cpu", torch.float32)
 
 

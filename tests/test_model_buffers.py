@@ -72,7 +72,7 @@ def test_all_passes_start_with_the_same_buffers(weights, how, backend_options, d
 
 
 @ways
-def test_in_calls_later_passes_start_after_the_first(how, backend_options, device):
+def test_with_calls_later_passes_start_from_the_buffers_of_the_first(how, backend_options, device):
     model = model_of(how).to(device)
     optimizer = CRSAM(model.parameters(), lr=0.1, model=model, **backend_options)
     for step in range(1, 4):

@@ -154,7 +154,7 @@ def test_norm_includes_the_direction(dtype, operators, device):
 
 
 @low_precision
-def test_compiled_grad_norm(dtype, compiled):
+def test_compiled_grad_norm_is_that_of_the_reference(dtype, compiled):
     check_grad_norm(compiled, dtype, (True, False))
 
 
@@ -202,7 +202,7 @@ def test_fd_combine_writes_ghat(weighted, over_the_last, dtype, operators, devic
         assert all(torch.equal(x, y) for x, y in zip(earlier, of_pass, strict=True))
 
 
-def test_compiled_fd_gram(compiled):
+def test_compiled_fd_gram_is_that_of_the_reference(compiled):
     grads, w = gradients(torch.bfloat16), rows(torch.float32)
     weights = [w[0], None, None, w[3]]
     check_gram(compiled.fd_gram(grads, GROUPS, 3, weights), grads, w, (True, False), torch.bfloat16)
@@ -274,7 +274,7 @@ def test_perturb_moves_the_parameters_by_e(adaptive, sign, dtype, operators, dev
 
 @low_precision
 @pytest.mark.parametrize("sign", [1, -1])
-def test_compiled_perturb(sign, dtype, compiled):
+def test_compiled_perturb_moves_the_parameters_by_e(sign, dtype, compiled):
     check_perturb(compiled, dtype, (False, True), sign)
 
 
@@ -315,7 +315,7 @@ def test_stochastic_rounding_follows_its_formula(sign, adaptive, dtype, operator
 
 @low_precision
 @pytest.mark.parametrize("sign", [1, -1])
-def test_compiled_stochastic_rounding(sign, dtype, compiled):
+def test_compiled_stochastic_rounding_follows_its_formula(sign, dtype, compiled):
     check_stochastic_rounding(compiled, dtype, True, sign)
 
 
@@ -648,7 +648,7 @@ def test_clipped_steps_equal_the_reference(make, options, dtype, operators, devi
     ],
     ids=["sgd", "adamw-bfloat16", "adam-float64"],
 )
-def test_compiled_steps(make, options, dtype, compiled):
+def test_compiled_steps_equal_the_reference(make, options, dtype, compiled):
     check_updates(compiled, dtype, 3, make, options, sizes=SIZES)
 
 

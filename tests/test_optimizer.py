@@ -451,7 +451,7 @@ def test_call_forms_agree_bit_for_bit(base, option, zero_grad, backend_options, 
         ({"rho": torch.tensor(0.1)}, 3),
     ],
 )
-def test_passes_are_only_those_needed(options, passes, backend_options, device):
+def test_only_the_needed_passes_are_taken(options, passes, backend_options, device):
     params, data = network_params(device=device), batch(device=device)
     optimizer = CRSAM(params, lr=0.1, **options, **backend_options)
     calls = []
@@ -486,7 +486,7 @@ def test_gamma_is_another_name_of_alpha(backend_options):
     assert all("gamma" not in group for group in optimizer.param_groups)
 
 
-def test_default_options():
+def test_options_have_the_documented_defaults():
     params = network_params()
     for options, alpha in (({}, 0.1), ({"regularizer": "log"}, 0.01)):
         group = CRSAM(params, lr=0.1, **options).param_groups[0]

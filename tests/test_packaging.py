@@ -151,7 +151,7 @@ def test_source_distribution_is_a_whole_checkout_and_builds_the_same_wheel(wheel
     assert names[0] == names[1]
 
 
-def test_import_brings_in_nothing_but_torch(tmp_path):
+def test_import_loads_no_package_but_torch(tmp_path):
     code = """
 import sys
 import torch

@@ -121,7 +121,7 @@ def test_a_step_makes_two_small_all_reduces(kind, options, depth):
         assert on_one_of(size, collectives, kind, depth, options, {}) == (expected, own, True)
 
 
-def test_parameters_kept_from_forward_to_backward_are_gathered_once_a_pass():
+def test_parameters_kept_from_forward_to_backward_are_gathered_once_per_pass():
     counts, *_ = on_one_of(MANY, collectives, "fsdp", 3, "linear", {"reshard_after_forward": False})
     assert counts == {"_allgather_base_": 3 * 3, "_reduce_scatter_base_": 3 * 3, "allreduce_": 2}
 

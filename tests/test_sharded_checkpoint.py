@@ -666,7 +666,7 @@ def parts_resumed(rank, size, options, folder):
 
 
 @pytest.mark.parametrize("options", ["all", "rmsprop"])
-def test_parts_of_a_model_are_saved_as_one(ranks_of, options, tmp_path):
+def test_parts_of_a_model_are_saved_in_one_checkpoint(ranks_of, options, tmp_path):
     then, end = ranks_of(4)(parts_saved, options, tmp_path)[0]
     for size in (4, 3, 0):
         results = ranks_of(size)(parts_resumed, options, tmp_path) if size else [parts_resumed(0, 0, options, tmp_path)]

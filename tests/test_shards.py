@@ -314,7 +314,7 @@ def reductions(rank, size, kind, options):
     return with_step.count, of_passes.count
 
 
-def test_groups_are_reduced_over_in_the_order_of_the_meshes(monkeypatch):
+def test_sums_are_reduced_over_groups_in_the_order_of_the_meshes(monkeypatch):
     """Ranks that reduce over their groups in different orders would deadlock."""
     seen = []
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: seen.append(group))

@@ -183,7 +183,7 @@ def test_divergence_keeps_the_last_good_epoch(crsam_train, here, capsys, read_lo
 @pytest.mark.parametrize(
     ("module", "package"), [("mnist1d.data", "mnist1d"), ("timm.utils.model_ema", "timm"), ("rich.console", "rich")]
 )
-def test_missing_package(refuse, monkeypatch, module, package):
+def test_missing_package_is_named(refuse, monkeypatch, module, package):
     for name in ("loop", "progress"):
         monkeypatch.delitem(sys.modules, f"crsam_ext.training.{name}", raising=False)
         # Otherwise later tests would patch the module imported here, which is not in use then.

@@ -73,7 +73,7 @@ def test_the_warning_counts_further_ignored_files(image_folder, capsys):
 
 
 @pytest.mark.parametrize("ending", ["webp", "WEBP", "JPG", "jpeg", "bmp", "gif", "tif", "ppm"])
-def test_file_extensions_of_images(ending, image_folder):
+def test_images_of_all_file_extensions_are_found(ending, image_folder):
     for index in range(8):
         picture(image_folder / "train" / "dog" / f"{index}.{ending}")
     picture(image_folder / "val" / "dog" / f"0.{ending}")
@@ -174,7 +174,7 @@ def bomb(folder):
 
 @pytest.mark.parametrize("harm", [only_in_val, nested, nested_in_val, empty_class, empty_val, empty_train, sixteen_bits,
                                   floats, integers, bomb])  # fmt: skip
-def test_folders_that_are_refused(harm, image_folder):
+def test_invalid_folders_are_refused(harm, image_folder):
     message = harm(image_folder)
     with pytest.raises(TrainingError, match=message):
         load_data(image_folder)
@@ -182,7 +182,7 @@ def test_folders_that_are_refused(harm, image_folder):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mode", ["I;16", "bomb"])
-def test_training_images_that_are_refused(mode, workers, image_folder):
+def test_unsupported_training_images_are_refused(mode, workers, image_folder):
     """The error is raised when they are read, in one line, also from a worker."""
     path = image_folder / "train" / "ape" / "0.png"
     if mode == "bomb":
@@ -379,7 +379,7 @@ def test_links_in_a_tar_file_are_ignored_with_a_warning(image_folder, capsys):
     assert data.steps == 3
 
 
-def test_broken_files_in_a_tar_file(image_folder):
+def test_broken_files_in_a_tar_file_are_reported(image_folder):
     for split in ("train", "val"):
         html(image_folder / split / "bee" / "1.png")
     packed(image_folder)
@@ -423,7 +423,7 @@ def without_classes(folder):
 
 @pytest.mark.parametrize("harm", [no_tar, compressed("gz"), compressed("bz2"), compressed("xz"), no_archive, shortened,
                                   without_classes])  # fmt: skip
-def test_tar_files_that_are_refused(harm, image_folder):
+def test_invalid_tar_files_are_refused(harm, image_folder):
     message = harm(packed(image_folder))
     with pytest.raises(TrainingError, match=f"^--data tar:{image_folder}: {message}"):
         load_data(image_folder, kind="tar")
@@ -445,7 +445,7 @@ PROGRAM = [sys.executable, "-m", "crsam_ext.training", "--model", "mlp", "--epoc
 
 
 @pytest.mark.parametrize("size", [100, 20_000])
-def test_a_disk_that_is_full(size, tmp_path):
+def test_a_full_disk_is_reported(size, tmp_path):
     """Simulated by a limit on file sizes. The first file that fails is the configuration, the last a checkpoint."""
     limited = "import resource as r, runpy, sys; r.setrlimit(r.RLIMIT_FSIZE, 2 * (int(sys.argv.pop(1)),)); "
     limited += "runpy.run_module('crsam_ext.training', run_name='__main__')"
@@ -459,7 +459,7 @@ def test_a_disk_that_is_full(size, tmp_path):
 
 
 @pytest.mark.parametrize("closed", ["stdout", "reader"])
-def test_closed_output_streams(closed, tmp_path):
+def test_closed_output_streams_cause_no_traceback(closed, tmp_path):
     command = " ".join([*PROGRAM, "--output", str(tmp_path / "out")])
     end = {"stdout": ">&-", "reader": "| true; exit ${PIPESTATUS[0]}"}[closed]
     done = subprocess.run(["bash", "-c", f"{command} {end}"], capture_output=True, text=True, check=False)
@@ -469,11 +469,11 @@ def test_closed_output_streams(closed, tmp_path):
     assert (tmp_path / "out" / "log.csv").exists()
 
 
-full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is of Linux")
+full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full exists only on Linux")
 
 
 @full
-def test_stdout_is_a_file_on_a_full_disk(tmp_path):
+def test_stdout_on_a_full_disk_is_reported(tmp_path):
     with open("/dev/full", "w") as stdout:
         command = [*PROGRAM, "--output", str(tmp_path / "out")]
         done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
@@ -484,13 +484,13 @@ def test_stdout_is_a_file_on_a_full_disk(tmp_path):
 
 
 @full
-def test_stderr_is_a_file_on_a_full_disk():
+def test_stderr_on_a_full_disk_keeps_the_exit_code():
     with open("/dev/full", "w") as stderr:
         done = subprocess.run([*PROGRAM, "--nonsense"], stderr=stderr, check=False)
     assert done.returncode == 2
 
 
-def test_a_terminal_that_supports_ascii_only(tmp_path):
+def test_a_terminal_may_support_only_ascii(tmp_path):
     command = [*PROGRAM, "--output", str(tmp_path / "Läufe")]
     env = {"PYTHONIOENCODING": "ascii", "PATH": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
@@ -514,7 +514,7 @@ def test_batches_of_one_sample_with_batch_norm_are_an_error(crsam_train, here, c
     assert "batch norm cannot train on a batch of one sample: use a larger --batch-size" in capsys.readouterr().err
 
 
-def test_not_enough_memory(crsam_train, here, capsys, monkeypatch):
+def test_lack_of_memory_is_reported(crsam_train, here, capsys, monkeypatch):
     loop = import_module("crsam_ext.training.loop")  # another test reloads it
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory."),
                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):  # fmt: skip

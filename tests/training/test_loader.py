@@ -117,7 +117,7 @@ def test_no_file_of_earlier_steps_is_opened(photograph_crops, monkeypatch):
     assert opened == whole[32:]
 
 
-def test_image_sizes_of_the_epochs(photograph_crops):
+def test_image_sizes_follow_the_epochs(photograph_crops):
     data = load_data(f"--data folder:{photograph_crops} --image-size 24,32@0.5,40@0.75 --epochs 8 --batch-size 16", 2)
     sides = [next(iter(data.train(epoch, 0))).x.shape[-1] for epoch in range(8)]
     assert sides == [24, 24, 24, 24, 32, 32, 40, 40]
@@ -263,7 +263,7 @@ class Failing(images.Files):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_is_killed(photograph_crops, monkeypatch):
+def test_a_killed_worker_is_reported(photograph_crops, monkeypatch):
     """As a system that runs out of memory does."""
     monkeypatch.setattr(images, "Files", Failing)
     data = load_data(f"--data folder:{photograph_crops} --image-size 32 --batch-size 8", 2)
@@ -273,7 +273,7 @@ def test_a_worker_that_is_killed(photograph_crops, monkeypatch):
     assert workers_now() == []
 
 
-def test_a_worker_that_is_killed_while_the_step_computes(photograph_crops):
+def test_a_worker_killed_while_the_step_computes_is_reported(photograph_crops):
     """PyTorch raises wherever the program is; `explained` translates the error."""
     data = load_data(f"--data folder:{photograph_crops} --image-size 32 --batch-size 8", 2)
     iterator = iter(data.train(0, 0))
@@ -286,7 +286,7 @@ def test_a_worker_that_is_killed_while_the_step_computes(photograph_crops):
     assert loader.explained(RuntimeError("of another kind")) is None
 
 
-def test_a_file_that_hangs(jpeg_folder):
+def test_a_file_that_hangs_is_reported(jpeg_folder):
     """A FIFO without a writer. The workers end soon afterwards, although they ignore SIGTERM."""
     path = jpeg_folder / "train" / "china" / "3.JPEG"
     path.unlink()

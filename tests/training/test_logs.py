@@ -63,7 +63,7 @@ def test_tensorboard_shows_the_log_once(crsam_train, here, read_log, stop_after)
         assert [value for _, value in shown[f"epoch/{name}"]] == pytest.approx([float(row[name]) for row in epochs])
 
 
-def test_weights_and_biases(crsam_train, here, monkeypatch, read_log):
+def test_weights_and_biases_receives_the_log(crsam_train, here, monkeypatch, read_log):
     runs, logged, finished = [], [], []
 
     def init(**arguments):
@@ -90,7 +90,7 @@ def test_weights_and_biases(crsam_train, here, monkeypatch, read_log):
 
 
 @pytest.mark.parametrize(("flag", "package"), [("--wandb project", "wandb"), ("--tensorboard", "tensorboard")])
-def test_missing_package(crsam_train, here, monkeypatch, capsys, flag, package):
+def test_missing_package_is_named(crsam_train, here, monkeypatch, capsys, flag, package):
     for name in (package, *(["torch.utils.tensorboard"] if package == "tensorboard" else [])):
         monkeypatch.setitem(sys.modules, name, None)
     assert crsam_train(f"{RUN} out {flag}") == 2
@@ -129,7 +129,7 @@ def test_evaluation_after_every_second_epoch_and_the_last(crsam_train, here, rea
     assert lines[5].startswith("test accuracy")
 
 
-def test_log_lines_without_a_terminal(crsam_train, here, capsys):
+def test_log_lines_are_plain_without_a_terminal(crsam_train, here, capsys):
     assert crsam_train(f"{RUN} out --peak-tflops 0.001") == 0
 
     out = capsys.readouterr().out
@@ -160,7 +160,7 @@ def averaged(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["best.pt", "last.pt"])
-def test_evaluating_a_checkpoint(crsam_train, here, averaged, read_log, capsys, name):
+def test_checkpoint_is_evaluated(crsam_train, here, averaged, read_log, capsys, name):
     rows = read_log(averaged)
     row = max(rows, key=lambda row: float(row["test_accuracy"])) if name == "best.pt" else rows[-1]
     assert crsam_train(f"--evaluate {averaged / name}") == 0
@@ -172,7 +172,7 @@ def test_evaluating_a_checkpoint(crsam_train, here, averaged, read_log, capsys, 
     assert list(here.iterdir()) == []
 
 
-def test_evaluating_on_other_data(crsam_train, averaged, capsys):
+def test_checkpoint_is_not_evaluated_on_data_of_another_shape(crsam_train, averaged, capsys):
     """Options on the command line override those of the checkpoint."""
     assert crsam_train(f"--evaluate {averaged / 'best.pt'} --data mnist1d") == 2
     assert capsys.readouterr().err == (f"crsam-train: {averaged / 'best.pt'} does not fit the model cnn on this data\n")
@@ -180,7 +180,7 @@ def test_evaluating_on_other_data(crsam_train, averaged, capsys):
     assert "--data nothing is not valid: use digits" in capsys.readouterr().err
 
 
-def test_evaluating_a_file_that_is_not_a_checkpoint(crsam_train, here, averaged, capsys):
+def test_file_that_is_not_a_checkpoint_is_not_evaluated(crsam_train, here, averaged, capsys):
     shutil.copy(averaged / "best.pt", here / "cut.pt")
     (here / "cut.pt").write_bytes((here / "cut.pt").read_bytes()[:-1000])
     torch.save({"model": torch.zeros(3)}, here / "foreign.pt")

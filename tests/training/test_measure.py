@@ -100,7 +100,7 @@ def train_by_the_clock(clock, tmp_path, monkeypatch):
     return train
 
 
-def test_rates_of_a_log_line(train_by_the_clock):
+def test_rates_follow_from_the_time_of_the_steps(train_by_the_clock):
     rows = train_by_the_clock("--optimizer crsam --peak-tflops 1e-6")
 
     # A step takes 1 + 3 (0.5 + 2) + 0.5 = 9 s, for 10 images and 30 gradients; evaluation is not part of the rates.
@@ -116,7 +116,7 @@ def test_rates_of_a_log_line(train_by_the_clock):
     assert [row["remaining_seconds"] for row in rows] == pytest.approx([108, 72, 4 * (108 + 100) / 12, 0])
 
 
-def test_rates_with_fewer_passes(train_by_the_clock):
+def test_rates_count_the_passes_that_were_taken(train_by_the_clock):
     rows = train_by_the_clock("--optimizer crsam --curvature-interval 5 --epochs 5 --log-interval 40")
 
     # Rows end with the epochs: 5 times 8 steps, of which every fifth took three passes and the others two.
@@ -125,7 +125,7 @@ def test_rates_with_fewer_passes(train_by_the_clock):
     assert {row["mfu_percent"] for row in rows} == {None}  # the CPU's peak is unknown
 
 
-def test_sums_of_an_epoch():
+def test_sums_of_an_epoch_are_exact():
     epoch = Epoch()
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0]])
     epoch.add(torch.tensor(0.5), logits, torch.tensor([0, 0, 0]), torch.tensor(2.0))

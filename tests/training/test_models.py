@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
         ("pyramidnet110", (3, 32, 32), 28_485_477),
     ],
 )
-def test_size_and_output(name, shape, parameters):
+def test_models_have_the_right_size_and_output(name, shape, parameters):
     with torch.device("meta"):
         model = MODELS[name](shape, 10)
         outputs = model(torch.zeros(2, *shape))
@@ -70,7 +70,7 @@ def test_timm_model_with_a_fixed_image_size_gets_the_size_of_the_data():
     assert model(torch.zeros(2, 3, 32, 48)).shape == (2, 10)
 
 
-def test_model_that_does_not_accept_the_samples():
+def test_model_that_does_not_accept_the_samples_is_refused():
     with pytest.raises(TrainingError, match=r"vit_tiny_patch16_224 does not accept samples of shape \(3, 8, 8\): "):
         create_model("vit_tiny_patch16_224", (3, 8, 8), 10)
 
@@ -86,7 +86,7 @@ def test_model_accepts_other_sizes_if_they_change():
         model(torch.zeros(2, 3, 96, 96))
 
 
-def test_stochastic_depth():
+def test_drop_path_sets_stochastic_depth():
     rates = [m.drop_prob for m in create_model("test_vit", (3, 64, 64), 10, drop_path=0.2).modules() if drops(m)]
     assert max(rates) == pytest.approx(0.2)
     assert not any(drops(module) for module in create_model("test_vit", (3, 64, 64), 10).modules())
@@ -99,7 +99,7 @@ def drops(module):
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "test_vit", "test_resnet"])
-def test_bias_of_the_head(name):
+def test_bias_of_the_head_is_set(name):
     model = create_model(name, (3, 160, 160), 10, head_bias=-10.0)
     head = model.get_classifier() if hasattr(model, "get_classifier") else model[-1]
 
@@ -108,7 +108,7 @@ def test_bias_of_the_head(name):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_losses(smoothing):
+def test_losses_equal_those_of_torch_and_timm(smoothing):
     from timm.loss import BinaryCrossEntropy
 
     logits, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
@@ -214,7 +214,7 @@ def test_graph_capture_adds_no_pass(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "test_vit", "test_resnet"])
-def test_bfloat16(name):
+def test_step_in_bfloat16_keeps_float32_weights(name):
     torch.manual_seed(0)
     model = create_model(name, (3, 160, 160), 4)
     step, _, optimizer = stepping("--amp", model)

@@ -206,7 +206,7 @@ def test_progressive_and_png_named_jpeg(tmp_path):
     assert opened(shrunk(content.getvalue(), name="image.JPEG")(tmp_path)).size == (60, 40)
 
 
-def test_quality(tmp_path):
+def test_images_have_the_given_quality(tmp_path):
     low, high = (opened(shrunk(jpeg(), quality=quality)(tmp_path)) for quality in (30, 90))
     for image, quality in ((low, 30), (high, 90)):
         reference = io.BytesIO()
@@ -231,7 +231,7 @@ def test_an_invalid_orientation_is_dropped(orientation, size, expected, tmp_path
 
 @pytest.mark.parametrize("content", [jpeg()[:3000], b"", b"<html>404</html>", jpeg()[:100]])
 @pytest.mark.parametrize("size", [40, 256])
-def test_broken_files(content, size, tmp_path):
+def test_broken_files_give_no_image(content, size, tmp_path):
     assert shrunk(content, size)(tmp_path) is None
 
 
@@ -239,7 +239,7 @@ def test_broken_files(content, size, tmp_path):
     ("mode", "kind", "message"), [("I;16", "PNG", r"mode I;16"), ("F", "TIFF", "mode F"), ("1", "PNG", "exceeds limit")]
 )
 @pytest.mark.parametrize("workers", [0, 2])
-def test_images_that_are_refused(mode, kind, message, workers, source, tmp_path, capsys, monkeypatch):
+def test_unsupported_images_are_refused(mode, kind, message, workers, source, tmp_path, capsys, monkeypatch):
     """The error names the file, in one line, from this process and from workers."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     image = Image.new(mode, (200, 200) if mode == "1" else (50, 50))
@@ -311,7 +311,7 @@ def made(source, tmp_path):
     return tmp_path / "made"
 
 
-def test_the_result(source, made, capsys):
+def test_prepared_folder_is_complete(source, made, capsys):
     assert set(contents(made)) == {"train.tar", "val.tar", "manifest.json", "manifest-train.csv", "manifest-val.csv"}
     manifest = json.loads((made / "manifest.json").read_text())
     assert manifest["classes"] == ["bee", "rose"]
@@ -377,7 +377,7 @@ def test_the_source_is_not_changed(source, tmp_path):
         path.chmod(0o755)
 
 
-def test_messages(source, tmp_path, capsys):
+def test_messages_report_bad_files_and_totals(source, tmp_path, capsys):
     assert run(source, tmp_path / "out") == 0
     out, err = capsys.readouterr()
     assert err == f"crsam-train: {source}/train/bee/3.JPEG cannot be read and is left out\n"
@@ -394,7 +394,7 @@ def test_the_summary_warns_about_bad_files_of_val(source, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["splits"]["val"]["bad_files"] == ["bee/0.JPEG"]
 
 
-def test_too_many_bad_files(source, tmp_path, capsys):
+def test_too_many_bad_files_are_an_error(source, tmp_path, capsys):
     """Of both splits together; with a higher limit the command continues."""
     (source / "val" / "bee" / "0.JPEG").write_bytes(b"")
     assert run(source, tmp_path / "out", "--max-bad-files", 1) == 2
@@ -475,7 +475,7 @@ def test_a_folder_with_a_foreign_manifest_is_refused(name, content, source, tmp_
     assert contents(tmp_path / "out") == before
 
 
-def test_a_source_of_links_into_the_target(source, tmp_path, capsys):
+def test_a_source_of_links_into_the_target_is_refused(source, tmp_path, capsys):
     assert run(source, tmp_path / "out", "--to", "folder") == 0
     (tmp_path / "links").mkdir()
     for split in ("train", "val"):
@@ -520,7 +520,7 @@ def test_torchrun_is_refused(source, tmp_path, monkeypatch):
         prepare.main([str(source), str(tmp_path / "out")])
 
 
-def test_a_disk_that_is_full(source, tmp_path):
+def test_a_command_continues_after_a_full_disk(source, tmp_path):
     """Simulated by a limit on file sizes. Once there is space, the command continues."""
     resource = pytest.importorskip("resource")
     code, err = forked(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000)), source, tmp_path / "out")
@@ -564,7 +564,7 @@ def interrupted(owner, name, at, number, source, target, *more):
         *((to, os, "unlink", 1) for to in ("tar", "folder")),  # after the manifest
     ],
 )
-def test_killed_and_run_again(to, owner, name, at, source, tmp_path):
+def test_a_killed_command_continues(to, owner, name, at, source, tmp_path):
     code, err = interrupted(owner, name, at, signal.SIGKILL, source, tmp_path / "out", "--to", to)
     assert code == -signal.SIGKILL, err
     assert (tmp_path / "out" / "manifest.json").exists() == (name == "unlink")
@@ -611,7 +611,7 @@ def test_truncated_files_are_repaired(to, source, tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_signals(number, code, workers, source, tmp_path):
+def test_signals_end_the_command(number, code, workers, source, tmp_path):
     exitcode, err = interrupted(prepare._Tar, "add", 9, number, source, tmp_path / "out", "--workers", workers)
     assert exitcode == code, err
     bad, line = err.splitlines()
@@ -622,7 +622,7 @@ def test_signals(number, code, workers, source, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_worker_that_is_killed(source, tmp_path, monkeypatch, capsys):
+def test_a_killed_worker_is_reported(source, tmp_path, monkeypatch, capsys):
     """As a system that runs out of memory does."""
     monkeypatch.setattr(prepare, "shrink", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     assert run(source, tmp_path / "out", "--workers", 2) == 2
@@ -630,7 +630,7 @@ def test_a_worker_that_is_killed(source, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_not_enough_memory(workers, source, tmp_path, monkeypatch, capsys):
+def test_lack_of_memory_is_reported(workers, source, tmp_path, monkeypatch, capsys):
     def fails(*_):
         raise MemoryError
 

@@ -33,7 +33,7 @@ def profile(arguments, folder, seconds=1.0):
 
 
 @pytest.mark.parametrize("arguments", [DIGITS, JPEG], ids=["digits", "JPEG"])
-def test_profile(arguments, here, capsys):
+def test_profile_prints_and_records_all_parts(arguments, here, capsys):
     records = profile(arguments, here / "out")
 
     printed = capsys.readouterr().out
@@ -81,7 +81,7 @@ def test_profile_takes_all_passes_with_any_schedule(here):
     assert profile([*DIGITS, *schedules.split()], here / "out", 0.5)["both"]["passes"] == 3
 
 
-def test_flops_of_a_known_peak(here):
+def test_utilization_follows_from_the_peak(here):
     records = profile([*DIGITS, "--peak-tflops", "1"], here / "out", 0.2)
     flops = 2 * (64 * 256 + 256 * 256 + 256 * 10) * 3 - 2 * 64 * 256  # the images need no gradient
     compute = records["compute"]
@@ -128,5 +128,5 @@ def test_profile_of_two_processes(here):
         ("--curvature-interval 3", "crsam sgd, curvature interval 3"),
     ],
 )
-def test_names_of_methods(command, name):
+def test_methods_are_named_after_their_options(command, name):
     assert method(parse(command.split())) == name

@@ -84,7 +84,7 @@ def test_sgd_equals_torch_sgd(crsam_train, here):
         ("--optimizer crsam --regularizer log --estimator loss --base adamw", 3, torch.optim.AdamW),
     ],
 )
-def test_optimizer_of_the_options(command, passes, base):
+def test_options_select_the_optimizer(command, passes, base):
     options = parse(command.split())
     optimizer = create_optimizer(torch.nn.Linear(2, 2), options)
 
@@ -103,7 +103,7 @@ def test_the_moving_average_is_evaluated(crsam_train, here):
     assert not last["ema"]["1.weight"].equal(last["model"]["1.weight"])
 
 
-def test_bfloat16_and_label_smoothing(crsam_train, here, finished, read_log):
+def test_bfloat16_and_label_smoothing_take_effect(crsam_train, here, finished, read_log):
     for output, options in (("amp", "--amp"), ("smooth", "--label-smoothing 0.1")):
         assert crsam_train(f"--model mlp --epochs 1 --output {output} {options}") == 0
     plain, amp, smooth = (float(read_log(path)[0]["train_loss"]) for path in (finished, here / "amp", here / "smooth"))

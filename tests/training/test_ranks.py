@@ -54,7 +54,7 @@ def two(forked_train):
     return run
 
 
-def test_torchrun(tmp_path):
+def test_training_under_torchrun_works(tmp_path):
     folder = tmp_path / "run"
     with torchrun(*SHORT.split(), folder) as process:
         out, err = process.communicate(timeout=240)
@@ -88,7 +88,7 @@ def check_evaluation(folder):
     assert alone["test_loss"] == pytest.approx(float(row["test_loss"]), rel=1e-5)
 
 
-def test_sigterm_to_torchrun(tmp_path):
+def test_sigterm_to_torchrun_stops_all_processes(tmp_path):
     """It forwards the signal to all processes; they end with a complete checkpoint of the same step."""
     folder = tmp_path / "run"
     with torchrun(*SHORT.split(), folder, "--epochs", "100000") as process:
@@ -104,7 +104,7 @@ def test_sigterm_to_torchrun(tmp_path):
     assert "exitcode: -" not in err.replace(" ", "")  # no process was killed by a signal
 
 
-def test_signal_to_one_of_two(two, assert_same_run, here):
+def test_signal_to_one_process_stops_both(two, assert_same_run, here):
     """Both stop after the same step, and each resumes with its own running statistics."""
     assert two(f"{NORMED} straight") == ([0, 0], "")
 
@@ -121,7 +121,7 @@ def test_signal_to_one_of_two(two, assert_same_run, here):
     assert_same_run("straight", "stopped")
 
 
-def test_kill_of_one_of_two(two, assert_same_run):
+def test_killing_one_process_ends_both(two, assert_same_run):
     """The other process ends by itself, with one line from rank 0 if it is still alive."""
     command = f"{NORMED.replace('--output', '--save-steps 3 --optimizer sam --output')}"
     assert two(f"{command} straight") == ([0, 0], "")
@@ -136,7 +136,7 @@ def test_kill_of_one_of_two(two, assert_same_run):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_error_of_one_of_two(two, rank):
+def test_error_of_one_process_ends_both(two, rank):
     assert two(f"{SHORT} run", step=7, rank=rank, error="the disk is full") == (
         [2, 2], "crsam-train: the disk is full\n",
     )  # fmt: skip
@@ -154,7 +154,7 @@ def test_bad_files_of_all_are_counted(two, here, read_log):
 
 
 @pytest.mark.parametrize("options", ["--optimizer sgd", "--optimizer sam --sync-perturbation"])
-def test_resumed_with_another_number_of_processes(two, forked_train, here, read_log, options):
+def test_training_resumes_with_another_number_of_processes(two, forked_train, here, read_log, options):
     """The batches are the same, and the steps up to rounding, if the perturbation comes from the global batch.
 
     Bounds: sums of a batch are made in another order, which in float32 changes a gradient by some 1e-7 of its size;
@@ -220,7 +220,7 @@ def test_an_error_is_one_line(two, here):
     assert [path.name for path in here.iterdir()] == ["full"]
 
 
-def test_images_in_a_folder(two, image_folder, here):
+def test_images_are_split_among_the_ranks(two, image_folder, here):
     """Every rank takes its part of each batch, and evaluates its share of seven validation images."""
     (image_folder / "val" / "ape").mkdir()
     for index in range(2):

@@ -37,7 +37,7 @@ def kill_at(forked_train):
     ],
     ids=["cifar10", "cifar10-workers", "folder", "folder-workers"],
 )
-def test_stopped_in_mid_epoch_with_augmentation(
+def test_training_resumes_in_mid_epoch_with_augmentation(
     crsam_train, monkeypatch, assert_same_run, request, capsys, data, options
 ):
     path = request.getfixturevalue("cifar10" if data == "cifar10" else "image_folder")
@@ -72,7 +72,7 @@ def stop_after(monkeypatch, step, *signals):
     monkeypatch.setattr(Training, "take", interrupted_take)
 
 
-def test_killed_when_files_are_replaced(kill_at, crsam_train, here, assert_same_run, read_log):
+def test_training_resumes_after_a_kill_while_files_are_replaced(kill_at, crsam_train, here, assert_same_run, read_log):
     command = "--model mlp --epochs 3 --mixup 0.3 --ema 0.9 --batch-size 128 --output"
     assert crsam_train(f"{command} straight") == 0
 
@@ -107,7 +107,7 @@ def test_killed_when_files_are_replaced(kill_at, crsam_train, here, assert_same_
     ],
     ids=["ema-intervals", "adamw-log"],
 )
-def test_killed_at_random_steps(forked_train, assert_same_run, here, options):
+def test_training_resumes_after_kills_at_random_steps(forked_train, assert_same_run, here, options):
     """Killed twenty or ten times, at any step, also before the first checkpoint after the last kill."""
     command = f"{options} --epochs 3 --batch-size 128 --log-interval 5 --checkpoint-hist 2 --output"
     assert forked_train(f"{command} straight")[0] == [0]
@@ -155,7 +155,7 @@ def test_the_decay_of_the_moving_average_continues(forked_train, here):
     assert not straight["ema"]["1.weight"].equal(straight["model"]["1.weight"])
 
 
-def test_killed_during_the_evaluation(forked_train, assert_same_run, here, read_log):
+def test_training_resumes_after_a_kill_during_the_evaluation(forked_train, assert_same_run, here, read_log):
     command = "--model cnn --epochs 2 --batch-size 256 --log-interval 2 --ema 0.9 --output"
     assert forked_train(f"{command} straight")[0] == [0]
 
@@ -178,7 +178,7 @@ def test_killed_during_the_evaluation(forked_train, assert_same_run, here, read_
     ],
     ids=["SIGTERM", "SIGUSR1", "SIGINT", "both", "twice"],
 )
-def test_signals(forked_train, assert_same_run, here, finished_cnn, signals, status, line):
+def test_signals_stop_the_run_with_one_line(forked_train, assert_same_run, here, finished_cnn, signals, status, line):
     statuses, _, err = forked_train(f"{CNN} stopped", step=7, signals=signals)
 
     assert statuses == [status]
@@ -226,7 +226,9 @@ def remove(path):
 
 
 @pytest.mark.parametrize("harm", [tear_last_line, tear_and_add_later_steps, remove])
-def test_damaged_rows_of_steps_csv(crsam_train, assert_same_run, here, finished_cnn, read_log, monkeypatch, harm):
+def test_resuming_accepts_a_damaged_steps_csv(
+    crsam_train, assert_same_run, here, finished_cnn, read_log, monkeypatch, harm
+):
     """Rows of repeated steps are rewritten; other rows stay, and missing rows stay missing."""
     with monkeypatch.context() as patch:
         stop_after(patch, 7, signal.SIGTERM)

@@ -53,7 +53,7 @@ def closed_form(kind, step, warmup=0, peak=2.0, minimum=0.0):
         (f"--warmup-steps {TOTAL - 1}", TOTAL - 1, 0.0),
     ],
 )
-def test_learning_rate(kind, options, warmup, minimum):
+def test_learning_rate_follows_its_formula(kind, options, warmup, minimum):
     expected = [closed_form(kind, step, warmup, minimum=minimum) for step in range(TOTAL)]
 
     assert values(f"--schedule {kind} {options}") == pytest.approx(expected, rel=1e-12)
@@ -73,7 +73,7 @@ def test_rho_ends_at_min_rho():
     assert values("--rho 0.3 --rho-schedule linear --min-rho 0.1", "rho") == pytest.approx(expected, rel=1e-12)
 
 
-def test_rho_proportional_to_the_learning_rate():
+def test_rho_can_be_proportional_to_the_learning_rate():
     command = "--schedule linear --min-lr 0.5 --warmup-steps 8 --rho 0.6 --min-rho 0.1 --rho-schedule proportional"
     rho, lr = values(command, "rho"), values(command)
 
@@ -85,7 +85,7 @@ def test_rho_proportional_to_the_learning_rate():
     assert rho[:5] == pytest.approx([0, 0.15, 0.3, 0.45, 0.6])
 
 
-def test_rho_proportional_to_a_rate_below_min_lr():
+def test_rho_stays_in_its_range_if_the_rate_is_below_min_lr():
     rho = values("--schedule step --min-lr 0.1 --rho 0.6 --min-rho 0.2 --rho-schedule proportional", "rho")
 
     assert rho[0] == 0.6
@@ -94,7 +94,7 @@ def test_rho_proportional_to_a_rate_below_min_lr():
     assert set(values("--schedule constant --min-lr 2 --rho 0.6 --rho-schedule proportional", "rho")) == {0.6}
 
 
-def test_several_parameter_groups():
+def test_all_parameter_groups_are_scheduled():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
     optimizer, schedules = scheduled("--decay-of matrices --rho-schedule proportional --alpha-schedule linear", model)
     schedules.set(12)

@@ -65,7 +65,7 @@ def test_signal_handlers_are_restored_after_listening(error):
     assert [signal.getsignal(number) for number in numbers] == before
 
 
-def test_minutes_between_saves(monkeypatch):
+def test_save_is_due_after_the_given_minutes(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     requests, other = Requests(ALONE, 2), Requests(Ranks(1, 1), 2)
@@ -92,6 +92,6 @@ def test_a_signal_while_a_save_is_due_is_not_lost(monkeypatch):
         assert after_a_step(requests) == (True, 75)
 
 
-def test_platforms_without_some_signals():
+def test_only_existing_signals_are_handled():
     assert set(stop._SIGNALS) <= {"SIGTERM", "SIGUSR1", "SIGINT"}
     assert "SIGINT" in stop._SIGNALS
