@@ -80,7 +80,7 @@ class Measurement:
     """An estimate with its standard error."""
 
     value: float
-    standard_error: float  #: over the probes, for these samples; 0 without probes, NaN for a single probe
+    standard_error: float  #: estimated from the spread over the probes; 0 without probes, NaN for a single probe
     probes: int  #: number of random vectors; 0 if the value is not an estimate
     samples: int  #: number of samples in the loader
 
@@ -152,7 +152,7 @@ def hessian_trace(
             losses at :math:`w \pm \rho v/\|v\|`, which add an error of order rho² to the statistical one; "exact" for
             one product with each unit vector (one per parameter element), without probes.
         rho: length of the perturbation in the finite differences.
-        seed: of the probes.
+        seed: seed of the probes.
     Raises:
         ValueError, TypeError: if an argument is invalid; the message names it.
     """
@@ -264,7 +264,7 @@ def top_eigenvalues(
         count: number of eigenvalues; less than the number of parameter elements.
         tolerance: relative accuracy at which the iteration stops.
         max_iterations: maximum number of restarts; SciPy's default is ten per parameter element.
-        seed: of the start vector.
+        seed: seed of the start vector.
     Raises:
         ValueError, TypeError: if an argument is invalid.
         RuntimeError: if the iteration does not converge, or if a product is not finite.

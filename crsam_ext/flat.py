@@ -80,8 +80,8 @@ class Slot:
     group: int
     index: int
     offset: int
-    live_offset: int  # of its segment of ``live``; a row that is in place has no such segment
-    own_offset: int  # in the buffers of the state, if ranks share the state
+    live_offset: int  # offset of its segment of ``live``; a row that is in place has no such segment
+    own_offset: int  # offset in the buffers of the state, if ranks share the state
     shape: torch.Size
     stride: tuple[int, ...]
     numel: int
@@ -549,8 +549,8 @@ class FlatParameters:
     """All buckets of an optimizer.
 
     Args:
-        param_groups: of the optimizer. Parameters that require a gradient, have a gradient or have state are adopted.
-        state: of the optimizer; its values are copied into the flat buffers.
+        param_groups: groups of the optimizer. Adopts parameters that require a gradient, have a gradient or have state.
+        state: state of the optimizer; its values are copied into the flat buffers.
         layout: which state is flat.
         operators: the operators that will process the rows.
         num_points: the number of points that are evaluated at once, 1 or 2.
@@ -751,7 +751,7 @@ class FlatParameters:
 
         Args:
             parts: float64, for each bucket; None if none of its elements take part on this rank.
-            shape: of the sum.
+            shape: shape of the sum.
         Returns:
             The sum, on the device of the first bucket.
         """

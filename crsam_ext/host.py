@@ -109,7 +109,7 @@ def take_gradients(params: Column, views: bool) -> Column | None:
     share the memory of the parameter, which is about to be perturbed.
 
     Args:
-        params: of one dtype and device, without gaps in their memory.
+        params: parameters of one dtype and device, without gaps in their memory.
         views: whether views are safe, because no backward runs before they are used.
     Returns:
         The gradients. If one is missing or must be copied, all stay in ``p.grad``, and the result is None.

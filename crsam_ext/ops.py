@@ -473,7 +473,7 @@ class Operators(ABC):
             groups: the group of each row.
             steps: for each row a 0-dim tensor on its device, the number of steps it has taken, including this one.
             options: for each group; all groups have the same rule.
-            coefficients: of this step.
+            coefficients: coefficients of this step.
             direction: added to g0 if the step has one pass: :math:`\hat g = c\,(g_0 + \omega h)`, where
                 :math:`\omega` is its weight.
         """

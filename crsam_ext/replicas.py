@@ -71,7 +71,7 @@ class Replicas:
         """Return what happens to the gradients of a pass.
 
         Args:
-            index: of the pass.
+            index: index of the pass.
             passes: the number of passes in the step.
             weights_known: whether the weights of ghat are known before the last pass.
         """
@@ -306,7 +306,7 @@ def check_equal(params: Sequence[Tensor], names: Sequence[str], group: dist.Proc
     Args:
         params: plain tensors, which are compared over ``group``, and DTensors, which are compared over the ranks that
             replicate the same shard.
-        names: of the parameters.
+        names: names of the parameters.
         group: all processes if None.
     Raises:
         RuntimeError: on all ranks, if parameters differ; the message names the first of them.

@@ -33,7 +33,7 @@ class StateShards:
 
     Args:
         group: the ranks that share the state.
-        device: of the parameters.
+        device: device of the parameters.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:

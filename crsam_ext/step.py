@@ -149,7 +149,7 @@ class Step:
         self._gathered: dict[tuple[Any, ...], list[Sequence[Tensor]]] = {}
         self._squared_norms: list[Tensor] = []
         self._gram: Tensor | None = None
-        self._scale: Tensor | None = None  # of the perturbation; None before the first move
+        self._scale: Tensor | None = None  # scale of the perturbation; None before the first move
         self._undo: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []  # copying the second into the first restores w
         self._written: list[Plan] = []  # plans whose mirrors may differ from their parameters
 

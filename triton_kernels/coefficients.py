@@ -114,7 +114,7 @@ def coefficients_kernel(
     total = tl.sum(everything, 0)
     sound = tl.abs(total) < float("inf")  # False for NaN
     unscale = tl.full([], 1.0, tl.float64)
-    if grad_scale is not None:  # of gradients and norms; e is not scaled
+    if grad_scale is not None:  # the scale of gradients and norms; e is not scaled
         unscale /= tl.load(grad_scale)
     curvature, difference = tl.sum(kappas, 0) / 2 * unscale, tl.sum(sigmas, 0) * unscale
     if len(losses) == 3:

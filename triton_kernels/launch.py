@@ -98,10 +98,10 @@ def _launch(
         key: everything that determines constants and options, the device, and the properties of tuple arguments that
             Triton specializes on.
         programs: the number of programs.
-        arguments: for all parameters before the constants. A tensor always has the same dtype, an integer is below 2^31
-            unless the kernel declares 64 bits.
-        constants: for the remaining parameters, in their order.
-        options: of the compiler.
+        arguments: values of all parameters before the constants. A tensor always has the same dtype, and an integer is
+            below 2^31 unless the kernel declares 64 bits.
+        constants: values of the remaining parameters, in their order.
+        options: options of the compiler.
     """
     key = (id(kernel), programs, *key, *map(type, arguments))
     launch_compiled = _launchers.get(key)

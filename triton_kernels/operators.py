@@ -56,7 +56,7 @@ class Rows:
     Args:
         op: the operator.
         groups, num_groups: the group of each row, and the number of groups.
-        lists: of tensors; the first list determines the number, lengths, dtype and device of the rows.
+        lists: lists of tensors; the first one determines the number, lengths, dtype and device of the rows.
         optional: lists of optional tensors; a tensor without elements counts as missing.
         steps: the number of steps of each row.
         adaptive: for each group, whether its perturbation is that of ASAM.

@@ -153,7 +153,7 @@ def mfu_percent(flops: float, passes_per_second: float, peak: float) -> float:
     Args:
         flops: floating-point operations of one pass of one sample.
         passes_per_second: passes of single samples, per device.
-        peak: of the device, in TFLOPS.
+        peak: peak speed of the device, in TFLOPS.
     """
     return 100 * flops * passes_per_second / (peak * 1e12)
 

@@ -325,7 +325,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--max-grad-norm", type=number(1e-12), help="clip the norm of the combined gradient")
     add("--lr", type=number(0), help="peak learning rate")
-    add("--momentum", type=number(0, 1), help="of SGD (default: 0.9)")
+    add("--momentum", type=number(0, 1), help="momentum of SGD (default: 0.9)")
     add("--nesterov", action=flag, help="Nesterov momentum of SGD")
     add("--weight-decay", type=number(0), help="weight decay of the base optimizer")
     add(

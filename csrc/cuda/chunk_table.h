@@ -8,7 +8,7 @@
 
 namespace crsam {
 
-constexpr int kThreads = 256;  // of every block
+constexpr int kThreads = 256;  // threads of every block
 
 // Elements of a chunk, 64 per thread. It is short enough to keep all multiprocessors busy to the end and to sum in
 // float32, and long enough to amortize reading the row and the reduction at the end of a block.
@@ -46,7 +46,7 @@ static_assert(sizeof(Row) == 8 * kPointers + 24, "Row must not contain padding")
 
 struct Chunk {
   int32_t row;
-  int32_t index;  // of the chunk in its row
+  int32_t index;  // index of the chunk in its row
 };
 
 struct Table {

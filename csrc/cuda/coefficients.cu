@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) coefficients_kernel(CoefficientsArgu
   }
   block_sum(sums, total);
   const bool ok = isfinite(total[everything]);
-  const double grad_scale = p.grad_scale ? *p.grad_scale : 1;  // of gradients and norms; e is not scaled
+  const double grad_scale = p.grad_scale ? *p.grad_scale : 1;  // scale of gradients and norms; e is not scaled
   double kappa = total[kappa_sum] / 2 / grad_scale, sigma = total[sigma_sum] / grad_scale;
   if (p.losses[0]) {
     kappa = *p.losses[1] + *p.losses[2] - 2 * *p.losses[0];

@@ -92,7 +92,7 @@ __device__ __forceinline__ void add_products_with(C (&sums)[kGram], C h, const C
 // The results of `coefficients` for one group. The factor is negative if the group is maximized.
 template <typename C>
 struct Weights {
-  C passes[kPasses - 1];  // of g_i - g0
+  C passes[kPasses - 1];  // weights of g_i - g0
   C direction;
   C factor;
 };
