@@ -48,7 +48,7 @@ def storage_is_shared(storage: torch.UntypedStorage) -> bool:
     Return False if torch does not provide the reference count.
     """
     count = getattr(torch._C, "_storage_Use_Count", None)
-    return count is not None and count(storage._cdata) > 2  # the tensor, and ``storage`` itself
+    return count is not None and count(storage._cdata) > 2  # two users are the tensor and ``storage`` itself
 
 
 def segment(flat: Tensor, start: int, numel: int) -> Tensor:
@@ -161,7 +161,7 @@ def _groups_of_fully_shard() -> Iterator[Any]:
     states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
     for reference in list(states.values()):
         state = reference()
-        groups = getattr(state, "_fsdp_param_groups", None)  # earlier versions have at most one group
+        groups = getattr(state, "_fsdp_param_groups", None)  # earlier versions of torch have at most one group
         groups = [getattr(state, "_fsdp_param_group", None)] if groups is None else groups
         yield from (group for group in groups if group is not None)
 

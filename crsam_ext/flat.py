@@ -49,9 +49,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ALIGNMENT", "FlatParameters", "Gradients", "StateLayout", "check_parameter"]
 
-ALIGNMENT = 16  #: bytes: the widest load of a GPU
-_MAX_CONSTANTS = 64  # tuples of numbers that are cached on the device
-_MAX_PLANS = 64  # plans that are cached: with randomly dropped layers, new sets of participants keep appearing
+ALIGNMENT = 16  #: in bytes: the width of the widest load of a GPU
+_MAX_CONSTANTS = 64  # maximum number of tuples of numbers cached on the device
+_MAX_PLANS = 64  # maximum number of cached plans: randomly dropped layers keep producing new sets of participants
 
 Gradients = Sequence[Tensor | None]  # one per slot of a bucket, with the shape and strides of the parameter
 

@@ -91,8 +91,8 @@ class GraphedStep:
         return result
 
     def _forget(self) -> None:
-        self._graphs: dict[int, _Graph] = {}  # for each number of passes
-        # For each number of passes, how many eager steps there were, and the options of the last one.
+        self._graphs: dict[int, _Graph] = {}  # by number of passes
+        # By number of passes: the count of eager steps, and the options of the last one.
         self._ordinary: dict[int, tuple[int, Any]] = {}
 
     def _options_to_device(self) -> None:

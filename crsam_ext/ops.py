@@ -44,7 +44,7 @@ from torch import Tensor
 from . import host
 
 if TYPE_CHECKING:
-    from typing import Self  # from Python 3.11 on
+    from typing import Self  # needs Python 3.11
 
 __all__ = [
     "CLIP_EPSILON",

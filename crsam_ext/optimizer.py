@@ -874,7 +874,7 @@ class CRSAM(Optimizer):
             yield
         except BaseException as error:
             self.restore()
-            if self._flat is not None and self._flat.is_gathered and hasattr(error, "add_note"):  # from Python 3.11 on
+            if self._flat is not None and self._flat.is_gathered and hasattr(error, "add_note"):  # needs Python 3.11
                 error.add_note(
                     "CRSAM has restored the parameters. After an exception in a forward or backward, fully_shard needs "
                     "model.reset_iter_state() before the next forward."
@@ -1110,7 +1110,7 @@ class CRSAM(Optimizer):
 
     def _values(self, loaded: dict[str, Any]) -> Iterator[tuple[Tensor, str, Tensor]]:
         """Yield the tensors of a loaded state: the parameter, the name and the tensor of each."""
-        for own, group in zip(self.param_groups, loaded["param_groups"], strict=False):  # torch compares the lengths
+        for own, group in zip(self.param_groups, loaded["param_groups"], strict=False):  # torch checks lengths
             for param, key in zip(own["params"], group["params"], strict=False):
                 for name, value in loaded["state"].get(key, {}).items():
                     if isinstance(value, Tensor):

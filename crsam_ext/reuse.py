@@ -46,10 +46,10 @@ class SharpnessDirection:
     """
 
     def __init__(self) -> None:
-        # [groups], of h in the buffers; None if h was loaded. Always the same tensor, because CUDA graphs read it.
+        # [groups], the squared norm of h; None if h was loaded. Always the same tensor, because CUDA graphs read it.
         self._squared_norm: Tensor | None = None
         self._age = 0
-        self._decays: dict[tuple[int, torch.device], Tensor] = {}  # by age
+        self._decays: dict[tuple[int, torch.device], Tensor] = {}  # by age and device
         self._replayed: Tensor | None = None  # the decay, in the tensor that a CUDA graph reads
 
     def begin_step(self, age: int) -> None:

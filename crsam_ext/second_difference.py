@@ -28,7 +28,7 @@ class SecondDifference:
     """
 
     def __init__(self) -> None:
-        # For parameters without state: many optimizers create theirs only if the state is empty.
+        # For parameters without state: many optimizers create their state only if it is empty.
         self._unpublished: dict[Tensor, Tensor] = {}
 
     def keep(

@@ -339,7 +339,7 @@ class Step:
         if self.passes == 2 and self.difference is not None:
             self.add(None, self.difference.descent(self.state, self.flat.buckets, self.grads, grad_scale))
         if self._combined:
-            active = self._given[-1]  # on any replica
+            active = self._given[-1]  # parameters with a gradient on any replica
         else:
             active = [_either(masks) for masks in zip(*self._given, strict=True)]
             if reduces:
@@ -641,7 +641,7 @@ class Step:
             max_grad_norm=max_grad_norm,
         )
         decided = self._decided
-        if decided is not None:  # from the gradients of all replicas, see _decide()
+        if decided is not None:  # coefficients from the gradients of all replicas, see _decide()
             c = decided._replace(factor=c.factor, ok=c.ok)
             self._stats.counters(self.home).add_(torch.where(c.ok, self._events, 0))
         return c

@@ -276,7 +276,7 @@ def _readable(to_test: Callable[[Tensor], Iterator[Answer]], val: Source, option
 
     order = torch.arange(len(val))
     if options.data.partition(":")[0] not in ("folder", "tar"):
-        return order  # already in memory, or generated
+        return order  # the images are already in memory, or generated
     bad = ranks.union(name for answer in to_test(order) for name in answer.bad)
     if options.skip_bad_val and 0 < len(bad) < len(val):
         warn(f"{len(bad)} of {len(val)} validation images cannot be read and are ignored: {named(bad)}")
@@ -297,7 +297,7 @@ def _refuse(bad: list[str], count: int, options: Namespace) -> None:
         )
 
 
-_SYNTHETIC_BATCHES = 4  # kept on the device and used in turn
+_SYNTHETIC_BATCHES = 4  # batches kept on the device and used in turn
 
 
 def _synthetic_data(classes: int, options: Namespace, device: torch.device, ranks: Ranks) -> Data:

@@ -84,7 +84,7 @@ def opened(data: bytes, name: str) -> Iterator[Image.Image]:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about many pixels, transparent palettes, damaged EXIF
+            warnings.simplefilter("ignore")  # warnings about many pixels, transparent palettes, damaged EXIF
             with Image.open(io.BytesIO(data)) as image:
                 if image.mode[0] in "IF":
                     raise TrainingError(f"{name} has more than 8 bits per channel (mode {image.mode}): convert it to 8")

@@ -33,8 +33,8 @@ from .progress import warn
 
 _Array = NDArray[np.integer[Any]]
 
-_NAMED = 5  # files that a message lists; it gives the number of the others
-# Errors of the system, not of the file.
+_NAMED = 5  # maximum number of files that a message names; it counts the others
+# These are errors of the system, not of the file.
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 

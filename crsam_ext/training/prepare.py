@@ -243,7 +243,7 @@ def _claim(target: Path, identity: dict[str, Any], overwrite: bool) -> bool:
                 f"{target} was made with a different {told}: use another TARGET, or --overwrite to replace it"
             )
         if complete and not overwrite:
-            begun.unlink(missing_ok=True)  # killed after manifest.json was written
+            begun.unlink(missing_ok=True)  # an earlier command was killed after it wrote manifest.json
             return True
         if not changed and not complete:
             return False
@@ -266,7 +266,7 @@ def _prepare_split(
     """Prepare the rest of a split. Return its part of the manifest, and the number of files read now."""
     final = target / (f"{split}.tar" if options.to == "tar" else split)
     partial = final.with_name(final.name + PARTIAL)
-    if final.exists():  # killed in the next split: only check the list
+    if final.exists():  # an earlier command was killed in the next split: only check the list
         os.replace(final, partial)
     listing, header = _list_of(target, split), _row(_COLUMNS)
     result: dict[str, Any] = {"images": 0, "source_bytes": 0, "bytes": 0, "bad_files": []}
@@ -337,7 +337,7 @@ def _shrunk(
     task = bar.add_task(split, total=total, completed=total - len(left))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about more workers than CPUs
+            warnings.simplefilter("ignore")  # the warning about more workers than CPUs
             # The workers are forked here, before the progress bar starts a thread.
             batches = iter(
                 DataLoader(

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .loop import Training
 
 ROUNDS = 5
-PACKAGES = ("torch", "timm", "torchcodec", "pillow")  # their versions are recorded
+PACKAGES = ("torch", "timm", "torchcodec", "pillow")  # packages whose versions are recorded
 
 
 def profile(training: Training, seconds: float) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .decoding import decode
 
-PER_CLASS = {"train": 100, "val": 10}  # images
-_VARIANTS = 4  # pictures per class
-_PALETTES = 8  # classes with different pictures
+PER_CLASS = {"train": 100, "val": 10}  # images per class
+_VARIANTS = 4  # different pictures per class
+_PALETTES = 8  # number of classes with different pictures
 
 
 class Jpegs:
