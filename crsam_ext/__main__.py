@@ -183,7 +183,7 @@ def _gib(size: int) -> str:
 
 
 def _shortened(text: str) -> str:
-    """Return the text in one line, with only the last component of each absolute path: the others may name a user."""
+    """Return the text in one line, with only the last part of each absolute path: the other parts may name a user."""
     text, home = " ".join(text.split()), os.path.expanduser("~")
     if home not in ("~", os.sep):
         text = text.replace(home, "~")

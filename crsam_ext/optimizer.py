@@ -691,7 +691,7 @@ class CRSAM(Optimizer):
         return nullcontext() if self.replicas is None else self.replicas.ddp.no_sync()
 
     def check_replicas(self) -> None:
-        """Check that all ranks hold bitwise equal parameters, by one all-reduce of a checksum of each.
+        """Check that all ranks hold bitwise equal parameters, with one all-reduce of their checksums.
 
         This compares the ranks of the DistributedDataParallel that is ``model``, or all ranks without one. The shards
         of a DTensor are compared over the ranks that hold the same shard. With one process it is a no-op.

@@ -60,7 +60,7 @@ class Rows:
         optional: lists of optional tensors; a tensor without elements counts as missing.
         steps: the number of steps of each row.
         adaptive: for each group, whether its perturbation is that of ASAM.
-        weighted: whether rows are adaptive (ASAM) if ``optional``, which then has one list, has a tensor for them.
+        weighted: whether ``optional`` is one list, and the rows for which it has a tensor are adaptive (ASAM).
     """
 
     def __init__(

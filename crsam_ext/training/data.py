@@ -104,7 +104,7 @@ def _tensor_data(
     size, batch_size = len(x), options.batch_size
     alone = size % batch_size == 1 < batch_size and ranks.size == 1
     if alone:
-        warn("the last batch of an epoch would hold one sample, which batch norm cannot train on: it is dropped")
+        warn("the last batch of each epoch is dropped: it would hold one sample, which batch norm cannot train on")
     drop_last = alone or options.mixup > 0 or options.cutmix > 0 or ranks.size > 1
     used = size - size % batch_size if drop_last else size
 

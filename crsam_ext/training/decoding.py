@@ -1,8 +1,9 @@
 """Decodes images. Every decoder returns the same pixels.
 
-Pillow opens every file and reads only its header, in about 0.05 ms. So one place decides which files are images, which
-are refused, and how they are rotated. torchcodec then decodes the files for which it is faster and returns exactly
-Pillow's pixels: JPEGs (RGB, gray or CMYK, baseline or progressive) that need no rotation. Pillow decodes the rest.
+Pillow opens every file and reads only its header, in about 0.05 ms. This decides in one place which files are images,
+which are refused, and how they are rotated. torchcodec then decodes the files for which it is faster, and returns
+exactly Pillow's pixels: JPEGs (RGB, gray or CMYK, baseline or progressive) that need no rotation. Pillow decodes the
+rest.
 """
 
 import io

@@ -173,7 +173,7 @@ class Pool:
                     raise answer
                 yield answer
                 if iteration != self._iterations:
-                    raise RuntimeError("another iteration over the images has started, which ended this one")
+                    raise RuntimeError("another iteration over the images has started and ended this one")
         except RuntimeError as error:
             mended = explained(error)
             if mended is None:

@@ -208,8 +208,8 @@ class _Meter:
 
         A round consists of whole cycles. For steps, a cycle covers all kinds of steps of --interval and
         --curvature-interval, or of --interval alone if the full cycle would take longer than ``seconds``. For data, a
-        cycle is one batch of each worker, since these arrive together. If cycles are long, there are fewer rounds, at
-        least one.
+        cycle is one batch of each worker, since these batches arrive together. If cycles are long, there are fewer
+        rounds, at least one.
         """
         optimizer, target = self._state.optimizer, seconds / ROUNDS
         cycle, workers = optimizer.interval * optimizer.curvature_interval, self.loader.workers

@@ -54,10 +54,10 @@ class Ranks:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Make all processes fail with the first error of any: each fails when it waits for one that has ended.
+        """Make all processes fail with the first error: each fails when it waits for a process that has ended.
 
         Raises:
-            TrainingError: another process failed; the message is the one that it left, if it could.
+            TrainingError: another process failed. Its message is used if it could leave one.
         """
         try:
             yield

@@ -40,7 +40,7 @@ class SGDUpdate(RuleUpdate):
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
         super().__init__(groups)
         self.buffers = [SGDOptions.state if group["momentum"] else () for group in groups]
-        # In torch, dampening does not apply to the first momentum, so the update depends on whether there is one yet.
+        # In torch, dampening does not apply to the first momentum, so the update depends on whether a momentum exists.
         self.shows_steps = any(group["momentum"] and group["dampening"] for group in groups)
 
     def steps_taken(self, state: Mapping[str, Any]) -> float:
