@@ -193,25 +193,24 @@ def draw(results: Results, folder: Path) -> list[Path]:
         for ax, (case, records) in zip(axes, cases.items(), strict=True):
             peers = [r["peer"] for r in records]
             if name == "time":
-                cuts = [quantiles(ratios(r, "copy")) for r in records]
-                values = [p50 for _, p50, _ in cuts]
-                spread = [[b - a for a, b, _ in cuts], [c - b for _, b, c in cuts]]
+                lows, values, highs = zip(*(quantiles(ratios(r, "copy")) for r in records), strict=True)
                 label, reference = "time of a step / time of the copy", "copy"
             else:
-                values, spread = [r["bytes"] / r["floor_bytes"] for r in records], None
+                lows = values = highs = tuple(r["bytes"] / r["floor_bytes"] for r in records)
                 label, reference = "bytes moved / bytes of the fused step", "fused step"
-            bars = ax.barh(peers, values, xerr=spread, color=[COLORS[_kind(peer)] for peer in peers])
-            limit = 1.2 * max(1.0, *(value for value in values if value <= _SHOWN))
+            limit = 1.2 * max(1.0, *(high for value, high in zip(values, highs, strict=True) if value <= _SHOWN))
             ax.set_xlim(0, limit)
+            bars = ax.barh(peers, values, color=[COLORS[_kind(peer)] for peer in peers])
             if name == "bytes":
                 for bar, record in zip(bars, records, strict=True):
                     bar.set_hatch("" if record["bytes_are"] == "counted" else "///")
                     bar.set_edgecolor("white")
             for place, value in enumerate(values):
                 inside = value > limit  # the bar is cut off
-                end = value if spread is None else value + spread[1][place]
+                if not inside:
+                    ax.hlines(place, lows[place], highs[place], color="black")
                 ax.annotate(
-                    f"{value:.2f} →" if inside else f"{value:.2f}", (limit if inside else end, place),
+                    f"{value:.2f} →" if inside else f"{value:.2f}", (limit if inside else highs[place], place),
                     (-4 if inside else 5, 0), textcoords="offset points", va="center", fontsize=7,
                     ha="right" if inside else "left", color="white" if inside else "black",
                 )  # fmt: skip
