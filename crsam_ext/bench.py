@@ -205,12 +205,12 @@ def draw(results: Results, folder: Path) -> list[Path]:
                 for bar, record in zip(bars, records, strict=True):
                     bar.set_hatch("" if record["bytes_are"] == "counted" else "///")
                     bar.set_edgecolor("white")
-            for place, value in enumerate(values):
-                inside = value > limit  # the bar is cut off
-                if not inside:
-                    ax.hlines(place, lows[place], highs[place], color="black")
+            for place, (low, value, high) in enumerate(zip(lows, values, highs, strict=True)):
+                cut_off, inside = value > limit, high > limit
+                if not cut_off:
+                    ax.hlines(place, low, high, color="black")
                 ax.annotate(
-                    f"{value:.2f} →" if inside else f"{value:.2f}", (limit if inside else highs[place], place),
+                    f"{value:.2f} →" if cut_off else f"{value:.2f}", (min(low, limit) if inside else high, place),
                     (-4 if inside else 5, 0), textcoords="offset points", va="center", fontsize=7,
                     ha="right" if inside else "left", color="white" if inside else "black",
                 )  # fmt: skip
