@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SOURCES = ROOT / "csrc"
 KERNELS = ("grad_norm.cu", "perturb.cu", "fd_gram.cu", "coefficients.cu", "step.cu")
-# Without contraction, so that only explicit calls of fma are fused.
+# Contraction is disabled, so that only explicit calls of fma are fused.
 FLAGS = ("-std=c++20", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas")
 
 
@@ -130,7 +130,7 @@ def program(*flags, replaced=()):
 
     Args:
         flags: flags of the compiler and the linker.
-        replaced: tuples (file in csrc/cuda, text, other text): replacements in a copy of the sources.
+        replaced: tuples (file in csrc/cuda, text, new text): replacements in a copy of the sources.
     """
     path = ROOT / "build" / "cuda_on_cpu" / _digest("program", flags, replaced) / "program"
     if path.exists():
@@ -140,7 +140,7 @@ def program(*flags, replaced=()):
         shutil.copytree(SOURCES / "cuda", sources)
         for name, text, other in replaced:
             original = (sources / name).read_text()
-            assert original.count(text) == 1, f"{text!r} is not once in {name}"
+            assert original.count(text) == 1, f"{name} does not contain {text!r} exactly once"
             (sources / name).write_text(original.replace(text, other))
         kernels = [sources / name for name in KERNELS]
         _build(path, [*kernels, HERE / "program.cpp"], [f"-I{sources}", *flags], flags)

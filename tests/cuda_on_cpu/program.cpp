@@ -13,7 +13,7 @@
 
 namespace {
 
-#ifdef EMU_PARALLEL  // few blocks, because ThreadSanitizer takes a millisecond to create a fiber; groups run at once
+#ifdef EMU_PARALLEL  // few blocks, because ThreadSanitizer takes a millisecond to create a fiber
 const std::vector<int64_t> kLengths = {crsam::kChunk + 3, 3};
 #else
 const std::vector<int64_t> kLengths = {1, 3, crsam::kChunk + 4097, 300};
@@ -78,7 +78,7 @@ void run(crsam::Dtype dtype) {
   double* gram = memory.make<double>(kNumGroups * 9, [](int64_t) { return -1; });
   double* half = memory.make<double>(kNumGroups, [](int64_t) { return 0.5; });
   double* scale = memory.make<double>(kNumGroups, zero);
-  for (int repetition = 0; repetition < 2; ++repetition) {  // the tickets must be 0 again
+  for (int repetition = 0; repetition < 2; ++repetition) {  // in the second one, the tickets must be 0 again
     launch_grad_norm(dtype, table, half, partial, norms, nullptr);
     launch_grad_norm(dtype, table, nullptr, partial, norms, nullptr);
     launch_fd_gram(dtype, table, partial, gram, nullptr);
@@ -141,7 +141,7 @@ void run(crsam::Dtype dtype) {
   };
   update(table);
 
-  // The last chunk of a row of 2^33 elements, of which only these exist: tests 64-bit offsets.
+  // Tests 64-bit offsets with a row of 2^33 elements, of which only the last chunk exists.
   const int64_t before = int64_t(1) << 33, n = 1027;
   Row row = {};
   const auto shifted = [&](auto* array) { return array - before; };

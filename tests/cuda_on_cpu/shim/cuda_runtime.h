@@ -2,8 +2,9 @@
 //
 // Barriers and shuffles switch between the fibers of a block, in a selectable order (emu::order), so that a
 // missing barrier changes results. Normally blocks run one after another, and __shared__ means static. With
-// EMU_PARALLEL a block is an OS thread, several run in parallel, and __shared__ means thread_local: for
-// ThreadSanitizer, for which atomics and fences have CUDA's semantics (an atomic orders nothing, __threadfence does).
+// EMU_PARALLEL, which is for ThreadSanitizer, each block is an OS thread, several run in parallel, and __shared__ means
+// thread_local. For ThreadSanitizer, atomics and fences have CUDA's semantics: an atomic orders nothing, __threadfence
+// does.
 #pragma once
 
 #include <math.h>
@@ -320,7 +321,7 @@ EMU_NOSAN inline void run_block(Launch* launch, unsigned index, std::latch* star
   b->threads = std::vector<Thread>(n);
   b->warps = std::vector<Barrier>((n + 31) / 32);
   b->stacks = take_stacks(kStack * n);
-  // If a block ended before its neighbor began, the lock around the stacks would order them.
+  // Start all blocks together: if a block ended before its neighbor began, the lock around the stacks would order them.
   if (start) start->arrive_and_wait();
 #ifdef __SANITIZE_THREAD__
   b->fiber = __tsan_get_current_fiber();
@@ -416,15 +417,14 @@ T add(T* p, T value) {
   return std::atomic_ref<T>(*p).fetch_add(value, released ? std::memory_order_release : std::memory_order_relaxed);
 }
 
-// A GPU faults where an access is not aligned to its size; a CPU does not.
+// An access that is not aligned to its size faults on a GPU, but not on a CPU.
 inline void check_aligned(const void* p, size_t size, const Site& site) {
   if (reinterpret_cast<uintptr_t>(p) % size != 0) die("misaligned access", site);
 }
 
 }  // namespace emu
 
-// Functions that kernels call
-// ------------------------------------------------------------------------------------------
+// Functions that kernels call ----------------------------------------------------------------------------------------
 
 #define threadIdx (::emu::current->index)
 #define blockIdx (::emu::current->block->index)
