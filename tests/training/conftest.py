@@ -21,7 +21,7 @@ from crsam_ext.training.logs import TIMES
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty working folder."""
+    """Create an empty working folder, and return its path."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -30,10 +30,10 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def crsam_train(here, monkeypatch):
-    """Runs the program with a command line in one string, and returns its exit code.
+    """Return a function that runs the program with a command line in one string and returns its exit code.
 
-    One thread: for models this small a second one only waits, the more so where other programs run. And no picture,
-    which takes longer than most of these runs; that of `finished` is genuine.
+    The program uses one thread, because for models this small a second thread only waits, especially if other programs
+    run. It draws no curves, because that takes longer than most of these runs; `finished` draws them.
     """
     monkeypatch.setattr("crsam_ext.training.logs.draw", lambda file, history, title: file.write(title.encode()))
     threads = torch.get_num_threads()
@@ -43,7 +43,7 @@ def crsam_train(here, monkeypatch):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The results of a run of one epoch."""
+    """Return the folder of a finished run of one epoch."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert main(["--model", "mlp", "--epochs", "1", "--threads", "1", "--output", str(folder)]) == 0
     return folder
@@ -51,7 +51,8 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def read_log():
-    """The rows of a log.csv, or of another CSV file, without the columns that differ between runs."""
+    """Return a function that reads the rows of log.csv, or of another CSV file, without the columns that differ between
+    runs."""
 
     def read(folder, name="log.csv"):
         with open(folder / name, newline="") as file:
@@ -62,7 +63,8 @@ def read_log():
 
 @pytest.fixture
 def read_state():
-    """A checkpoint as a flat dictionary with hashes of the tensors, for bit-for-bit comparison."""
+    """Return a function that reads a checkpoint as a flat dictionary with hashes of the tensors, for bit-for-bit
+    comparison."""
 
     def flatten(value, name):
         if isinstance(value, torch.Tensor):
@@ -78,8 +80,8 @@ def read_state():
     return lambda path: flatten(torch.load(path, weights_only=True), "")
 
 
-# Runs the program once for each input line, in one fork or, with ranks, in several connected forks, and replies with
-# their exit codes. So the packages are imported only once. Each fork sets up its own signals and failures.
+# This process imports the packages once. For each input line, it runs the program in one fork or, with ranks, in
+# several connected forks, and replies with their exit codes. Each fork arranges its own signals and failures.
 FORKS = """
 import json, os, signal, sys, time
 import crsam_ext.training.loop, sklearn.datasets, sklearn.model_selection
@@ -155,7 +157,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def forks():
-    """The process that runs FORKS."""
+    """Start and return the process that runs FORKS."""
     # Libraries that start threads at import would leave locked locks in the forks.
     one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     environment = {**os.environ, **one, "GLOO_SOCKET_IFNAME": "lo"}
@@ -167,10 +169,10 @@ def forks():
 
 @pytest.fixture
 def forked_train(here, forks):
-    """Runs the program in other processes.
+    """Return a function that runs the program in other processes.
 
-    Given are the command, how many ranks there are, and what happens, as arguments of `arrange` in FORKS. Returns the
-    exit statuses, negative for a signal, and what all ranks wrote to stdout and to stderr.
+    Its arguments are the command, the number of ranks, and what happens, as arguments of `arrange` in FORKS. It returns
+    the exit statuses, negative for a signal, and what all ranks wrote to stdout and to stderr.
     """
 
     def run(command, ranks=1, left=1, **plan):
@@ -192,7 +194,7 @@ def forked_train(here, forks):
 
 @pytest.fixture
 def assert_same_run(here, read_log, read_state):
-    """Asserts that two folders hold the same run, bit for bit."""
+    """Return a function that asserts that two folders contain the same run, bit for bit."""
 
     def check(first, second):
         for name in ("log.csv", "steps.csv"):
@@ -206,7 +208,7 @@ def assert_same_run(here, read_log, read_state):
 
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
-    """A folder in the layout of CIFAR-10, with 20 random images instead of 10 000 in each of its six files."""
+    """Return a folder in the layout of CIFAR-10, with 20 random images instead of 10 000 in each of its six files."""
     # torchvision checks the checksums of the real files.
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: True)
     folder = tmp_path / "cifar" / "cifar-10-batches-py"
@@ -221,7 +223,8 @@ def cifar10(tmp_path, monkeypatch):
 
 @pytest.fixture
 def image_folder(tmp_path):
-    """A folder in the layout of ImageNet: eight training images of each of three classes, validation images of two."""
+    """Return a folder in the layout of ImageNet: eight training images of each of three classes, validation images of
+    two."""
     root = tmp_path / "images"
     generator = np.random.default_rng(0)
     for split, label, count in (
@@ -241,7 +244,7 @@ def image_folder(tmp_path):
 
 @pytest.fixture(scope="session")
 def photographs():
-    """Photographs shipped with packages, by name: RGB, 640×427 twice and 512×600."""
+    """Return photographs shipped with packages, by name: RGB, 640×427 twice and 512×600."""
     from matplotlib import get_data_path
     from sklearn.datasets import load_sample_image
 
@@ -252,7 +255,8 @@ def photographs():
 
 @pytest.fixture(scope="session")
 def write_crops(photographs):
-    """Writes crops of 200×160 of the three photographs as JPEG in the layout of ImageNet, one class per photograph."""
+    """Return a function that writes crops of 200×160 of the three photographs as JPEG in the layout of ImageNet, one
+    class per photograph."""
 
     def write(root, counts, size=(200, 160)):
         generator = np.random.default_rng(0)
@@ -273,11 +277,11 @@ def write_crops(photographs):
 
 @pytest.fixture(scope="session")
 def photograph_crops(write_crops, tmp_path_factory):
-    """A small folder of such crops, which tests may not change."""
+    """Return a small folder of such crops, which tests may not change."""
     return write_crops(tmp_path_factory.mktemp("crops"), {"train": 16, "val": 5})
 
 
 @pytest.fixture
 def jpeg_folder(photograph_crops, tmp_path):
-    """A copy of the folder that tests may change."""
+    """Return a copy of the folder that tests may change."""
     return shutil.copytree(photograph_crops, tmp_path / "jpegs")

@@ -31,7 +31,7 @@ def pixels(photographs):
 
 
 def difference(tensor, image):
-    """The largest difference between pixels."""
+    """Return the largest difference between pixels."""
     return (tensor.int() - torch.from_numpy(np.array(image)).int()).abs().max().item()
 
 

@@ -80,7 +80,7 @@ def test_cifar_is_shifted_and_flipped_in_training(cifar10):
         seen += [possible[image.numpy().tobytes()] for image in pixels]
 
     assert len(seen) == 200
-    assert len(set(seen)) > 90  # of 162
+    assert len(set(seen)) > 90  # of 162 combinations
     assert 60 < sum(mirrored for *_, mirrored in seen) < 140
 
 
@@ -90,7 +90,7 @@ def test_auto_augment_applies_to_cifar(cifar10):
     ((x, _, _),) = plain.train(0, 0)
     ((x_augmented, _, _),) = augmented.train(0, 0)
 
-    # Shifts and mirrors of noise keep its mean; colours and contrasts do not.
+    # Shifting and mirroring keep the mean of noise; changes of color and contrast do not.
     assert x_augmented.mean((1, 2, 3)).std() > 2 * x.mean((1, 2, 3)).std()
 
 

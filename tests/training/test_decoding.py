@@ -26,7 +26,7 @@ decoders = pytest.mark.parametrize("decoder", ["pillow", pytest.param("torchcode
 
 @pytest.fixture
 def picture(photographs):
-    """An RGB image whose sides are not multiples of a JPEG block."""
+    """Return an RGB image whose sides are not multiples of a JPEG block."""
     return photographs["flower"].crop((200, 100, 305, 183))
 
 
@@ -43,7 +43,7 @@ def exif(orientation):
 
 
 def with_segment(data, content):
-    """A JPEG that starts with an APP1 segment."""
+    """Return a JPEG that starts with an APP1 segment."""
     return data[:2] + b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content + data[2:]
 
 
@@ -62,7 +62,7 @@ def test_jpegs_decode_to_the_pixels_of_pillow(mode, options, decoder, picture):
 
 
 def with_transform(data, transform):
-    """A CMYK JPEG with this color transform: 2 is YCCK."""
+    """Return a CMYK JPEG with this color transform: 2 is YCCK."""
     at = data.index(b"Adobe") + 11
     return data[:at] + bytes([transform]) + data[at + 1 :]
 
@@ -97,8 +97,8 @@ ODD_TAGS = {
     "a long number": _TAG % b"\0\x04\0\0\0\x01\0\0\0\x06",
     "no number": _TAG % b"\0\x03\0\0\0\0\0\x06\0\0",
     "a byte": _TAG % b"\0\x01\0\0\0\x01\x06\0\0\0",
-    "none that exists": _TAG % b"\0\x03\0\0\0\x01\0\x09\0\0",
-    "cut off": (_TAG % b"\0\x03\0\0\0\x01\0\x06\0\0")[:20],
+    "an undefined value": _TAG % b"\0\x03\0\0\0\x01\0\x09\0\0",
+    "truncated": (_TAG % b"\0\x03\0\0\0\x01\0\x06\0\0")[:20],
     "XMP": b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="3"/>',
 }
 
@@ -221,7 +221,7 @@ def test_auto_uses_torchcodec_if_it_can_be_imported():
 @pytest.fixture(params=["ImportError('No module named torchcodec')", "OSError('libnvrtc.so.13: cannot open\\nmore')",
                         "RuntimeError('no libavutil')", "OSError()"])  # fmt: skip
 def without_torchcodec(request, tmp_path, monkeypatch):
-    """A torchcodec whose import fails; returns the first line of the error."""
+    """Install a torchcodec whose import fails, and return the first line of the error."""
     from crsam_ext.training import decoding
 
     (tmp_path / "torchcodec.py").write_text(f"raise {request.param}")

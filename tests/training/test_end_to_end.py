@@ -16,7 +16,7 @@ from crsam_ext.training.logs import TIMES
 
 pytestmark = pytest.mark.slow
 
-# Dies like a killed process, after a given step of each start.
+# This program kills itself after a given step of each start.
 PROGRAM = """
 import os, signal, sys
 from crsam_ext.training import loop
@@ -36,13 +36,14 @@ sys.exit(main())
 
 @pytest.fixture(scope="module")
 def many_crops(write_crops, tmp_path_factory):
-    """A folder in the layout of ImageNet: 3000 training and 300 validation JPEGs of 100×80, from three photographs."""
+    """Return a folder in the layout of ImageNet: 3000 training and 300 validation JPEGs of 100×80, from three
+    photographs."""
     return write_crops(tmp_path_factory.mktemp("many"), {"train": 1000, "val": 100}, (100, 80))
 
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts the program in several processes, and lets rank 0 or all ranks die after a step."""
+    """Return a function that starts the program in several processes and lets rank 0 or all ranks die after a step."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
 
@@ -80,7 +81,7 @@ def assert_same(first, second):
     ],
 )
 def test_training_on_photographs_reaches_its_accuracy(model, options, dies, many_crops, start, tmp_path):
-    """Two processes; one run is killed twice. 90 to 180 steps suffice for 95 % with every method."""
+    """There are two processes, and one run is killed twice. 90 to 180 steps suffice for 95 % with every method."""
     command = (
         f"--data folder:{many_crops} --model {model} --batch-size 100 --workers 1 "
         f"--scale 0.3 1 --save-steps 15 --log-interval 10 --warmup-steps 10 {options}"
@@ -100,7 +101,7 @@ def test_training_on_photographs_reaches_its_accuracy(model, options, dies, many
 
 
 def idx(path):
-    """An array in MNIST's file format."""
+    """Return the array in a file of MNIST's format."""
     data = gzip.decompress(path.read_bytes())
     shape = [int.from_bytes(data[4 * i : 4 * i + 4], "big") for i in range(1, 1 + data[3])]
     return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
@@ -111,7 +112,8 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 @pytest.fixture(scope="module")
 def clothes(tmp_path_factory):
-    """Fashion-MNIST's 10,000 test images as gray 64×64 JPEGs in folders: 9000 for training, 1000 for validation."""
+    """Return a folder with Fashion-MNIST's 10,000 test images as gray 64×64 JPEGs: 9000 for training, 1000 for
+    validation."""
     if not FASHION.is_dir():
         pytest.skip("Debian's package dataset-fashion-mnist is not installed")
     root = tmp_path_factory.mktemp("clothes")

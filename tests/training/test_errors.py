@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def refuse(crsam_train, here, capsys):
-    """Runs a command that must be refused, and returns its error message."""
+    """Return a function that runs a command that must be refused and returns its error message."""
 
     def contents():
         return {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} | {
@@ -186,7 +186,7 @@ def test_divergence_keeps_the_last_good_epoch(crsam_train, here, capsys, read_lo
 def test_missing_package_is_named(refuse, monkeypatch, module, package):
     for name in ("loop", "progress"):
         monkeypatch.delitem(sys.modules, f"crsam_ext.training.{name}", raising=False)
-        # Otherwise later tests would patch the module imported here, which is not in use then.
+        # Otherwise later tests would patch the module imported here, which is no longer in use.
         monkeypatch.delattr(f"crsam_ext.training.{name}", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
 

@@ -96,7 +96,8 @@ def test_classes_are_numbered_in_natural_order(tmp_path):
 
 @pytest.mark.parametrize("names", [("01", "1"), ("5", "5²"), ("b", "①")])
 def test_the_order_depends_only_on_the_names(names, tmp_path, monkeypatch):
-    """In any order in which the file system lists them; digits that int() does not accept count as letters."""
+    """The order in which the file system lists them has no effect. Digits that int() does not accept count as
+    letters."""
     for name in names:
         for split in ("train", "val"):
             picture(tmp_path / split / name / "0.png")
@@ -327,7 +328,7 @@ def test_names_may_be_other_than_utf8(image_folder):
 
 
 def packed(folder, around=".", **options):
-    """Puts both splits of a folder in tar files next to them."""
+    """Put both splits of a folder in tar files next to them."""
     for split in ("train", "val"):
         with tarfile.open(folder / f"{split}.tar", "w", **options) as tar:
             if around:
@@ -446,7 +447,8 @@ PROGRAM = [sys.executable, "-m", "crsam_ext.training", "--model", "mlp", "--epoc
 
 @pytest.mark.parametrize("size", [100, 20_000])
 def test_a_full_disk_is_reported(size, tmp_path):
-    """Simulated by a limit on file sizes. The first file that fails is the configuration, the last a checkpoint."""
+    """The full disk is simulated by a limit on file sizes. The first file that fails is the configuration, the last a
+    checkpoint."""
     limited = "import resource as r, runpy, sys; r.setrlimit(r.RLIMIT_FSIZE, 2 * (int(sys.argv.pop(1)),)); "
     limited += "runpy.run_module('crsam_ext.training', run_name='__main__')"
     command = [sys.executable, "-c", limited, str(size), *PROGRAM[3:], "--output", str(tmp_path / "out")]

@@ -32,7 +32,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux
 
 @pytest.fixture(autouse=True)
 def no_workers_left():
-    """Failed iterations may live as long as their tracebacks."""
+    """Kill workers that remain: failed iterations may live as long as their tracebacks."""
     yield
     loader.kill_all()
 
@@ -57,7 +57,7 @@ def bits(batch):
 
 @pytest.fixture
 def tar_folder(photograph_crops, tmp_path):
-    """The photographs in train.tar and val.tar."""
+    """Return a folder with the photographs in train.tar and val.tar."""
     for split in ("train", "val"):
         with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
             tar.add(photograph_crops / split, ".")
@@ -66,7 +66,7 @@ def tar_folder(photograph_crops, tmp_path):
 
 @pytest.fixture(params=["folder", "tar", "synthetic-jpeg", "cifar10", "synthetic"])
 def command(request, photograph_crops, tar_folder, cifar10):
-    """Options for each kind of images, with all random augmentation."""
+    """Return options for each kind of images, with all random augmentation."""
     kind = request.param
     path = {"folder": photograph_crops, "tar": tar_folder, "cifar10": cifar10}.get(kind, 2)
     command = f"--data {kind}:{path} --batch-size 16 {AUGMENTED}"
@@ -80,7 +80,7 @@ def epochs(data):
 
 
 def test_batches_do_not_depend_on_workers_and_processes(command):
-    """Two epochs; except for CIFAR, the second has larger images."""
+    """There are two epochs; except for CIFAR, the second has larger images."""
     if "synthetic:" in command:
         expected = epochs(load(parse(command.split()), CPU))
         workers_of = [load(parse(command.split()), CPU, Pretended(rank, 2)) for rank in range(2)]
@@ -128,7 +128,7 @@ def test_image_sizes_follow_the_epochs(photograph_crops):
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 16])
 @pytest.mark.parametrize("kind", ["folder", "digits", "synthetic"])
 def test_every_validation_sample_is_on_one_process_and_in_order(kind, size, photograph_crops):
-    """15 images in batches of 6, 8 or 16; each rank reads its files in order."""
+    """There are 15 images in batches of 6, 8 or 16; each rank reads its files in order."""
     batch_size = 6 if size == 3 else max(8, size)
     command = {"folder": f"--data folder:{photograph_crops} --image-size 16 --workers 0", "digits": "--data digits",
                "synthetic": "--data synthetic:3 --image-size 16"}[kind]  # fmt: skip
@@ -149,7 +149,7 @@ def test_every_validation_sample_is_on_one_process_and_in_order(kind, size, phot
 
 
 def shared_check(rank, size, folder, more):
-    """The messages of one rank about a folder."""
+    """Return the error message of one rank, or its part of the validation labels."""
     try:
         data = load_data(f"--data folder:{folder} --image-size 16 --batch-size 4 {more}", ranks=Ranks(rank, size))
     except TrainingError as error:
@@ -158,7 +158,7 @@ def shared_check(rank, size, folder, more):
 
 
 def test_processes_share_the_check_of_validation_images(jpeg_folder):
-    """14 readable images: each rank reads half of them, all know the result, and no image counts twice."""
+    """Each rank reads half of the 14 readable images; all know the result, and no image counts twice."""
     path = jpeg_folder / "val" / "flower" / "2.JPEG"
     path.write_bytes(b"")
     processes = Processes(2)
@@ -264,7 +264,7 @@ class Failing(images.Files):
 
 
 def test_a_killed_worker_is_reported(photograph_crops, monkeypatch):
-    """As a system that runs out of memory does."""
+    """The signal is that of a system that runs out of memory."""
     monkeypatch.setattr(images, "Files", Failing)
     data = load_data(f"--data folder:{photograph_crops} --image-size 32 --batch-size 8", 2)
     assert len(workers_now()) == 2
@@ -274,7 +274,7 @@ def test_a_killed_worker_is_reported(photograph_crops, monkeypatch):
 
 
 def test_a_worker_killed_while_the_step_computes_is_reported(photograph_crops):
-    """PyTorch raises wherever the program is; `explained` translates the error."""
+    """PyTorch raises at any point of the program; `explained` translates the error."""
     data = load_data(f"--data folder:{photograph_crops} --image-size 32 --batch-size 8", 2)
     iterator = iter(data.train(0, 0))
     next(iterator)
@@ -287,7 +287,7 @@ def test_a_worker_killed_while_the_step_computes_is_reported(photograph_crops):
 
 
 def test_a_file_that_hangs_is_reported(jpeg_folder):
-    """A FIFO without a writer. The workers end soon afterwards, although they ignore SIGTERM."""
+    """The file is a FIFO without a writer. The workers end soon afterwards, although they ignore SIGTERM."""
     path = jpeg_folder / "train" / "china" / "3.JPEG"
     path.unlink()
     os.mkfifo(path)
@@ -338,7 +338,7 @@ CLASSES, PER_CLASS = 1000, 1000
 
 @pytest.fixture(scope="module")
 def many():
-    """A million names, as long as those of ImageNet."""
+    """Return a million names, as long as those of ImageNet."""
     entries = [images.Entry(f"n0000_{index:08}.JPEG") for index in range(PER_CLASS)]
     return images.Files(Path("."), ((f"n{label:08}", entries) for label in range(CLASSES)))
 
@@ -352,7 +352,7 @@ def test_a_million_names_are_stored_in_a_few_arrays(many):
 
 
 class _Named:
-    """What a worker does with a name, without opening a file."""
+    """Does what a worker does with a name, but opens no file."""
 
     def __init__(self, files):
         self._files = files
@@ -372,7 +372,7 @@ class _Named:
 
 
 def private(pid):
-    """Private memory of a process, in bytes."""
+    """Return the private memory of a process, in bytes."""
     with open(f"/proc/{pid}/smaps_rollup") as lines:
         return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty"))
 
@@ -393,5 +393,5 @@ def test_workers_do_not_copy_the_names(many):
     use(np.split(order, 1000)[::10])  # 100 000 names, so that nearly every page of the arrays is read
     grown = [private(pid) - old for pid, old in zip(workers_now(), before, strict=True)]
     assert len(grown) == 4
-    # A million Python strings would take 80 MB in each worker; requests and answers take this much.
+    # A million Python strings would take 80 MB in each worker; requests and answers take up to 4 MB.
     assert sum(grown) < 4 * 4e6

@@ -14,7 +14,7 @@ RUN = "--model mlp --epochs 2 --batch-size 256 --log-interval 2 --output"
 
 
 def scalars(folder):
-    """What TensorBoard shows: pairs of step and value by name."""
+    """Return what TensorBoard shows: pairs of step and value by name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
@@ -24,7 +24,7 @@ def scalars(folder):
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Interrupts a step with an error that no code expects."""
+    """Return a function that makes a given step raise KeyboardInterrupt."""
 
     def arrange(step):
         from crsam_ext.training.loop import Training
@@ -116,7 +116,7 @@ def test_the_best_epochs_are_kept(crsam_train, here, monkeypatch):
         "epoch-2.pt", "epoch-4.pt", "epoch-5.pt", "epoch-mine.pt",
     ]  # fmt: skip
     best, second = (torch.load(folder / f"{name}.pt", weights_only=True) for name in ("best", "epoch-2"))
-    assert (best["epoch"], best["test_accuracy"]) == (2, 0.5)  # of equal epochs the first
+    assert (best["epoch"], best["test_accuracy"]) == (2, 0.5)  # the first of equally good epochs
     assert all(best["model"][name].equal(weights) for name, weights in second["model"].items())
 
 
@@ -150,7 +150,7 @@ def test_log_lines_are_plain_without_a_terminal(crsam_train, here, capsys):
 
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory):
-    """A run with a moving average whose best epoch should not be its last."""
+    """Return the folder of a run with a moving average whose best epoch should not be its last."""
     from crsam_ext.training.__main__ import main
 
     folder = tmp_path_factory.mktemp("averaged") / "run"

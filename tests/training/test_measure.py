@@ -55,7 +55,8 @@ def test_parts_of_the_time_add_up(clock):
 
 @pytest.fixture
 def train_by_the_clock(clock, tmp_path, monkeypatch):
-    """Trains a linear model on eight batches of 10 in an epoch, and returns the rows of its log lines.
+    """Return a function that trains a linear model on eight batches of 10 per epoch and returns the rows of its log
+    lines.
 
     A batch takes 1 s, each forward and backward pass 2 s, the optimizer 0.5 s before each of them and after the last,
     and a test 100 s.
@@ -112,7 +113,7 @@ def test_rates_follow_from_the_time_of_the_steps(train_by_the_clock):
         # Forward: 2 * 6 * 3; backward: the same for the weights. The input needs no gradient.
         assert row["mfu_percent"] == pytest.approx(100 * (72 * 30 / 9) / 1e6)
     assert [row["step"] for row in rows] == [4, 8, 12, 16]
-    # 12 steps of 9 s are left, then 8, and then 4 of 16; evaluation took part of the time.
+    # 12 and then 8 steps of 9 s are left. Before the last 4 steps, 12 steps have taken 108 s and an evaluation 100 s.
     assert [row["remaining_seconds"] for row in rows] == pytest.approx([108, 72, 4 * (108 + 100) / 12, 0])
 
 
@@ -209,7 +210,7 @@ def test_peak_tflops_of_known_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
 
     assert peak_tflops(cuda, None, amp=True) == measure.PEAK_TFLOPS["H100 PCIe"]
-    assert peak_tflops(cuda, None, amp=False) is None  # the table is of bfloat16
+    assert peak_tflops(cuda, None, amp=False) is None  # the table is for bfloat16
     assert peak_tflops(cuda, 12.5, amp=False) == 12.5
     assert peak_tflops(CPU, None, amp=True) is None
     name = "NVIDIA GeForce GTX 1080"

@@ -116,7 +116,7 @@ def test_losses_equal_those_of_torch_and_timm(smoothing):
     for labels in (y, dense):
         expected = F.cross_entropy(logits, labels, label_smoothing=smoothing)
         torch.testing.assert_close(criterion(logits, labels, smoothing), expected)
-    # timm puts 1 - s on the label and s / classes on all, for labels only: dense targets come smoothed.
+    # timm smooths labels only (1 - s is added to the label, s / classes to all classes): dense targets come smoothed.
     timm_loss = BinaryCrossEntropy(smoothing=smoothing, sum_classes=True)
     torch.testing.assert_close(criterion(logits, y, smoothing, bce=True), timm_loss(logits, y))
     smoothed = (1 - smoothing) * dense + smoothing / 4
@@ -134,7 +134,7 @@ def test_evaluation_uses_no_label_smoothing():
 
 
 def groups_of(name, command):
-    """The names of the parameters in each group, by its weight decay."""
+    """Return the names of the parameters in each group, by its weight decay."""
     options = parse(command.split())
     model = create_model(name, (3, 160, 160), 10)
     optimizer = create_optimizer(Objective(model, options), options)
@@ -248,7 +248,7 @@ def test_one_compilation_for_each_size():
 
     options = parse(["--label-smoothing", "0.1", "--lr", "0.01"])
     objective = Objective(Tiny(), options)
-    objective.compile(dynamic=False, backend=backend)  # as --compile does, without the time of Inductor
+    objective.compile(dynamic=False, backend=backend)  # as --compile does, but without Inductor, which is slow
     optimizer = create_optimizer(objective, options)
     step = Step(objective, optimizer, Parts(CPU))
     for size in (8, 8, 12, 12, 8):
@@ -263,7 +263,7 @@ def test_one_compilation_for_each_size():
 
 
 def test_compiled_run_matches_the_eager_one(crsam_train, here, read_log):
-    """With Inductor, once: the order of sums differs, so float32 losses differ by about 1e-6."""
+    """Inductor sums in another order, so float32 losses differ by about 1e-6."""
     command = "--model mlp --epochs 1 --batch-size 512 --mixup 0.1 --optimizer sam --output"
     assert crsam_train(f"{command} plain") == 0
     assert crsam_train(f"{command} compiled --compile") == 0

@@ -38,7 +38,7 @@ def jpeg(**options):
 
 @pytest.fixture
 def source(tmp_path):
-    """Two classes; one training file is small and one is broken."""
+    """Return a folder with two classes; one training file is small and one is broken."""
     root = tmp_path / "source"
     for split, label, count in (("train", "bee", 7), ("train", "rose", 6), ("val", "bee", 2), ("val", "rose", 1)):
         folder = root / split / label
@@ -56,9 +56,9 @@ def run(source, target, *more):
 
 
 def forked(change, source, target, *more):
-    """The exit code and stderr of a run in a process that changes something first.
+    """Return the exit code and stderr of a run in a process that first calls ``change``.
 
-    It is forked: a new interpreter would take seconds to import PyTorch.
+    The process is forked, because a new interpreter would take seconds to import PyTorch.
     """
 
     def child():
@@ -75,7 +75,7 @@ def forked(change, source, target, *more):
 
 
 def contents(folder):
-    """The bytes of each file."""
+    """Return the bytes of each file."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -85,7 +85,7 @@ def members(path):
 
 
 def shrunk(content, size=40, name="image", **options):
-    """The image that `shrink` makes of some bytes."""
+    """Return a function that writes ``content`` to a file and returns the image that `shrink` makes of it."""
 
     def make(tmp_path):
         path = tmp_path / name
@@ -105,7 +105,8 @@ def opened(content):
 
 
 def difference(image, expected, quality=90):
-    """Mean absolute difference between a prepared and an expected image, also written as JPEG, in levels of 255."""
+    """Return the mean absolute difference between a prepared image and an expected one, which is also written as JPEG,
+    in levels of 255."""
     assert image.size == expected.size
     content = io.BytesIO()
     expected.convert("RGB").save(content, "JPEG", quality=quality)
@@ -126,7 +127,8 @@ def test_the_short_side_is_the_size_and_nothing_is_enlarged(size, expected, tmp_
 
 @pytest.mark.parametrize("scale", [2, 4.5, 9])
 def test_shrinking_in_the_decoder_matches_lanczos(scale, tmp_path):
-    """As close to Lanczos as Pillow's bicubic filter, about 1.1 levels; 0.5 of these are JPEG rounding."""
+    """The result is as close to Lanczos as Pillow's bicubic filter, about 1.1 levels; 0.5 of these are JPEG
+    rounding."""
     large = Image.fromarray(load_sample_image("china.jpg"))
     content = io.BytesIO()
     large.save(content, "JPEG", quality=100, subsampling=0)
@@ -221,7 +223,7 @@ def test_damaged_exif_means_no_rotation(tmp_path):
 @pytest.mark.parametrize(("size", "expected"), [(40, (60, 40)), (256, (150, 100))])
 @pytest.mark.parametrize("orientation", [0, 9])
 def test_an_invalid_orientation_is_dropped(orientation, size, expected, tmp_path):
-    """Also in small files, because readers interpret it differently."""
+    """It is also dropped from small files, because readers interpret it differently."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     image = opened(shrunk(jpeg(exif=exif.tobytes()), size)(tmp_path))
@@ -301,12 +303,12 @@ def test_names_of_all_kinds_survive(to, source, tmp_path):
     assert contents(out) == contents(again)
 
 
-# The whole -----------------------------------------------------------------------------------------------------------
+# Whole runs ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def made(source, tmp_path):
-    """The tar files of `source`."""
+    """Return the tar files of `source`."""
     assert run(source, tmp_path / "made") == 0
     return tmp_path / "made"
 
@@ -395,7 +397,7 @@ def test_the_summary_warns_about_bad_files_of_val(source, tmp_path, capsys):
 
 
 def test_too_many_bad_files_are_an_error(source, tmp_path, capsys):
-    """Of both splits together; with a higher limit the command continues."""
+    """The limit is for both splits together; with a higher limit the command continues."""
     (source / "val" / "bee" / "0.JPEG").write_bytes(b"")
     assert run(source, tmp_path / "out", "--max-bad-files", 1) == 2
     assert "2 files cannot be read, more than --max-bad-files 1" in capsys.readouterr().err
@@ -521,7 +523,7 @@ def test_torchrun_is_refused(source, tmp_path, monkeypatch):
 
 
 def test_a_command_continues_after_a_full_disk(source, tmp_path):
-    """Simulated by a limit on file sizes. Once there is space, the command continues."""
+    """The full disk is simulated by a limit on file sizes. Once there is space, the command continues."""
     resource = pytest.importorskip("resource")
     code, err = forked(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000)), source, tmp_path / "out")
     assert code == 2
@@ -535,9 +537,9 @@ def test_a_command_continues_after_a_full_disk(source, tmp_path):
 
 
 def interrupted(owner, name, at, number, source, target, *more):
-    """The exit code and stderr of a run that gets a signal at the ``at``-th call of a function.
+    """Return the exit code and stderr of a run that gets a signal at the ``at``-th call of a function.
 
-    The functions are those through which all is written; entries are made after each image.
+    All output is written by the functions that the tests choose. Entries are made after each image.
     """
     genuine, calls = getattr(owner, name), itertools.count(1)
 
@@ -591,7 +593,7 @@ def test_listed_images_are_not_read_again(source, tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize("to", ["tar", "folder"])
 def test_truncated_files_are_repaired(to, source, tmp_path):
-    """As after a power failure: the list or the images may be truncated at any byte."""
+    """After a power failure, the list or the images may be truncated at any byte."""
     assert run(source, tmp_path / "whole", "--to", to) == 0
     whole, generator = contents(tmp_path / "whole"), np.random.default_rng(0)
     manifest = json.loads(whole["manifest.json"])
@@ -623,7 +625,7 @@ def test_signals_end_the_command(number, code, workers, source, tmp_path):
 
 
 def test_a_killed_worker_is_reported(source, tmp_path, monkeypatch, capsys):
-    """As a system that runs out of memory does."""
+    """The signal is that of a system that runs out of memory."""
     monkeypatch.setattr(prepare, "shrink", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     assert run(source, tmp_path / "out", "--workers", 2) == 2
     assert "a worker process died" in capsys.readouterr().err

@@ -25,7 +25,7 @@ JPEG = [
 
 
 def profile(arguments, folder, seconds=1.0):
-    """The records of a profile by part."""
+    """Return the records of a profile by part."""
     assert main([*arguments, "--profile", str(seconds), "--output", str(folder)]) == 0
     report = json.loads((folder / PROFILE).read_text())
     assert bench.compare(report, report) == []

@@ -20,7 +20,7 @@ TERM = [signal.SIGTERM]
 
 @contextmanager
 def torchrun(*arguments):
-    """Starts the program in two processes, in a process group of its own."""
+    """Start the program in two processes, in a separate process group."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "300"}
     with subprocess.Popen(
@@ -45,7 +45,8 @@ def lines_of(stderr):
 
 @pytest.fixture
 def two(forked_train):
-    """Runs a command in two processes, and returns their statuses and what they wrote to stderr."""
+    """Return a function that runs a command in two processes and returns their statuses and what they wrote to
+    stderr."""
 
     def run(command, **plan):
         statuses, _, err = forked_train(command, ranks=2, **plan)
@@ -70,7 +71,7 @@ def test_training_under_torchrun_works(tmp_path):
 
 
 def check_evaluation(folder):
-    """The last evaluation equals that of one process: it counts every sample once."""
+    """Check that the last evaluation equals that of one process: it counts every sample once."""
     from crsam_ext.training.data import load
     from crsam_ext.training.loop import evaluate
     from crsam_ext.training.models import create_model
@@ -157,8 +158,8 @@ def test_bad_files_of_all_are_counted(two, here, read_log):
 def test_training_resumes_with_another_number_of_processes(two, forked_train, here, read_log, options):
     """The batches are the same, and the steps up to rounding, if the perturbation comes from the global batch.
 
-    Bounds: sums of a batch are made in another order, which in float32 changes a gradient by some 1e-7 of its size;
-    33 steps with momentum let that grow, here to less than 1e-6.
+    Bounds: sums of a batch are made in another order, which in float32 changes a gradient by about 1e-7 of its size.
+    Over 33 steps with momentum, that grows to less than 1e-6 here.
     """
     # With mixup, the smaller last batch is always dropped; otherwise the number of steps would differ.
     command = f"{SHORT.replace('64', '128')} {{}} --mixup 0.2 {options}"

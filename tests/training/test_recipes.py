@@ -12,7 +12,7 @@ from crsam_ext.training.recipes import FOLDER, names, read
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "recipes.md"
 
-# Typed from the sources, not from the recipe files. GSAM: arXiv 2203.08065, Table 4; big_vision:
+# These values are typed from the sources, not from the recipe files. GSAM: arXiv 2203.08065, Table 4; big_vision:
 # configs/proj/gsam/vit_i1k_gsam_no_aug.py and pp/ops_image.py; Sassha: image_classification/config/imagenet/vit_small/
 # sam_adamw.sh, whose --wd is divided by the rate in optimizers/__init__.py; ffcv: rn50_configs/*.yaml,
 # train_imagenet.py.

@@ -16,7 +16,7 @@ KILLED = [-signal.SIGKILL]
 
 @pytest.fixture
 def kill_at(forked_train):
-    """Runs a command and kills it right before or after a file is replaced for the n-th time."""
+    """Return a function that runs a command and kills it right before or after a file is replaced for the n-th time."""
 
     def run(name, count, moment, command):
         assert forked_train(command, file=name, left=count, moment=moment)[0] == KILLED
@@ -58,7 +58,7 @@ def test_training_resumes_in_mid_epoch_with_augmentation(
 
 
 def stop_after(monkeypatch, step, *signals):
-    """Sends signals during a step."""
+    """Send signals during a step."""
     from crsam_ext.training.loop import Training
 
     take = Training.take
@@ -80,12 +80,12 @@ def test_training_resumes_after_a_kill_while_files_are_replaced(kill_at, crsam_t
     assert [path.name for path in (here / "killed").iterdir()] == ["last.pt"]
     kill_at("last.pt", 1, "before", f"{command} killed --resume")  # before the first evaluation
     assert (here / "killed" / "last.pt.partial").exists()
-    kill_at("last.pt", 2, "before", f"{command} killed --resume")  # after it
+    kill_at("last.pt", 2, "before", f"{command} killed --resume")  # after the evaluation
     assert len(read_log(here / "killed")) == 0
     assert (here / "killed" / "best.pt").exists()
     kill_at("last.pt", 1, "after", f"{command} killed --resume")
-    assert len(read_log(here / "killed")) == 0  # of the epoch in last.pt
-    kill_at("log.csv", 2, "before", f"{command} killed --resume")  # the first is that of one epoch
+    assert len(read_log(here / "killed")) == 0  # the row of the epoch in last.pt is missing
+    kill_at("log.csv", 2, "before", f"{command} killed --resume")  # the first one writes one epoch
     assert len(read_log(here / "killed")) == 1
     kill_at("steps.csv", 1, "before", f"{command} killed --resume")
     kill_at("steps.csv", 1, "after", f"{command} killed --resume")
@@ -108,7 +108,7 @@ def test_training_resumes_after_a_kill_while_files_are_replaced(kill_at, crsam_t
     ids=["ema-intervals", "adamw-log"],
 )
 def test_training_resumes_after_kills_at_random_steps(forked_train, assert_same_run, here, options):
-    """Killed twenty or ten times, at any step, also before the first checkpoint after the last kill."""
+    """The run is killed twenty or ten times, at any step, also before the first checkpoint after the last kill."""
     command = f"{options} --epochs 3 --batch-size 128 --log-interval 5 --checkpoint-hist 2 --output"
     assert forked_train(f"{command} straight")[0] == [0]
 
@@ -195,7 +195,7 @@ CNN = "--model cnn --epochs 2 --batch-size 256 --log-interval 2 --output"
 
 @pytest.fixture(scope="module")
 def finished_cnn(forks, tmp_path_factory):
-    """The run of CNN."""
+    """Return the folder of the finished run of CNN."""
     from crsam_ext.training.__main__ import main
 
     folder = tmp_path_factory.mktemp("cnn") / "run"
@@ -252,7 +252,7 @@ def test_resuming_a_finished_run_changes_nothing(crsam_train, here, finished, re
 
 
 def test_bad_files_are_counted_once_and_limited(forked_train, assert_same_run, here, read_log):
-    """Unreadable files, as reported by the batches of a fake loader."""
+    """A fake loader reports unreadable files with its batches."""
     command = "--data digits --model mlp --epochs 2 --batch-size 256 --log-interval 2 --output"
     bad = {"1": ["a.jpg"], "3": ["b.jpg", "a.jpg"], "8": ["c.jpg"], "9": ["a.jpg"]}
     statuses, out, err = forked_train(f"{command} straight", bad=bad)

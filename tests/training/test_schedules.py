@@ -9,12 +9,12 @@ from crsam_ext.training.options import parse
 from crsam_ext.training.schedules import Schedules
 from crsam_ext.training.steps import create_optimizer
 
-EPOCHS, STEPS = 6, 5  # steps of an epoch
+EPOCHS, STEPS = 6, 5  # steps per epoch
 TOTAL = EPOCHS * STEPS
 
 
 def scheduled(command, model=None):
-    """The optimizer and the schedules of a command line."""
+    """Return the optimizer and the schedules of a command line."""
     options = parse(f"--epochs {EPOCHS} --lr 2 {command}".split())
     optimizer = create_optimizer(torch.nn.Linear(2, 2) if model is None else model, options)
     return optimizer, Schedules(optimizer, options, STEPS)
@@ -107,7 +107,7 @@ def test_all_parameter_groups_are_scheduled():
 
 
 def test_the_values_depend_only_on_the_step_number():
-    """Also after an optimizer state with the values of another step was loaded."""
+    """This holds even after an optimizer state with the values of another step was loaded."""
     command = "--warmup-steps 4 --rho-schedule cosine --alpha-schedule step --beta-schedule linear"
     names = ("lr", "rho", "alpha", "beta")
     first, schedules = scheduled(command)

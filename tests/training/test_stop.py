@@ -14,7 +14,7 @@ from crsam_ext.training.stop import Requests
 
 
 def after_a_step(requests):
-    """The requests after a step: whether to save, and the exit status to stop with."""
+    """Return the requests after a step: whether to save, and the exit status to stop with."""
     requests.begin_step()
     requests.end_step()
     try:
