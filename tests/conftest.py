@@ -1,5 +1,5 @@
-"""Configuration shared by all tests: seeds, one thread, deterministic Hypothesis runs, and visible skips of missing
-hardware."""
+"""Configuration shared by all tests: seeds, one thread, deterministic Hypothesis runs, and skips of tests whose
+hardware is missing."""
 
 import ctypes
 import os
@@ -63,7 +63,7 @@ def library(monkeypatch):
 
 @pytest.fixture
 def shim(library):
-    """Return the same library as a ctypes object: counters, and the order of threads."""
+    """Return the same library as a ctypes object, which has counters and sets the order of threads."""
     shim = ctypes.CDLL(library.__file__)
     yield shim
     shim.crsam_set_order(0)

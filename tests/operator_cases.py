@@ -78,7 +78,7 @@ class Case:
         self.direction = Direction(rows(wide), torch.tensor(0.6, dtype=torch.float64))
 
     def in_float64(self):
-        """Return the same numbers in float64; where ``saved`` is a master, the updates are written to it."""
+        """Return the same numbers in float64. If ``saved`` is a master, the updates are written to it."""
         self.keeps_master = has_master(self.live[0].dtype)
         for name in ("live", "saved", "first", "second", "out", "kept"):
             setattr(self, name, [row.double() for row in getattr(self, name)])

@@ -11,14 +11,14 @@ u is half an ulp of the compute dtype: float64's own for float64, float32's for 
 =============  ==============  ===================================================================================
 name           value           source
 =============  ==============  ===================================================================================
-EXACT          1e-12           float64: a few steps of some 20 roundings, u = 1e-16, a thousandfold condition
+EXACT          1e-12           float64: a few steps of some 20 roundings, u = 1e-16, times a condition number of 1000
 update(T)      20 T u          T steps with given gradients, relative to the largest value: gradients (1), the
                                two differences (3), their weights (2), their sum (2), weight decay (2), momentum or
                                moments (4), nesterov or the denominator (4), learning rate (1), parameter (1)
-SUMS           n / 32 u        a sum of n products in at least 32 lanes, one rounding an element, n the longest block
+SUMS           n / 32 u        a sum of n products in at least 32 lanes, one rounding per element; n: longest block
 POINT          4 u             w + e: scale (1), product (1), sum (1), adaptive product (1)
 rounded        0.5 ulp         a float16 or bfloat16 parameter is its float32 master, rounded: asserted bit for bit
-LIMIT          1e-5            finite differences at rho = 1e-3 against autograd's derivatives: rho^2, tenfold
+LIMIT          1e-5            finite differences at rho = 1e-3 against autograd's derivatives: ten times rho^2
 =============  ==============  ===================================================================================
 """
 
@@ -36,7 +36,7 @@ def compute_dtype(dtype):
 
 
 def unit(dtype):
-    """u, half an ulp of 1 in the compute dtype."""
+    """Return u, half an ulp of 1 in the compute dtype."""
     return torch.finfo(compute_dtype(dtype)).eps / 2
 
 
@@ -82,7 +82,7 @@ def random_bits(w, g):
 
 
 def spacing(x, dtype):
-    """Return the distance between neighbors of float64 x among the numbers of ``dtype``."""
+    """Return the distance between neighboring numbers of ``dtype`` at x, which is float64."""
     info = torch.finfo(dtype)
     smallest = info.smallest_normal if dtype == torch.float16 else 2.0**-119
     return torch.exp2(torch.floor(torch.log2(x.abs().clamp(min=smallest)))) * info.eps
@@ -121,8 +121,8 @@ def adam(w, g, state, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, decou
 class Reference:
     """A CR-SAM optimizer over groups ``{"params": [...], **options}``; parameters are copied to float64.
 
-    ``w`` and ``state`` have one entry a parameter. ``step(evaluate)`` calls ``evaluate(w)``, which returns the loss and
-    a list of gradients, where None stands for no gradient.
+    ``w`` and ``state`` have one entry per parameter. ``step(evaluate)`` calls ``evaluate(w)``, which returns the loss
+    and a list of gradients, in which None stands for no gradient.
     """
 
     def __init__(self, groups, base="sgd", *, regularizer="linear", estimator="gradient", max_grad_norm=math.inf,
@@ -196,8 +196,7 @@ class Reference:
             kappa, sigma = curvature(e, g0, d1, d2, (loss, loss_ascent, loss_descent), self.estimator)
             a, b = [x / kappa if kappa > 0 else 0.0 for x in a], [x / sigma if sigma > 0 else 0.0 for x in b]
             self.last.update(kappa=kappa, sigma=sigma)
-            # The reference magnitude for errors of sums of products: larger than the result if terms
-            # cancel.
+            # The reference magnitude for errors of sums of products; it is larger than the result if terms cancel.
             k, s = norm(e) * norm(d1) / 2, norm(e) * (2 * norm(g0) + norm(d2) / 3)
             self.scales = {"kappa": k, "sigma": s, "a": max(a) * k / abs(kappa or 1), "b": max(b) * s / abs(sigma or 1)}
             self.counts["curvature_dropped"] += kappa <= 0

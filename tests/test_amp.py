@@ -94,7 +94,7 @@ def test_scale_cancels(settings, base, backend_options, device):
         assert expected["clip_factor"] is None
         assert_close(found["clip_factor"], 1.0, EXACT)
     for name in names:
-        assert_close(found[name], expected[name], 100 * EXACT, name)  # kappa cancels
+        assert_close(found[name], expected[name], 100 * EXACT, name)  # kappa loses digits to cancellation
     assert (found["regularizer_ratio"] is None) == (expected["regularizer_ratio"] is None)
     if found["regularizer_ratio"] is not None:
         assert_close(found["regularizer_ratio"], expected["regularizer_ratio"], 100 * EXACT)

@@ -28,9 +28,9 @@ TORCH = {
     "RMSprop": {"momentum": 0.9},
     "Rprop": {},
 }
-# With option names that CRSAM also uses: A2Grad, AdaBound (gamma), AdEMAMix, AdaGC, Amos, AvaGrad (gamma), Gravity,
-# MARS (gamma), RACS (alpha, beta, gamma), Ranger, SRMM, Tiger. With their own load_state_dict: all of them. With state
-# outside `state`: SPAM, StableSPAM. With attributes that torch's copies lose: most.
+# These have option names that CRSAM also uses: A2Grad, AdaBound (gamma), AdEMAMix, AdaGC, Amos, AvaGrad (gamma),
+# Gravity, MARS (gamma), RACS (alpha, beta, gamma), Ranger, SRMM, Tiger. All have their own load_state_dict. SPAM and
+# StableSPAM have state outside `state`. Most have attributes that torch's copies lose.
 PYTORCH_OPTIMIZER = [
     "A2Grad", "ADOPT", "AdEMAMix", "AdaBelief", "AdaBound", "AdaFactor", "AdaGC", "AdaShift", "Adan", "Amos",
     "AvaGrad", "CAME", "DAdaptAdam", "Gravity", "GrokFastAdamW", "LARS", "Lamb", "Lion", "MADGRAD", "MARS", "PID",

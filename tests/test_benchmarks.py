@@ -56,7 +56,7 @@ def test_peers_agree(name, case, cuda_on_cpu):
 
 @pytest.mark.parametrize("name", ["foreach", "flat", "crsam_ext torch"])
 def test_peers_agree_with_masters(name):
-    """bfloat16: after three steps, an element may round the other way, a difference of 2^-8 relative."""
+    """After three steps in bfloat16, an element may round the other way, a relative difference of 2^-8."""
     case = Case("crsam", "sgd")
     for actual, expected in zip(*(after_steps(n, case, torch.bfloat16) for n in (name, "loop")), strict=True):
         torch.testing.assert_close(actual, expected, rtol=2.0**-7, atol=1e-5)
@@ -120,7 +120,7 @@ def test_operations_and_their_bytes_are_counted():
     a, b = torch.ones(100), torch.ones(100)
     with record.Operations() as operations:
         (a + b).mul_(2).view(10, 10)
-    # The first reads two and writes one; the second reads one and writes it; a view moves nothing.
+    # The sum reads two tensors and writes one, mul_ reads one and writes it, and a view moves nothing.
     assert (operations.count, operations.nbytes) == (2, 5 * 400)
 
 
@@ -147,7 +147,8 @@ def results(path, seconds, copy=0.01):
 
 
 def test_comparison_reports_regressions(tmp_path, capsys):
-    """A regression is slower by more than the spread and 5 %; a slower machine also slows the copy."""
+    """A result is a regression if it is slower by more than the spread and 5 %. A slower machine also slows the
+    copy."""
     spread = [0.95, 0.98, 1.0, 1.0, 1.01, 1.02, 1.06]
     before = results(tmp_path / "before.json", [0.015 * x for x in spread])
     for factor, copy, status in ((1.0, 0.01, 0), (1.03, 0.01, 0), (1.2, 0.01, 1), (3.0, 0.03, 0), (0.8, 0.01, 0)):
@@ -164,7 +165,7 @@ def trained(path, rates, part="both"):
 
 
 def test_comparison_of_training_reports_regressions(tmp_path, capsys):
-    """A lower rate, by more than the spread and 5 %, is a regression."""
+    """A rate is a regression if it is lower by more than the spread and 5 %."""
     spread = [0.95, 0.98, 1.0, 1.0, 1.01, 1.02, 1.06]
     before = trained(tmp_path / "before.json", [1000 * x for x in spread])
     for factor, status in ((1.0, 0), (0.97, 0), (0.8, 1), (1.3, 0)):
@@ -246,7 +247,7 @@ def test_methods_of_the_imagenet_benchmark_have_the_right_options():
 def test_slower_kernel_is_noticed(tmp_path, monkeypatch):
     """Check from measurement to exit status, with a backend that perturbs ten times: 80 N bytes instead of 17.
 
-    The slowdown is this large, and processor time is measured, because other tests run at the same time.
+    Other tests run at the same time, so the slowdown is this large and processor time is measured.
     """
     monkeypatch.setattr(record, "time", SimpleNamespace(perf_counter=time.thread_time))
     monkeypatch.setitem(MODELS, "small", lambda: [(300, 1000)] * 4)

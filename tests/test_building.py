@@ -1,4 +1,4 @@
-"""What setup.py builds, and why a backend is unavailable: decisions about simulated machines."""
+"""What setup.py builds, and why a backend is unavailable, on simulated machines."""
 
 import os
 import runpy
@@ -173,7 +173,7 @@ def test_extension_has_the_right_sources_and_options(architectures, setup, toolk
 
 
 def test_build_info_is_only_written_if_it_changes(setup, tmp_path, monkeypatch):
-    """Writing it would recompile all sources."""
+    """Otherwise every build would recompile all sources."""
     monkeypatch.setitem(setup["write_build_info"].__globals__, "ROOT", tmp_path)
     header = setup["write_build_info"]({"CUDA": "13.0", "VERSION": "1"}) / "build_info.h"
     assert header.read_text() == '#define CRSAM_CUDA "13.0"\n#define CRSAM_VERSION "1"\n#define CRSAM_WITH_KERNELS\n'
@@ -189,7 +189,7 @@ def test_build_info_is_only_written_if_it_changes(setup, tmp_path, monkeypatch):
 
 @pytest.fixture
 def built(monkeypatch):
-    """Return a function simulating an extension built with kernels for this torch, except for given attributes."""
+    """Return a function that simulates an extension built with kernels for this torch, except for given attributes."""
 
     def make(**info):
         own = {"version": __version__, "torch": torch.__version__, "architectures": "8.0;9.0+PTX", **info}

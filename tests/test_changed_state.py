@@ -152,7 +152,7 @@ def test_assigned_numpy_state_is_used(backend_options, device):
 
 
 def test_assigned_state_keeps_its_identity(backend_options, device):
-    """Also when parameters are adopted again."""
+    """This holds even if parameters are adopted again."""
     (param,) = params_of((3,))
     optimizer = CRSAM([param], lr=0.1, momentum=0.9, **backend_options)
     handed = optimizer.state[param]["momentum_buffer"] = torch.zeros(3, dtype=torch.float64)
@@ -197,7 +197,7 @@ def make(base, backend_options, seed=0, **options):
         "sgd": (SGD, {"lr": 0.1, "momentum": 0.9}),
         "adamw": (torch.optim.AdamW, {"lr": 0.01}),
         "wrapped": (torch.optim.Adamax, {"lr": 0.01}),
-        "alpha": (torch.optim.RMSprop, {"lr": 0.01}),  # has an option named as ours
+        "alpha": (torch.optim.RMSprop, {"lr": 0.01}),  # has its own option alpha
     }[base]
     return model, CRSAM(groups, cls, **base_options, **options, **backend_options)
 
@@ -304,8 +304,8 @@ def test_copies_share_groups_with_their_own_base(base, backend_options, device):
 @every_base
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_state_dict_functions_of_torch_work(tensor_lr, base, backend_options, device):
-    """They initialize the state of a new optimizer by a step without a closure, with zero gradients and a learning rate
-    of 0."""
+    """They initialize the state of a new optimizer with a step without a closure, with zero gradients and a learning
+    rate of 0."""
     model, optimizer = make(base, backend_options)
     resumed, resumed_optimizer = make(base, backend_options, seed=1)
     if tensor_lr:
@@ -332,7 +332,7 @@ def test_state_dict_functions_of_torch_work(tensor_lr, base, backend_options, de
 
 
 def test_step_without_a_closure_is_still_refused(backend_options):
-    """With a nonzero learning rate, with and without state."""
+    """A step with a nonzero learning rate is refused, with and without state."""
     for steps in (0, 1):
         model, optimizer = make("sgd", backend_options)
         for _ in range(steps):

@@ -109,7 +109,7 @@ def test_loads_precede_their_use(kernels):
 
 
 def test_no_float64_arithmetic_on_float32(kernels):
-    """The exceptions are the last stages of the sums, and once per block 1 - beta if beta is a float64 tensor."""
+    """The exceptions are the last stages of the sums, and 1 - beta, once per block, if beta is a float64 tensor."""
     final_stages = (
         "grad_norm_kernel", "fd_gram_kernel", "coefficients_kernel", "perturbation_scale_kernel",
         "direction_weight_kernel",

@@ -131,8 +131,8 @@ def test_a_step_makes_the_expected_launches(options, base, cuda_on_cpu, shim):
     ids=["sgd", "adamw", "clipped"],
 )
 def test_a_reuse_step_moves_the_expected_bytes(base, options, launches, copies, cuda_on_cpu, shim):
-    """In units of the parameters: reads w, g0, h and the state, writes w and the state, and reads g0 for its norm;
-    clipping reads g0 and h once more. A few numbers per group are added."""
+    """In units of the parameters' size, a step reads w, g0, h and the state, writes w and the state, and reads g0 again
+    for its norm. Clipping reads g0 and h once more. A few numbers per group are added."""
     step = stepping(base, {**options, "interval": 100, "reuse": True}, backend="cuda")
     step()
     found, read, written = counted(shim, step)
@@ -174,7 +174,7 @@ def test_cache_of_tables_is_limited(library):
     copies(0)  # the layout of the row is cached for all of them, in a separate table
     assert copies(0) == 0
     assert all(copies(index) == 1 for index in range(1, limit - 1))
-    assert copies(0) == 0  # used again, and so no longer the oldest
+    assert copies(0) == 0  # this use makes table 1 the least recently used
     assert copies(limit - 1) == copies(limit) == copies(limit + 1) == 1
     assert copies(0) == 0
     assert copies(1) == 1
@@ -455,7 +455,7 @@ def test_fingerprint_reports_changes(change, compiled, library):
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
 def test_unbind_returns_views(compiled, library):
-    """It returns views of each number, at its place, of a tensor that is itself a part of another."""
+    """It returns a view of each number at the right address, even if the tensor is a part of another."""
     module = library if compiled else host
     for numbers in (torch.arange(7, dtype=torch.float64)[2:6], torch.tensor([True, False])):
         parts = module.unbind(numbers)

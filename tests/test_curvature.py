@@ -177,7 +177,7 @@ def test_finite_differences_converge_quadratically(measure, estimator):
         measure(model, F.cross_entropy, batches(), estimator=estimator, rho=rho).value - expected for rho in (0.2, 0.1)
     ]
 
-    assert 3.8 < errors[0] / errors[1] < 4.2  # rho² halved twice; the next order, rho^4, contributes 1 %
+    assert 3.8 < errors[0] / errors[1] < 4.2  # rho² is divided by 4; the next order, rho^4, contributes 1 %
     assert abs(errors[1]) < 0.02 * abs(expected)
 
 

@@ -1,4 +1,4 @@
-"""Global settings of torch, default dtype and device, change nothing; nor do numbers of other types."""
+"""torch's default dtype and device change nothing; nor do numbers of other types."""
 
 import numpy as np
 import pytest
@@ -180,8 +180,8 @@ def test_options_may_be_numpy_numbers(backend_options):
 
 
 def test_lazy_modules_are_accepted(backend_options):
-    """They are accepted as by torch's optimizers; the first batch must come before the first step, or in calls with
-    it."""
+    """As with torch's optimizers, parameters may be uninitialized until the first batch, which comes before the first
+    step or within it."""
     model = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.LazyBatchNorm1d(), torch.nn.Linear(3, 2))
     optimizer = CRSAM(model.parameters(), lr=0.1, model=model, **backend_options)
     x = torch.randn(8, 4)

@@ -22,7 +22,7 @@ BASES = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5}),
     "plain": (torch.optim.SGD, {}),
     "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),
-    "rmsprop": (torch.optim.RMSprop, {"momentum": 0.9}),  # has its own alpha
+    "rmsprop": (torch.optim.RMSprop, {"momentum": 0.9}),  # has its own option alpha
     "nadam": (torch.optim.NAdam, {}),
 }
 FLATTENED = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -83,7 +83,7 @@ def test_reading_the_state_before_the_first_step_changes_nothing(base, options, 
 
 
 def test_reading_the_state_between_two_perturbations_changes_nothing():
-    """Without state, torch makes a step each time; here a step of a single pass is due, and would be counted."""
+    """torch makes a step whenever there is no state. Here a step of a single pass is due, which would be counted."""
     model, optimizer, step = problem("plain", interval=3)
     twin, _, step_of_twin = problem("plain", interval=3)
     for index in range(6):
@@ -215,7 +215,7 @@ def test_only_a_learning_rate_of_zero_creates_the_state():
 
 @pytest.mark.parametrize("options", [{"rho": 0.0}, {"interval": 2}])
 def test_a_step_of_one_pass_equals_the_base_optimizers(options):
-    """Also with a learning rate of 0, where the momentum is still updated."""
+    """This includes a learning rate of 0, with which the momentum is still updated."""
     model, optimizer, step = problem("sgd", **options)
     step(0)
     optimizer.param_groups[0]["lr"] = 0.0
@@ -230,7 +230,7 @@ def test_a_step_of_one_pass_equals_the_base_optimizers(options):
 
 @pytest.mark.parametrize("base", ["sgd", "nadam"])
 def test_provisional_state_filled_by_a_checkpoint_is_kept(base):
-    """Also if it is written in place, without set_state_dict."""
+    """This holds even if it is written in place, without set_state_dict."""
     model, optimizer, step = problem(base)
     for index in range(3):
         step(index)

@@ -137,7 +137,7 @@ def test_best_rho_has_the_highest_accuracy():
 
     results = [result(0.1, 0.5), result(0.1, 0.9), result(0.2, 0.75), result(0.4, 0.2), result(0.05, 0.7)]
     assert analysis.best_rho(results) == {("t", "m"): 0.2}
-    assert analysis.best_rho([*results, result(0.05, 0.8)]) == {("t", "m"): 0.05}  # the smallest of equals
+    assert analysis.best_rho([*results, result(0.05, 0.8)]) == {("t", "m"): 0.05}  # the smaller of equally good ones
 
 
 def test_bootstrap_has_the_expected_width():

@@ -147,7 +147,7 @@ def test_alternating_parameters_match_torch(backend_options, device):
 
 
 def test_many_subsets_of_parameters_may_take_part(backend_options, device):
-    """More sets of participants than the cache holds."""
+    """There are more sets of participants than the cache holds."""
     pair = Pair(tensors(*[(3,)] * 7, device=device), backend_options, "adamw")
     for number in range(1, 100):
         pair.step(lambda p: smooth([x for i, x in enumerate(p) if number >> i & 1]))  # noqa: B023
@@ -287,7 +287,7 @@ def test_gradient_may_have_other_strides(base, backend_options, device):
 
 @bases
 def test_gradient_may_be_a_view_of_a_reused_storage(base, backend_options, device):
-    """As under DDP with gradient_as_bucket_view: the next pass overwrites the gradients of the last one."""
+    """As with DDP and gradient_as_bucket_view, the next pass overwrites the gradients of the last one."""
     params = tensors((4,), (3, 2), device=device)
     pair = Pair(params, backend_options, base)
     storage = torch.empty(10, dtype=torch.float64, device=device)
@@ -399,7 +399,7 @@ def test_refused_group_is_removed(backend_options, device):
 
 
 def test_gradient_may_have_a_graph(backend_options, device):
-    """backward(create_graph=True): the gradient is used, and its graph is freed."""
+    """After backward(create_graph=True), the gradient is used, and its graph is freed."""
     pair = Pair(tensors((3,), device=device), backend_options)
 
     def closure():
@@ -457,7 +457,7 @@ def test_model_can_change_its_dtype(dtype, when, base, backend_options, device):
 
 @bases
 def test_model_can_change_its_dtype_and_back(base, backend_options, device):
-    """half() and float(): the current values of the parameters are used, not an old master."""
+    """After half() and float(), the current values of the parameters are used, not an old master."""
     params = tensors((6,), device=device, dtype=torch.float32)
     cls, _, options = BASES[base]
     optimizer = CRSAM(params, cls, **{**options, "lr": 0.0, "weight_decay": 0.0}, **backend_options)
@@ -530,8 +530,8 @@ def test_reshaping_in_the_middle_of_a_step_is_refused(backend_options, device):
 @bases
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_edits_between_steps_take_effect(dtype, base, backend_options, device):
-    """Edits through p.data, under no_grad, or by the model's load_state_dict; with masters, only changed elements are
-    copied."""
+    """Edits are made through p.data, under no_grad, or by the model's load_state_dict. With masters, only changed
+    elements are copied."""
     param = Parameter(torch.randn(8, device=device).to(dtype))
     cls, _, options = BASES[base]
     optimizer = CRSAM([param], cls, **options, **backend_options)
@@ -746,7 +746,7 @@ def test_base_optimizers_may_have_options_of_the_same_name(cls, name, backend_op
 
 
 def test_params_may_be_a_generator(backend_options, device):
-    """Also with an instance as the base, although both read the parameters."""
+    """This includes an instance as the base, although both read the parameters."""
     model = torch.nn.Linear(3, 2, device=device)
     for base in (SGD, SGD(model.parameters(), lr=0.1)):
         options = {"lr": 0.1} if base is SGD else {}

@@ -424,7 +424,7 @@ def test_tensorboard_receives_the_statistics(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     tags = events.Tags()["scalars"]
     assert {"crsam/grad_norm", "crsam/kappa", "crsam/a/0", "crsam/a/1", "crsam/skipped"} <= set(tags)
-    assert "crsam/loss" not in tags, "the closure returned none"
+    assert "crsam/loss" not in tags, "the closure returned no loss"
     written = events.Scalars("crsam/kappa")
     assert [event.step for event in written] == [1, 2]
     assert written[-1].value == pytest.approx(optimizer.stats.kappa.item(), rel=1e-6)

@@ -130,7 +130,7 @@ def test_a_scale_that_changes_does_not_affect_the_difference(form):
 
 
 def test_calls_follow_the_number_of_passes():
-    """In the form of calls, the user reads the number of passes from the optimizer."""
+    """With separate calls, the user reads the number of passes from the optimizer."""
     params, optimizer, closure = problem(curvature_interval=2)
     others, by_closure, closure_of_others = problem(curvature_interval=2)
     for passes in (3, 2, 3):

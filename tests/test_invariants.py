@@ -273,7 +273,7 @@ def test_all_passes_use_the_same_random_numbers(backend_options, device):
 
 @pytest.mark.parametrize("form", ["linear", "sam"])
 def test_random_state_after_a_step_equals_that_after_one_pass(form, backend_options, device):
-    """Also if the later passes draw other numbers than the first."""
+    """This holds even if the later passes draw other numbers than the first."""
     model, closure = problem(device, dropout=0.5)
     optimizer = CRSAM(model.parameters(), lr=0.1, **FORMS[form], **backend_options)
     calls = []
@@ -419,7 +419,7 @@ class NoSynchronization(TorchDispatchMode):
 @pytest.mark.parametrize("base", ["momentum", "adamw"])
 @forms
 def test_step_does_not_synchronize(form, base, how, monkeypatch):
-    """The torch backend reads flags directly on a CPU, so the test makes it believe that this is another device."""
+    """The torch backend reads flags directly on a CPU, so the test pretends that this is another device."""
     params, data = network_params(torch.float32), batch(torch.float32)
     cls, options = BASES[base]
     optimizer = CRSAM(
@@ -515,7 +515,8 @@ def test_state_dicts_are_interchangeable_with_torchs(direction, dtype, case, bac
 @pytest.mark.parametrize("direction", ["from-torch", "to-torch"])
 @pytest.mark.parametrize("case", ["momentum", "adamw"])
 def test_state_dicts_are_interchangeable_in_bfloat16(direction, case, backend_options, device):
-    """torch has no masters: its state starts them at its parameters, and it ignores ours. Buffers stay float32 here."""
+    """torch has no masters: if its state is loaded, masters start at the parameters, and torch ignores those in our
+    state. Buffers stay float32 here."""
     cls, options = INTERCHANGE[case]
     model, closure = problem(device, torch.bfloat16)
     other, _ = problem(device, torch.bfloat16)

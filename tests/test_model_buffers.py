@@ -158,7 +158,7 @@ def test_layers_of_torch_follow_the_first_pass(layer, backend_options, device):
     model(3 * x)
 
     def losses(**options):
-        if layer == "spectral norm":  # start away from the singular vector that it has found
+        if layer == "spectral norm":  # replace the singular vector that it has found
             for vector in model[0].buffers():
                 vector.copy_(nn.functional.normalize(torch.randn_like(vector), dim=0))
         optimizer, seen = CRSAM(model.parameters(), lr=0.0, rho=1e-6, **options, **backend_options), []

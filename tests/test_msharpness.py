@@ -65,7 +65,7 @@ def test_one_step_is_counted_and_measured():
 
 @pytest.mark.parametrize("index", range(3 * PARTS))
 def test_a_nonfinite_gradient_skips_the_step(index):
-    """In any pass of any micro-batch: the step is skipped, and counted once."""
+    """It may occur in any pass of any micro-batch; the step is skipped and counted once."""
     params, optimizer, parts = problem()
     before, calls = [p.detach().clone() for p in params], []
     params[0].register_hook(lambda g: g * torch.nan if len(calls) == index else g)

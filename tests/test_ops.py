@@ -377,9 +377,7 @@ def test_wide_numbers_are_not_rounded_stochastically(operators, device):
 def test_perturb_can_be_undone_from_any_point(operators, device, monkeypatch):
     """After an exception at any block, the entries of undo restore w."""
     if operators.name != "torch":
-        pytest.skip(
-            "one launch saves all rows: undo learns of all of them or of none, see test_interrupted_perturb_..."
-        )
+        pytest.skip("one launch saves all rows: undo contains all of them or none, see test_interrupted_perturb_...")
     live = rows(torch.float32, device)
     w = [p.clone() for p in live]
 

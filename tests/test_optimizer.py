@@ -192,7 +192,7 @@ def test_given_gradients_make_the_steps_of_the_reference(option, base, dtype, ba
     options = OPTIONS[option]
     optimizer, expected = make(params, base, options, backend_options)
     for _ in range(STEPS):
-        # No gradient near 0, where Adam's m / sqrt(v) would be as uncertain as its sign.
+        # No gradient is near 0, where Adam's m / sqrt(v) would be as uncertain as its sign.
         g0 = [(torch.rand_like(p) + 0.5) * torch.randn_like(p).sign() for p in params]
         change = [0.2 * g + torch.rand_like(g) for g in g0]
         gradients = [[(g + s * c).to(dtype) for g, c in zip(g0, change, strict=True)] for s in (0, 0.3, -0.2)]
@@ -225,7 +225,7 @@ def test_given_gradients_make_the_steps_of_the_reference(option, base, dtype, ba
         assert_close(value, expected.w[i], tolerance, f"parameter {i}")
         for name in STATE[BASES[base][0]]:
             assert_close(optimizer.state[param][name], expected.state[i][name], tolerance, f"{name} {i}")
-    # kappa and sigma: a norm under a square root, a sum of products, and the square of w in ASAM.
+    # The errors of kappa and sigma: a norm under a square root, a sum of products, and the square of w in ASAM.
     bound = 1.5 * sum_tolerance(dtype, 5000) + 2 * tolerance
     if "asam" in option and dtype != torch.float32:
         bound += torch.finfo(dtype).eps / 2  # its norm is weighted with the parameters in the model's dtype
@@ -603,7 +603,7 @@ def test_native_bases_are_not_called(cls, backend_options, device, monkeypatch):
 @pytest.mark.parametrize("base", ["momentum", "adamw"])
 @pytest.mark.parametrize("option", ["linear", "log", "asam", "cap"])
 def test_large_parameters_equal_the_reference(option, base, backend_options, device):
-    """Parameters of several blocks, in their own rows and in shared rows."""
+    """The parameters have several blocks, in their own rows and in shared rows."""
     shapes = [(300, 1100), (7,), (128, 128), (3, 3), (40000,)]
     params = [torch.nn.Parameter(torch.randn(s, dtype=torch.float64, device=device)) for s in shapes]
 

@@ -124,8 +124,8 @@ LEFT_BY_RUNS = ("__pycache__", "*.pyc", "*.so", "*.o", "_build.py")
 
 
 def test_source_distribution_is_a_whole_checkout_and_builds_the_same_wheel(wheel, tmp_path):
-    """It contains everything to build the extension, the tests and the files that they read, but no files that runs
-    create."""
+    """It contains everything that is needed to build the extension, the tests and the files that they read, but no
+    generated files."""
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so")
     shutil.copytree(ROOT, source, ignore=ignored)

@@ -19,7 +19,8 @@ BASES = {
 
 
 # Adam divides a gradient by its own magnitude, so a gradient that is 0 except for rounding would give an arbitrary
-# step. Therefore no biases before batch norm, which removes them, nor of keys, which do not change the softmax.
+# step. The models therefore have no biases before batch norm, which removes them, and none of keys, which do not
+# change the softmax.
 
 
 class TiedTransformer(nn.Module):

@@ -1,4 +1,4 @@
-"""What README.md and docs/ print works: Python runs, command lines are understood, recipes are read.
+"""The code in README.md and docs/ works: Python runs, command lines are understood, recipes are read.
 
 The Python blocks of a page run one after the other, with the names of the quick start (docs/quickstart.md) from the
 beginning. A block that is neither run nor parsed follows a comment, ``<!-- not run: KEY -->``, and has a reason below.
@@ -48,7 +48,7 @@ class Block(NamedTuple):
 
 
 def read(page):
-    """Blocks of code, and commands within sentences, each with its line."""
+    """Return the blocks of code, and the commands within sentences, each with its line."""
     blocks, inline, before = [], [], None
     for token in markdown_it.MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8")):
         if token.type in ("fence", "code_block"):
@@ -95,14 +95,14 @@ def check_syntax(block):
 
 @pytest.fixture
 def process_group(tmp_path):
-    """That of one process, for the snippets of several."""
+    """Start a process group of one process, for snippets that are written for several processes."""
     torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
 
 def run(block, names, graphs):
-    """Run a block; one for a GPU runs on the CPU, with a stand-in for the graph."""
+    """Run a block. A block for a GPU runs on the CPU, with a stand-in for the graph."""
     text, steps = block.text, None
     if 'device="cuda"' in text:
         text = text.replace('device="cuda"', 'device="cpu"')
@@ -138,7 +138,7 @@ def test_python_runs(page, stand_in, process_group, monkeypatch, tmp_path):  # n
 
 
 def commands(text):
-    """The commands of a script as lists of words, without comments."""
+    """Yield the commands of a script as lists of words, without comments."""
     for line in text.replace("\\\n", " ").splitlines():
         words: list[str] = []
         for word in [*shlex.split(line, comments=True), "&&"]:
@@ -153,7 +153,7 @@ def commands(text):
 
 
 def check(words):
-    """Raise if a command would not be understood."""
+    """Raise an exception if a command would be refused."""
     program, *arguments = words
     if program == "crsam-train":
         check_training(arguments)
@@ -203,7 +203,7 @@ def check_module(name, arguments):
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """The YAML files of the pages, and the checkpoints that commands name."""
+    """Write the YAML files of the pages, and simulate the checkpoints that commands name."""
     monkeypatch.chdir(tmp_path)
     for block in of("yaml"):
         name = re.match(r"# (\S+\.yaml)", block.text)

@@ -200,7 +200,7 @@ def with_own_hook(rank, size, base, options, ddp, wrapper=None):
 
 
 def halving(state, bucket):
-    """A hook that reduces in two steps, as compression hooks do."""
+    """Reduce in two steps, as compression hooks do."""
     future = torch.distributed.all_reduce(bucket.buffer().div_(2 * 2), async_op=True).get_future()
     return future.then(lambda done: done.value()[0].mul_(2))
 
@@ -364,7 +364,7 @@ def test_single_passes_are_not_compressed(two):
 
 
 def rounding(state, bucket):
-    """A hook that loses precision."""
+    """Lose precision, as compression hooks do."""
     rounded = bucket.buffer().to(torch.bfloat16).double().div_(2)
     return torch.distributed.all_reduce(rounded, async_op=True).get_future().then(lambda done: done.value()[0])
 
@@ -431,7 +431,7 @@ def with_cuda_on_cpu(rank, size):
 
 
 def test_compiled_cuda_sources_and_host_functions_make_the_same_steps():
-    """They are CUDA C++ compiled for a CPU, with the compiled host functions; the steps agree up to rounding."""
+    """The CUDA sources are compiled for a CPU, together with the host functions; the steps agree up to rounding."""
     build.library()  # builds it here, where no time limit applies
     ranks = Ranks(2)
     try:
@@ -450,7 +450,7 @@ def test_compiled_cuda_sources_and_host_functions_make_the_same_steps():
 
 
 class Nested(torch.autograd.Function):
-    """The identity; its backward calls backward, `depth` times within each other."""
+    """The identity; its backward calls backward, nested to a depth of `depth`."""
 
     @staticmethod
     def forward(ctx, x, depth):
@@ -466,7 +466,7 @@ class Nested(torch.autograd.Function):
 
 
 def test_ranks_call_backward_after_autograd_has_started_a_thread():
-    """Ranks do not inherit the state of the process that runs the tests: forks of it could not call backward now."""
+    """Ranks do not inherit the state of the process that runs the tests; its forks could not call backward now."""
     Nested.apply(torch.ones(1, requires_grad=True), 100).backward()
     ranks = Ranks(2)
     try:
@@ -516,7 +516,7 @@ def with_a_bad_gradient(rank, size, bad, options, form="closure"):
     [LINEAR, LOG, {**LINEAR, "sync_perturbation": True}, {**LOG, "sync_perturbation": True}, {**LINEAR, "alpha": 0.2}],
 )
 def test_a_nonfinite_gradient_skips_the_step_on_all_ranks(two, where, index, value, options):
-    """On any rank in any pass: all ranks skip that step, and only that one."""
+    """It may occur on any rank in any pass: all ranks skip that step, and only that one."""
     results = two(with_a_bad_gradient, (where, index, value), options)
     assert_equal(results)
     assert all(seen == [0, 1, 1] for _, seen in results)

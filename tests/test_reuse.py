@@ -88,7 +88,7 @@ def test_formula_holds(base, name, backend_options, device):
         assert optimizer.passes == ((2 if name == "sam" else 3) if step % 3 == 0 else 1)
         optimizer.step(closure(params, data))
         reference.step(evaluator(lambda w, data=data: network_loss(w, [x.cpu() for x in data])))
-        assert_same(params, reference, 100 * EXACT if name == "log" else EXACT)  # kappa cancels
+        assert_same(params, reference, 100 * EXACT if name == "log" else EXACT)  # cancellation in kappa
         if name != "asam":
             assert float(optimizer.stats.grad_norm) == pytest.approx(reference.last["grad_norm"], rel=1e-9)
     if name in ("clipped", "compile"):
@@ -142,7 +142,7 @@ def test_curvature_interval_and_interval_combine(base, backend_options, device):
 
 @pytest.mark.parametrize("base", ["sgd", "radam"])
 def test_calls_give_the_same_bits(base, backend_options, device):
-    """Also with combine()."""
+    """This includes combine()."""
     options = {"device": device, **backend_options}
     (params, by_closure), (others, by_calls), (more, combined) = (problem(base, **options) for _ in range(3))
     for data in batches(device=device):

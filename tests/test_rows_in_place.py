@@ -255,8 +255,8 @@ def test_alias_of_the_flat_buffer_stays_valid(backend_options, device):
 
 
 def test_freed_references_do_not_keep_parameters_in_place(backend_options, device):
-    """After a freed graph, gradients and a freed state dict, parameters are moved into the flat buffer, and
-    again after a change; they are not considered shared."""
+    """A freed graph, gradients and a freed state dict do not count as sharing: parameters are moved into the flat
+    buffer, and moved again after a change."""
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.LSTM(4, 3))
     model.state_dict()
     assert not any(_is_held_by_others(p, {}) for p in model.parameters())

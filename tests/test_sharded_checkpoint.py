@@ -46,7 +46,7 @@ OPTIONS = {
 UNDAMPED = {**SGD, "dampening": 0.0}
 WRAPPED = ("rmsprop", "adagrad")
 every_option = pytest.mark.parametrize("options", [name for name in OPTIONS if name != "adamw"])  # "reuse" tests it
-SAVED, END = 3, 5  # steps: those in between use all stored values
+SAVED, END = 3, 5  # steps; those in between use all stored values
 
 # The rounding error of float64 is 1e-16 relative. It grows with the number of steps, by 1/rho in differences of
 # gradients, and where Adam and others divide by the square root of a small number.
@@ -119,7 +119,7 @@ def inner(model):
 
 
 def closure_of(model, step, part=0, parts=1):
-    """Use 12 samples in total: each number of ranks up to 4 divides them evenly."""
+    """Return a closure for this part of 12 samples, which any number of ranks up to 4 divides evenly."""
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(12, 4, 6, generator=generator, dtype=torch.float64)[part::parts]
     y = torch.randint(3, (12, 4), generator=generator)[part::parts].flatten()
@@ -282,7 +282,8 @@ def backward_of_nan(model, rank):
     return loss
 
 
-# Not with dampening, where a momentum shows that there has been a step, nor with others, which create their own state.
+# Dampening is excluded, because a momentum shows that there has been a step; other optimizers are excluded, because
+# they create their own state.
 @pytest.mark.parametrize("options", [UNDAMPED, ADAMW], ids=["sgd", "adamw"])
 def test_a_skipped_first_step_leaves_state_that_changes_nothing(four, options):
     for skipped, twin in four(skipped_first, options):
@@ -323,7 +324,7 @@ def test_every_form_can_be_loaded(four, options):
 
 
 def gathered_in_order(rank, size):
-    """Return everything, and a full state dict, where shards of only some ranks share rows."""
+    """Return everything, and a full state dict, of a model in which shards of only some ranks share rows."""
     kept, TorchOperators.gather_below = TorchOperators.gather_below, 10
     try:
         model, optimizer, part = made("fsdp", "adamw", size)

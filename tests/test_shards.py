@@ -87,8 +87,8 @@ class Sequence(nn.Module):
         return self.last(self.c(torch.tanh(self.b(self.norm(torch.tanh(self.a(x)))))))
 
 
-# Of Sequence: the norm works on a part of the sequence, and its gradients are partial sums over the ranks; ``a`` and
-# ``last`` are outside of the plan.
+# The plan for Sequence: the norm works on a part of the sequence, and its gradients are partial sums over the ranks;
+# ``a`` and ``last`` are outside of the plan.
 PLAN = {
     "norm": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1)),
     "norm.0": SequenceParallel(),
@@ -258,8 +258,8 @@ def for_long(rank, size, kind):
 
 @pytest.mark.parametrize("kind", SHARDED)
 def test_e_has_the_length_rho(four, kind):
-    """A dimension that replicates is not reduced over; otherwise the norm would be too large by the square root of its
-    size."""
+    """The norm is not reduced over a replicated dimension; otherwise it would be too large by the square root of the
+    dimension's size."""
     for length in four(length_of_e, kind):
         assert length == pytest.approx(0.1, rel=1e-9)  # minus the 1e-12 that is added to the norm
 
@@ -475,7 +475,7 @@ def test_torchs_scaler_skips_the_step_on_all_ranks(four):
 
 
 def test_an_overflow_found_by_one_rank_skips_the_step_of_all(four):
-    """Also if no gradient shows it."""
+    """This holds even if no gradient shows it."""
     for same, skipped in four(with_found_inf):
         assert same
         assert skipped == 1
@@ -489,7 +489,7 @@ def with_found_inf(rank, size):
         closure_of(model, 0, part, parts)()
         call(zero_grad=True)
     closure_of(model, 0, part, parts)()
-    # As torch's GradScaler passes them.
+    # torch's GradScaler sets these attributes.
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(float(rank == 1))
     optimizer.step()
     same = all(torch.equal(full(p), q) for p, q in zip(model.parameters(), before, strict=True))
@@ -537,7 +537,7 @@ def with_mixed_precision(rank, size, options):
 
 @pytest.mark.parametrize("kind", ["fsdp", "hsdp", "tp and fsdp"])
 def test_low_precision_shards_have_masters(four, kind):
-    """bfloat16 shards: the state contains a float32 master of each as a DTensor, and the shard is its rounded value."""
+    """The state contains a float32 master of each bfloat16 shard as a DTensor, and the shard is its rounded value."""
     assert all(four(with_masters, kind))
 
 

@@ -34,7 +34,7 @@ CONFIGURATIONS = {
     "adamw-log": (torch.optim.AdamW, "adamw", {"lr": 0.02, "regularizer": "log", "rho": 0.3}),
 }  # fmt: skip
 OURS = ("rho", "alpha", "beta", "regularizer", "max_grad_norm")
-# Dozens of steps, each of which may amplify earlier rounding errors.
+# There are dozens of steps, each of which may amplify earlier rounding errors.
 TOLERANCE = 1e-9
 SHAPES = [(3,), (2, 3), (), (4,)]
 LATER = [(2,), (3, 1)]
@@ -64,7 +64,7 @@ class Training(RuleBasedStateMachine):
         self.scheduler = ExponentialLR(self.optimizer, 0.9)
         self.expected = Reference([{"params": self.params}], name, **self.options)
         self.skipped = 0
-        self.done = 0  # calls made of the step in progress
+        self.done = 0  # number of calls that the step in progress has made
 
     def make(self, groups):
         own = {k: v for k, v in self.options.items() if k in OURS}

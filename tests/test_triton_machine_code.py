@@ -81,8 +81,8 @@ class Compiled(NamedTuple):
 
     @property
     def accesses(self):
-        """The minimum number of 128-bit loads and stores in the main loop. A vector of masters has as many elements as
-        one of a 16-bit row, so twice as many bytes."""
+        """Return the minimum number of 128-bit loads and stores in the main loop. A vector of masters has as many
+        elements as one of a 16-bit row, so twice as many bytes."""
         words = 2 if has_master(self.dtype) else 1
         k = self.kernel
         master_stores = k.master_stores + (k.writes_master and words == 2)
@@ -133,7 +133,7 @@ def compiled(request, tmp_path_factory):
     with knobs.cache.scope():
         knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
         for name, kernel in KERNELS.items():
-            # other kernels exercise more of everything
+            # on other architectures, the other kernels suffice
             if name.endswith(("plain", "with_direction")) and request.param != 90:
                 continue
             for dtype in COMPILED[request.param]:
@@ -280,7 +280,7 @@ def test_nothing_is_compiled_twice(launched, monkeypatch):
     variants = {kernel.fn.__name__: len(kernel.device_caches[0][0]) for kernel in _kernels()}
     of_few_numbers = {"perturbation_scale_kernel", "direction_weight_kernel", "coefficients_kernel"}
     expected = {kernel.function for kernel in KERNELS.values()} | of_few_numbers
-    # Two signs, with and without ghat; with and without a direction, and for two rules.
+    # Two signs; fd_gram with and without ghat; the others with and without a direction; step_kernel for two rules.
     more = {"perturb_kernel": 2, "fd_gram_kernel": 2, "grad_norm_kernel": 2, "combine_kernel": 2, "step_kernel": 4}
     assert variants == {name: more.get(name, 1) for name in expected}
 
@@ -360,8 +360,8 @@ def test_cached_launches_equal_triton_launches(losses, launched):
 
 
 def test_last_stage_of_sums_is_ordered(compiled):
-    """Partial sums, barrier, ticket; barrier, and other blocks' partial sums, loaded past this multiprocessor's
-    cache."""
+    """The order is: partial sums, barrier, ticket, barrier, and then other blocks' partial sums, which are loaded past
+    this multiprocessor's cache."""
     order = r"st\.global\.b64.*bar\.sync.*atom\.global\.gpu\.acq_rel.*bar\.sync.*ld\.global\.cg\.b64"
     for (name, dtype), one in compiled.items():
         if name in SUMS:

@@ -302,7 +302,7 @@ def test_dtypes_are_checked():
 
 
 def test_empty_arguments_are_accepted():
-    """No rows, or rows without elements."""
+    """There may be no rows, or rows without elements."""
     backend, scale, none = TritonOperators(), torch.ones(2, dtype=torch.float64), [torch.empty(0)]
     backend.perturb_(none, none, none, [1], scale, [False, True], 1, [])
     assert torch.equal(backend.grad_norm(none, [1], 2, [None]), torch.zeros(2, dtype=torch.float64))

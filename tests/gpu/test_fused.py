@@ -1,4 +1,4 @@
-"""Tests that need a GPU: the operators there, a step in a CUDA graph, no synchronization, compute-sanitizer."""
+"""Tests that need a GPU: the operators on it, a step in a CUDA graph, no synchronization, compute-sanitizer."""
 
 import shutil
 import subprocess
@@ -20,7 +20,8 @@ STEPS = 3
 def params_and_gradients(seed=0):
     generator = torch.Generator().manual_seed(seed)
     params = [Parameter(torch.randn(n, generator=generator).cuda()) for n in (1, 3, 4097, 300000)]
-    # Close to each other and not close to 0: where terms cancel, Adam would divide rounding errors by each other.
+    # The gradients are close to each other and not close to 0. If terms canceled, Adam would divide one rounding error
+    # by another.
     signs = [torch.randn(p.shape, generator=generator).sign() for p in params]
     grads = [[(s * (1 + 0.3 * torch.rand(s.shape, generator=generator))).cuda() for s in signs] for _ in range(3)]
     return params, grads

@@ -97,7 +97,7 @@ def test_options_may_be_zero_in_one_group(groups, base, fused):
         step = GraphedStep(optimizer, closure) if graphed else lambda o=optimizer, c=closure: o.step(c)
         for index in range(STEPS):
             step()
-            if index == STEPS // 2:  # to 0, and away from 0
+            if index == STEPS // 2:  # some options become 0, others nonzero
                 for group in optimizer.param_groups:
                     for name in ("alpha", "rho"):
                         value = group[name].item() if isinstance(group[name], torch.Tensor) else group[name]
@@ -109,7 +109,7 @@ def test_options_may_be_zero_in_one_group(groups, base, fused):
 
 
 def test_draws_between_replays_do_not_change_the_masks(fused):
-    """Other draws from the generator do not change that the passes of a step have equal masks: the loss contains no
+    """The passes of a step draw the same masks, also after other draws from the generator. The loss contains no
     parameters, so its three values are the same noise."""
     weight = nn.Parameter(torch.ones(3, device="cuda"))
     optimizer = CRSAM([weight], lr=0.0, rho=0.1, backend=fused)
