@@ -430,6 +430,7 @@ def test_committed_tables_are_made_from_the_committed_results():
         "federated": federated.markdown(federated.summaries(content("federated")["runs"])),
         "finite-differences": finite_differences.markdown(finite["rows"], finite),
         "m-sharpness": m_sharpness.table(content("m-sharpness")["accuracy"]),
+        "reuse": reuse.markdown(reuse.summaries(content("reuse")["runs"]), content("reuse")["step_times"]),
     }
     committed = {name: (program.RESULTS / f"{name}.md").read_text(encoding="utf-8") for name in made}
     assert made == committed

@@ -326,7 +326,20 @@ def markdown(rows: Sequence[dict[str, Any]], times: Mapping[str, Mapping[str, Se
     Args:
         times: the result of :func:`step_times` for each task; a method that was not timed has no entry.
     """
-    lines: list[str] = []
+    lines = [
+        "# Cheaper steps: all methods",
+        "",
+        "`python -m benchmarks.experiments.reuse`",
+        "",
+        "- Accuracy, C(w) and the largest eigenvalue of the Hessian are means ± standard errors over the seeds. C(w) "
+        "and the eigenvalue are measured on training samples.",
+        "- rho is tuned for each method on a validation split.",
+        "- Time per step / base: processor time of one thread for a block of steps, divided by the time of the base "
+        "optimizer's block in the same round. The number is the median over rounds; brackets show the 20th and 80th "
+        "percentile if they differ by more than 5 %. –: not timed, because the direction is replaced in Python.",
+        '- "3 x" and so on: trained for so many times the epochs, for as many gradients as CR-SAM takes.',
+        "",
+    ]
     for task in dict.fromkeys(row["task"] for row in rows):
         lines += [
             f"## {task}",
@@ -348,13 +361,6 @@ def markdown(rows: Sequence[dict[str, Any]], times: Mapping[str, Mapping[str, Se
                 ]  # fmt: skip
                 lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
-    lines.append(
-        "Accuracy, C(w) and the largest eigenvalue of the Hessian are means ± standard errors over the seeds. C(w) and "
-        "the eigenvalue are measured on training samples.\n\n"
-        "Time per step / base: processor time of one thread for a block of steps, divided by the time of the base "
-        "optimizer's block in the same round. The number is the median over rounds; brackets show the 20th and 80th "
-        "percentile if they differ by more than 5 %. –: not timed, because the direction is replaced in Python.\n"
-    )
     return "\n".join(lines)
 
 
