@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# alpha and beta are those of the README's table; "log" uses the defaults.
+# alpha and beta are those of the table in docs/training.md; "log" uses the defaults.
 METHODS: dict[str, dict[str, Any]] = {
     "base": {"alpha": 0.0, "beta": 0.0},
     "SAM": {"alpha": 0.0, "beta": 0.0},
