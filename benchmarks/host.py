@@ -22,10 +22,11 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
-from crsam_ext import CRSAM, extension
+from crsam_ext import CRSAM
 from crsam_ext.backends import cuda, triton
 from crsam_ext.noise import SharedNoise
 from tests.cuda_on_cpu import build
@@ -187,10 +188,8 @@ def _record(optimizer: CRSAM, step: Callable[[], float]) -> list[Callable[[], ob
 def _extension() -> Iterator[None]:
     """Load csrc/ with empty launchers."""
     path = build.extension(ROOT / "csrc" / "cuda" / "ops_cuda.cpp", ROOT / "benchmarks" / "empty_kernels.cpp")
-    with (
-        mock.patch.object(extension, "why_missing", return_value=None),
-        mock.patch.object(extension, "load", return_value=build.load(path)),
-    ):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        build.install(monkeypatch, build.load(path))
         yield
 
 

@@ -58,7 +58,7 @@ def require_cuda(request):
 @pytest.fixture
 def library(monkeypatch):
     """Compile the CUDA sources for a CPU and install the result as the extension; its operators take CPU tensors."""
-    return build.install(monkeypatch)
+    return build.install(monkeypatch, build.library())
 
 
 @pytest.fixture

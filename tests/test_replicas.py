@@ -426,7 +426,7 @@ def d2(g):
 def with_cuda_on_cpu(rank, size):
     """Make backend "cuda" available for CPU tensors on a rank."""
     monkeypatch = pytest.MonkeyPatch()
-    build.install(monkeypatch)
+    build.install(monkeypatch, build.library())
     monkeypatch.setattr(cuda, "why_unavailable", lambda: None)
 
 

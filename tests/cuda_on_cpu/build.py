@@ -25,6 +25,7 @@ import crsam_ext
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SOURCES = ROOT / "csrc"
+OUTPUT = ROOT / "build" / "cuda_on_cpu"
 KERNELS = ("grad_norm.cu", "perturb.cu", "fd_gram.cu", "coefficients.cu", "step.cu")
 # Contraction is disabled, so that only explicit calls of fma are fused.
 FLAGS = ("-std=c++20", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas")
@@ -39,34 +40,33 @@ def _digest(*parts):
 @contextmanager
 def _alone():
     """Hold a lock: one process builds at a time, and the others reuse the result."""
-    folder = ROOT / "build" / "cuda_on_cpu"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    with (OUTPUT / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _build(output, sources, compile_flags, link_flags):
+def _build(output, sources, objects_folder, compile_flags, link_flags):
     """Run one g++ process per source in parallel, then the linker; ``output`` appears when it is complete.
 
-    Objects are kept: the libraries differ in few sources, and those that include PyTorch take half a minute each.
+    Objects that are already in ``objects_folder`` are not compiled again.
     """
-    compiler, kept = os.environ.get("CXX", "g++"), ROOT / "build" / "cuda_on_cpu" / "objects"
-    for parent in (output.parent, kept):
-        parent.mkdir(parents=True, exist_ok=True)
-    objects = [kept / f"{_digest(compile_flags, source.name, source.read_text())}.o" for source in sources]
+    compiler = os.environ.get("CXX", "g++")
+    for folder in (output.parent, objects_folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    objects = [objects_folder / f"{_digest(compile_flags, source.read_text())}.o" for source in sources]
+    running = []
+    for source, target in zip(sources, objects, strict=True):
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}")
+            command = [compiler, *FLAGS, *compile_flags, f"-I{HERE}/shim", "-c", "-x", "c++", source, "-o", partial]
+            process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+            running.append((process, source, partial, target))
+    for process, source, partial, target in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, f"{source}:\n{errors}"
+        os.replace(partial, target)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        running = []
-        for source, target in zip(sources, objects, strict=True):
-            if not target.exists():
-                made = f"{folder}/{source.name}.o"
-                command = [compiler, *FLAGS, *compile_flags, f"-I{HERE}/shim", "-c", "-x", "c++", source, "-o", made]
-                process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-                running.append((process, source, made, target))
-        for process, source, made, target in running:
-            _, errors = process.communicate()
-            assert process.returncode == 0, f"{source}:\n{errors}"
-            os.replace(made, target)
         linked = f"{folder}/{output.name}"
         subprocess.run([compiler, *objects, *link_flags, "-pthread", "-o", linked], check=True)
         os.replace(linked, output)
@@ -87,9 +87,8 @@ def library():
     return load(extension(*(SOURCES / "cuda" / name for name in (*KERNELS, "ops_cuda.cpp")), HERE / "control.cpp"))
 
 
-def install(monkeypatch):
-    """Make that module the CUDA extension of this process, and return it."""
-    module = library()
+def install(monkeypatch, module):
+    """Make a module the CUDA extension of this process, and return it."""
     monkeypatch.setattr(crsam_ext.extension, "why_missing", lambda: None)
     monkeypatch.setattr(crsam_ext.extension, "load", lambda: module)
     return module
@@ -101,10 +100,11 @@ def extension(*sources):
     flags = ["-O2", f"-I{SOURCES}/cuda", "-DTORCH_EXTENSION_NAME=_C", "-DCRSAM_DISPATCH_KEY=CPU"]
     if hasattr(torch.ops.crsam, "grad_norm"):  # another extension, for a GPU, increments versions for all devices
         flags.append("-DCRSAM_NO_VERSIONS")
-    path = ROOT / "build" / "cuda_on_cpu" / _digest("extension", flags, *(p.read_text() for p in sources)) / "_C.so"
+    path = OUTPUT / _digest("extension", flags, *(p.read_text() for p in sources)) / "_C.so"
     with _alone():
         if not path.exists():
-            _build(path, [*(SOURCES / name for name in own), *sources], *_torch_flags(*flags))
+            # The extensions share their own sources, which include PyTorch and take half a minute each.
+            _build(path, [*(SOURCES / name for name in own), *sources], OUTPUT / "objects", *_torch_flags(*flags))
     return path
 
 
@@ -132,7 +132,7 @@ def program(*flags, replaced=()):
         flags: flags of the compiler and the linker.
         replaced: tuples (file in csrc/cuda, text, new text): replacements in a copy of the sources.
     """
-    path = ROOT / "build" / "cuda_on_cpu" / _digest("program", flags, replaced) / "program"
+    path = OUTPUT / _digest("program", flags, replaced) / "program"
     if path.exists():
         return path
     with tempfile.TemporaryDirectory() as copy:
@@ -143,5 +143,5 @@ def program(*flags, replaced=()):
             assert original.count(text) == 1, f"{name} does not contain {text!r} exactly once"
             (sources / name).write_text(original.replace(text, other))
         kernels = [sources / name for name in KERNELS]
-        _build(path, [*kernels, HERE / "program.cpp"], [f"-I{sources}", *flags], flags)
+        _build(path, [*kernels, HERE / "program.cpp"], Path(copy) / "objects", [f"-I{sources}", *flags], flags)
     return path
