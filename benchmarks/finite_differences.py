@@ -38,6 +38,7 @@ from crsam_ext.training.options import parse
 from crsam_ext.training.steps import Objective, Step, create_optimizer
 
 from .experiments.tasks import Samples
+from .tables import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
@@ -191,18 +192,17 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         "- T, R, K: coefficients of the fitted error model, relative error² = (T rho²)² + (R / rho^p)² + K², with "
         "p = 1 (gradient) or 2 (loss).",
         "",
-        "| network | batch size | loss × | precision | estimator | range of rho | T | R | K "
-        "| median error at rho = 0.1 |",
-        "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    head = ["network", "batch size", "loss ×", "precision", "estimator", "range of rho", "T", "R", "K"]
+    cells = []
     at = min(range(len(about["rhos"])), key=lambda i: abs(about["rhos"][i] - 0.1))
     for row in rows:
         span = "none" if row["range"] is None else f"{row['range'][0]:.2g} to {row['range'][1]:.2g}"
-        lines.append(
-            f"| {row['network']} | {row['batch_size']} | {row['loss_scale']:g} | {row['precision']} "
-            f"| {row['estimator']} | {span} | {row['truncation']:.2g} | {row['rounding']:.1g} "
-            f"| {row['kinks']:.1g} | {row['median'][at]:.1%} |"
-        )
+        cells.append([
+            row["network"], str(row["batch_size"]), f"{row['loss_scale']:g}", row["precision"], row["estimator"], span,
+            f"{row['truncation']:.2g}", f"{row['rounding']:.1g}", f"{row['kinks']:.1g}", f"{row['median'][at]:.1%}",
+        ])  # fmt: skip
+    lines += markdown_table([*head, "median error at rho = 0.1"], cells)
     return "\n".join(lines) + "\n"
 
 

@@ -26,6 +26,7 @@ from crsam_ext.training.data import epoch_order
 
 from .experiments.runs import evaluate
 from .experiments.tasks import TASKS, batches
+from .tables import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = {"SAM": {"alpha": 0.0, "beta": 0.0}, "CR-SAM": {"alpha": 0.5, "beta": 0.1}}
@@ -62,16 +63,15 @@ def run(task_name: str, method: str, parts: int, local: bool, seed: int, epochs:
 def table(results: dict[str, list[float]]) -> str:
     """Return means and standard errors in percent: one row per task, method and form, one column per m."""
     seeds = max(map(len, results.values()))
-    rows = [
+    lines = [
         f"Test accuracy in percent: mean ± standard error over {seeds} seeds. m: number of parts of a batch, or ranks.",
         "local: each part has its own perturbation. global: all parts share that of the whole batch. With m = 1 both",
         "are the same.",
         "",
-        "| task, method, perturbation | " + " | ".join(f"m = {parts}" for parts in PARTS) + " |",
-        "|---|" + "---|" * len(PARTS),
     ]
+    rows = []
     for name in dict.fromkeys(key.rpartition(", ")[0] for key in results):
-        cells = []
+        cells = [name]
         for parts in PARTS:
             values = results.get(f"{name}, {parts}")
             if values is None:
@@ -79,8 +79,9 @@ def table(results: dict[str, list[float]]) -> str:
                 continue
             error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
             cells.append(f"{100 * statistics.mean(values):.2f} ± {100 * error:.2f}")
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
+        rows.append(cells)
+    lines += markdown_table(["task, method, perturbation", *(f"m = {parts}" for parts in PARTS)], rows)
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:

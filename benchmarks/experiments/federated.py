@@ -31,6 +31,7 @@ from crsam_ext.figures import method_color, panels
 from crsam_ext.training import checkpoint
 from crsam_ext.training.data import epoch_order
 
+from ..tables import markdown_table
 from .analysis import best_rho, mean_and_error
 from .methods import METHODS
 from .runs import evaluate, key_of, run_all
@@ -272,22 +273,18 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines: list[str] = []
     for clients in dict.fromkeys(row["clients"] for row in rows):
         lines += [f"## {clients} clients, {PARTICIPANTS} of them in each of {ROUNDS} rounds", ""]
-        lines.append(
-            "| local steps | method | gradients per round | kB down per round | kB up per round | lr | rho | seeds "
-            "| test accuracy |"
-        )
-        lines.append("|---" * 9 + "|")
+        cells = []
         for row in rows:
             if row["clients"] == clients:
                 accuracy, error = (100 * x for x in row["test_accuracy"])
-                cells = [
+                cells.append([
                     str(row["local_steps"]), row["method"], f"{row['gradients']:.0f}",
                     f"{row['down'] / 1000:.1f}", f"{row['up'] / 1000:.1f}",
                     f"{row['lr']:g}", f"{row['rho']:g}", str(row["seeds"]),
                     f"{accuracy:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}") + " %",
-                ]  # fmt: skip
-                lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
+                ])  # fmt: skip
+        head = ["local steps", "method", "gradients per round", "kB down per round", "kB up per round"]
+        lines += [*markdown_table([*head, "lr", "rho", "seeds", "test accuracy"], cells), ""]
     lines.append(
         "Gradients and kB are totals over the participants of a round: down from the server, up from the clients. Test "
         "accuracy: mean ± standard error over the seeds.\n"

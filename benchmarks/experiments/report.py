@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from crsam_ext.curvature import Measurement
 from crsam_ext.figures import METHODS, method_color, panels, reference_line
 
+from ..tables import markdown_table
 from .analysis import PREDICTORS
 from .methods import WITHOUT_ABLATION
 
@@ -45,7 +46,6 @@ def shown(value: tuple[float, float], percent: bool = False) -> str:
 
 def markdown(about: dict[str, Any], summaries: Sequence[dict[str, Any]], predictions: Sequence[dict[str, Any]]) -> str:
     """Return the report: all tables and their explanations."""
-    columns = list(NAMES)
     lines = [
         f"# Experiments, {about['form']} form",
         "",
@@ -61,12 +61,15 @@ def markdown(about: dict[str, Any], summaries: Sequence[dict[str, Any]], predict
         "largest increase that ten further steps within this radius find.",
     ]
     for task in about["tasks"]:
-        lines += ["", f"## {task}", "", "| method | rho | " + " | ".join(NAMES.values()) + " |"]
-        lines.append("|---" * (2 + len(columns)) + "|")
-        for row in last_of(summaries):
-            if row["task"] == task:
-                cells = [shown(row[name], percent=name == "test_accuracy") for name in columns]
-                lines.append(f"| {row['method']} | {row['rho']:g} | " + " | ".join(cells) + " |")
+        lines += ["", f"## {task}", ""]
+        lines += markdown_table(
+            ["method", "rho", *NAMES.values()],
+            (
+                [row["method"], f"{row['rho']:g}", *(shown(row[name], name == "test_accuracy") for name in NAMES)]
+                for row in last_of(summaries)
+                if row["task"] == task
+            ),
+        )
     lines += [
         "",
         "## Which measure ranks networks by their generalization gap?",
@@ -75,18 +78,17 @@ def markdown(about: dict[str, Any], summaries: Sequence[dict[str, Any]], predict
         "loss), with a 95 % interval from a bootstrap over whole runs. With fewer than about ten runs, the interval is",
         "too narrow.",
         "",
-        "| task | checkpoints | runs | measure | Spearman | Kendall |",
-        "|---|---|---|---|---|---|",
     ]
-    for row in predictions:
-        if "spearman" in row:
-            cells = [
-                f"{row[kind]:.2f} ({row[f'{kind}_interval'][0]:.2f} to {row[f'{kind}_interval'][1]:.2f})"
-                for kind in ("spearman", "kendall")
-            ]
-            name = NAMES[row["predictor"]].removesuffix(", training set")
-            over = row["over"].removesuffix(" checkpoints")
-            lines.append(f"| {row['task']} | {over} | {row['runs']} | {name} | {cells[0]} | {cells[1]} |")
+    cells = [
+        [
+            row["task"], row["over"].removesuffix(" checkpoints"), str(row["runs"]),
+            NAMES[row["predictor"]].removesuffix(", training set"),
+            *(f"{row[kind]:.2f} ({row[f'{kind}_interval'][0]:.2f} to {row[f'{kind}_interval'][1]:.2f})"
+              for kind in ("spearman", "kendall")),
+        ]
+        for row in predictions if "spearman" in row
+    ]  # fmt: skip
+    lines += markdown_table(["task", "checkpoints", "runs", "measure", "Spearman", "Kendall"], cells)
     return "\n".join(lines) + "\n"
 
 

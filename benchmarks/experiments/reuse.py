@@ -30,6 +30,7 @@ from crsam_ext.reuse import DIRECTION
 from crsam_ext.training import checkpoint
 from crsam_ext.training.data import epoch_order
 
+from ..tables import markdown_table
 from .analysis import best_rho, mean_and_error
 from .methods import METHODS, RHOS
 from .runs import evaluate, key_of, run_all
@@ -341,26 +342,21 @@ def markdown(rows: Sequence[dict[str, Any]], times: Mapping[str, Mapping[str, Se
         "",
     ]
     for task in dict.fromkeys(row["task"] for row in rows):
-        lines += [
-            f"## {task}",
-            "",
-            "| method | gradients per step | time per step / base | epochs | rho | test accuracy | C(w) "
-            "| largest eigenvalue |",
-        ]
-        lines.append("|---" * 8 + "|")
+        cells = []
         for row in rows:
             if row["task"] == task:
                 method = COMPARED[row["method"]]
                 accuracy, error = (100 * x for x in row["test_accuracy"])
-                cells = [
+                cells.append([
                     row["method"], f"{method.gradients:.2f}", ratio_cell(times.get(task, {}).get(row["method"])),
                     str(epochs_of(task, row["method"])), f"{row['rho']:g}",
                     f"{accuracy:.2f} ± {error:.2f} %",
                     *("–" if math.isnan(row[n][0]) else f"{row[n][0]:.3g} ± {row[n][1]:.1g}"
                       for n in ("train_c", "train_top_eigenvalue")),
-                ]  # fmt: skip
-                lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
+                ])  # fmt: skip
+        head = ["method", "gradients per step", "time per step / base", "epochs", "rho"]
+        head += ["test accuracy", "C(w)", "largest eigenvalue"]
+        lines += [f"## {task}", "", *markdown_table(head, cells), ""]
     return "\n".join(lines)
 
 

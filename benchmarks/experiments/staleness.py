@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from crsam_ext.reuse import DIRECTION
 from crsam_ext.training.data import epoch_order
 
+from ..tables import markdown_table
 from .reuse import RESULTS, Config, Run, length
 from .tasks import TASKS, batches
 
@@ -107,12 +108,15 @@ def markdown(results: dict[str, dict[int, dict[str, float]]]) -> str:
         "h, and the g0 of the same step, with those of the current batch at the current parameters. All values are",
         "means over the steps of a run.",
         "",
-        "| task | mean of | " + " | ".join(f"age {age}" for age in AGES) + " |",
-        "|---" * (2 + len(AGES)) + "|",
     ]
-    for task, by_age in results.items():
-        for name in next(iter(by_age.values())):
-            lines.append(f"| {task} | {name} | " + " | ".join(f"{by_age[age][name]:.2f}" for age in AGES) + " |")
+    lines += markdown_table(
+        ["task", "mean of", *(f"age {age}" for age in AGES)],
+        (
+            [task, name, *(f"{by_age[age][name]:.2f}" for age in AGES)]
+            for task, by_age in results.items()
+            for name in next(iter(by_age.values()))
+        ),
+    )
     return "\n".join(lines) + "\n"
 
 
